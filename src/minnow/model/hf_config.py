@@ -1,0 +1,161 @@
+"""config.json: our shape to and from transformers' Llama, Qwen2 and Qwen3 configurations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from minnow.config import UserError
+from minnow.model.config import ModelConfig, RopeScaling
+
+_MODEL_TYPES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
+_DEFAULT_POSITIONS = {"qwen3": 32768, "qwen2": 32768, "llama": 2048}
+
+
+def architecture(config: ModelConfig) -> str:
+    """The transformers class that computes what this shape computes."""
+    if config.qk_norm:
+        return "Qwen3ForCausalLM"
+    return "Qwen2ForCausalLM" if config.attention_bias else "LlamaForCausalLM"
+
+
+def to_hf_config(config: ModelConfig, dtype: torch.dtype, token_ids: dict[str, Any]) -> dict[str, Any]:
+    """The content of config.json, right for readers of transformers 4 (rope_theta, torch_dtype) and 5.
+
+    token_ids: bos_token_id, eos_token_id and pad_token_id (None where not known).
+    """
+    name = architecture(config)
+    scaling = _scaling_to_hf(config.rope_scaling)
+    content: dict[str, Any] = {
+        "architectures": [name],
+        "model_type": _MODEL_TYPES[name],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": config.num_attention_heads,
+        "num_key_value_heads": config.num_key_value_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": scaling,
+        "rope_parameters": {**(scaling or {"rope_type": "default"}), "rope_theta": config.rope_theta},
+        "rms_norm_eps": config.rms_norm_eps,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "attention_dropout": 0.0,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+        **token_ids,
+    }
+    if name == "LlamaForCausalLM":
+        content |= {"attention_bias": False, "mlp_bias": False}
+    else:
+        content |= {"use_sliding_window": False, "sliding_window": None}
+        if name == "Qwen3ForCausalLM":
+            content["attention_bias"] = False
+    return content
+
+
+def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
+    """Read the content of a config.json; UserError, naming `where`, for what this decoder does not
+    compute."""
+    model_type, name = content.get("model_type"), (content.get("architectures") or ["none named"])[0]
+    if model_type not in _DEFAULT_POSITIONS or name not in (*_MODEL_TYPES, "none named"):
+        raise UserError(
+            f"{where}: architecture {name} (model_type {model_type!r}) is not supported; "
+            f"these are: {', '.join(_MODEL_TYPES)}"
+        )
+    _refuse_variants(content, where)
+    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    missing = [key for key in required if content.get(key) is None]
+    if missing:
+        raise UserError(
+            f"{where}: no {', '.join(missing)} in it; is this the config.json of a language model?"
+        )
+    heads = content["num_attention_heads"]
+    head_dim = content.get("head_dim") or (128 if model_type == "qwen3" else content["hidden_size"] // heads)
+    theta, scaling = _rope_from_hf(content, where)
+    try:
+        return ModelConfig(
+            **{key: content[key] for key in required},
+            num_key_value_heads=content.get("num_key_value_heads") or heads,
+            head_dim=head_dim,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            rms_norm_eps=content.get("rms_norm_eps", 1e-6),
+            tie_word_embeddings=content.get("tie_word_embeddings", False),
+            qk_norm=model_type == "qwen3",
+            attention_bias=model_type == "qwen2",
+            max_position_embeddings=content.get("max_position_embeddings") or _DEFAULT_POSITIONS[model_type],
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _refuse_variants(content: dict[str, Any], where: str) -> None:
+    plain = {
+        "attention_bias": False,
+        "mlp_bias": False,
+        "use_sliding_window": False,
+        "quantization_config": None,
+    }
+    for key, expected in plain.items():
+        if content.get(key, expected) != expected:
+            raise UserError(f"{where}: {key} = {content[key]!r} is not supported (only {expected!r})")
+    if content.get("hidden_act", "silu") != "silu":
+        raise UserError(f"{where}: hidden_act = {content['hidden_act']!r} is not supported (only 'silu')")
+
+
+def _rope_from_hf(content: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
+    """Transformers 5 writes rope_parameters, 4 writes rope_theta and rope_scaling."""
+    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    theta = float(rope.get("rope_theta") or content.get("rope_theta") or 10_000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind not in ("linear", "yarn", "llama3"):
+        raise UserError(f"{where}: rope type {kind!r} is not supported (only default, linear, yarn, llama3)")
+    return theta, _scaling_from_hf(kind, rope, content, where)
+
+
+def _scaling_from_hf(kind: Any, rope: dict[str, Any], content: dict[str, Any], where: str) -> RopeScaling:
+    if rope.get("mscale") or rope.get("mscale_all_dim") or rope.get("truncate") is False:
+        raise UserError(f"{where}: yarn with mscale or without truncation is not supported")
+    if rope.get("factor") is None:
+        raise UserError(f"{where}: the rope type {kind!r} needs a factor")
+    factor = float(rope["factor"])
+    trained = rope.get("original_max_position_embeddings") or content.get("max_position_embeddings")
+    if trained is None:
+        raise UserError(f"{where}: the rope type {kind!r} needs original_max_position_embeddings")
+    # What readers take when it is not written (2309.00071, section 3.4).
+    attention_factor = float(rope.get("attention_factor") or 0.1 * math.log(factor) + 1.0)
+    return RopeScaling(
+        type=kind,
+        factor=factor,
+        original_max_position_embeddings=trained,
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        attention_factor=attention_factor if kind == "yarn" else 1.0,
+        low_freq_factor=float(rope.get("low_freq_factor") or 1),
+        high_freq_factor=float(rope.get("high_freq_factor") or 4),
+    )
+
+
+def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    content: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor}
+    if scaling.type == "yarn":
+        content |= {
+            "attention_factor": scaling.attention_factor,
+            "beta_fast": scaling.beta_fast,
+            "beta_slow": scaling.beta_slow,
+        }
+    if scaling.type == "llama3":
+        content |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+    return content | {"original_max_position_embeddings": scaling.original_max_position_embeddings}

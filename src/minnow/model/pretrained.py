@@ -1,0 +1,198 @@
+"""Model folders in plain Hugging Face format: config.json, model.safetensors, generation_config.json, the
+tokenizer."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from minnow.config import UserError
+from minnow.model.hf_config import from_hf_config, to_hf_config
+from minnow.model.transformer import CausalLM
+
+if TYPE_CHECKING:
+    from minnow.tokenizer.tokenizer import Tokenizer
+
+_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def save_pretrained(
+    model: CausalLM,
+    folder: str | Path,
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write `model` to `folder`, whole or not at all; an older folder there is replaced.
+
+    dtype: of the stored weights; None keeps the parameters' own. With a tokenizer, its files are written
+    too and the ids at which `transformers.generate` starts, stops and pads.
+    """
+    folder = Path(folder)
+    weights = {
+        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        for name, tensor in model.state_dict().items()
+    }
+    stored = model.head_weight.dtype if dtype is None else dtype
+    token_ids = _token_ids(tokenizer)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    temporary.mkdir()
+    try:
+        save_file(weights, temporary / _WEIGHTS, metadata={"format": "pt"})
+        _write_json(temporary / "config.json", to_hf_config(model.config, stored, token_ids))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+            stops = [tokenizer.end_of_text_id]
+            if tokenizer.has_chat_tokens:
+                stops.insert(0, tokenizer.im_end_id)
+            _write_json(temporary / "generation_config.json", {**token_ids, "eos_token_id": stops})
+        _replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_pretrained(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> CausalLM:
+    """Read a Qwen3, Qwen2 or Llama folder (ours or anybody's), a run folder or a Hub id.
+
+    dtype: of the parameters and of compute_dtype; None keeps what is stored. Every tensor must be there in
+    its shape and none may be left over: UserError lists what does not fit.
+    """
+    folder = resolve_model_folder(folder)
+    where = str(folder / "config.json")
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from error
+    config = from_hf_config(content, where)
+    with torch.device("meta"):
+        model = CausalLM(config)
+    weights = _read_weights(folder)
+    _drop_duplicates(model, weights)
+    _check_weights(model, weights, folder)
+    weights = {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in weights.items()}
+    model.load_state_dict(weights, assign=True)
+    model.compute_dtype = model.head_weight.dtype
+    return model
+
+
+def resolve_model_folder(model: str | Path) -> Path:
+    """The folder of MODEL: a model folder, a run folder (its `model/`), or a Hub id, which is downloaded."""
+    path = Path(model)
+    for candidate in (path, path / "model"):
+        if (candidate / "config.json").is_file():
+            return candidate
+    if path.exists():
+        raise UserError(
+            f"{path}: neither a model folder (it has no config.json) nor a run folder with model/ in it"
+        )
+    if not _HUB_ID.fullmatch(str(model)):
+        raise UserError(f"{model}: no such folder (and not a Hugging Face id, which reads OWNER/NAME)")
+    # Imported here: a local folder needs no Hub client.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
+        folder = Path(snapshot_download(str(model), allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"{model}: no such folder here, and the Hugging Face Hub could not give it ({reason})"
+        ) from error
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{model}: the Hub has it, but without a config.json")
+    return folder
+
+
+def _token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
+    if tokenizer is None:
+        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+    end = tokenizer.end_of_text_id
+    eos = tokenizer.im_end_id if tokenizer.has_chat_tokens else end
+    return {"bos_token_id": end, "eos_token_id": eos, "pad_token_id": end}
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of model.safetensors, or of the shards its index names."""
+    if (folder / _INDEX).is_file():
+        files = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+    elif (folder / _WEIGHTS).is_file():
+        files = [_WEIGHTS]
+    else:
+        pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(
+            p.name for p in folder.glob("*.pth")
+        )
+        also = f" ({pickled[0]} is a pickle, never read: convert it to safetensors)" if pickled else ""
+        raise UserError(f"{folder}: no {_WEIGHTS} in it{also}")
+    weights: dict[str, Tensor] = {}
+    for name in files:
+        if not (folder / name).is_file():
+            raise UserError(f"{folder}: {_INDEX} names {name}, which is not there")
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
+        except SafetensorError as error:
+            raise UserError(f"{folder / name}: not a whole safetensors file ({error})") from error
+    return weights
+
+
+def _drop_duplicates(model: CausalLM, weights: dict[str, Tensor]) -> None:
+    """Take out what older writers stored twice: the tied head, and the rotary frequencies."""
+    for name in [name for name in weights if name.endswith(".rotary_emb.inv_freq")]:
+        del weights[name]
+    embedding = weights.get("model.embed_tokens.weight")
+    if model.config.tie_word_embeddings and embedding is not None:
+        head = weights.get("lm_head.weight")
+        if head is not None and torch.equal(head, embedding):
+            del weights["lm_head.weight"]
+
+
+def _check_weights(model: CausalLM, weights: dict[str, Tensor], folder: Path) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in weights]
+    problems += [
+        f"unexpected {name} {tuple(weights[name].shape)}" for name in weights if name not in expected
+    ]
+    problems += [
+        f"{name} has shape {tuple(weights[name].shape)} where config.json asks for {shape}"
+        for name, shape in expected.items()
+        if name in weights and tuple(weights[name].shape) != shape
+    ]
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(problems[:5])}{more}")
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _replace_folder(temporary: Path, folder: Path) -> None:
+    """Put `temporary` in the place of `folder`: the old one stands aside until the new one is there."""
+    for path in temporary.iterdir():
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())
+    if not folder.exists():
+        os.rename(temporary, folder)
+        return
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    os.rename(folder, aside)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        os.rename(aside, folder)
+        raise
+    shutil.rmtree(aside)

@@ -1,0 +1,60 @@
+"""Rotary position embedding (2104.09864), half-rotation layout as in Llama's and Qwen's checkpoints."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from minnow.model.config import RopeScaling
+
+
+def rotary_tables(
+    positions_BT: Tensor, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [B, T, 1, head_dim / 2] of each token's angles, fp32, shared by all heads and layers.
+
+    Made anew from the positions in every forward pass: it is cheap, keeps no buffer that a change of the
+    model's dtype could round, and has no largest position.
+    """
+    frequencies = _frequencies(head_dim, theta, scaling, positions_BT.device)
+    angles = positions_BT[..., None, None].float() * frequencies
+    factor = scaling.attention_factor if scaling is not None and scaling.type == "yarn" else 1.0
+    return angles.cos() * factor, angles.sin() * factor
+
+
+def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (x[i], x[i + d/2]) by their angles, in fp32; returned in x's dtype."""
+    first, second = x_BTHd.float().chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x_BTHd.dtype)
+
+
+@lru_cache(maxsize=64)
+def _frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+    """Angle per position of each pair, fp32 [head_dim / 2]."""
+    with torch.inference_mode(False):  # a cached inference tensor could not enter a later backward pass
+        plain = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)
+        return (plain if scaling is None else _scale(plain, head_dim, theta, scaling)).to(device)
+
+
+def _scale(plain: Tensor, head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    slow = plain / scaling.factor
+    if scaling.type == "linear":
+        return slow
+    length = scaling.original_max_position_embeddings
+    if scaling.type == "llama3":
+        turns = length * plain / (2 * math.pi)  # within the trained length
+        smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+        keep = smooth.clamp(0, 1)
+    else:
+        # yarn: the dimension whose frequency turns `beta` times within the trained length; a ramp in between.
+        def dimension(beta: float) -> float:
+            return head_dim * math.log(length / (beta * 2 * math.pi)) / (2 * math.log(theta))
+
+        low = max(math.floor(dimension(scaling.beta_fast)), 0)
+        high = min(math.ceil(dimension(scaling.beta_slow)), head_dim - 1)
+        ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
+        keep = 1 - ramp.clamp(0, 1)
+    return slow * (1 - keep) + plain * keep

@@ -1,0 +1,177 @@
+"""The decoder: embedding, layers, final norm, head. Module names are transformers', so weights need no
+renaming."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minnow.model.attention import Attention
+from minnow.model.config import ModelConfig
+from minnow.model.init import InitConfig, initialize
+from minnow.model.norm import RMSNorm
+from minnow.model.rope import rotary_tables, rotate
+
+QKV = tuple[Tensor, Tensor, Tensor]
+
+
+class Linear(nn.Linear):
+    """Computes in its input's dtype: the master weight may be fp32 while the residual stream is bf16."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is: `initialize` draws all weights at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in x's dtype."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class Embedding(nn.Embedding):
+    """An embedding whose weights `initialize` draws."""
+
+    def reset_parameters(self) -> None:
+        """Leave the memory as it is."""
+
+
+class SelfAttention(nn.Module):
+    """The projections around attention (2305.13245); attention itself is given by the caller, see
+    attention.py."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        width, bias = config.hidden_size, config.attention_bias
+        self.q_proj = Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
+        self.k_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.v_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, width, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
+
+    def project(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> QKV:
+        """Queries [B, T, H, d], keys and values [B, T, K, d]; queries and keys normalised and turned."""
+        q_BTHd = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        k_BTKd = self.k_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        v_BTKd = self.v_proj(x_BTD).unflatten(-1, (-1, self.head_dim))
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHd, k_BTKd = self.q_norm(q_BTHd), self.k_norm(k_BTKd)
+        return rotate(q_BTHd, cos, sin), rotate(k_BTKd, cos, sin), v_BTKd
+
+
+class MLP(nn.Module):
+    """SwiGLU (2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """x [B, T, D] -> [B, T, D]."""
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class DecoderLayer(nn.Module):
+    """One layer, as the two parts around attention: each is a pure function that torch.compile can take."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.self_attn = SelfAttention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+def before_attention(layer: DecoderLayer, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> QKV:
+    """Norm and projections of one layer: what its attention works on."""
+    return layer.self_attn.project(layer.input_layernorm(x_BTD), cos, sin)
+
+
+def after_attention(layer: DecoderLayer, x_BTD: Tensor, attended_BTHd: Tensor) -> Tensor:
+    """Output projection and MLP of one layer, each added to the residual stream `x`."""
+    x_BTD = x_BTD + layer.self_attn.o_proj(attended_BTHd.flatten(-2))
+    return x_BTD + layer.mlp(layer.post_attention_layernorm(x_BTD))
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and final norm (transformers' `model.*`)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class CausalLM(nn.Module):
+    """A dense decoder. `forward` gives hidden states, `logits` the head: a loss may go over the head in
+    chunks.
+
+    compute_dtype: dtype of the residual stream and of all products; the parameters keep their own (fp32
+    masters). gradient_checkpointing: keep only each layer's input and recompute the layer in the backward
+    pass.
+    """
+
+    def __init__(self, config: ModelConfig, init: InitConfig | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.compute_dtype = torch.float32
+        self.gradient_checkpointing = False
+        self._compiled: tuple[Callable[..., QKV], Callable[..., Tensor]] | None = None
+        initialize(self, init or InitConfig(), seed)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The output head [V, D]: the embedding when tied."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attention: Attention) -> Tensor:
+        """Hidden states [B, T, D] after the final norm, in compute_dtype.
+
+        positions_BT (int64) are places within the document, always given: a cached decoder that left them
+        out would turn every new token as if it stood at place 0. `attention` decides who sees whom.
+        UserError when a position lies beyond max_position_embeddings (looked at on the CPU only, where it
+        costs no synchronisation).
+        """
+        if tokens_BT.shape != positions_BT.shape:
+            raise ValueError(
+                f"tokens {tuple(tokens_BT.shape)} and positions {tuple(positions_BT.shape)} differ"
+            )
+        if positions_BT.device.type == "cpu" and positions_BT.numel():
+            self.config.check_sequence_length(int(positions_BT.max()) + 1)
+        config = self.config
+        cos, sin = rotary_tables(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)
+        x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
+        # Compiled parts serve training: generation and evaluation come in too many shapes to compile for.
+        plain = (before_attention, after_attention)
+        before, after = self._compiled if self._compiled and torch.is_grad_enabled() else plain
+
+        def run_layer(index: int, x: Tensor) -> Tensor:
+            layer = cast(DecoderLayer, self.model.layers[index])
+            return after(layer, x, attention(index, *before(layer, x, cos, sin)))
+
+        for index in range(config.num_hidden_layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x_BTD = checkpoint(run_layer, index, x_BTD, use_reentrant=False)
+            else:
+                x_BTD = run_layer(index, x_BTD)
+        return self.model.norm(x_BTD)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of every token: hidden [..., D] -> fp32 [..., V]."""
+        return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
+
+    def compile_backbone(self) -> None:
+        """Compile the parts around attention, once for all layers; used wherever gradients are recorded."""
+        self._compiled = (torch.compile(before_attention), torch.compile(after_attention))

@@ -1,0 +1,56 @@
+"""Random small shapes, and our attention in the form transformers needs it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from minnow.model.attention import Attention, CausalAttention
+from minnow.model.config import ModelConfig
+from minnow.model.transformer import CausalLM
+
+
+def tiny_config(**changes) -> ModelConfig:
+    shape = {
+        "vocab_size": 97,
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+    }
+    return ModelConfig(**(shape | changes))
+
+
+def randomized(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Every weight random, also those that start at zero or one: no mistake hides behind a zero."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            low, high = (0.5, 1.5) if parameter.ndim == 1 else (-0.25, 0.25)
+            parameter.copy_(torch.empty(parameter.shape).uniform_(low, high, generator=generator))
+    return model
+
+
+def tiny_model(seed: int = 0, **changes) -> CausalLM:
+    return randomized(CausalLM(tiny_config(**changes)), seed)
+
+
+def positions_like(tokens_BT: Tensor) -> Tensor:
+    return torch.arange(tokens_BT.shape[1]).expand(tokens_BT.shape)
+
+
+def row_logits(model: CausalLM, tokens_BT: Tensor, attention: Attention | None = None) -> Tensor:
+    hidden = model(tokens_BT, positions_like(tokens_BT), attention or CausalAttention())
+    return model.logits(hidden)
+
+
+class FakeTokenizer:
+    """What saving a model asks of a tokenizer."""
+
+    end_of_text_id, im_start_id, im_end_id, has_chat_tokens = 0, 1, 2, True
+
+    def save_pretrained(self, folder) -> None:
+        (folder / "tokenizer.json").write_text("{}")

@@ -1,0 +1,136 @@
+"""Packed documents give what each document gives alone: hidden states, logits, gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from model_helpers import row_logits, tiny_config, tiny_model
+
+from minnow.config import UserError
+from minnow.model.attention import CausalAttention, PackedAttention, causal_attention
+from minnow.model.transformer import CausalLM
+
+LENGTHS = {
+    "mixed": [[5, 17, 1, 40], [63], [33, 30]],
+    "full rows": [[63], [63]],
+    "equal pieces": [[21, 21, 21], [21, 21, 21]],
+    "all ones": [[1] * 8],
+}
+
+
+def packed(lengths: list[list[int]], seed: int = 0):
+    """Rows of random documents: (tokens, positions, cu_seqlens, the documents one by one)."""
+    generator = torch.Generator().manual_seed(seed)
+    flat = [length for row in lengths for length in row]
+    documents = [torch.randint(0, 97, (1, length), generator=generator) for length in flat]
+    shape = (len(lengths), sum(lengths[0]))
+    tokens = torch.cat(documents, dim=1).view(shape)
+    positions = torch.cat([torch.arange(length) for length in flat]).view(shape)
+    cu_seqlens = torch.tensor([0, *flat]).cumsum(0).to(torch.int32)
+    return tokens, positions, cu_seqlens, documents
+
+
+@pytest.mark.parametrize("name", sorted(LENGTHS))
+def test_packed_equals_unpacked(name):
+    model = tiny_model()
+    tokens, positions, cu_seqlens, documents = packed(LENGTHS[name])
+    together = model.logits(model(tokens, positions, PackedAttention(cu_seqlens))).flatten(0, 1)
+    alone = torch.cat([row_logits(model, document)[0] for document in documents])
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+    weights = torch.randn(together.shape, generator=torch.Generator().manual_seed(1))
+    parameters = list(model.parameters())
+    from_together = torch.autograd.grad((together.log_softmax(-1) * weights).mean(), parameters)
+    from_alone = torch.autograd.grad((alone.log_softmax(-1) * weights).mean(), parameters)
+    for ours, reference in zip(from_together, from_alone, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-4, rtol=1e-4)
+
+
+@given(lengths=st.lists(st.integers(1, 150), min_size=1, max_size=12), seed=st.integers(0, 99))
+@settings(max_examples=40, deadline=None)
+def test_packed_attention_is_attention_of_each_piece(lengths, seed):
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(heads: int) -> torch.Tensor:
+        shape = (1, sum(lengths), heads, 8)
+        return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+
+    q, k, v = draw(4), draw(2), draw(2)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
+    ours = PackedAttention(cu_seqlens)(0, q, k, v)
+    split = zip(*(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
+    reference = torch.cat([causal_attention(*piece) for piece in split], dim=1)
+    torch.testing.assert_close(ours, reference)
+    weights = torch.randn(ours.shape, generator=generator, dtype=torch.float64)
+    for a, b in zip(
+        torch.autograd.grad((ours * weights).sum(), (q, k, v)),
+        torch.autograd.grad((reference * weights).sum(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_causal_attention_is_the_formula():
+    """softmax over the keys up to the query's own place, by loops in float64."""
+    q, k, v = (torch.randn(1, 5, heads, 4, dtype=torch.float64) for heads in (4, 2, 2))
+    expected = torch.empty_like(q)
+    for head in range(4):
+        for place in range(5):
+            keys = k[0, : place + 1, head // 2]
+            scores = torch.softmax(keys @ q[0, place, head] / 2.0, dim=0)  # 2 = sqrt(4)
+            expected[0, place, head] = scores @ v[0, : place + 1, head // 2]
+    torch.testing.assert_close(causal_attention(q, k, v), expected)
+
+
+def test_a_token_sees_only_its_own_past():
+    model = tiny_model()
+    tokens = torch.randint(0, 97, (1, 20))
+    changed = tokens.clone()
+    changed[0, 12] = (changed[0, 12] + 1) % 97
+    before, after = row_logits(model, tokens), row_logits(model, changed)
+    assert torch.equal(before[:, :12], after[:, :12])
+    assert not torch.allclose(before[:, 12:], after[:, 12:])
+
+
+def gradients(model: CausalLM, tokens: torch.Tensor) -> list[torch.Tensor]:
+    loss = row_logits(model, tokens).log_softmax(-1)[..., 0].mean()
+    return list(torch.autograd.grad(loss, list(model.parameters())))
+
+
+def test_gradient_checkpointing_changes_nothing():
+    model = tiny_model()
+    tokens = torch.randint(0, 97, (2, 24))
+    plain = gradients(model, tokens)
+    model.gradient_checkpointing = True
+    for ours, reference in zip(gradients(model, tokens), plain, strict=True):
+        assert torch.equal(ours, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiling_changes_nothing_and_serves_all_layers(checkpointing):
+    import torch._dynamo.utils
+
+    model = tiny_model(num_hidden_layers=4)
+    tokens = torch.randint(0, 97, (2, 24))
+    plain = gradients(model, tokens)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    model.compile_backbone()
+    model.gradient_checkpointing = checkpointing
+    for ours, reference in zip(gradients(model, tokens), plain, strict=True):
+        torch.testing.assert_close(ours, reference, atol=1e-5, rtol=1e-4)
+    # Two graphs whatever the number of layers: before and after attention.
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+
+
+def test_sequences_longer_than_trained_are_refused():
+    model = CausalLM(tiny_config(max_position_embeddings=16))
+    row_logits(model, torch.zeros(1, 16, dtype=torch.int64))
+    with pytest.raises(UserError, match=r"17 tokens .* max_position_embeddings \(16\)"):
+        row_logits(model, torch.zeros(1, 17, dtype=torch.int64))
+    # One new token of a cached sequence counts by its place.
+    with pytest.raises(UserError, match="17 tokens"):
+        model(torch.zeros(1, 1, dtype=torch.int64), torch.tensor([[16]]), CausalAttention())

@@ -1,0 +1,107 @@
+"""Shapes: what is refused, what they cost, how they start."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from model_helpers import tiny_config
+
+from minnow.config import UserError
+from minnow.model.config import ModelConfig, RopeScaling
+from minnow.model.init import InitConfig
+from minnow.model.presets import PRESETS, preset
+from minnow.model.size import forward_flops_per_token, parameter_count, training_flops_per_token
+from minnow.model.transformer import CausalLM
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 3}, r"num_key_value_heads \(3\) must divide .*num_attention_heads \(4\)"),
+        ({"head_dim": 15}, "head_dim is 15"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"rope_theta": 0.0}, "must be positive"),
+        ({"attention_bias": True}, "qk_norm with model.attention_bias has no Hugging Face class"),
+        ({"qk_norm": False, "hidden_size": 50}, "hidden_size .50. must be a multiple"),
+        ({"qk_norm": False, "attention_bias": True, "head_dim": 16}, "Qwen2 has no head_dim"),
+    ],
+)
+def test_bad_shapes_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        tiny_config(**changes)
+
+
+def test_bad_scaling_is_refused():
+    with pytest.raises(UserError, match=r"factor is 0\.5"):
+        RopeScaling(type="linear", factor=0.5, original_max_position_embeddings=16)
+
+
+def test_unknown_preset_names_the_nearest():
+    with pytest.raises(UserError, match=r"'26'.*did you mean '26m'"):
+        preset("26")
+
+
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_parameter_count_is_exact(name):
+    with torch.device("meta"):
+        model = CausalLM(PRESETS[name])
+    assert parameter_count(PRESETS[name]) == sum(p.numel() for p in model.parameters())
+
+
+def test_parameter_count_of_other_shapes():
+    for changes in (
+        {"tie_word_embeddings": False},
+        {"qk_norm": False, "attention_bias": True, "head_dim": 12},
+    ):
+        config = tiny_config(**changes)
+        assert parameter_count(config) == sum(p.numel() for p in CausalLM(config).parameters())
+
+
+def test_published_sizes():
+    """Millions of parameters as their authors publish them."""
+    published = {"26m-minimind2": 25.83, "64m": 63.9, "104m": 104.0}
+    for name, millions in published.items():
+        assert parameter_count(PRESETS[name]) / 1e6 == pytest.approx(millions, abs=0.05)
+    assert 1.6e9 < parameter_count(PRESETS["1.7b"]) < 1.8e9
+    assert 4e6 < parameter_count(PRESETS["5m"]) < 6e6
+
+
+def test_flops_by_hand():
+    config = ModelConfig(
+        vocab_size=10, hidden_size=4, intermediate_size=6, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=2, max_position_embeddings=8,
+    )  # fmt: skip
+    # A layer: q 4x4, k and v 4x2 each, o 4x4, gate, up, down 4x6 each = 16 + 16 + 16 + 72 = 120; head 40.
+    # Attention over 3 keys: 2 heads x 2 dimensions x 3 keys x (2 for q k + 2 for p v) = 48 a layer.
+    assert forward_flops_per_token(config, mean_context=3) == 2 * (2 * 120 + 40) + 2 * 48
+    assert training_flops_per_token(config, mean_context=3) == 3 * (560 + 96)
+
+
+def test_start_of_training():
+    config = tiny_config(hidden_size=256, head_dim=64, vocab_size=512)
+    model = CausalLM(config, InitConfig(embedding_std=0.02, matrix_gain=0.5), seed=3)
+    weights = dict(model.named_parameters())
+    layer = "model.layers.1."
+    assert not weights[layer + "self_attn.o_proj.weight"].any()
+    assert not weights[layer + "mlp.down_proj.weight"].any()
+    assert weights["model.embed_tokens.weight"].std().item() == pytest.approx(0.02, rel=0.05)
+    # 0.5 / sqrt(256) = 1/32
+    assert weights[layer + "mlp.up_proj.weight"].std().item() == pytest.approx(1 / 32, rel=0.05)
+    # Unit queries and keys of width 64 times gain g have logits up to sqrt(64) g^2.
+    gain = weights[layer + "self_attn.q_norm.weight"][0].item()
+    assert gain == pytest.approx(1.39, abs=0.01)
+    assert math.sqrt(64) * gain**2 == pytest.approx(15.5)
+    assert (weights["model.norm.weight"] == 1).all()
+    assert torch.equal(CausalLM(config, seed=3).head_weight, CausalLM(config, seed=3).head_weight)
+    assert not torch.equal(CausalLM(config, seed=3).head_weight, CausalLM(config, seed=4).head_weight)
+
+
+def test_gain_at_head_dim_128_and_plain_start():
+    gain = CausalLM(tiny_config(head_dim=128)).model.layers[0].self_attn.q_norm.weight[0].item()
+    assert gain == pytest.approx(1.17, abs=0.01)
+    plain = InitConfig(max_attention_logit=0, zero_output_projections=False)
+    layer = CausalLM(tiny_config(), plain).model.layers[0]
+    assert (layer.self_attn.q_norm.weight == 1).all()
+    assert layer.mlp.down_proj.weight.any()

@@ -1,0 +1,160 @@
+"""Model folders: whole or not at all, strict on what they hold."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from model_helpers import FakeTokenizer, tiny_model
+from safetensors.torch import load_file, save_file
+
+from minnow.config import UserError
+from minnow.model.pretrained import load_pretrained, resolve_model_folder, save_pretrained
+
+
+@pytest.fixture
+def folder(tmp_path):
+    save_pretrained(tiny_model(), tmp_path / "model", FakeTokenizer())
+    return tmp_path / "model"
+
+
+def change_config(folder, **changes) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | changes))
+
+
+def change_weights(folder, change) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_what_is_written(folder):
+    content = json.loads((folder / "config.json").read_text())
+    assert content["architectures"] == ["Qwen3ForCausalLM"]
+    assert content["rope_theta"] == content["rope_parameters"]["rope_theta"] == 10_000.0
+    assert content["dtype"] == content["torch_dtype"] == "float32"
+    assert (content["bos_token_id"], content["eos_token_id"], content["pad_token_id"]) == (0, 2, 0)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation == {"bos_token_id": 0, "eos_token_id": [2, 0], "pad_token_id": 0}
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")  # tied
+    assert (folder / "tokenizer.json").is_file()
+
+
+def test_dtypes(folder, tmp_path):
+    model = load_pretrained(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.compute_dtype == torch.bfloat16
+    save_pretrained(load_pretrained(folder), tmp_path / "half", dtype=torch.bfloat16)
+    stored = load_pretrained(tmp_path / "half")
+    assert stored.head_weight.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "half" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_saving_replaces_the_older_folder_whole(folder):
+    (folder / "stale.txt").write_text("from an older run")
+    save_pretrained(tiny_model(seed=1), folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert torch.equal(load_pretrained(folder).head_weight, tiny_model(seed=1).head_weight)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_a_failed_save_leaves_the_older_folder(folder):
+    class Broken(FakeTokenizer):
+        def save_pretrained(self, folder) -> None:
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_pretrained(tiny_model(seed=1), folder, Broken())
+    assert torch.equal(load_pretrained(folder).head_weight, tiny_model().head_weight)
+    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+
+
+def test_shards_are_read(folder):
+    whole = load_file(folder / "model.safetensors")
+    names = sorted(whole)
+    weight_map = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        save_file({name: whole[name] for name in names if weight_map[name] == file}, folder / file)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert torch.equal(load_pretrained(folder).head_weight, whole["model.embed_tokens.weight"])
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="names model-00002-of-00002.safetensors, which is not there"):
+        load_pretrained(folder)
+
+
+def test_a_tied_head_stored_twice_is_read(folder):
+    change_weights(folder, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
+    load_pretrained(folder)
+    change_weights(folder, lambda w: w["lm_head.weight"].add_(1.0))
+    with pytest.raises(UserError, match=r"unexpected lm_head\.weight"):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("model.norm.weight"), r"missing model\.norm\.weight \(48,\)"),
+        (lambda w: w.update({"model.extra.weight": torch.ones(1)}), r"unexpected model\.extra\.weight"),
+        (
+            lambda w: w.update({"model.norm.weight": torch.ones(47)}),
+            r"model\.norm\.weight has shape \(47,\) where config\.json asks for \(48,\)",
+        ),
+        (lambda w: w.clear() or w.update({"x": torch.ones(1)}), r"; and \d+ more"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(folder, change, message):
+    change_weights(folder, change)
+    with pytest.raises(UserError, match=message):
+        load_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architectures": ["MambaForCausalLM"], "model_type": "mamba"},
+            "MambaForCausalLM .* is not supported; these are: Qwen3ForCausalLM",
+        ),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForSequenceClassification"),
+        ({"attention_bias": True}, "attention_bias = True is not supported"),
+        ({"use_sliding_window": True}, "use_sliding_window = True"),
+        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+        ({"hidden_size": None}, "no hidden_size in it"),
+        ({"head_dim": 15}, r"config\.json: model\.head_dim is 15"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0}}, "rope type 'longrope'"),
+        ({"rope_parameters": {"rope_type": "linear"}}, "'linear' needs a factor"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+    ],
+)
+def test_configs_we_do_not_compute_are_refused(folder, changes, message):
+    change_config(folder, **changes)
+    with pytest.raises(UserError, match=message):
+        load_pretrained(folder)
+
+
+def test_pickles_and_broken_files_are_refused(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="not a whole safetensors file"):
+        load_pretrained(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pytorch_model\.bin is a pickle, never read"):
+        load_pretrained(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        load_pretrained(folder)
+
+
+def test_resolving_model(folder, tmp_path):
+    assert resolve_model_folder(folder) == folder
+    assert resolve_model_folder(tmp_path) == folder  # a run folder
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="neither a model folder .* nor a run folder"):
+        resolve_model_folder(tmp_path / "empty")
+    with pytest.raises(UserError, match="no such folder"):
+        resolve_model_folder(tmp_path / "nowhere" / "at" / "all")
+    with pytest.raises(UserError, match="minnow/no-such-model: no such folder here, and the Hugging"):
+        resolve_model_folder("minnow/no-such-model")
