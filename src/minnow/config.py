@@ -1,9 +1,9 @@
 """Configuration: YAML files + command line -> frozen dataclasses; also the user's error and the atomic write.
 
 A configuration is a frozen, keyword-only dataclass. Its sections are dataclasses too, so every setting has a
-dotted key: `optim.learning_rate`. Settings come from (later wins) the dataclass defaults, the YAML files named
-by `--config` and the command line. jsonargparse turns text into typed values; this module finds out which text
-belongs to which key, and says in one line what is wrong, where it stands and which key was probably meant.
+dotted key: `optim.learning_rate`. Settings come from (later wins) the dataclass defaults, the YAML files that
+`--config` names and the command line. jsonargparse turns text into typed values; this module finds out which
+text belongs to which key, and says in one line what is wrong, where it stands and which key was probably meant.
 
     @dataclass(frozen=True, kw_only=True)
     class Config:

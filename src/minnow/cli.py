@@ -1,0 +1,112 @@
+"""The command line: a table of commands, each a module in `minnow.stages` with a `Config` and a `run(config)`.
+
+A command's module is imported only when it is called, so `minnow --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minnow import __version__
+from minnow.config import UserError, parse_config
+from minnow.settings import nearest
+
+
+@dataclass(frozen=True)
+class Command:
+    """Where a command lives and what it does, in one line."""
+
+    module: str
+    help: str
+
+
+COMMANDS: dict[str, Command] = {
+    "quickstart": Command("quickstart", "raw text to a chatting model on this machine, offline, in minutes"),
+    "data pond": Command(
+        "data_pond", "write the small closed world that tests and the quickstart learn from"
+    ),
+    "data inspect": Command("data_inspect", "show rows, tokens, lengths and a sample with its loss mask"),
+    "data prepare": Command("data_prepare", "tokenise data into shards ahead of training"),
+    "tokenizer train": Command("tokenizer_train", "train a byte-level BPE tokenizer on your text"),
+    "tokenizer inspect": Command("tokenizer_inspect", "bytes per token by language, the split of a text"),
+    "pretrain": Command("pretrain", "train a base model from scratch"),
+    "sft": Command("sft", "teach a base model to follow conversations"),
+    "generate": Command("generate", "continue a text"),
+    "chat": Command("chat", "talk with a model in the terminal"),
+    "eval": Command("eval", "score a model on tasks, with error bars"),
+    "report": Command("report", "write a run's report: curves, settings, samples"),
+    "plan": Command("plan", "parameters, FLOPs, memory and time of a configuration; starts nothing"),
+    "bench train": Command(
+        "bench_train", "training speed beside transformers' own model, same shape and batch"
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the process's exit code.
+
+    0 done; 2 something the user can mend, told in one line on stderr; 130 interrupted. A trainer that was told
+    to stop by SIGTERM exits 143 by itself, once it has saved.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _dispatch(words)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader left, as in `minnow --help | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_table(COMMANDS))
+        return 0
+    if words[0] in ("-V", "--version"):
+        print(f"minnow {__version__}")
+        return 0
+    name = _command_name(words)
+    if name is None:
+        group = {key: command for key, command in COMMANDS.items() if key.startswith(f"{words[0]} ")}
+        if group and (len(words) == 1 or words[1] in ("-h", "--help")):
+            print(_table(group))
+            return 0
+        raise UserError(_unknown(words, group))
+    stage = importlib.import_module(f"minnow.stages.{COMMANDS[name].module}")
+    stage.run(parse_config(stage.Config, words[len(name.split()) :], program=f"minnow {name}"))
+    return 0
+
+
+def _command_name(words: list[str]) -> str | None:
+    for name in (" ".join(words[:2]), words[0]):
+        if name in COMMANDS:
+            return name
+    return None
+
+
+def _unknown(words: list[str], group: dict[str, Command]) -> str:
+    typed = " ".join(words[:2]) if group else words[0]
+    close = nearest(typed, group or COMMANDS) or nearest(" ".join(words[:2]), COMMANDS)
+    hint = f"did you mean minnow {close}?" if close else "minnow --help lists the commands"
+    return f"minnow {typed}: no such command; {hint}"
+
+
+def _table(commands: dict[str, Command]) -> str:
+    width = max(map(len, COMMANDS)) + 3
+    lines = ["usage: minnow COMMAND [--config FILE] [--key value ...]", ""]
+    lines += [f"  {name:<{width}}{command.help}" for name, command in commands.items()]
+    lines += ["", "minnow COMMAND --help lists a command's settings with their defaults."]
+    lines += ["MODEL is a model folder, a run folder (its final model) or a Hugging Face Hub id."]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

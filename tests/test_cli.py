@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+import types
+from dataclasses import dataclass, field
+
+import pytest
+
+from minnow import cli
+from minnow.config import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A command for tests."""
+
+    word: str = field(default="", metadata={"positional": True})
+    """What to do."""
+
+
+def run(config: Config) -> None:
+    if config.word == "mend":
+        raise UserError("the word is wrong; say go")
+    if config.word == "stop":
+        raise KeyboardInterrupt
+    print(f"ran {config.word}")
+
+
+@pytest.fixture(autouse=True)
+def _command(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.SimpleNamespace(Config=Config, run=run)
+    monkeypatch.setitem(sys.modules, "minnow.stages.testing", module)
+    monkeypatch.setitem(cli.COMMANDS, "act", cli.Command("testing", "does nothing much"))
+    monkeypatch.setitem(cli.COMMANDS, "act twice", cli.Command("testing", "does it again"))
+
+
+def test_runs_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["act", "go"]) == 0
+    assert cli.main(["act", "twice", "again"]) == 0  # the longer name wins
+    assert capsys.readouterr().out == "ran go\nran again\n"
+
+
+def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["act", "mend"]) == 2
+    assert capsys.readouterr().err == "error: the word is wrong; say go\n"
+    assert cli.main(["act", "stop"]) == 130
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pretrian"], "error: minnow pretrian: no such command; did you mean minnow pretrain?"),
+        (
+            ["data", "inspcet"],
+            "error: minnow data inspcet: no such command; did you mean minnow data inspect?",
+        ),
+        (
+            ["tokeniser", "train"],
+            "error: minnow tokeniser: no such command; did you mean minnow tokenizer train?",
+        ),
+        (["xyzzy"], "error: minnow xyzzy: no such command; minnow --help lists the commands"),
+        (["act", "--wrd", "1"], "error: minnow act: --wrd: no such setting; did you mean WORD?"),
+    ],
+)
+def test_a_wrong_name_gets_the_nearest(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err == message + "\n"
+
+
+def test_help_lists_all_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in cli.COMMANDS)
+    assert cli.main(["data"]) == 0
+    text = capsys.readouterr().out
+    assert "data pond" in text
+    assert "pretrain" not in text
+
+
+def test_help_is_quick_and_loads_no_torch() -> None:
+    program = "import sys; from minnow.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert (
+        subprocess.run([sys.executable, "-c", program], stdout=subprocess.DEVNULL, timeout=60).returncode == 0
+    )
+
+
+def test_version_and_module() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "minnow", "--version"], capture_output=True, text=True, timeout=60
+    )
+    assert result.stdout.startswith("minnow ")
+    assert result.returncode == 0
+
+
+@pytest.mark.parametrize("name", [name for name in cli.COMMANDS if not name.startswith("act")])
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    module = f"minnow.stages.{cli.COMMANDS[name].module}"
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not there")
+    with pytest.raises(SystemExit) as stop:
+        cli.main([*name.split(), "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: minnow {name}")
+    # a field without a string under it shows only its default
+    assert "\n      [" not in text, "a setting without its doc"
