@@ -1,0 +1,151 @@
+"""`Tokenizer`: text <-> token ids, over a `tokenizers` tokenizer and tiktoken's core.
+
+Text is only ever text: `<|im_end|>` written in a document or by a user becomes ordinary bytes. Control tokens
+come from structure alone (document borders, `minnow.tokenizer.chat.render`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+from minnow.config import UserError
+from minnow.tokenizer import fast, files
+from minnow.tokenizer.bytelevel import is_control, token_byte_strings
+from minnow.tokenizer.special import CHAT_TOKENS, END_OF_TEXT, IM_END, IM_START
+
+
+class Tokenizer:
+    """Wraps a `tokenizers.Tokenizer`; build one with `from_pretrained` or
+    `minnow.tokenizer.train.train_tokenizer`.
+
+    `end_of_text` names the token that ends a document (and pads). Raises `UserError` where the vocabulary
+    lacks it, or where the text of a control token could not be told from the token itself.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT) -> None:
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        self._tokenizer = tokenizer
+        self._definition = json.loads(tokenizer.to_str())
+        added = self._definition["added_tokens"]
+        self.special_ids: dict[str, int] = {t["content"]: t["id"] for t in added if is_control(t)}
+        """Id of every control token, by its text."""
+        if end_of_text not in self.special_ids:
+            raise UserError(
+                f"the tokenizer has no {end_of_text!r} among its special tokens to end a document with"
+            )
+        self.end_of_text = end_of_text
+        self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        """Largest id + 1: special and reserved tokens included."""
+
+        # Text goes through a tokenizer that does not know the control tokens, so it cannot write one.
+        ordinary = self._definition | {
+            "added_tokens": [token for token in added if not is_control(token)],
+            "post_processor": None,
+        }
+        self._ordinary = tokenizers.Tokenizer.from_str(json.dumps(ordinary))
+        self._core = fast.build(self._definition)
+        forged = [t for t, i in self.special_ids.items() if i in self.encode(t)]
+        if forged:
+            raise UserError(
+                f"the tokenizer reads the text {forged[0]!r} as that control token: any text could forge it"
+            )
+
+    @classmethod
+    def from_pretrained(cls, folder_or_hub_id: str | Path) -> Tokenizer:
+        """Load from a model or tokenizer folder, a run folder (its `model/`), or a Hugging Face Hub id."""
+        tokenizer, end_of_text = files.load(folder_or_hub_id)
+        return cls(tokenizer, end_of_text)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write tokenizer.json, tokenizer_config.json and, for a tokenizer that can chat,
+        chat_template.jinja."""
+        files.save(Path(folder), self._tokenizer, self.end_of_text, chat=self.has_chat_tokens)
+
+    @property
+    def end_of_text_id(self) -> int:
+        """Id that stands before and after every document."""
+        return self.special_ids[self.end_of_text]
+
+    @property
+    def pad_id(self) -> int:
+        """Id of filler; the same as `end_of_text_id`."""
+        return self.end_of_text_id
+
+    @property
+    def im_start_id(self) -> int:
+        """Id that opens a turn. Raises `UserError` without chat tokens."""
+        self.require_chat_tokens()
+        return self.special_ids[IM_START]
+
+    @property
+    def im_end_id(self) -> int:
+        """Id that ends a turn. Raises `UserError` without chat tokens."""
+        self.require_chat_tokens()
+        return self.special_ids[IM_END]
+
+    @property
+    def has_chat_tokens(self) -> bool:
+        """Whether the chat template can be rendered."""
+        return all(token in self.special_ids for token in CHAT_TOKENS)
+
+    def require_chat_tokens(self) -> None:
+        """Raise `UserError` that names the chat tokens this tokenizer lacks."""
+        missing = [token for token in CHAT_TOKENS if token not in self.special_ids]
+        if missing:
+            raise UserError(
+                f"this tokenizer cannot chat: its special tokens lack {', '.join(missing)}; "
+                "use one made by `minnow tokenizer train`, or one that has them"
+            )
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, nothing added; control-token text inside becomes ordinary bytes.
+
+        Half a surrogate pair, which has no UTF-8, is read as U+FFFD.
+        """
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """`encode` of every text, on two cores."""
+        if self._core is not None:
+            return fast.encode_batch(self._core, texts)
+        try:
+            encodings = self._ordinary.encode_batch(list(texts), add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError):
+            texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+            encodings = self._ordinary.encode_batch(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Sequence[int] | np.ndarray, *, skip_special_tokens: bool = False) -> str:
+        """Text of `ids`; bytes that are no UTF-8 show as U+FFFD.
+
+        `skip_special_tokens` leaves out the tokens that tokenizer.json marks special; `<think>`,
+        `<tool_call>` and their kind are not and stay.
+        """
+        return str(self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=skip_special_tokens))
+
+    @cached_property
+    def byte_strings(self) -> list[bytes]:
+        """Bytes that each id adds to a text; b"" for control tokens."""
+        return token_byte_strings(self._definition, self.vocab_size)
+
+    def token_bytes(self) -> np.ndarray:
+        """UTF-8 bytes each token stands for: int32 [vocab_size]; 0 for control tokens."""
+        return np.array([len(string) for string in self.byte_strings], dtype=np.int32)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what decides ids and rendering: vocabulary, merges, pre-tokenizer, chat
+        template."""
+        decisive = self._definition | {
+            "end_of_text": self.end_of_text,
+            "chat_template": files.chat_template(),
+        }
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
