@@ -1,0 +1,144 @@
+"""The pond as a folder of files, and the documents in the order in which they are written."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import random
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from minnow.config import UserError
+from minnow.data.pond.questions import Question, Wording, conversations, question_documents, questions
+from minnow.data.pond.relations import LANGUAGES, RELATIONS
+from minnow.data.pond.stories import PondDocument, statement_documents
+from minnow.data.pond.world import Split, World
+from minnow.tokenizer.chat import Conversation
+
+ENGLISH_SHARE = 0.57  # of the documents; English needs more tokens than Chinese to reach the same recall
+QUESTION_SHARE = 0.12  # of the documents; without any, recall by question stays far below recall by statement
+
+
+def pretraining_documents(
+    world: World,
+    *,
+    mentions: int = 320,
+    english: float = ENGLISH_SHARE,
+    question_share: float = QUESTION_SHARE,
+) -> Iterator[PondDocument]:
+    """Documents until the facts have been stated `mentions` times on average, both languages together.
+
+    Questions do not count as statements. They are about training creatures only.
+    """
+    rng = random.Random(f"pond/pretraining/{world.seed}")
+    yield from _until(world, rng, mentions, english, question_share)
+
+
+def validation_documents(world: World, *, mentions: int = 2) -> Iterator[PondDocument]:
+    """Another draw of the same statements, without questions, for bits per byte.
+
+    Documents of fewer than four facts are left out: they might repeat a training text.
+    """
+    rng = random.Random(f"pond/validation/{world.seed}")
+    return (
+        document
+        for document in _until(world, rng, mentions, ENGLISH_SHARE, 0.0)
+        if len(document.mentions) >= 4
+    )
+
+
+def _until(
+    world: World, rng: random.Random, mentions: int, english: float, question_share: float
+) -> Iterator[PondDocument]:
+    statements = {language: statement_documents(world, language, rng) for language in LANGUAGES}
+    dialogues = {language: question_documents(world, language, rng) for language in LANGUAGES}
+    missing = mentions * len(world.creatures) * len(RELATIONS)
+    while missing > 0:
+        language = LANGUAGES[0] if rng.random() < english else LANGUAGES[1]
+        if rng.random() < question_share:
+            yield next(dialogues[language])
+            continue
+        document = next(statements[language])
+        missing -= len(document.mentions)
+        yield document
+
+
+def all_questions(world: World) -> list[Question]:
+    """One question of every creature, relation, wording and language."""
+    splits: tuple[Split, ...] = ("held_out", "training")
+    kinds: tuple[Wording, ...] = ("trained", "unseen")
+    return [
+        question
+        for split, wording, language in itertools.product(splits, kinds, LANGUAGES)
+        for question in questions(world, split, wording, language)
+    ]
+
+
+def sft_conversations(world: World, count: int, english: float = ENGLISH_SHARE) -> Iterator[Conversation]:
+    """`count` conversations in both languages, mixed."""
+    rng = random.Random(f"pond/sft/{world.seed}")
+    streams = {language: conversations(world, language) for language in LANGUAGES}
+    for _ in range(count):
+        yield next(streams[LANGUAGES[0] if rng.random() < english else LANGUAGES[1]])
+
+
+def write_pond(
+    folder: str | Path, world: World, *, mentions: int = 320, conversation_count: int = 12_000
+) -> dict[str, int]:
+    """Write the pond's files into a new folder, all or nothing; returns the rows of each file.
+
+    `world.json`; `pretrain.jsonl` and `validation.jsonl` ({"text", "language", "kind"}); `sft.jsonl`
+    ({"messages"}); `questions.jsonl` (the fields of `Question`). Raises UserError when the folder exists and is no pond.
+    """
+    folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "world.json").exists():
+        raise UserError(f"{folder}: the folder is not empty and holds no pond; name a new one")
+    files: dict[str, Iterable[dict[str, Any]]] = {
+        "world.json": [world.to_dict()],
+        "pretrain.jsonl": map(_document_row, pretraining_documents(world, mentions=mentions)),
+        "validation.jsonl": map(_document_row, validation_documents(world)),
+        "sft.jsonl": map(_conversation_row, sft_conversations(world, conversation_count)),
+        "questions.jsonl": map(dataclasses.asdict, all_questions(world)),
+    }
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        counts = {name: _write_rows(temporary / name, rows) for name, rows in files.items()}
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return counts
+
+
+def load_world(folder: str | Path) -> World:
+    """The world of a folder that `write_pond` wrote. Raises UserError when there is none."""
+    path = Path(folder) / "world.json"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; `minnow data pond --out {folder}` makes a pond")
+    return World.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _document_row(document: PondDocument) -> dict[str, Any]:
+    return {"text": document.text, "language": document.language, "kind": document.kind}
+
+
+def _conversation_row(conversation: Conversation) -> dict[str, Any]:
+    return {
+        "messages": [{"role": message.role, "content": message.content} for message in conversation.messages]
+    }
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
+    count = 0
+    with open(path, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
