@@ -1,4 +1,4 @@
-"""The command line: a table of commands, each a module in `minnow.stages` with a `Config` and a `run(config)`.
+"""The command line: a table of commands, each a module of `minnow.stages` with `Config` and `run(config)`.
 
 A command's module is imported only when it is called, so `minnow --help` answers at once.
 """
@@ -49,8 +49,8 @@ COMMANDS: dict[str, Command] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return the process's exit code.
 
-    0 done; 2 something the user can mend, told in one line on stderr; 130 interrupted. A trainer that was told
-    to stop by SIGTERM exits 143 by itself, once it has saved.
+    0 done; 2 something the user can mend, told in one line on stderr; 130 interrupted. A trainer that gets a
+    SIGTERM exits 143 by itself, once it has saved.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     try:

@@ -3,7 +3,7 @@
 A configuration is a frozen, keyword-only dataclass. Its sections are dataclasses too, so every setting has a
 dotted key: `optim.learning_rate`. Settings come from (later wins) the dataclass defaults, the YAML files that
 `--config` names and the command line. jsonargparse turns text into typed values; this module finds out which
-text belongs to which key, and says in one line what is wrong, where it stands and which key was probably meant.
+text belongs to which key, and says in one line what is wrong, where it stands and which key was meant.
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -322,7 +322,8 @@ def _build(cls: type[T], values: dict[str, Any], prefix: str, program: str, defa
     try:
         return cls(**arguments)
     except ValueError as error:
-        raise UserError(f"{program}: {prefix[:-1]}{': ' if prefix else ''}{error}") from None
+        section = "" if prefix[:-1] in str(error) else f"{prefix[:-1]}: "
+        raise UserError(f"{program}: {section}{error}") from None
 
 
 def _tree(settings: Iterable[Setting], values: dict[str, Any]) -> dict[str, Any]:
