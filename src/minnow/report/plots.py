@@ -1,0 +1,74 @@
+"""Curves of a run, as figures a person can look at."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from minnow.config import atomic_write
+
+Record = dict[str, Any]
+
+BLUE, ORANGE = "#1f6f8b", "#d9822b"
+
+
+def run_figure(records: Sequence[Record], title: str) -> Figure:
+    """Four panels: loss, bits per byte, learning rate with gradient norm, tokens per second."""
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure.suptitle(title)
+    (loss, bits), (rate, speed) = figure.subplots(2, 2)
+    _curve(loss, records, "loss", BLUE, label="training", smooth=True)
+    _curve(loss, records, "validation_loss", ORANGE, label="held out")
+    loss.set(title="loss", ylabel="nats per token")
+    _curve(bits, records, "bits_per_byte", ORANGE, label="held out")
+    bits.set(title="bits per byte", ylabel="bits per UTF-8 byte")
+    _curve(rate, records, "lr", BLUE, label="learning rate")
+    norm = rate.twinx()
+    _curve(norm, records, "grad_norm", ORANGE, label="gradient norm")
+    rate.set(title="learning rate and gradient norm", ylabel="learning rate")
+    norm.set(ylabel="gradient norm", yscale="log")
+    _curve(speed, records, "tokens_per_second", BLUE, label="tokens/s", smooth=True)
+    speed.set(title="speed", ylabel="tokens per second", ylim=(0, None))
+    for axes in (loss, bits, rate, speed):
+        axes.set_xlabel("update")
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write `figure` as PNG."""
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
+
+
+def _curve(axes: Axes, records: Sequence[Record], key: str, colour: str, *, label: str, smooth: bool = False) -> None:
+    points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+    if not points:
+        return
+    steps, values = zip(*points, strict=True)
+    few = len(points) < 40
+    axes.plot(
+        steps,
+        values,
+        color=colour,
+        alpha=0.3 if smooth and not few else 1,
+        lw=1.2,
+        marker="." if few else "",
+        label=label,
+    )
+    if smooth and not few:
+        axes.plot(steps, _moving_average(values, max(5, len(values) // 40)), color=colour, lw=1.8)
+
+
+def _moving_average(values: Sequence[float], window: int) -> list[float]:
+    averages = []
+    for end in range(1, len(values) + 1):
+        recent = values[max(0, end - window) : end]
+        averages.append(sum(recent) / len(recent))
+    return averages

@@ -1,0 +1,54 @@
+"""`minnow pretrain`: a model from random weights (or from another model) on plain text."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from minnow.config import UserError
+from minnow.model.config import ModelConfig
+from minnow.model.pretrained import load_pretrained, resolve_model_folder
+from minnow.model.transformer import CausalLM
+from minnow.stages.language_model import LanguageModelConfig, run_language_model
+from minnow.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(LanguageModelConfig):
+    """Train a language model on plain text."""
+
+    run: str = "runs/pretrain"
+    """Run folder: config.yaml, metrics.jsonl, checkpoints/, model/ and report.html go there."""
+    tokenizer: str | None = None
+    """Tokenizer folder, model folder or Hub id; with init_from, the model's own by default."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of a new model; vocab_size comes from the tokenizer, max_position_embeddings from sequence_length."""
+    init_from: str | None = None
+    """Continue pretraining this model (model folder, run folder or Hub id) instead of starting from random weights."""
+
+
+def run(config: Config) -> None:
+    """Train, and leave the model in `RUN/model`."""
+    console = Console(stderr=True)
+    if config.init_from is not None:
+        folder = resolve_model_folder(config.init_from)
+        model = load_pretrained(folder)
+        tokenizer = Tokenizer.from_pretrained(config.tokenizer or folder)
+        if tokenizer.vocab_size > model.config.vocab_size:
+            raise UserError(
+                f"--tokenizer has {tokenizer.vocab_size} tokens, {config.init_from} only {model.config.vocab_size}"
+            )
+        model.config.check_sequence_length(config.sequence_length)
+        config = dataclasses.replace(config, model=model.config)
+    else:
+        if config.tokenizer is None:
+            raise UserError("--tokenizer is missing: give a tokenizer folder (make one: minnow tokenizer train)")
+        tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+        shape = dataclasses.replace(
+            config.model, vocab_size=tokenizer.vocab_size, max_position_embeddings=config.sequence_length
+        )
+        config = dataclasses.replace(config, model=shape)
+        model = CausalLM(shape, seed=config.training.seed)
+    run_language_model(config, tokenizer, model, "pretrain", console)

@@ -1,0 +1,34 @@
+"""`minnow sft`: teach a pretrained model to answer, on conversations; only the assistant's words carry loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from minnow.model.pretrained import load_pretrained, resolve_model_folder
+from minnow.stages.language_model import LanguageModelConfig, run_language_model
+from minnow.tokenizer import Tokenizer
+from minnow.training.config import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(LanguageModelConfig):
+    """Fine-tune a model on conversations."""
+
+    run: str = "runs/sft"
+    """Run folder: config.yaml, metrics.jsonl, checkpoints/, model/ and report.html go there."""
+    init_from: str
+    """Model to start from: a model folder, a run folder or a Hub id. Its tokenizer must have the chat tokens."""
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=2, batch_tokens=32_768))
+    """The training loop."""
+
+
+def run(config: Config) -> None:
+    """Train, and leave the model in `RUN/model`."""
+    folder = resolve_model_folder(config.init_from)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    tokenizer.require_chat_tokens()
+    model = load_pretrained(folder)
+    model.config.check_sequence_length(config.sequence_length)
+    run_language_model(config, tokenizer, model, "sft", Console(stderr=True))

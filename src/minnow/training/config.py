@@ -1,0 +1,67 @@
+"""What every training stage can be told about its loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from minnow.config import UserError
+from minnow.training.hardware import DeviceName, Precision
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """The training loop, the same for every stage."""
+
+    epochs: float = 1.0
+    """Passes over the training rows; `steps` overrides it."""
+    steps: int | None = None
+    """Number of optimizer updates; by default as many as `epochs` asks for."""
+    batch_tokens: int = 65_536
+    """Tokens in the global batch of one update (a multiple of the sequence length)."""
+    micro_batch_tokens: int = 16_384
+    """Tokens that go through the model at once; gradients add up over the micro-batches of a batch."""
+    clip_norm: float = 1.0
+    """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
+    z_loss: float = 1e-4
+    """Weight of the squared log-partition function in the loss; keeps logits from growing."""
+    seed: int = 0
+    """Seed of the initial weights and of the data order."""
+    device: DeviceName = "auto"
+    """auto takes CUDA, else MPS, else the CPU."""
+    precision: Precision = "auto"
+    """Number format of activations and products (weights stay fp32); auto is bf16 where the hardware has it."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile for the backbone; auto compiles runs long enough to earn the compile time back."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    log_every: int = 1
+    """Updates between lines in metrics.jsonl."""
+    validate_every: int = 100
+    """Updates between validations (a checkpoint is saved before each); 0 validates at the end only."""
+    validation_tokens: int = 131_072
+    """Held-out tokens scored in one validation, at most."""
+    save_every: int = 100
+    """Updates between checkpoints; 0 saves at validations and at the end only."""
+    keep_last: int = 2
+    """Checkpoints kept, beside the best one."""
+    patience: int = 0
+    """Stop when this many validations in a row bring no better loss, and keep the best model; 0 never stops early."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_tokens", "micro_batch_tokens", "log_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise UserError(f"training.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.steps is None and self.epochs <= 0:
+            raise UserError(f"training.epochs is {self.epochs}: it must be positive, or set training.steps")
+        if self.steps is not None and self.steps < 1:
+            raise UserError(f"training.steps is {self.steps}: it must be at least 1")
+
+    def rows_per_batch(self, sequence_length: int) -> tuple[int, int]:
+        """Return (rows of a global batch, rows of a micro-batch) at this sequence length."""
+        if self.batch_tokens % sequence_length:
+            raise UserError(
+                f"training.batch_tokens ({self.batch_tokens}) must be a multiple of sequence_length ({sequence_length})"
+            )
+        rows = self.batch_tokens // sequence_length
+        return rows, min(rows, max(1, self.micro_batch_tokens // sequence_length))

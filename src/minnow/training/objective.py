@@ -1,0 +1,86 @@
+"""What a stage supplies to the Trainer: where batches come from, and what to minimise on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from torch import Tensor
+
+from minnow.data.batches import Batch, PackedDataset, global_batch_rows
+from minnow.model.attention import PackedAttention
+from minnow.model.transformer import CausalLM
+from minnow.objectives.lm import linear_cross_entropy
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """A micro-batch's loss as a *sum*; the Trainer divides it by the count of the whole global batch."""
+
+    loss_sum: Tensor
+    """() float32, differentiable."""
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    """Further sums, () each, to be divided by the same count and logged by these names."""
+
+
+class Objective(Protocol):
+    """Loss = sum over the global batch / count over the global batch, whatever the split into micro-batches."""
+
+    def count(self, batch: Batch) -> float:
+        """What the sum is divided by: supervised tokens, the sum of their weights, pairs or sequences."""
+        ...
+
+    def __call__(self, model: CausalLM, batch: Batch) -> ObjectiveOutput:
+        """Run the model on one micro-batch."""
+        ...
+
+
+class BatchSource(Protocol):
+    """Gives the global batch of a step, already cut into micro-batches: a pure function of the step."""
+
+    def micro_batches(self, step: int) -> Sequence[Batch]:
+        """Return the micro-batches of `step` (from 0)."""
+        ...
+
+
+@dataclass(frozen=True)
+class LanguageModeling:
+    """Next-token cross-entropy over the weighted targets, with z-loss (PaLM, arXiv 2204.02311, section 5)."""
+
+    z_loss: float = 0.0
+
+    def count(self, batch: Batch) -> float:
+        """Sum of the targets' weights."""
+        return float(batch.weights_BT.sum())
+
+    def __call__(self, model: CausalLM, batch: Batch) -> ObjectiveOutput:
+        """Return the weighted nats (and the z-loss) of one packed micro-batch."""
+        attention = PackedAttention(batch.cu_seqlens, batch.tokens_BT.device)
+        hidden_BTD = model(batch.tokens_BT, batch.positions_BT, attention)
+        loss = linear_cross_entropy(
+            hidden_BTD.flatten(0, 1),
+            model.head_weight,
+            batch.targets_BT.flatten(),
+            batch.weights_BT.flatten(),
+            z_loss=self.z_loss,
+        )
+        return ObjectiveOutput(loss.loss_sum, {"nll": loss.nll_sum})
+
+
+@dataclass(frozen=True)
+class PackedBatches:
+    """Global batches of packed rows in an order that depends on (seed, step) alone."""
+
+    dataset: PackedDataset
+    seed: int
+    rows_per_batch: int
+    rows_per_micro_batch: int
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """Return the step's rows, `rows_per_micro_batch` at a time."""
+        rows = global_batch_rows(self.seed, step, self.rows_per_batch, self.dataset.num_rows)
+        return [
+            self.dataset.batch(rows[start : start + self.rows_per_micro_batch])
+            for start in range(0, len(rows), self.rows_per_micro_batch)
+        ]

@@ -1,0 +1,47 @@
+"""How fast a model trains here, from a few measured steps on random tokens; nothing of a run is touched."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from minnow.data.batches import Batch
+from minnow.model.transformer import CausalLM
+from minnow.training.hardware import synchronize
+from minnow.training.objective import LanguageModeling
+
+
+def random_batch(vocab_size: int, rows: int, sequence_length: int, *, seed: int = 0) -> Batch:
+    """Return full rows of random tokens, one document a row: real work for the model, no data needed."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens_BT = torch.randint(vocab_size, (rows, sequence_length + 1), generator=generator)
+    return Batch(
+        tokens_BT=tokens_BT[:, :-1].contiguous(),
+        targets_BT=tokens_BT[:, 1:].contiguous(),
+        weights_BT=torch.ones(rows, sequence_length),
+        positions_BT=torch.arange(sequence_length).expand(rows, -1).contiguous(),
+        cu_seqlens=torch.arange(0, rows * sequence_length + 1, sequence_length, dtype=torch.int32),
+        filler_BT=torch.zeros(rows, sequence_length, dtype=torch.bool),
+        text_bytes=0.0,
+        document_ids=tuple((row,) for row in range(rows)),
+    )
+
+
+def tokens_per_second(model: CausalLM, batch: Batch, *, seconds: float = 3.0) -> float:
+    """Time forward and backward on `batch`: the median of those that fit into `seconds`, at least three.
+
+    The model's weights and gradients are left as they were (no gradient is kept).
+    """
+    objective, device = LanguageModeling(), next(model.parameters()).device
+    batch = batch.to(device)
+    durations: list[float] = []
+    while len(durations) < 4 or sum(durations) < seconds:
+        synchronize(device)
+        start = time.perf_counter()
+        (objective(model, batch).loss_sum / objective.count(batch)).backward()
+        model.zero_grad(set_to_none=True)
+        synchronize(device)
+        durations.append(time.perf_counter() - start)
+    return batch.num_real_tokens / statistics.median(durations[1:])

@@ -1,0 +1,123 @@
+"""From a resolved stage configuration to a trained model in a run folder: what all training stages have in common."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import yaml
+from rich.console import Console
+
+from minnow.config import UserError, atomic_write, config_to_yaml
+from minnow.model.pretrained import save_pretrained
+from minnow.model.transformer import CausalLM
+from minnow.tokenizer import Tokenizer
+from minnow.training.config import TrainingConfig
+from minnow.training.hardware import choose_device, choose_precision, has_cpp_compiler, matmul_peak
+from minnow.training.trainer import Trainer
+
+ConfigT = TypeVar("ConfigT")
+Say = Callable[[str], None]
+
+# torch.compile costs about a minute on a CPU and gives about a third more speed: it pays after some minutes.
+COMPILE_PAYS_AFTER_SECONDS = 240.0
+ASSUMED_FLOP_UTILISATION = 0.25
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a run computes."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+    @classmethod
+    def choose(cls, config: TrainingConfig) -> Machine:
+        """Resolve `device` and `precision`."""
+        device = choose_device(config.device)
+        return cls(device, choose_precision(config.precision, device))
+
+    def place(self, model: CausalLM, config: TrainingConfig, total_flops: float, say: Say) -> CausalLM:
+        """Move `model` to the device in fp32 masters, set its compute dtype, compile it if that pays."""
+        model.to(self.device, torch.float32)
+        model.compute_dtype = self.dtype
+        model.gradient_checkpointing = config.gradient_checkpointing
+        if self._compile(config, total_flops, say):
+            model.compile_backbone()
+        return model
+
+    def _compile(self, config: TrainingConfig, total_flops: float, say: Say) -> bool:
+        if config.compile == "off" or self.device.type == "mps":
+            return False
+        if self.device.type == "cpu" and not has_cpp_compiler():
+            say("no C++ compiler found: training without torch.compile (about a third slower)")
+            return False
+        if config.compile == "on":
+            return True
+        seconds = total_flops / (matmul_peak(self.device, self.dtype) * ASSUMED_FLOP_UTILISATION)
+        return seconds > COMPILE_PAYS_AFTER_SECONDS
+
+
+class RunFolder:
+    """`runs/NAME/`: opened for a new run, for one to continue, or found finished."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.model_folder = self.path / "model"
+        self.config_file = self.path / "config.yaml"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the final model is there: it is the last thing a run writes."""
+        return (self.model_folder / "config.json").exists()
+
+    def open(self, config: Any, *, overwrite: bool) -> None:
+        """Create the folder with `config.yaml`, or check that what is in it belongs to the same configuration."""
+        if overwrite and self.path.exists():
+            shutil.rmtree(self.path)
+        text = config_to_yaml(config)
+        if self.config_file.exists():
+            before = _flatten(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
+            now = _flatten(yaml.safe_load(text))
+            changed = [k for k in now | before if now.get(k) != before.get(k) and k not in ("run", "overwrite")]
+            if changed:
+                shown = "; ".join(f"{k}: {before.get(k)!r} there, {now.get(k)!r} now" for k in changed[:5])
+                raise UserError(
+                    f"{self.path} holds a run with another configuration ({shown}): give another --run, or --overwrite"
+                )
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with atomic_write(self.config_file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Console) -> None:
+    """Resume if there is something to resume, train, and write the final model (the best one under `patience`)."""
+    if trainer.resume():
+        console.print(f"continuing {run.path} from step {trainer.state.step}", highlight=False)
+    trainer.fit()
+    if trainer.config.patience and trainer.state.best_step not in (None, trainer.state.step):
+        trainer.load_best()
+    save_pretrained(trainer.model, run.model_folder, tokenizer=tokenizer)
+    console.print(f"model written to {run.model_folder}", highlight=False)
+
+
+def with_machine(config: ConfigT, machine: Machine) -> ConfigT:
+    """Write what `auto` was resolved to into `config.training`, so that config.yaml says what really ran."""
+    training = dataclasses.replace(
+        config.training,  # type: ignore[attr-defined]
+        device=machine.device.type,
+        precision={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[machine.dtype],
+    )
+    return dataclasses.replace(config, training=training)  # type: ignore[type-var]
+
+
+def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {k: v for name, child in tree.items() for k, v in _flatten(child, f"{prefix}{name}.").items()}

@@ -1,0 +1,249 @@
+"""The one training loop. A stage supplies a model, batches and an objective; everything else happens here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minnow.config import UserError
+from minnow.data.batches import Batch
+from minnow.model.size import training_flops_per_token
+from minnow.model.transformer import CausalLM
+from minnow.optim import ScheduleConfig, learning_rate_factor, set_learning_rates
+from minnow.training.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
+from minnow.training.config import TrainingConfig
+from minnow.training.hardware import matmul_peak, peak_memory_bytes, synchronize
+from minnow.training.loss_scale import LossScale
+from minnow.training.objective import BatchSource, Objective
+from minnow.training.progress import TrainingProgress
+from minnow.training.run_folder import MetricsLog
+from minnow.training.signals import Interrupted, StopRequest, stop_requests
+from minnow.training.validation import validate
+
+Evaluation = Callable[[CausalLM], dict[str, float]]
+
+
+class NonFiniteLossError(RuntimeError):
+    """Loss or gradient is NaN or infinite; the weights are those before the step. Names the step and the documents."""
+
+
+@dataclass
+class LoopState:
+    """What the loop itself must remember between steps; saved in every checkpoint."""
+
+    step: int = 0
+    tokens: int = 0
+    best_loss: float = math.inf
+    best_step: int | None = None
+    validations_without_progress: int = 0
+
+
+class Trainer:
+    """Owns accumulation, precision, clipping, schedule, checkpoints, validation, logging and stopping.
+
+    model: on its device, `compute_dtype` and compilation already chosen by the stage.
+    validation: held-out batches, with `token_bytes` (int32 [vocab]) to turn nats into bits per byte; may be empty.
+    evaluations: further functions of the model, called at each validation; their figures go into its metrics line.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        *,
+        folder: Path,
+        title: str,
+        model: CausalLM,
+        optimizers: Sequence[torch.optim.Optimizer],
+        schedule: ScheduleConfig,
+        objective: Objective,
+        source: BatchSource,
+        total_steps: int,
+        validation: Sequence[Batch] = (),
+        token_bytes: np.ndarray | None = None,
+        evaluations: Sequence[Evaluation] = (),
+    ) -> None:
+        self.config, self.folder, self.title = config, folder, title
+        self.model, self.optimizers, self.schedule = model, list(optimizers), schedule
+        self.objective, self.source, self.total_steps = objective, source, total_steps
+        self.validation, self.token_bytes, self.evaluations = list(validation), token_bytes, list(evaluations)
+        self.device = next(model.parameters()).device
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.loss_scale = LossScale(model.compute_dtype)
+        self.state = LoopState()
+        folder.mkdir(parents=True, exist_ok=True)
+        self.metrics = MetricsLog(folder / "metrics.jsonl")
+        self.checkpoints = folder / "checkpoints"
+
+    def resume(self) -> bool:
+        """Continue from the newest checkpoint, if there is one: bit for bit as if the run had not been stopped."""
+        found = list_checkpoints(self.checkpoints)
+        if not found:
+            self.metrics.path.unlink(missing_ok=True)
+            return False
+        saved = found[-1].load(self.model, self.optimizers)
+        self.state = LoopState(**saved["loop"])
+        self.loss_scale.load_state_dict(saved["loss_scale"])
+        self.metrics.rewind(self.state.step)
+        return True
+
+    def fit(self) -> None:
+        """Train to `total_steps`. Raises Interrupted after SIGTERM or SIGINT, NonFiniteLossError on NaN or infinity."""
+        self.model.train()
+        peak = matmul_peak(self.device, self.model.compute_dtype)
+        progress = TrainingProgress(self.title, done=self.state.step, total=self.total_steps)
+        with stop_requests() as request, progress:
+            if self.state.step and self._validation_due() and not self._validate(progress):
+                return
+            while self.state.step < self.total_steps:
+                record = self._timed_step(peak)
+                progress.update(self.state.step, f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tok/s")
+                if self.state.step % self.config.log_every == 0 or self.state.step == self.total_steps:
+                    self.metrics.append(record)
+                if self._validation_due():
+                    self._save()
+                    self._obey(request)
+                    if not self._validate(progress):
+                        return
+                elif self.config.save_every and self.state.step % self.config.save_every == 0:
+                    self._save()
+                self._obey(request)
+
+    def load_best(self) -> None:
+        """Go back to the checkpoint with the best validation loss."""
+        for checkpoint in list_checkpoints(self.checkpoints):
+            if checkpoint.step == self.state.best_step:
+                checkpoint.load(self.model, self.optimizers)
+
+    def train_step(self) -> dict[str, float]:
+        """One update. The loss is the sum over the global batch divided by its count, however it is cut up.
+
+        mean = sum_m loss_sum_m / sum_m count_m, so each micro-batch's backward pass starts from loss_sum_m / count with
+        the count of the *whole* batch; dividing by micro-batch counts and averaging would weight tokens unequally.
+        """
+        batches = self.source.micro_batches(self.state.step)
+        count = sum(self.objective.count(batch) for batch in batches)
+        if count == 0:
+            raise UserError(f"step {self.state.step}: no token of the batch is supervised; check the data's loss mask")
+        sums: dict[str, float] = {}
+        for batch in batches:
+            output = self.objective(self.model, batch.to(self.device))
+            (output.loss_sum * (self.loss_scale.scale / count)).backward()
+            for name, value in {"loss": output.loss_sum, **output.metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(value.detach())
+        figures = {name: value / count for name, value in sums.items()}
+        figures["flops"] = sum(self._flops(batch) for batch in batches)
+        if not math.isfinite(figures["loss"]):
+            raise self._non_finite("loss", figures["loss"], batches)
+        figures["grad_norm"] = self._clip_gradients()
+        finite = math.isfinite(figures["grad_norm"])
+        if not finite and (not self.loss_scale.enabled or self.loss_scale.scale < 1):
+            raise self._non_finite("gradient norm", figures["grad_norm"], batches)
+        factor = learning_rate_factor(self.schedule, self.state.step, self.total_steps)
+        set_learning_rates(self.optimizers, factor)
+        for optimizer in self.optimizers:
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.loss_scale.update(overflow=not finite)
+        figures["lr"] = self.optimizers[0].param_groups[0]["lr"]
+        self.state.step += 1
+        self.state.tokens += sum(batch.num_real_tokens for batch in batches)
+        return figures
+
+    def _flops(self, batch: Batch) -> float:
+        """Operations of one micro-batch, with attention inside its pieces only."""
+        lengths = batch.cu_seqlens.diff().double()
+        mean_context = float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
+        return training_flops_per_token(self.model.config, mean_context) * float(lengths.sum())
+
+    def _clip_gradients(self) -> float:
+        """Undo the loss scale and clip to `clip_norm`; return the norm before clipping."""
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(grads)) / self.loss_scale.scale
+        too_long = self.config.clip_norm / (norm + 1e-6) if self.config.clip_norm else 1.0
+        coefficient = min(1.0, too_long) / self.loss_scale.scale
+        if math.isfinite(norm) and coefficient != 1.0:
+            torch._foreach_mul_(grads, coefficient)
+        return norm
+
+    def _non_finite(self, what: str, value: float, batches: Sequence[Batch]) -> NonFiniteLossError:
+        documents = sorted({document for batch in batches for row in batch.document_ids for document in row})
+        shown = ", ".join(map(str, documents[:20])) + (" ..." if len(documents) > 20 else "")
+        return NonFiniteLossError(
+            f"step {self.state.step}: {what} is {value}; the weights were left as they were before this step. "
+            f"Its batch holds {len(documents)} documents (numbers in the training shards): {shown}. "
+            "Look at them with `minnow data inspect`, or lower the learning rate"
+        )
+
+    def _timed_step(self, peak: float) -> dict[str, Any]:
+        """`train_step` with the figures of the machine beside those of the model."""
+        tokens_before, start = self.state.tokens, time.perf_counter()
+        figures = self.train_step()
+        synchronize(self.device)
+        seconds = time.perf_counter() - start
+        rate = (self.state.tokens - tokens_before) / seconds
+        flops_per_second = figures.pop("flops") / seconds
+        return {
+            "step": self.state.step,
+            **figures,
+            "tokens": self.state.tokens,
+            "tokens_per_second": rate,
+            "mfu": flops_per_second / peak,
+            "memory_gb": peak_memory_bytes(self.device) / 1e9,
+            "eta_seconds": seconds * (self.total_steps - self.state.step),
+            "seconds": seconds,
+        }
+
+    def _validation_due(self) -> bool:
+        at_end = self.state.step == self.total_steps
+        every = self.config.validate_every
+        return at_end or (every > 0 and self.state.step % every == 0)
+
+    def _validate(self, progress: TrainingProgress) -> bool:
+        """Score held-out data, log it, remember the best. Returns False when patience has run out."""
+        record: dict[str, Any] = {"step": self.state.step}
+        patient = True
+        if self.validation and self.token_bytes is not None:
+            result = validate(self.model, self.validation, self.token_bytes, self.device)
+            record |= {"validation_loss": result.loss, "bits_per_byte": result.bits_per_byte}
+            if result.loss < self.state.best_loss:
+                self.state.best_loss, self.state.best_step = result.loss, self.state.step
+                self.state.validations_without_progress = 0
+            else:
+                self.state.validations_without_progress += 1
+            patience = self.config.patience
+            patient = not patience or self.state.validations_without_progress < patience
+        for evaluation in self.evaluations:
+            record |= evaluation(self.model)
+        if len(record) > 1:
+            self.metrics.append(record)
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "step")
+            progress.say(f"step {self.state.step}: {shown}")
+        self.model.train()
+        prune_checkpoints(self.checkpoints, keep_last=self.config.keep_last, best_step=self.state.best_step)
+        if not patient:
+            progress.say(f"stopped early: no better validation loss since step {self.state.best_step}")
+        return patient
+
+    def _save(self) -> None:
+        state = {"loop": vars(self.state).copy(), "loss_scale": self.loss_scale.state_dict()}
+        save_checkpoint(self.checkpoints, self.state.step, self.model, self.optimizers, state)
+        prune_checkpoints(self.checkpoints, keep_last=self.config.keep_last, best_step=self.state.best_step)
+
+    def _obey(self, request: StopRequest) -> None:
+        if request.signal_number is None:
+            return
+        saved = list_checkpoints(self.checkpoints)
+        if not saved or saved[-1].step != self.state.step:
+            self._save()
+        raise Interrupted(
+            request.signal_number,
+            f"stopped at step {self.state.step}; run the same command again to continue from there",
+        )

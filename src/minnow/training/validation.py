@@ -1,0 +1,54 @@
+"""Validation loss and bits per byte on held-out packed rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from minnow.data.batches import Batch
+from minnow.model.attention import PackedAttention
+from minnow.model.transformer import CausalLM
+from minnow.objectives.lm import bits_per_byte, token_logprobs
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Held-out figures of one model on one set of batches."""
+
+    loss: float
+    """Nats per weighted target."""
+    bits_per_byte: float
+    """Nats of the weighted targets that stand for text / (ln 2 x their UTF-8 bytes)."""
+
+
+def validate(model: CausalLM, batches: Sequence[Batch], token_bytes: np.ndarray, device: torch.device) -> Validation:
+    """Score `model` on `batches`.
+
+    `token_bytes` is int32 [vocab], the bytes each token stands for. Special tokens stand for none: they count in the
+    loss and not in bits per byte, so that the figure compares across tokenizers.
+    """
+    bytes_of_token = torch.from_numpy(token_bytes).to(device)
+    nats = weight = text_nats = text_bytes = 0.0
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in batches:
+            batch = batch.to(device)
+            hidden_BTD = model(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens, device))
+            supervised_BT = batch.weights_BT > 0
+            targets_N, weights_N = batch.targets_BT[supervised_BT], batch.weights_BT[supervised_BT]
+            nll_N = -token_logprobs(hidden_BTD[supervised_BT], model.head_weight, targets_N).double()
+            bytes_N = bytes_of_token[targets_N]
+            nats += float((nll_N * weights_N).sum())
+            weight += float(weights_N.sum())
+            text_nats += float(nll_N[bytes_N > 0].sum())
+            text_bytes += float(bytes_N.sum())
+    model.train(was_training)
+    return Validation(
+        loss=nats / weight if weight else math.nan,
+        bits_per_byte=bits_per_byte(text_nats, text_bytes) if text_bytes else math.nan,
+    )

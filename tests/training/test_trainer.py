@@ -1,0 +1,167 @@
+"""The loop: normalisation, resume, early stopping, the NaN guard, checkpoints."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from minnow.training.checkpoint import list_checkpoints
+from minnow.training.trainer import NonFiniteLossError, Trainer
+
+from .helpers import RandomSource, make_trainer
+
+VOLATILE = {"tokens_per_second", "mfu", "memory_gb", "eta_seconds", "seconds"}
+
+
+def metrics(trainer: Trainer) -> list[dict]:
+    return [{k: v for k, v in record.items() if k not in VOLATILE} for record in trainer.metrics.read()]
+
+
+def weights(trainer: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+
+
+def assert_equal_weights(left: Trainer, right: Trainer) -> None:
+    for name, weight in weights(left).items():
+        assert torch.equal(weight, weights(right)[name]), name
+
+
+@pytest.mark.parametrize("pieces", [2, 4, 8])
+def test_cutting_the_batch_into_micro_batches_changes_nothing(tmp_path: Path, pieces: int) -> None:
+    whole = make_trainer(tmp_path / "whole", steps=3)
+    cut = make_trainer(tmp_path / "cut", steps=3, source=RandomSource(pieces))
+    for _ in range(3):
+        expected, got = whole.train_step(), cut.train_step()
+        assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-4)
+    # Muon orthogonalises: rounding of the sum is blown up in directions without gradient, hence not 1e-7.
+    for name, weight in weights(whole).items():
+        torch.testing.assert_close(weights(cut)[name], weight, rtol=0, atol=1e-4)
+
+
+def test_the_loss_is_the_sum_over_all_tokens_by_their_count(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, source=RandomSource(4), z_loss=0.0)
+    batches = trainer.source.micro_batches(0)
+    with torch.no_grad():
+        outputs = [trainer.objective(trainer.model, batch) for batch in batches]
+    total = sum(float(output.loss_sum) for output in outputs)
+    count = sum(float(batch.weights_BT.sum()) for batch in batches)
+    per_micro_batch = [float(o.loss_sum) / float(b.weights_BT.sum()) for o, b in zip(outputs, batches, strict=True)]
+    assert trainer.train_step()["loss"] == pytest.approx(total / count, rel=1e-6)
+    assert abs(total / count - sum(per_micro_batch) / 4) > 1e-5, (
+        "the masks must be uneven for this test to see a difference"
+    )
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4, 7, 8, 11])
+def test_resume_is_bitwise(tmp_path: Path, stop_after: int) -> None:
+    uninterrupted = make_trainer(tmp_path / "a")
+    uninterrupted.fit()
+    first = make_trainer(tmp_path / "b")
+    first.source = StopAt(stop_after)
+    with pytest.raises(KeyboardInterrupt):
+        first.fit()
+    second = make_trainer(tmp_path / "b")
+    assert second.resume() == (stop_after >= 3)
+    second.fit()
+    assert_equal_weights(uninterrupted, second)
+    assert metrics(uninterrupted) == metrics(second)
+
+
+class StopAt(RandomSource):
+    """Dies when the batch of a step is asked for."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self.step = step
+
+    def micro_batches(self, step: int) -> list:
+        if step == self.step:
+            raise KeyboardInterrupt
+        return super().micro_batches(step)
+
+
+def test_metrics_have_physical_units(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, steps=4)
+    trainer.fit()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in training] == [1, 2, 3, 4]
+    for line in training:
+        assert line["tokens"] == line["step"] * 8 * 32
+        assert line["tokens_per_second"] > 0
+        assert 0 < line["mfu"] < 1
+        assert line["lr"] > 0
+        assert line["memory_gb"] > 0.01
+    (validation,) = [line for line in lines if "validation_loss" in line]
+    assert validation["step"] == 4
+    assert math.isfinite(validation["bits_per_byte"])
+
+
+class PoisonSource(RandomSource):
+    """Makes one weight of the batch infinite."""
+
+    def micro_batches(self, step: int) -> list:
+        batches = super().micro_batches(step)
+        if step == 2:
+            batches[0].weights_BT[0, 0] = math.inf
+        return batches
+
+
+def test_nan_guard_names_step_and_documents_and_spares_the_weights(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, source=PoisonSource())
+    trainer.train_step()
+    trainer.train_step()
+    before = weights(trainer)
+    with pytest.raises(NonFiniteLossError, match=r"step 2: loss is (inf|nan).*8 documents.*0, 1, 2, 3"):
+        trainer.train_step()
+    for name, weight in before.items():
+        assert torch.equal(weight, dict(trainer.model.named_parameters())[name])
+
+
+def test_clipping(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, clip_norm=0.01)
+    trainer.source.micro_batches(0)
+    for batch in trainer.source.micro_batches(0):
+        (trainer.objective(trainer.model, batch).loss_sum / trainer.objective.count(batch)).backward()
+    norm = trainer._clip_gradients()
+    after = torch.nn.utils.get_total_norm([p.grad for p in trainer.parameters if p.grad is not None])
+    assert norm > 0.01
+    assert float(after) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_patience_stops_early_and_the_best_checkpoint_survives(tmp_path: Path) -> None:
+    # Random tokens cannot be learnt: held-out loss rises as soon as the model fits what it sees again and again.
+    trainer = make_trainer(
+        tmp_path, steps=200, source=OneBatch(), validate_every=2, save_every=0, patience=3, keep_last=1
+    )
+    trainer.fit()
+    assert trainer.state.step < 200
+    validations = [r for r in trainer.metrics.read() if "validation_loss" in r]
+    best = min(validations, key=lambda r: r["validation_loss"])["step"]
+    assert trainer.state.step == best + 3 * 2
+    assert [c.step for c in list_checkpoints(tmp_path / "checkpoints")] == [best, trainer.state.step]
+    trainer.load_best()
+    assert trainer.state.best_step == best
+
+
+class OneBatch(RandomSource):
+    """The same batch at every step."""
+
+    def micro_batches(self, step: int) -> list:
+        return super().micro_batches(0)
+
+
+def test_checkpoints_are_pruned_and_hold_a_model_others_read(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, keep_last=2)
+    trainer.fit()
+    kept = [c.step for c in list_checkpoints(tmp_path / "checkpoints")]
+    assert kept[-1] == 12
+    assert len(kept) <= 3  # the last two and the best
+    names = {path.name for path in (tmp_path / "checkpoints" / "step-00000012").iterdir()}
+    assert {"config.json", "model.safetensors", "optimizers.safetensors", "state.json"} <= names
+    assert not list((tmp_path / "checkpoints").glob(".*"))
