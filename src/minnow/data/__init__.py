@@ -1,0 +1,1 @@
+"""Data: from raw rows to packed batches, and the pond."""

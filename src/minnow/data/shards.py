@@ -1,0 +1,149 @@
+"""Tokenised documents on disk: memory-mapped, checked by sha256, never loaded whole.
+
+A folder holds, for each shard N, `N.tokens` (uint16, or uint32 for a vocabulary above 65,536), `N.index.npy` (int64
+[documents, 3]: first token, tokens, UTF-8 bytes) and, for supervised data, `N.weights` (float16, the loss weight of
+predicting each token); and `token_bytes.npy` and `meta.json`, which lists the shards with their checksums and is
+written last. Two index rows may point at the same tokens: that is how a source counts twice in a mixture.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minnow.config import UserError
+
+FORMAT_VERSION = 1
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """Return the narrowest unsigned type that holds every id: uint16 up to 65,536 ids, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file's content in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class Shards:
+    """Documents of one split; document i has `lengths[i]` tokens. Open with `Shards.open`."""
+
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        self.folder = folder
+        self.has_weights: bool = meta["has_weights"]
+        self.vocab_size: int = meta["vocab_size"]
+        self._dtype = np.dtype(meta["dtype"])
+        self._names: list[str] = [shard["name"] for shard in meta["shards"]]
+        indexes = [np.load(folder / f"{name}.index.npy") for name in self._names]
+        index = np.concatenate([np.empty((0, 3), np.int64), *indexes])
+        self._offsets = np.ascontiguousarray(index[:, 0])
+        self.lengths: np.ndarray = np.ascontiguousarray(index[:, 1])
+        """int64 [documents]: tokens of each document, control tokens included."""
+        self.text_bytes: np.ndarray = np.ascontiguousarray(index[:, 2])
+        """int64 [documents]: UTF-8 bytes of each document's text (for conversations: of its supervised text)."""
+        self._shard_of = np.repeat(np.arange(len(indexes), dtype=np.int32), [len(part) for part in indexes])
+        self._maps: dict[tuple[int, str], np.ndarray] = {}
+
+    @classmethod
+    def open(cls, folder: str | Path, *, verify: bool = False) -> Shards:
+        """Open a folder of shards. `verify` reads every byte and compares checksums (about 1 GB/s).
+
+        Raises UserError when the folder is not a complete set of shards or does not match its checksums.
+        """
+        folder = Path(folder)
+        try:
+            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise UserError(f"{folder}: holds no prepared data (no meta.json); run `minnow data prepare`") from None
+        if meta["version"] != FORMAT_VERSION:
+            raise UserError(
+                f"{folder}: written in format {meta['version']}, this minnow reads {FORMAT_VERSION}; delete the folder "
+                "and prepare again"
+            )
+        for shard in meta["shards"]:
+            for name, entry in shard["files"].items():
+                _check_file(folder / name, entry, verify)
+        return cls(folder, meta)
+
+    @property
+    def num_documents(self) -> int:
+        """Documents, repeated ones counted as often as they are repeated."""
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all documents."""
+        return int(self.lengths.sum())
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """int32 [vocab_size]: UTF-8 bytes that each token stands for, 0 for control tokens."""
+        return np.load(self.folder / "token_bytes.npy")
+
+    def tokens(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return tokens start..stop of document i, a read-only view (uint16 or uint32)."""
+        return self._view(i, "tokens", start, stop)
+
+    def weights(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Return the loss weight of predicting each of tokens start..stop of document i, float32; ones by default."""
+        if self.has_weights:
+            return self._view(i, "weights", start, stop).astype(np.float32)
+        return np.ones(len(range(*slice(start, stop).indices(int(self.lengths[i])))), np.float32)
+
+    def gather(self, documents: np.ndarray, starts: np.ndarray, lengths: np.ndarray, *, weights: bool) -> np.ndarray:
+        """Copy pieces out, one after the other: int64 ids, or float32 loss weights, [sum of lengths].
+
+        Piece p is `lengths[p]` tokens of `documents[p]` from `starts[p]`. One vectorised read per shard touched: a
+        batch of thousands of short pieces costs what a batch of a few long ones does.
+        """
+        shards = self._shard_of[documents]
+        ends = np.cumsum(lengths)
+        total = int(ends[-1]) if len(ends) else 0
+        # position within the shard file of every wanted token
+        sources = np.arange(total) + np.repeat(self._offsets[documents] + starts - (ends - lengths), lengths)
+        kind = "weights" if weights else "tokens"
+        out = np.empty(total, np.float32 if weights else np.int64)
+        touched = np.unique(shards)
+        for shard in touched.tolist():
+            if len(touched) == 1:
+                out[:] = self._map(shard, kind)[sources]
+            else:
+                here = np.repeat(shards == shard, lengths)
+                out[here] = self._map(shard, kind)[sources[here]]
+        return out
+
+    def iter_tokens(self) -> Iterator[np.ndarray]:
+        """Yield every document's tokens in order."""
+        for i in range(self.num_documents):
+            yield self.tokens(i)
+
+    def _view(self, i: int, kind: str, start: int, stop: int | None) -> np.ndarray:
+        offset = int(self._offsets[i])
+        document = self._map(int(self._shard_of[i]), kind)[offset : offset + int(self.lengths[i])]
+        return document[start:stop]
+
+    def _map(self, shard: int, kind: str) -> np.ndarray:
+        if (shard, kind) not in self._maps:
+            dtype = self._dtype if kind == "tokens" else np.dtype(np.float16)
+            path = self.folder / f"{self._names[shard]}.{kind}"
+            # a plain ndarray over the mapping: np.memmap's own indexing is several times slower
+            self._maps[shard, kind] = np.asarray(np.memmap(path, dtype, mode="r"))
+        return self._maps[shard, kind]
+
+
+def _check_file(path: Path, entry: dict[str, Any], verify: bool) -> None:
+    remedy = "delete the folder and prepare again"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; {remedy}")
+    if path.stat().st_size != entry["bytes"]:
+        raise UserError(f"{path}: {path.stat().st_size} bytes, {entry['bytes']} were written; {remedy}")
+    if verify and file_sha256(path) != entry["sha256"]:
+        raise UserError(f"{path}: content does not match its checksum; {remedy}")
