@@ -1,6 +1,7 @@
 """Shards, packing and batches on token documents made here; no tokenizer needed."""
 
 import json
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -161,11 +162,11 @@ def test_batch_by_hand(tmp_path):
     inputs = {0: [11, 12, 13], 1: [21, 22], 2: [31]}
     targets = {0: [0, 13, 14], 1: [22, 0], 2: [32]}  # a target of weight 0 reads 0
     loss = {0: [0, 0.5, 1], 1: [1, 0], 2: [2]}
-    assert batch.tokens_BT[0].tolist() == sum([inputs[d] for d in order], []) + [0, 0]
-    assert batch.targets_BT[0].tolist() == sum([targets[d] for d in order], []) + [0, 0]
-    assert batch.weights_BT[0].tolist() == sum([loss[d] for d in order], []) + [0, 0]
+    assert batch.tokens_BT[0].tolist() == [*chain(*(inputs[d] for d in order)), 0, 0]
+    assert batch.targets_BT[0].tolist() == [*chain(*(targets[d] for d in order)), 0, 0]
+    assert batch.weights_BT[0].tolist() == [*chain(*(loss[d] for d in order)), 0, 0]
     lengths = [len(inputs[d]) for d in order]
-    assert batch.positions_BT[0].tolist() == sum([list(range(n)) for n in [*lengths, 2]], [])
+    assert batch.positions_BT[0].tolist() == [*chain(*(range(n) for n in [*lengths, 2]))]
     assert batch.cu_seqlens.tolist() == [0, *np.cumsum(lengths).tolist(), 8]
     assert batch.filler_BT[0].tolist() == [False] * 6 + [True] * 2
     assert batch.num_real_tokens == 6
@@ -181,13 +182,13 @@ def test_an_epoch_predicts_every_target_once(tmp_path_factory, lengths, sequence
     batch = dataset.batch(range(dataset.num_rows))
     real = ~batch.filler_BT
     got = sorted(zip(batch.tokens_BT[real].tolist(), batch.targets_BT[real].tolist(), strict=True))
-    want = sorted((int(a), int(b)) for d in documents for a, b in zip(d[:-1], d[1:], strict=True))
+    want = sorted((int(a), int(b)) for d in documents for a, b in pairwise(d))
     assert got == want
     borders = batch.cu_seqlens
     assert borders.dtype == torch.int32
     assert (borders[0], borders[-1]) == (0, batch.tokens_BT.numel())
     positions, tokens, targets = batch.positions_BT.flatten(), batch.tokens_BT.flatten(), batch.targets_BT.flatten()
-    for a, b in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
+    for a, b in pairwise(borders.tolist()):
         assert positions[a:b].tolist() == list(range(b - a))
         assert a // sequence_length == (b - 1) // sequence_length  # no piece crosses a row
         if not batch.filler_BT.flatten()[a]:

@@ -1,3 +1,4 @@
+# ruff: noqa: N815 (fields carry their shape)
 """Batches: which rows make up a step, and what a row of packed documents looks like as tensors."""
 
 from __future__ import annotations

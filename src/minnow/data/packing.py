@@ -80,7 +80,8 @@ def pack(lengths: np.ndarray, sequence_length: int, *, split: bool, seed: int) -
     pieces, row_ends = _best_fit(order.tolist(), starts.tolist(), rest[order].tolist(), sequence_length, split)
     table = np.concatenate([full_rows, np.frombuffer(pieces, dtype=np.int64).reshape(-1, 3)])
     row_starts = np.concatenate([np.arange(len(full_rows) + 1), len(full_rows) + np.array(row_ends, dtype=np.int64)])
-    return PackPlan(sequence_length, *(np.ascontiguousarray(table[:, column]) for column in range(3)), row_starts)
+    document, start, length = (np.ascontiguousarray(table[:, column]) for column in range(3))
+    return PackPlan(sequence_length, document, start, length, row_starts)
 
 
 def _best_fit(

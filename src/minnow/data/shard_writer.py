@@ -25,7 +25,7 @@ class _HashedFile:
         self.bytes = 0
 
     def write(self, values: np.ndarray) -> None:
-        data = memoryview(np.ascontiguousarray(values)).cast("B") if values.size else b""
+        data = values.tobytes()
         self.file.write(data)
         self.sha256.update(data)
         self.bytes += len(data)
@@ -58,7 +58,7 @@ class ShardWriter:
         weights: np.ndarray | None = None,
         copies: np.ndarray | None = None,
     ) -> None:
-        """Append documents lying one after the other in `tokens`; document i is listed `copies[i]` times (default 1)."""
+        """Append documents that lie one after the other in `tokens`; document i is listed `copies[i]` times."""
         rows = np.stack([self.num_tokens + np.cumsum(lengths) - lengths, lengths, text_bytes], axis=1).astype(np.int64)
         self._index.append(rows if copies is None else np.repeat(rows, copies, axis=0))
         self._tokens.write(tokens.astype(self.dtype, copy=False))

@@ -323,9 +323,7 @@ QUESTION_CORES = {
             ),
             ("which animal is {x} afraid of?", "which enemy does {x} have?", "from whom does {x} hide?"),
         ),
-        "clause": Wordings(
-            ("what {x} fears", "what {x} is afraid of", "who hunts {x}"), ("who the enemy of {x} is",)
-        ),
+        "clause": Wordings(("what {x} fears", "what {x} is afraid of", "who hunts {x}"), ("who the enemy of {x} is",)),
         "noun": Wordings(("the enemy of {x}", "{x}'s enemy"), ("the animal that {x} fears",)),
     },
     "friend": {
@@ -392,9 +390,7 @@ QUESTION_CORES = {
             ("at what time does {x} get up?", "what is {x}'s waking time?"),
         ),
         "clause": Wordings(("when {x} wakes up", "when {x} gets up"), ("at what time {x} wakes up",)),
-        "noun": Wordings(
-            ("the waking time of {x}", "the time when {x} wakes up"), ("the time when {x} gets up",)
-        ),
+        "noun": Wordings(("the waking time of {x}", "the time when {x} wakes up"), ("the time when {x} gets up",)),
     },
 }
 

@@ -29,7 +29,7 @@ class Phrasebook:
     space: str
     """What stands between two sentences."""
     statements: Mapping[str, tuple[str, ...]]
-    """By relation: ways to state a fact with slots {x} and {v}, in both directions. The first is the answer."""
+    """By relation: ways to state a fact {x}, {v}, in both directions. The first one is the answer's."""
     pronouns: Mapping[str, tuple[str, ...]]
     """By relation: the same with a pronoun in place of the name."""
     contrasts: Mapping[str, tuple[str, ...]]

@@ -41,7 +41,7 @@ def normal_form(text: str) -> str:
 def wordings(language: Language, relation: str, wording: Wording) -> tuple[str, ...]:
     """All question templates with a slot {x}.
 
-    Trained = trained lead x trained core. Unseen = any lead x unseen core: what says which fact is asked is new.
+    Trained = trained lead x trained core. Unseen = any lead x unseen core: what asks for the fact is new.
     """
     book = PHRASEBOOKS[language]
     templates = []
@@ -56,9 +56,7 @@ def wordings(language: Language, relation: str, wording: Wording) -> tuple[str, 
     return tuple(template for template in dict.fromkeys(templates) if template not in seen)
 
 
-def ask(
-    book: Phrasebook, creature: Creature, relation: str, rng: random.Random, wording: Wording = "trained"
-) -> str:
+def ask(book: Phrasebook, creature: Creature, relation: str, rng: random.Random, wording: Wording = "trained") -> str:
     """A question after one fact."""
     template = rng.choice(wordings(book.language, relation, wording))
     return book.sentence(template, x=creature.name(book.language))
@@ -150,9 +148,7 @@ def conversations(world: World, language: Language, seed: int = 0) -> Iterator[C
             if rng.random() < 0.5:
                 exchanges += _fact_exchanges(book, deck, rng, turns=1)[0]
         else:
-            exchanges = _fact_exchanges(book, deck, rng, turns=1 if kind == "single" else rng.randint(2, 4))[
-                0
-            ]
+            exchanges = _fact_exchanges(book, deck, rng, turns=1 if kind == "single" else rng.randint(2, 4))[0]
         messages = [Message("system", rng.choice(book.system_prompts))] if rng.random() < 0.1 else []
         for prompt, reply in exchanges:
             messages += [Message("user", prompt), Message("assistant", reply)]

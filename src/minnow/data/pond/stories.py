@@ -13,9 +13,7 @@ from minnow.data.pond.relations import RELATIONS, Language
 from minnow.data.pond.world import Creature, World
 
 PHRASEBOOKS: dict[Language, Phrasebook] = {"en": ENGLISH, "zh": CHINESE}
-PRONOUN_SHARE = (
-    0.25  # of a profile's sentences: enough to teach "it", few enough that the name is mostly near the fact
-)
+PRONOUN_SHARE = 0.25  # of a profile's sentences: enough to teach "it", few enough that the name is mostly near the fact
 
 Mention = tuple[str, str]
 """(the creature's English name, the relation): one fact, stated once."""
@@ -86,9 +84,7 @@ def story(book: Phrasebook, deck: Deck, rng: random.Random) -> PondDocument:
         visitor = deck.deal(other_than=creature)
         words["y"] = visitor.name(book.language)
         words |= {f"y_{relation}": visitor.fact(relation, book.language) for relation in RELATIONS}
-        mentions += [
-            (visitor.en, slot[2:]) for line in lines for slot in set(slots(line)) if slot.startswith("y_")
-        ]
+        mentions += [(visitor.en, slot[2:]) for line in lines for slot in set(slots(line)) if slot.startswith("y_")]
     mentions += [(creature.en, slot) for line in lines for slot in set(slots(line)) if slot in RELATIONS]
     text = book.space.join(book.sentence(line, **words) for line in lines)
     return PondDocument(text, book.language, "story", tuple(sorted(mentions)))
@@ -162,8 +158,8 @@ def translation(book: Phrasebook, deck: Deck, rng: random.Random) -> PondDocumen
 
 
 Writer = Callable[[Phrasebook, Deck, random.Random], PondDocument]
-# Kind and share of the documents that state facts. Statements about one creature carry the learning (a fact learnt
-# as "red are: Bolko" is not answered from "Bolko is"), so lists that only name creatures stay few.
+# Kinds and shares. Statements about one creature carry the learning (a fact learnt as "red are: Bolko" is not
+# recalled after "Bolko is"), so lists of creatures stay few.
 KINDS: dict[Writer, float] = {
     profile: 0.40,
     story: 0.28,

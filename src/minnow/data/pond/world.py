@@ -18,8 +18,8 @@ def _syllables(en: str, zh: str) -> dict[str, str]:
     return dict(zip(en.split(), zh.split(), strict=True))
 
 
-# A name is two syllables; its Chinese name is their usual transliteration, so names match across the languages as
-# real ones do. The characters stand in no other word of the pond.
+# A name is two syllables; in Chinese it is their usual transliteration, so names match across the languages as real
+# ones do. The characters stand in no other word of the pond.
 _FIRST = _syllables(
     "Bol Dra Fen Gri Hux Jov Kel Lum Mip Nor Pad Rin Sul Tav Vem Wob Yar Zim Cas Tor Bre Din Gam Hel Lor",
     "波 德 芬 格 胡 乔 凯 鲁 米 诺 帕 琳 苏 泰 维 沃 亚 齐 卡 托 布 丁 甘 赫 洛",
@@ -64,8 +64,8 @@ class World:
         """
         if creatures < 2 or not 0 <= held_out < creatures <= MAX_CREATURES:
             raise UserError(
-                f"pond: {creatures} creatures with {held_out} held out cannot be: there are {MAX_CREATURES} names, a "
-                "pond needs two, and one of them must be left for training"
+                f"pond: {creatures} creatures with {held_out} held out cannot be: there are {MAX_CREATURES} names, "
+                "a pond needs two, and one of them must be left for training"
             )
         rng = random.Random(f"pond/world/{seed}")
         names = rng.sample(list(itertools.product(_FIRST, _SECOND)), creatures)

@@ -44,11 +44,7 @@ def validation_documents(world: World, *, mentions: int = 2) -> Iterator[PondDoc
     Documents of fewer than four facts are left out: they might repeat a training text.
     """
     rng = random.Random(f"pond/validation/{world.seed}")
-    return (
-        document
-        for document in _until(world, rng, mentions, ENGLISH_SHARE, 0.0)
-        if len(document.mentions) >= 4
-    )
+    return (document for document in _until(world, rng, mentions, ENGLISH_SHARE, 0.0) if len(document.mentions) >= 4)
 
 
 def _until(
@@ -92,7 +88,8 @@ def write_pond(
     """Write the pond's files into a new folder, all or nothing; returns the rows of each file.
 
     `world.json`; `pretrain.jsonl` and `validation.jsonl` ({"text", "language", "kind"}); `sft.jsonl`
-    ({"messages"}); `questions.jsonl` (the fields of `Question`). Raises UserError when the folder exists and is no pond.
+    ({"messages"}); `questions.jsonl` (the fields of `Question`). Raises UserError when the folder holds
+    something else.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "world.json").exists():
@@ -130,9 +127,7 @@ def _document_row(document: PondDocument) -> dict[str, Any]:
 
 
 def _conversation_row(conversation: Conversation) -> dict[str, Any]:
-    return {
-        "messages": [{"role": message.role, "content": message.content} for message in conversation.messages]
-    }
+    return {"messages": [{"role": message.role, "content": message.content} for message in conversation.messages]}
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
