@@ -1,0 +1,140 @@
+"""The Trainer's parts on their own: loss scale, signals, metrics, validation, machine."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minnow.config import UserError
+from minnow.training.hardware import choose_device, choose_precision, matmul_peak
+from minnow.training.loss_scale import LossScale
+from minnow.training.run_folder import MetricsLog
+from minnow.training.signals import Interrupted, stop_requests
+from minnow.training.validation import validate
+
+from .helpers import RandomSource, make_trainer, masked_batch
+
+
+def test_loss_scale_halves_on_overflow_and_doubles_after_a_calm_stretch() -> None:
+    scale = LossScale(torch.float16)
+    assert scale.scale == 32768
+    scale.update(overflow=True)
+    assert scale.scale == 16384
+    for _ in range(LossScale.growth_interval):
+        scale.update(overflow=False)
+    assert scale.scale == 32768
+    restored = LossScale(torch.float16)
+    restored.load_state_dict(scale.state_dict())
+    assert vars(restored) == vars(scale)
+
+
+def test_loss_scale_is_one_where_it_is_not_needed() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        scale = LossScale(dtype)
+        scale.update(overflow=True)
+        assert scale.scale == 1.0
+
+
+def test_fp16_steps_match_fp32_ones(tmp_path: Path) -> None:
+    """The scale must cancel out: same losses up to fp16 rounding, and the same gradient norm."""
+    single = make_trainer(tmp_path / "fp32", steps=5)
+    half = make_trainer(tmp_path / "fp16", steps=5)
+    half.model.compute_dtype = torch.float16
+    half.loss_scale = LossScale(torch.float16)
+    for _ in range(5):
+        expected, got = single.train_step(), half.train_step()
+        assert got["loss"] == pytest.approx(expected["loss"], rel=2e-3)
+        assert got["grad_norm"] == pytest.approx(expected["grad_norm"], rel=3e-2)
+
+
+def test_fp16_overflow_skips_the_step_for_all_optimizers(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, steps=5)
+    trainer.model.compute_dtype = torch.float16
+    trainer.loss_scale = LossScale(torch.float16)
+    trainer.loss_scale.scale = 2.0**40
+    before = [p.detach().clone() for p in trainer.parameters]
+    trainer.train_step()
+    assert trainer.loss_scale.scale == 2.0**39
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_and_give_the_conventional_exit_code(tmp_path: Path, number: int, code: int) -> None:
+    class Signalling(RandomSource):
+        def micro_batches(self, step: int) -> list:
+            if step == 5:
+                os.kill(os.getpid(), number)
+            return super().micro_batches(step)
+
+    trainer = make_trainer(tmp_path)
+    trainer.source = Signalling()
+    with pytest.raises(Interrupted) as caught:
+        trainer.fit()
+    assert caught.value.code == code
+    again = make_trainer(tmp_path)
+    again.resume()
+    assert again.state.step == 6, "the step in which the signal came is finished and saved"
+    again.fit()
+    straight = make_trainer(tmp_path / "straight")
+    straight.fit()
+    for left, right in zip(again.parameters, straight.parameters, strict=True):
+        assert torch.equal(left, right)
+
+
+def test_a_second_ctrl_c_does_not_wait() -> None:
+    with pytest.raises(KeyboardInterrupt), stop_requests() as request:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert request.signal_number == signal.SIGINT
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_metrics_log_survives_a_cut_line_and_rewinds(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        log.append({"step": step, "loss": 1.5})
+    log.append({"step": 3, "validation_loss": math.nan})
+    with open(log.path, "a") as file:
+        file.write('{"step": 4, "lo')
+    assert log.read()[-1] == {"step": 3, "validation_loss": None}
+    log.rewind(3)
+    assert log.read() == [{"step": s, "loss": 1.5} for s in (1, 2, 3)]
+    log.rewind(2)
+    assert [r["step"] for r in log.read()] == [1, 2]
+
+
+def test_validation_equals_a_naive_loop(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path)
+    batch = masked_batch(7)
+    token_bytes = torch.tensor([i % 4 for i in range(64)], dtype=torch.int32)  # ids 0, 4, 8 ... stand for no text
+    result = validate(trainer.model, [batch], token_bytes.numpy(), torch.device("cpu"))
+    nats = weight = text_nats = text_bytes = 0.0
+    from minnow.model.attention import CausalAttention
+
+    with torch.no_grad():
+        logits = trainer.model.logits(trainer.model(batch.tokens_BT, batch.positions_BT, CausalAttention()))
+    for row in range(8):
+        for place in range(32):
+            w, target = float(batch.weights_BT[row, place]), int(batch.targets_BT[row, place])
+            nll = -float(F.log_softmax(logits[row, place].double(), -1)[target])
+            nats, weight = nats + w * nll, weight + w
+            if w and target % 4:
+                text_nats, text_bytes = text_nats + nll, text_bytes + target % 4
+    assert result.loss == pytest.approx(nats / weight, rel=1e-6)
+    assert result.bits_per_byte == pytest.approx(text_nats / text_bytes / math.log(2), rel=1e-6)
+
+
+def test_choosing_device_and_precision() -> None:
+    cpu = choose_device("cpu")
+    assert choose_precision("fp16", cpu) == torch.float16
+    assert choose_precision("auto", cpu) in (torch.float32, torch.bfloat16)
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device cuda"):
+            choose_device("cuda")
+    assert matmul_peak(cpu, torch.float32) > 1e9
