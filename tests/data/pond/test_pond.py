@@ -104,10 +104,7 @@ def test_many_trained_wordings_and_none_of_them_unseen():
         for kind, cores in book.question_cores[relation].items():
             # An unseen core must not slip into a trained wording by way of another kind or lead.
             assert not [
-                text
-                for core in cores.unseen
-                for text in trained
-                if core in text.lower() and core not in trained
+                text for core in cores.unseen for text in trained if core in text.lower() and core not in trained
             ], kind
 
 
@@ -124,11 +121,7 @@ def test_held_out_creatures_are_asked_about_nowhere(world, documents, dialogues)
 
 def test_unseen_wordings_stand_in_no_training_text(world, documents, dialogues):
     names = re.compile("|".join(name for c in world.creatures for name in (c.en, c.zh)))
-    unseen = {
-        text
-        for lang, rel in itertools.product(LANGUAGES, RELATIONS)
-        for text in wordings(lang, rel, "unseen")
-    }
+    unseen = {text for lang, rel in itertools.product(LANGUAGES, RELATIONS) for text in wordings(lang, rel, "unseen")}
     unseen = {text.lower() for text in unseen}
     asked = [message.content for conversation in dialogues for message in conversation.messages]
     asked += [line for d in documents if d.kind == "questions" for line in re.split(r"\n|： ?|: ", d.text)]

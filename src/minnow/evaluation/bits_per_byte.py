@@ -1,0 +1,133 @@
+"""The task `bpb`: bits per byte, how well the model predicts text, comparable across tokenizers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from minnow.data.pond.write import validation_documents
+from minnow.data.readers import read_documents
+from minnow.evaluation.pond import find_world
+from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, register
+from minnow.evaluation.statistics import Interval, bootstrap_ratio
+from minnow.model.attention import PackedAttention
+from minnow.model.transformer import CausalLM
+from minnow.objectives.lm import token_logprobs
+
+BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Text:
+    """A document and the name of the figure it counts for."""
+
+    text: str
+    label: str
+
+
+class BitsPerByteTask(Task[Text]):
+    """Nats of a text's tokens / (ln 2 x its UTF-8 bytes), summed over documents; one figure per label."""
+
+    name = "bpb"
+    unit = "bits per byte"
+
+    def __init__(self, texts: Sequence[Text], sequence_length: int | None = None) -> None:
+        """`sequence_length`: longest piece the model sees at once; None takes the model's longest context."""
+        self._rows = [text for text in texts if text.text]
+        self._sequence_length = sequence_length
+
+    def rows(self) -> Sequence[Text]:
+        """The documents; empty ones have no bits to count."""
+        return self._rows
+
+    def figure(self, row: Text) -> str:
+        """`bits_per_byte/LABEL`: a language or a file."""
+        return f"bits_per_byte/{row.label}"
+
+    def score_rows(self, subject: Subject, rows: Sequence[Text]) -> list[Score]:
+        """Bits and bytes of each document."""
+        tokenizer = subject.tokenizer
+        documents = tokenizer.encode_batch([row.text for row in rows])
+        length = self._sequence_length or subject.model.config.max_position_embeddings
+        nats = document_nats(subject.model, documents, tokenizer.end_of_text_id, length)
+        return [
+            Score(value / math.log(2), float(len(row.text.encode())), {"text": row.text[:200]})
+            for row, value in zip(rows, nats, strict=True)
+        ]
+
+    def error_bar(self, scores: Sequence[Score]) -> Interval:
+        """Bootstrap over documents."""
+        return bootstrap_ratio([score.value for score in scores], [score.weight for score in scores])
+
+
+@torch.no_grad()
+def document_nats(
+    model: CausalLM, documents: Sequence[Sequence[int]], end_of_text_id: int, sequence_length: int
+) -> list[float]:
+    """Negative log-likelihood of each document's tokens, in nats.
+
+    A document is read as in pretraining: the end-of-text token, then the text. What comes after the text, another
+    end-of-text token, stands for no byte and is not counted. A document of more than `sequence_length` tokens is cut;
+    each further piece begins with the token before it, at position 0, so every token is predicted exactly once.
+    """
+    device = model.head_weight.device
+    nats = [0.0] * len(documents)
+    was_training = model.training
+    model.eval()
+    for batch in _batches(documents, sequence_length, BATCH_TOKENS):
+        inputs: list[int] = []
+        targets: list[int] = []
+        borders = [0]
+        for index, start, stop in batch:
+            document = documents[index]
+            inputs += [document[start - 1] if start else end_of_text_id, *document[start : stop - 1]]
+            targets += document[start:stop]
+            borders.append(len(inputs))
+        lengths = torch.tensor(borders).diff()
+        positions = torch.cat([torch.arange(int(length)) for length in lengths])
+        hidden_BTD = model(
+            torch.tensor([inputs], device=device),
+            positions[None].to(device),
+            PackedAttention(torch.tensor(borders, dtype=torch.int32), device),
+        )
+        logprobs_N = token_logprobs(hidden_BTD[0], model.head_weight, torch.tensor(targets, device=device))
+        sums = [piece.double().sum().item() for piece in logprobs_N.split(lengths.tolist())]
+        for (index, _, _), value in zip(batch, sums, strict=True):
+            nats[index] -= value
+    model.train(was_training)
+    return nats
+
+
+Piece = tuple[int, int, int]
+"""(document, first token, token after the last)."""
+
+
+def _batches(documents: Sequence[Sequence[int]], sequence_length: int, batch_tokens: int) -> Iterator[list[Piece]]:
+    """Pieces of at most `sequence_length` tokens, side by side up to `batch_tokens`."""
+    batch: list[Piece] = []
+    filled = 0
+    for index, document in enumerate(documents):
+        for start in range(0, len(document), sequence_length):
+            stop = min(start + sequence_length, len(document))
+            if batch and filled + stop - start > batch_tokens:
+                yield batch
+                batch, filled = [], 0
+            batch.append((index, start, stop))
+            filled += stop - start
+    if batch:
+        yield batch
+
+
+@register("bpb")
+def make(options: TaskOptions) -> Task[Text]:
+    """The given text files, labelled by file; without any, the pond's validation documents, labelled by language."""
+    if options.texts:
+        return BitsPerByteTask(
+            [Text(document.text, path.name) for path in options.texts for document in read_documents(path)]
+        )
+    return BitsPerByteTask(
+        [Text(document.text, document.language) for document in validation_documents(find_world(options))]
+    )

@@ -1,0 +1,132 @@
+"""Tasks: rows, how a row is put to the model, how its answer is scored, and the error bar of the figure.
+
+A task that asks the model to write derives from `GenerationTask`; one that reads probabilities derives from `Task`
+itself. Registered under a name, `minnow eval --tasks NAME` finds it:
+
+    @register("capitals")
+    def capitals(options: TaskOptions) -> Task: ...
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from minnow.config import UserError
+from minnow.engine.engine import Engine
+from minnow.engine.sampling import SamplingParams
+from minnow.evaluation.statistics import Interval, wilson_interval
+from minnow.model.transformer import CausalLM
+from minnow.tokenizer.chat import Conversation, render
+from minnow.tokenizer.tokenizer import Tokenizer
+
+Row = TypeVar("Row")
+
+
+@dataclass
+class Subject:
+    """The model under examination."""
+
+    model: CausalLM
+    tokenizer: Tokenizer
+
+    @cached_property
+    def engine(self) -> Engine:
+        """An engine around the model, made when the first task asks it to write."""
+        return Engine(self.model, self.tokenizer)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What one row contributes to a figure: figures are sum(value) / sum(weight)."""
+
+    value: float
+    weight: float = 1.0
+    details: dict[str, Any] = field(default_factory=dict)
+    """What a person wants to see of the row: prompt, answer, what was expected."""
+
+
+class Task(ABC, Generic[Row]):
+    """One examination."""
+
+    name: str
+    unit: str
+    """Of its figures: "share" (0 to 1), "bits per byte" ..."""
+
+    @abstractmethod
+    def rows(self) -> Sequence[Row]:
+        """What is asked, always in the same order."""
+
+    @abstractmethod
+    def figure(self, row: Row) -> str:
+        """The figure that `row` counts for, such as "exact_match/en"."""
+
+    @abstractmethod
+    def score_rows(self, subject: Subject, rows: Sequence[Row]) -> list[Score]:
+        """Examine the model; one score per row, in order."""
+
+    @abstractmethod
+    def error_bar(self, scores: Sequence[Score]) -> Interval:
+        """A figure and its 95% interval from the scores of its rows."""
+
+
+class GenerationTask(Task[Row]):
+    """A task that the model answers in writing, greedily, through the engine in batches."""
+
+    unit = "share"
+    max_tokens = 64
+
+    @abstractmethod
+    def prompt(self, row: Row) -> Conversation:
+        """The conversation to which the model adds its turn."""
+
+    @abstractmethod
+    def score(self, row: Row, answer: str) -> Score:
+        """Judge one answer, 0 to 1."""
+
+    def score_rows(self, subject: Subject, rows: Sequence[Row]) -> list[Score]:
+        """Generate all answers and judge each."""
+        subject.tokenizer.require_chat_tokens()
+        prompts = [render(subject.tokenizer, self.prompt(row), add_generation_prompt=True).ids.tolist() for row in rows]
+        results = subject.engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=self.max_tokens))
+        return [self.score(row, result.completions[0].text) for row, result in zip(rows, results, strict=True)]
+
+    def error_bar(self, scores: Sequence[Score]) -> Interval:
+        """Wilson's: the rows are trials that succeed or fail."""
+        return wilson_interval(sum(score.value for score in scores), len(scores))
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """What a task may need to find its rows."""
+
+    model_folder: Path | None = None
+    """Folder of the examined model: a pond beside it is found by itself."""
+    pond: Path | None = None
+    """A folder that `minnow data pond` wrote."""
+    texts: tuple[Path, ...] = ()
+    """Text files to measure bits per byte on."""
+
+
+TASKS: dict[str, Callable[[TaskOptions], Task[Any]]] = {}
+
+
+def register(name: str) -> Callable[[Callable[[TaskOptions], Task[Any]]], Callable[[TaskOptions], Task[Any]]]:
+    """Put the decorated function, which makes the task from `TaskOptions`, into the registry."""
+
+    def add(make: Callable[[TaskOptions], Task[Any]]) -> Callable[[TaskOptions], Task[Any]]:
+        TASKS[name] = make
+        return make
+
+    return add
+
+
+def make_task(name: str, options: TaskOptions) -> Task[Any]:
+    """The task registered as `name`. UserError when there is none, or when `options` lack what it needs."""
+    if name not in TASKS:
+        raise UserError(f"--tasks {name}: no such task; there are {', '.join(sorted(TASKS))}")
+    return TASKS[name](options)

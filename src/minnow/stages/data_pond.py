@@ -1,0 +1,41 @@
+"""`minnow data pond`: write the pond, the small bilingual world that the quickstart, the tests and the docs use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rich.console import Console
+
+from minnow.config import UserError
+from minnow.data.pond.world import World
+from minnow.data.pond.write import write_pond
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Write the pond: pretrain.jsonl, validation.jsonl, sft.jsonl, questions.jsonl and world.json."""
+
+    out: str
+    """Folder to write; an older pond in it is replaced."""
+    seed: int = 0
+    """World seed: other names and other facts."""
+    creatures: int = 150
+    """Creatures of the world; each has nine facts."""
+    held_out: int = 60
+    """Creatures about which no training text asks a question: the examination is about them."""
+    mentions: int = 320
+    """How often a fact is stated in pretrain.jsonl, both languages together, on average; sets the size of the file."""
+    conversations: int = 12_000
+    """Conversations in sft.jsonl."""
+
+
+def run(config: Config) -> None:
+    """Write the folder and say what is in it."""
+    if config.mentions < 1 or config.conversations < 1:
+        raise UserError("--mentions and --conversations must be at least 1")
+    world = World.generate(config.seed, config.creatures, config.held_out)
+    counts = write_pond(config.out, world, mentions=config.mentions, conversation_count=config.conversations)
+    console = Console()
+    for name, count in counts.items():
+        if name != "world.json":
+            console.print(f"{config.out}/{name}: {count:,} rows", highlight=False)

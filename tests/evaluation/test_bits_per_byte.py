@@ -1,0 +1,96 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from minnow.evaluation.bits_per_byte import BitsPerByteTask, Text, _batches, document_nats
+from minnow.evaluation.evaluate import evaluate
+from minnow.model.attention import CausalAttention
+from minnow.model.config import ModelConfig
+from minnow.model.transformer import CausalLM
+from minnow.tokenizer.train import train_tokenizer
+
+torch.set_num_threads(1)
+END = 0
+
+
+@pytest.fixture(scope="module")
+def model():
+    config = ModelConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=64,
+    )
+    model = CausalLM(config, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():  # every part has a say, also those that start at zero
+        parameter.data += 0.3 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@torch.no_grad()
+def naive_nats(model, document):
+    tokens = torch.tensor([[END, *document]])
+    positions = torch.arange(tokens.shape[1])[None]
+    logits = model.logits(model(tokens, positions, CausalAttention()))[0, :-1].double()
+    return -float(torch.log_softmax(logits, -1)[range(len(document)), document].sum())
+
+
+def test_side_by_side_equals_one_by_one(model):
+    documents = [[5, 6, 7], list(range(10, 70)), [250], [9, 9, 9, 9]]
+    expected = [naive_nats(model, document) for document in documents]
+    assert document_nats(model, documents, END, 64) == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_long_document_is_cut_and_every_token_predicted_once(model):
+    document = list(range(20, 45))
+    pieces = [document[:10], document[10:20], document[20:]]
+    (nats,) = document_nats(model, [document], END, 10)
+    expected = naive_nats(model, pieces[0])
+    for before, piece in itertools.pairwise(pieces):
+        # A further piece starts with the token before it instead of end of text.
+        tokens = torch.tensor([[before[-1], *piece]])
+        logits = model.logits(model(tokens, torch.arange(len(piece) + 1)[None], CausalAttention()))[0, :-1].double()
+        expected -= float(torch.log_softmax(logits, -1)[range(len(piece)), piece].sum())
+    assert nats == pytest.approx(expected, rel=1e-5)
+
+
+def test_batches_hold_every_token_once_and_no_more_than_they_may():
+    documents = [[0] * length for length in (3, 0, 25, 7, 10, 1)]
+    batches = list(_batches(documents, sequence_length=10, batch_tokens=16))
+    assert all(sum(stop - start for _, start, stop in batch) <= 16 for batch in batches)
+    covered = [(index, place) for batch in batches for index, start, stop in batch for place in range(start, stop)]
+    assert covered == [(index, place) for index, document in enumerate(documents) for place in range(len(document))]
+
+
+def test_a_model_without_knowledge_pays_log_v_a_token():
+    tokenizer = train_tokenizer(["the pond is calm. 池塘很安静。"] * 20, vocab_size=320)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=True,
+        max_position_embeddings=64,
+    )
+    model = CausalLM(config)
+    model.head_weight.data.zero_()  # all logits equal
+    texts = ["the pond", "calm", "池塘很安静"]
+    task = BitsPerByteTask([Text(texts[0], "en"), Text(texts[1], "en"), Text("", "en"), Text(texts[2], "zh")])
+    (result,) = evaluate(model, tokenizer, [task])
+    # Each token costs log2 V bits; "the pond" + "calm" are 8 + 4 bytes, five Chinese characters 15.
+    tokens = [len(tokenizer.encode(text)) for text in texts]
+    bits = math.log2(tokenizer.vocab_size)
+    assert result.figures["bits_per_byte/en"].value == pytest.approx((tokens[0] + tokens[1]) * bits / 12, rel=1e-5)
+    assert result.figures["bits_per_byte/zh"].value == pytest.approx(tokens[2] * bits / 15, rel=1e-5)
+    assert result.counts == {"bits_per_byte/en": 2, "bits_per_byte/zh": 1}
