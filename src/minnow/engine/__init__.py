@@ -1,0 +1,16 @@
+"""Batched generation: one engine for chat, evaluation, the server and rollouts."""
+
+from minnow.engine.engine import Engine, Prompt
+from minnow.engine.outputs import Completion, Completions, Delta, FinishReason
+from minnow.engine.sampling import SamplingOptions, SamplingParams
+
+__all__ = [
+    "Completion",
+    "Completions",
+    "Delta",
+    "Engine",
+    "FinishReason",
+    "Prompt",
+    "SamplingOptions",
+    "SamplingParams",
+]

@@ -1,0 +1,54 @@
+"""What the engine hands back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+FinishReason = Literal["stop", "length"]
+"""`stop`: an end token or a stop string; `length`: max_tokens or the end of the context."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """One sample's answer."""
+
+    ids: list[int]
+    """Every generated token, the one that ended the answer included."""
+    text: str
+    """The ids as text: without control tokens, cut before the stop string, whole characters only."""
+    finish_reason: FinishReason
+    logprobs: list[float] | None
+    """One per id, under the distribution it was sampled from (a greedy choice is certain: 0); None if not
+    asked for."""
+    raw_logprobs: list[float] | None
+    """One per id, under the softmax of the model's own logits; None if not asked for."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Completions:
+    """The answers to one prompt."""
+
+    prompt_ids: list[int]
+    completions: tuple[Completion, ...]
+    """`SamplingParams.n` of them, in the order of their sample index."""
+    seed: int
+    """The seed used, also where none was asked for: the same one gives the same answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delta:
+    """One sample's next token, and the text that became certain with it.
+
+    The texts of a sample's deltas, joined, are its `Completion.text`; likewise ids and log-probabilities.
+    """
+
+    index: int
+    """Which of the `n` samples."""
+    id: int
+    text: str
+    """May be empty: half a character, or what might become a stop string, is held back."""
+    finish_reason: FinishReason | None
+    """None until the sample's last delta."""
+    logprob: float | None
+    raw_logprob: float | None

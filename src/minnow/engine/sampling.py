@@ -1,0 +1,103 @@
+"""What a caller asks of the sampler, and the checks of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from minnow.config import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """The options that a person sets on a command line; `SamplingParams` adds those that programs set."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 takes the likeliest token every time."""
+    top_k: int = 0
+    """Sample among the k likeliest tokens only; 0 turns it off."""
+    top_p: float = 1.0
+    """Sample among the fewest likeliest tokens that hold this probability together (nucleus sampling); 1
+    turns it off."""
+    min_p: float = 0.0
+    """Leave out tokens less likely than this fraction of the likeliest token's probability; 0 turns it
+    off."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in the prompt or the answer; 1 turns it
+    off."""
+    presence_penalty: float = 0.0
+    """Taken off the logit of every token that the answer already holds."""
+    frequency_penalty: float = 0.0
+    """Taken off the logit of a token once for each time the answer already holds it."""
+    max_tokens: int | None = 256
+    """Most tokens to generate; null means until the context is full."""
+    seed: int | None = None
+    """Makes the samples repeatable; null draws a fresh seed."""
+
+    def __post_init__(self) -> None:
+        _require(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or a positive number")
+        _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive whole number")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
+        _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
+        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a positive number")
+        _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
+        _require(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "between 0 and 2**64 - 1")
+
+    def sampling_params(self, **more: Any) -> SamplingParams:
+        """The same options as `SamplingParams`, with `more` of its fields."""
+        options = {f.name: getattr(self, f.name) for f in fields(SamplingOptions)}
+        return SamplingParams(**{**options, **more})
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams(SamplingOptions):
+    """How to continue one prompt.
+
+    The sampling distribution is: logits -> penalties -> logit_bias -> end tokens barred before `min_tokens`
+    -> temperature -> top_k -> top_p -> min_p, in transformers' order. Random numbers depend on the seed, the
+    sample's index and the token's index only, so an answer does not depend on what else is in the batch;
+    equal prompts with equal seeds give equal answers.
+    """
+
+    n: int = 1
+    """Samples for the prompt; they share one prefill."""
+    stop: Sequence[str] = ()
+    """Strings that end the answer; neither they nor what follows are part of its text."""
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end the answer, besides the end-of-text and end-of-turn tokens."""
+    min_tokens: int = 0
+    """Tokens to generate before the answer may end."""
+    ignore_eos: bool = False
+    """Go on after end-of-text and end-of-turn tokens."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
+    logprobs: bool = False
+    """Return the log-probability of every generated token, under the sampling distribution and under the
+    raw one."""
+    skip_special_tokens: bool = True
+    """Leave control tokens out of the text (they are always in the ids)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.stop, str):  # a string is a sequence too, of one-character stops nobody meant
+            object.__setattr__(self, "stop", (self.stop,))
+        _require(self.n >= 1, "n", self.n, "at least 1")
+        _require(self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 or more")
+        _require(
+            self.max_tokens is None or self.min_tokens <= self.max_tokens,
+            "min_tokens",
+            self.min_tokens,
+            f"at most max_tokens ({self.max_tokens})",
+        )
+        _require(all(self.stop), "stop", list(self.stop), "strings of at least one character")
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether tokens seen so far change the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+def _require(holds: bool, name: str, value: object, allowed: str) -> None:
+    if not holds:
+        raise UserError(f"{name} is {value}, but must be {allowed}")

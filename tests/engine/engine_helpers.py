@@ -1,0 +1,55 @@
+"""A tiny random model and a tokenizer of bare bytes and a few merges."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+
+from minnow.model.attention import CausalAttention
+from minnow.model.config import ModelConfig
+from minnow.model.transformer import CausalLM
+from minnow.tokenizer.tokenizer import Tokenizer
+from minnow.tokenizer.train import train_tokenizer
+
+
+@cache
+def tiny_tokenizer() -> Tokenizer:
+    return train_tokenizer(["the little minnow swims in the pond. 小鱼在池塘里游泳。"] * 10, 320)
+
+
+def tiny_model(seed: int = 0, **changes: Any) -> CausalLM:
+    """Every weight random and large, so that no token is likely for a dull reason."""
+    shape = {
+        "vocab_size": tiny_tokenizer().vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 128,
+    }
+    model = CausalLM(ModelConfig(**(shape | changes)))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            low, high = (0.5, 1.5) if parameter.ndim == 1 else (-0.4, 0.4)
+            parameter.copy_(torch.empty(parameter.shape).uniform_(low, high, generator=generator))
+    return model
+
+
+def random_prompts(count: int, seed: int = 0, longest: int = 40) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest + 1, (count,), generator=generator).tolist()
+    vocab_size = tiny_tokenizer().vocab_size
+    return [torch.randint(3, vocab_size, (length,), generator=generator).tolist() for length in lengths]
+
+
+@torch.no_grad()
+def full_logits(model: CausalLM, ids: list[int]) -> torch.Tensor:
+    """[T, V] from one forward pass without a cache."""
+    tokens = torch.tensor([ids])
+    hidden = model(tokens, torch.arange(len(ids))[None], CausalAttention())
+    return model.logits(hidden)[0]
