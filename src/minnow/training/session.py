@@ -19,6 +19,7 @@ from minnow.model.transformer import CausalLM
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.hardware import choose_device, choose_precision, has_cpp_compiler, matmul_peak
+from minnow.training.signals import Interrupted
 from minnow.training.trainer import Trainer
 
 ConfigT = TypeVar("ConfigT")
@@ -100,7 +101,11 @@ def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Conso
     """Resume if there is something to resume, train, and write the final model (the best one under `patience`)."""
     if trainer.resume():
         console.print(f"continuing {run.path} from step {trainer.state.step}", highlight=False)
-    trainer.fit()
+    try:
+        trainer.fit()
+    except Interrupted as stopped:
+        console.print(stopped.message, highlight=False)
+        raise
     if trainer.config.patience and trainer.state.best_step not in (None, trainer.state.step):
         trainer.load_best()
     save_pretrained(trainer.model, run.model_folder, tokenizer=tokenizer)

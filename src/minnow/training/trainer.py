@@ -30,7 +30,7 @@ from minnow.training.validation import validate
 Evaluation = Callable[[CausalLM], dict[str, float]]
 
 
-class NonFiniteLossError(RuntimeError):
+class NonFiniteLossError(UserError):
     """Loss or gradient is NaN or infinite; the weights are those before the step. Names the step and the documents."""
 
 

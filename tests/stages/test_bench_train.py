@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from minnow.config import UserError
+from minnow.model.config import ModelConfig
+from minnow.model.transformer import CausalLM
+from minnow.stages import bench_train
+from minnow.training.objective import LanguageModeling
+from minnow.training.probe import random_batch
+from minnow.training.session import Machine
+
+TINY = ModelConfig(
+    vocab_size=97,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+)
+
+
+def test_contestants_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides must see the same loss on the same weights: otherwise the ratio compares different jobs."""
+    from transformers import AutoModelForCausalLM
+
+    batch = random_batch(97, 2, 32)
+    ours = CausalLM(TINY, seed=3)
+    with torch.no_grad():  # zero-initialised projections would hide a difference
+        for parameter in ours.parameters():
+            parameter.normal_(0, 0.05)
+    built = []
+    original = AutoModelForCausalLM.from_config
+
+    def remember(*arguments: object, **settings: object) -> torch.nn.Module:
+        built.append(original(*arguments, **settings))
+        return built[-1]
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", remember)
+    step = bench_train.transformers_step(TINY, batch, torch.device("cpu"), bf16=False, compiled=False)
+    theirs = built[0]
+    theirs.load_state_dict(ours.state_dict(), strict=False)
+    with torch.no_grad():
+        expected = theirs(
+            input_ids=batch.tokens_BT, labels=batch.targets_BT, shift_labels=batch.targets_BT, use_cache=False
+        ).loss
+        got = LanguageModeling()(ours, batch).loss_sum / batch.targets_BT.numel()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    before = theirs.model.embed_tokens.weight.detach().clone()
+    step()
+    assert not torch.equal(before, theirs.model.embed_tokens.weight), "a step must update the weights"
+
+
+def test_minnow_step_updates_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    placed = []
+    monkeypatch.setattr(Machine, "place", lambda self, model, *rest: placed.append(model) or model)
+    step = bench_train.minnow_step(TINY, random_batch(97, 2, 32), Machine(torch.device("cpu"), torch.float32))
+    before = placed[0].head_weight.detach().clone()
+    step()
+    assert not torch.equal(before, placed[0].head_weight)
+
+
+def test_figures_are_written(tmp_path: Path) -> None:
+    out = tmp_path / "bench.json"
+    bench_train.run(
+        bench_train.Config(
+            model=TINY,
+            rows=2,
+            sequence_length=32,
+            rounds=2,
+            only=("transformers_fp32",),
+            device="cpu",
+            json=str(out),
+        )
+    )
+    assert json.loads(out.read_text())["transformers_fp32"] > 0
+
+
+def test_unknown_contestant() -> None:
+    with pytest.raises(UserError, match="--only vllm"):
+        bench_train.run(bench_train.Config(model=TINY, only=("vllm",)))
