@@ -31,9 +31,7 @@ CLASSES = {
 SCALINGS = {
     "linear": RopeScaling(type="linear", factor=4.0, original_max_position_embeddings=16),
     "yarn": RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0),
-    "yarn-sharper": RopeScaling(
-        type="yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=1.14
-    ),
+    "yarn-sharper": RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=1.14),
     "llama3": RopeScaling(type="llama3", factor=8.0, original_max_position_embeddings=16),
 }
 
@@ -91,7 +89,8 @@ def test_theirs_saved_reads_the_same_in_ours(tmp_path, kind, tied):
     config_class, model_class = CLASSES[kind]
     shape = {
         "vocab_size": 101, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": tied,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+        "tie_word_embeddings": tied,
         "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0},
     }  # fmt: skip
     if kind == "qwen3":

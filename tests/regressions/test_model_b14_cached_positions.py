@@ -1,5 +1,4 @@
-"""B14 (VerMind): without explicit positions, cached decoding turned every new token as if it stood at place
-0.
+"""B14 (VerMind): without explicit positions, cached decoding turned every new token as at place 0.
 
 Here positions are an argument that cannot be left out, and they decide.
 """

@@ -100,8 +100,7 @@ def _attend_in_group(q_PHd: Tensor, k_PKd: Tensor, v_PKd: Tensor, length: int) -
 
 @dataclass(frozen=True)
 class _Plan:
-    """Where tokens stand when pieces are gathered into padded groups, all groups one after another (P
-    slots)."""
+    """Where N tokens stand when pieces are gathered into padded groups, one after another: P slots."""
 
     token_of_slot: Tensor  # padding reads its piece's last token: any finite value will do
     padding: Tensor  # the slots that hold padding
@@ -135,15 +134,13 @@ def _make_plan(borders: list[int], device: torch.device) -> _Plan:
 
 
 def _padded_length(length: int) -> int:
-    """Round up to an eighth of the next power of two (at least to 16): few groups, at most a quarter more
-    work."""
+    """Round up to an eighth of the next power of two, at least to 16: few groups, little padding."""
     step = max(16, 1 << max(0, (length - 1).bit_length() - 3))
     return -(-length // step) * step
 
 
 class _ToGroups(torch.autograd.Function):
-    """[N, ...] -> [P, ...]. Padding has no gradient, so the backward pass is a gather as well, not a
-    scatter-add."""
+    """[N, ...] -> [P, ...]. Padding has no gradient: the backward pass is a gather too, no scatter-add."""
 
     @staticmethod
     def forward(ctx: Any, x_N: Tensor, plan: _Plan) -> Tensor:

@@ -24,11 +24,9 @@ class RopeScaling:
     beta_slow: float = 1.0
     """yarn: frequencies that turn less often than this are divided by `factor`."""
     attention_factor: float = 1.0
-    """yarn: cosines and sines are multiplied by this. Written out always: readers otherwise use 0.1
-    ln(factor) + 1."""
+    """yarn: cosines and sines are multiplied by this. Always written: readers else use 0.1 ln(factor) + 1."""
     low_freq_factor: float = 1.0
-    """llama3: frequencies that turn less often than this within the trained length are divided by
-    `factor`."""
+    """llama3: frequencies that turn less often than this are divided by `factor`."""
     high_freq_factor: float = 4.0
     """llama3: frequencies that turn more often than this stay as they are."""
 

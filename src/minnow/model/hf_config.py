@@ -74,9 +74,7 @@ def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
     required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [key for key in required if content.get(key) is None]
     if missing:
-        raise UserError(
-            f"{where}: no {', '.join(missing)} in it; is this the config.json of a language model?"
-        )
+        raise UserError(f"{where}: no {', '.join(missing)} in it; is this the config.json of a language model?")
     heads = content["num_attention_heads"]
     head_dim = content.get("head_dim") or (128 if model_type == "qwen3" else content["hidden_size"] // heads)
     theta, scaling = _rope_from_hf(content, where)

@@ -27,9 +27,7 @@ PRESETS: dict[str, ModelConfig] = {
     ),
     # MiniMind2-Small's shape with QK-norm: ours, and that of the benchmarks.
     "26m": ModelConfig(),
-    "26m-minimind2": ModelConfig(
-        qk_norm=False, rope_theta=1e6, rms_norm_eps=1e-5, max_position_embeddings=2048
-    ),
+    "26m-minimind2": ModelConfig(qk_norm=False, rope_theta=1e6, rms_norm_eps=1e-5, max_position_embeddings=2048),
     "64m": ModelConfig(  # minimind-3
         hidden_size=768,
         intermediate_size=2432,

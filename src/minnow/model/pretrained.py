@@ -1,5 +1,4 @@
-"""Model folders in plain Hugging Face format: config.json, model.safetensors, generation_config.json, the
-tokenizer."""
+"""Model folders in plain Hugging Face format: config, safetensors, generation config, tokenizer."""
 
 from __future__ import annotations
 
@@ -95,9 +94,7 @@ def resolve_model_folder(model: str | Path) -> Path:
         if (candidate / "config.json").is_file():
             return candidate
     if path.exists():
-        raise UserError(
-            f"{path}: neither a model folder (it has no config.json) nor a run folder with model/ in it"
-        )
+        raise UserError(f"{path}: neither a model folder (it has no config.json) nor a run folder with model/ in it")
     if not _HUB_ID.fullmatch(str(model)):
         raise UserError(f"{model}: no such folder (and not a Hugging Face id, which reads OWNER/NAME)")
     # Imported here: a local folder needs no Hub client.
@@ -132,9 +129,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     elif (folder / _WEIGHTS).is_file():
         files = [_WEIGHTS]
     else:
-        pickled = sorted(path.name for path in folder.glob("*.bin")) + sorted(
-            p.name for p in folder.glob("*.pth")
-        )
+        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pth", ".pt"))
         also = f" ({pickled[0]} is a pickle, never read: convert it to safetensors)" if pickled else ""
         raise UserError(f"{folder}: no {_WEIGHTS} in it{also}")
     weights: dict[str, Tensor] = {}
@@ -163,9 +158,7 @@ def _drop_duplicates(model: CausalLM, weights: dict[str, Tensor]) -> None:
 def _check_weights(model: CausalLM, weights: dict[str, Tensor], folder: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in weights]
-    problems += [
-        f"unexpected {name} {tuple(weights[name].shape)}" for name in weights if name not in expected
-    ]
+    problems += [f"unexpected {name} {tuple(weights[name].shape)}" for name in weights if name not in expected]
     problems += [
         f"{name} has shape {tuple(weights[name].shape)} where config.json asks for {shape}"
         for name, shape in expected.items()

@@ -1,5 +1,4 @@
-"""The decoder: embedding, layers, final norm, head. Module names are transformers', so weights need no
-renaming."""
+"""The decoder: embedding, layers, final norm, head; its modules bear transformers' names."""
 
 from __future__ import annotations
 
@@ -145,9 +144,7 @@ class CausalLM(nn.Module):
         costs no synchronisation).
         """
         if tokens_BT.shape != positions_BT.shape:
-            raise ValueError(
-                f"tokens {tuple(tokens_BT.shape)} and positions {tuple(positions_BT.shape)} differ"
-            )
+            raise ValueError(f"tokens {tuple(tokens_BT.shape)} and positions {tuple(positions_BT.shape)} differ")
         if positions_BT.device.type == "cpu" and positions_BT.numel():
             self.config.check_sequence_length(int(positions_BT.max()) + 1)
         config = self.config
