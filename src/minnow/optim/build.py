@@ -49,9 +49,7 @@ def parameter_groups(model: nn.Module) -> dict[Kind, list[tuple[str, nn.Paramete
     return groups
 
 
-def build_optimizers(
-    model: nn.Module, config: OptimConfig, *, tokens_per_batch: int | None = None
-) -> list[Optimizer]:
+def build_optimizers(model: nn.Module, config: OptimConfig, *, tokens_per_batch: int | None = None) -> list[Optimizer]:
     """Give [Muon, AdamW] or [AdamW] over the trainable parameters, without those that would have none.
 
     Every group has `kind`, `base_lr` (its peak learning rate, for `set_learning_rates`) and torch's
@@ -122,9 +120,7 @@ def load_named_state(optimizers: Sequence[Optimizer], state: Mapping[str, Mappin
     Tensors already of the right device and dtype are taken over, not copied. Raises UserError when the state
     belongs to parameters these optimizers do not have (another model, or another optimizer on the same one).
     """
-    known = {
-        name for optimizer in optimizers for group in optimizer.param_groups for name in group["param_names"]
-    }
+    known = {name for optimizer in optimizers for group in optimizer.param_groups for name in group["param_names"]}
     unknown = sorted(set(state) - known)
     if unknown:
         raise UserError(

@@ -90,7 +90,6 @@ class OptimConfig:
             assert tokens_per_batch is not None, "the batch-size rule needs the tokens of a batch"
             factor = (tokens_per_batch / self.reference_batch_tokens) ** 0.5
         matrix, embedding, norm = (
-            factor * (default if rate is None else rate)
-            for rate, default in zip(chosen, defaults, strict=True)
+            factor * (default if rate is None else rate) for rate, default in zip(chosen, defaults, strict=True)
         )
         return matrix, embedding, norm

@@ -63,9 +63,7 @@ class Muon(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
         for group in self.param_groups:
-            assert all(p.ndim in (2, 3) for p in group["params"]), (
-                "Muon takes matrices and stacks of matrices"
-            )
+            assert all(p.ndim in (2, 3) for p in group["params"]), "Muon takes matrices and stacks of matrices"
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -113,9 +111,7 @@ def _update(params: list[Tensor], buffers: list[Tensor], momentum: float, group:
         start = stop
 
 
-def _update_stack(
-    params: list[Tensor], buffers: list[Tensor], momentum: float, group: dict[str, Any]
-) -> None:
+def _update_stack(params: list[Tensor], buffers: list[Tensor], momentum: float, group: dict[str, Any]) -> None:
     grads = [p.grad for p in params if p.grad is not None]
     torch._foreach_lerp_(buffers, grads, 1 - momentum)
     nesterov = torch._foreach_lerp(grads, buffers, momentum)

@@ -1,0 +1,214 @@
+"""Which parameter gets which optimizer, at which rate; state by name and its round trip."""
+
+import pytest
+import torch
+from torch import nn
+
+from minnow.config import UserError
+from minnow.optim import (
+    Muon,
+    OptimConfig,
+    build_optimizers,
+    kind_of,
+    load_named_state,
+    named_state,
+    parameter_groups,
+    set_learning_rates,
+)
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(8)
+        self.q_proj = nn.Linear(8, 8, bias=True)
+        self.k_proj = nn.Linear(8, 4, bias=False)
+        self.down_proj = nn.Linear(12, 8, bias=False)
+        self.experts = nn.Module()
+        self.experts.up_proj = nn.Parameter(torch.randn(3, 12, 8))
+        self.gate = nn.Linear(8, 3, bias=False)
+
+
+class Toy(nn.Module):
+    def __init__(self, tied=True, seed=0):
+        torch.manual_seed(seed)
+        super().__init__()
+        self.model = nn.Module()
+        self.model.embed_tokens = nn.Embedding(10, 8)
+        self.model.layers = nn.ModuleList([Block(), Block()])
+        self.model.norm = nn.RMSNorm(8)
+        self.lm_head = nn.Linear(8, 10, bias=False)
+        if tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+
+def give_gradients(model, step):
+    generator = torch.Generator().manual_seed(step)
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def train(model, optimizers, steps):
+    for step in steps:
+        give_gradients(model, step)
+        set_learning_rates(optimizers, 1.0 / (step + 1))
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def names(optimizers):
+    return {group["kind"]: group["param_names"] for optimizer in optimizers for group in optimizer.param_groups}
+
+
+def test_groups_by_name_and_dimensions():
+    groups = {kind: [name for name, _ in members] for kind, members in parameter_groups(Toy(tied=False)).items()}
+    block = ["q_proj.weight", "k_proj.weight", "down_proj.weight", "experts.up_proj"]
+    assert sorted(groups["matrix"]) == sorted(f"model.layers.{i}.{name}" for i in (0, 1) for name in block)
+    assert groups["embedding"] == ["model.embed_tokens.weight", "lm_head.weight"]
+    assert groups["other"] == ["model.layers.0.gate.weight", "model.layers.1.gate.weight"]
+    norms = ["input_layernorm.weight", "q_proj.bias"]
+    assert sorted(groups["norm"]) == sorted(
+        [*(f"model.layers.{i}.{name}" for i in (0, 1) for name in norms), "model.norm.weight"]
+    )
+
+
+def test_tied_embedding_comes_once_and_frozen_parameters_never():
+    model = Toy(tied=True)
+    model.model.layers[0].requires_grad_(False)
+    members = [name for group in parameter_groups(model).values() for name, _ in group]
+    assert members.count("model.embed_tokens.weight") == 1
+    assert "lm_head.weight" not in members
+    assert not any(name.startswith("model.layers.0.") for name in members)
+
+
+def test_adapters_and_convolutions_are_not_matrices():
+    assert kind_of("model.layers.0.self_attn.q_proj.lora_A.weight", torch.zeros(4, 8)) == "other"
+    assert kind_of("vision_tower.patch_embedding.weight", torch.zeros(8, 3, 4, 4)) == "other"
+
+
+def test_muon_takes_the_matrices_and_adamw_the_rest():
+    optimizers = build_optimizers(Toy(), OptimConfig(weight_decay=0.1))
+    assert [type(optimizer) for optimizer in optimizers] == [Muon, torch.optim.AdamW]
+    found = {
+        group["kind"]: (group["base_lr"], group["lr"], group["weight_decay"])
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+    }
+    assert found == {
+        "matrix": (0.01, 0.01, 0.1),
+        "embedding": (0.004, 0.004, 0.0),
+        "norm": (0.005, 0.005, 0.0),
+        "other": (0.004, 0.004, 0.1),
+    }
+    assert optimizers[1].param_groups[0]["fused"] is True
+
+
+def test_adamw_takes_everything_with_one_rate_unless_told():
+    config = OptimConfig(optimizer="adamw", matrix_lr=5e-4, norm_lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    (optimizer,) = build_optimizers(Toy(), config)
+    assert type(optimizer) is torch.optim.AdamW
+    rates = {group["kind"]: (group["base_lr"], group["weight_decay"]) for group in optimizer.param_groups}
+    assert rates == {
+        "matrix": (5e-4, 0.1),
+        "embedding": (5e-4, 0.0),
+        "norm": (1e-3, 0.0),
+        "other": (5e-4, 0.1),
+    }
+    assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+
+
+def test_batch_size_rule_by_hand():
+    # sqrt(131072 / 524288) = sqrt(1 / 4) = 1 / 2.
+    config = OptimConfig(matrix_lr=0.02, embedding_lr=0.004, norm_lr=0.01, reference_batch_tokens=524288)
+    assert config.learning_rates(131072) == pytest.approx((0.01, 0.002, 0.005))
+    assert config.learning_rates(524288) == pytest.approx((0.02, 0.004, 0.01))
+    assert OptimConfig(matrix_lr=0.02).learning_rates(131072)[0] == 0.02  # no reference, no rule
+
+
+def test_set_learning_rates_multiplies_the_peaks():
+    optimizers = build_optimizers(Toy(), OptimConfig())
+    for factor in (0.5, 0.1):  # not cumulative
+        set_learning_rates(optimizers, factor)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            assert group["lr"] == group["base_lr"] * 0.1
+
+
+@pytest.mark.parametrize("name", ["muon", "adamw"])
+def test_resuming_from_named_state_is_bitwise(name):
+    config = OptimConfig(optimizer=name, momentum_warmup_steps=6)
+    straight = Toy()
+    train(straight, build_optimizers(straight, config), range(6))
+
+    first = Toy()
+    optimizers = build_optimizers(first, config)
+    train(first, optimizers, range(3))
+    weights = {key: value.clone() for key, value in first.state_dict().items()}
+    state = {key: {k: v.clone() for k, v in entries.items()} for key, entries in named_state(optimizers).items()}
+    assert set(state) == {key for key, _ in first.named_parameters()}
+
+    second = Toy(seed=1)
+    second.load_state_dict(weights)
+    optimizers = build_optimizers(second, config)
+    load_named_state(optimizers, state)
+    train(second, optimizers, range(3, 6))
+    for key, value in second.state_dict().items():
+        assert torch.equal(value, straight.state_dict()[key]), key
+
+
+def test_state_dict_round_trips_bitwise():
+    model = Toy()
+    optimizers = build_optimizers(model, OptimConfig())
+    train(model, optimizers, range(2))
+    other = build_optimizers(Toy(), OptimConfig())
+    for optimizer, target in zip(optimizers, other, strict=True):
+        saved = optimizer.state_dict()
+        target.load_state_dict(saved)
+        loaded = target.state_dict()
+        assert loaded["param_groups"] == saved["param_groups"]
+        for index, entries in saved["state"].items():
+            for key, value in entries.items():
+                assert torch.equal(loaded["state"][index][key], value)
+
+
+def test_state_by_name_survives_another_order_of_parameters():
+    model = Toy()
+    optimizers = build_optimizers(model, OptimConfig())
+    train(model, optimizers, range(2))
+    state = named_state(optimizers)
+    reordered = Toy()
+    layers = reordered.model._modules.pop("layers")
+    reordered.model._modules["layers"] = layers  # layers now come after the norm
+    fresh = build_optimizers(reordered, OptimConfig())
+    assert names(fresh)["norm"] != names(optimizers)["norm"]
+    load_named_state(fresh, state)
+    for key, entries in named_state(fresh).items():
+        for entry, value in entries.items():
+            assert torch.equal(value, state[key][entry]), (key, entry)
+
+
+def test_state_of_another_model_or_optimizer_is_refused():
+    model = Toy()
+    optimizers = build_optimizers(model, OptimConfig())
+    train(model, optimizers, range(1))
+    state = named_state(optimizers)
+    with pytest.raises(UserError, match=r"resume with the run's optim\.optimizer"):
+        load_named_state(build_optimizers(Toy(), OptimConfig(optimizer="adamw")), state)
+    with pytest.raises(UserError, match=r"model\.layers\.7\.q_proj\.weight .1 such."):
+        load_named_state(optimizers, {**state, "model.layers.7.q_proj.weight": {}})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"matrix_lr": -1.0}, "matrix_lr"),
+        ({"betas": (0.9, 1.0)}, "betas"),
+        ({"newton_schulz_steps": 0}, "newton_schulz_steps"),
+        ({"weight_decay": float("nan")}, "weight_decay"),
+        ({"reference_batch_tokens": 0}, "reference_batch_tokens"),
+        ({"momentum_warmup_steps": -1}, "momentum_warmup_steps"),
+    ],
+)
+def test_impossible_values_are_named(values, message):
+    with pytest.raises(UserError, match=message):
+        OptimConfig(**values)
