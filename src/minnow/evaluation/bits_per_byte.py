@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from minnow.data.pond.write import validation_documents
-from minnow.data.readers import read_documents
+from minnow.data.readers import read_texts
 from minnow.evaluation.pond import find_world
 from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, register
 from minnow.evaluation.statistics import Interval, bootstrap_ratio
@@ -125,9 +126,7 @@ def _batches(documents: Sequence[Sequence[int]], sequence_length: int, batch_tok
 def make(options: TaskOptions) -> Task[Text]:
     """The given text files, labelled by file; without any, the pond's validation documents, labelled by language."""
     if options.texts:
-        return BitsPerByteTask(
-            [Text(document.text, path.name) for path in options.texts for document in read_documents(path)]
-        )
+        return BitsPerByteTask([Text(text, Path(path).name) for path in options.texts for text in read_texts((path,))])
     return BitsPerByteTask(
         [Text(document.text, document.language) for document in validation_documents(find_world(options))]
     )

@@ -108,7 +108,7 @@ class TaskOptions:
     """Folder of the examined model: a pond beside it is found by itself."""
     pond: Path | None = None
     """A folder that `minnow data pond` wrote."""
-    texts: tuple[Path, ...] = ()
+    texts: tuple[str, ...] = ()
     """Text files to measure bits per byte on."""
 
 

@@ -26,7 +26,7 @@ class Config:
     pond: str | None = None
     """Pond folder that the model was trained on; by default the one beside the model or in its run folder."""
     text: tuple[str, ...] = ()
-    """Text files for bpb, one figure each; by default the pond's validation documents, one figure per language."""
+    """Texts for bpb, one figure per file or folder: jsonl, parquet, txt; by default the pond's validation documents."""
     max_rows: int | None = None
     """Examine at most this many rows of each task."""
     device: DeviceName = "auto"
@@ -43,7 +43,7 @@ def run(config: Config) -> None:
     options = TaskOptions(
         model_folder=folder,
         pond=None if config.pond is None else Path(config.pond),
-        texts=tuple(Path(text) for text in config.text),
+        texts=config.text,
     )
     if not config.tasks:
         raise UserError("--tasks is empty: name at least one task")

@@ -13,6 +13,9 @@ from minnow.data.pond.relations import RELATIONS, Language
 from minnow.data.pond.world import Creature, World
 
 PHRASEBOOKS: dict[Language, Phrasebook] = {"en": ENGLISH, "zh": CHINESE}
+LINES_SHARE = 0.4
+"""Of the documents that list facts, these stand one sentence a line. A name after a line break and one after a space
+are different tokens; an answer begins with the former, so a creature must be known by both."""
 PRONOUN_SHARE = 0.25  # of a profile's sentences: enough to teach "it", few enough that the name is mostly near the fact
 
 Mention = tuple[str, str]
@@ -46,6 +49,10 @@ class Deck:
         return self.deal() if creature is other_than else creature
 
 
+def _joined(book: Phrasebook, sentences: Sequence[str], rng: random.Random) -> str:
+    return ("\n" if rng.random() < LINES_SHARE else book.space).join(sentences)
+
+
 def state(book: Phrasebook, creature: Creature, relation: str, template: str) -> str:
     """One fact of `creature` in the words of `template`."""
     return book.sentence(template, x=creature.name(book.language), v=creature.fact(relation, book.language))
@@ -68,7 +75,7 @@ def profile(book: Phrasebook, deck: Deck, rng: random.Random) -> PondDocument:
         templates = (book.pronouns if by_pronoun else book.statements)[relation]
         sentences.append(state(book, creature, relation, rng.choice(templates)))
     return PondDocument(
-        book.space.join(sentences), book.language, "profile", tuple((creature.en, name) for name in relations)
+        _joined(book, sentences, rng), book.language, "profile", tuple((creature.en, name) for name in relations)
     )
 
 
@@ -106,7 +113,7 @@ def comparison(book: Phrasebook, deck: Deck, rng: random.Random) -> PondDocument
         for relation in relations
     ]
     return PondDocument(
-        book.space.join(sentences),
+        _joined(book, sentences, rng),
         book.language,
         "comparison",
         tuple((creature.en, relation) for relation in relations for creature in (one, two)),
@@ -118,7 +125,7 @@ def news(book: Phrasebook, deck: Deck, rng: random.Random) -> PondDocument:
     facts = [(deck.deal(), rng.choice(RELATIONS)) for _ in range(rng.randint(3, 7))]
     sentences = [state(book, creature, name, rng.choice(book.statements[name])) for creature, name in facts]
     return PondDocument(
-        book.space.join(sentences),
+        _joined(book, sentences, rng),
         book.language,
         "news",
         tuple((creature.en, name) for creature, name in facts),
