@@ -81,3 +81,8 @@ def is_control(added_token: dict[str, Any]) -> bool:
     """Whether an added token of tokenizer.json is a control token, and not merely a run of spaces (GPT-NeoX,
     Phi)."""
     return bool(added_token["special"] or added_token["content"].strip())
+
+
+def valid_unicode(text: str) -> str:
+    """`text` with half a surrogate pair (a `\\ud83d` alone in JSON), which has no UTF-8, as U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

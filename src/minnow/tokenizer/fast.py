@@ -75,9 +75,7 @@ def _ranks(definition: dict[str, Any]) -> dict[bytes, int] | None:
 def _encode_to_themselves(definition: dict[str, Any], ids: list[int], tokens: list[str]) -> bool:
     plain = definition | {"added_tokens": [], "pre_tokenizer": None, "post_processor": None}
     plain["model"] = definition["model"] | {"ignore_merges": False}
-    encodings = tokenizers.Tokenizer.from_str(json.dumps(plain)).encode_batch(
-        tokens, add_special_tokens=False
-    )
+    encodings = tokenizers.Tokenizer.from_str(json.dumps(plain)).encode_batch(tokens, add_special_tokens=False)
     return all(encoding.ids == [index] for encoding, index in zip(encodings, ids, strict=True))
 
 

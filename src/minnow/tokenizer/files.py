@@ -93,9 +93,7 @@ def _end_token(folder: Path) -> str:
             token = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
             if token is not None:
                 return str(token["content"] if isinstance(token, dict) else token)
-    raise UserError(
-        f"{folder}: the tokenizer has neither {END_OF_TEXT} nor an eos_token to end a document with"
-    )
+    raise UserError(f"{folder}: the tokenizer has neither {END_OF_TEXT} nor an eos_token to end a document with")
 
 
 def _download(hub_id: str) -> Path:
@@ -105,6 +103,4 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=["tokenizer*.json", "special_tokens_map.json"]))
     except Exception as error:
         reason = str(error).splitlines()[0]
-        raise UserError(
-            f"{hub_id}: neither a folder here nor a model on the Hugging Face Hub ({reason})"
-        ) from error
+        raise UserError(f"{hub_id}: neither a folder here nor a model on the Hugging Face Hub ({reason})") from error

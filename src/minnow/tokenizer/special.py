@@ -36,7 +36,5 @@ them."""
 
 NUM_SPECIAL = 32
 _NAMED = (END_OF_TEXT, IM_START, IM_END, VISION_START, VISION_END, IMAGE, *CHAT_TOKENS[2:])
-SPECIAL_TOKENS: tuple[str, ...] = _NAMED + tuple(
-    f"<|reserved_{i}|>" for i in range(NUM_SPECIAL - len(_NAMED))
-)
+SPECIAL_TOKENS: tuple[str, ...] = _NAMED + tuple(f"<|reserved_{i}|>" for i in range(NUM_SPECIAL - len(_NAMED)))
 """Every special token of a tokenizer that minnow trains; a token's id is its position."""

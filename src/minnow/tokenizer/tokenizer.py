@@ -17,7 +17,7 @@ import tokenizers
 
 from minnow.config import UserError
 from minnow.tokenizer import fast, files
-from minnow.tokenizer.bytelevel import is_control, token_byte_strings
+from minnow.tokenizer.bytelevel import is_control, token_byte_strings, valid_unicode
 from minnow.tokenizer.special import CHAT_TOKENS, END_OF_TEXT, IM_END, IM_START
 
 
@@ -37,10 +37,10 @@ class Tokenizer:
         added = self._definition["added_tokens"]
         self.special_ids: dict[str, int] = {t["content"]: t["id"] for t in added if is_control(t)}
         """Id of every control token, by its text."""
+        self.hidden_tokens = frozenset(t["content"] for t in added if t["special"])
+        """Control tokens that `skip_special_tokens` leaves out of decoded text."""
         if end_of_text not in self.special_ids:
-            raise UserError(
-                f"the tokenizer has no {end_of_text!r} among its special tokens to end a document with"
-            )
+            raise UserError(f"the tokenizer has no {end_of_text!r} among its special tokens to end a document with")
         self.end_of_text = end_of_text
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         """Largest id + 1: special and reserved tokens included."""
@@ -110,7 +110,12 @@ class Tokenizer:
 
         Half a surrogate pair, which has no UTF-8, is read as U+FFFD.
         """
-        return self.encode_batch([text])[0]
+        if self._core is not None:
+            return self._core.encode_ordinary(text)
+        try:
+            return list(self._ordinary.encode(text, add_special_tokens=False).ids)
+        except (UnicodeEncodeError, TypeError):
+            return list(self._ordinary.encode(valid_unicode(text), add_special_tokens=False).ids)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of every text, on two cores."""
@@ -119,7 +124,7 @@ class Tokenizer:
         try:
             encodings = self._ordinary.encode_batch(list(texts), add_special_tokens=False)
         except (UnicodeEncodeError, TypeError):
-            texts = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in texts]
+            texts = [valid_unicode(text) for text in texts]
             encodings = self._ordinary.encode_batch(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 

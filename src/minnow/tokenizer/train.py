@@ -9,7 +9,7 @@ import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from minnow.config import UserError
-from minnow.tokenizer.bytelevel import QWEN2_PATTERN
+from minnow.tokenizer.bytelevel import QWEN2_PATTERN, valid_unicode
 from minnow.tokenizer.special import NUM_SPECIAL, SPECIAL_TOKENS, VISIBLE_TOKENS
 from minnow.tokenizer.tokenizer import Tokenizer
 
@@ -46,14 +46,9 @@ def train_tokenizer(
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
     )
-    tokenizer.train_from_iterator((_encodable(text) for text in texts), trainer)
+    tokenizer.train_from_iterator((valid_unicode(text) for text in texts), trainer)
 
     definition = json.loads(tokenizer.to_str())
     for token in definition["added_tokens"]:
         token["special"] = token["content"] not in VISIBLE_TOKENS
     return Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(definition)))
-
-
-def _encodable(text: str) -> str:
-    """Half a surrogate pair (a `\\ud83d` alone in JSON) has no UTF-8: it becomes U+FFFD."""
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

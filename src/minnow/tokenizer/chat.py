@@ -1,0 +1,266 @@
+"""Conversations, and their rendering to token ids with a loss weight each.
+
+The rendering is what `chat_template.jinja` says (ChatML as Qwen3 writes it), built from the structure of
+the messages: the template's control tokens are control tokens, and everything a person or a tool wrote is
+ordinary text, even where it spells `<|im_end|>`. Trained and served sequences are the same ids: a turn is
+trained behind exactly the prompt it is served behind.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from minnow.config import UserError
+from minnow.tokenizer.special import CHAT_TOKENS, END_THINK, IM_END, IM_START, THINK
+from minnow.tokenizer.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant", "tool")
+
+_CONTROL = re.compile("(" + "|".join(map(re.escape, CHAT_TOKENS)) + ")")
+
+_TOOLS_BEFORE = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_TOOLS_AFTER = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments within "
+    '<tool_call></tool_call> XML tags:\n<tool_call>\n{"name": <function-name>, '
+    '"arguments": <args-json-object>}\n</tool_call>'
+)
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A function the assistant asks for."""
+
+    name: str
+    arguments: Mapping[str, Any]
+    """A JSON object."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message. Raises `UserError` for a role that the chat template does not know."""
+
+    role: str
+    """system, user, assistant, or tool (a tool's result)."""
+    content: str
+    reasoning_content: str | None = None
+    """What an assistant thought before it answered."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """What an assistant calls after its content."""
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise UserError(f"role {self.role!r} of a message is none of {', '.join(ROLES)}")
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages, and the JSON schemas of the functions the assistant may call."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as tokens."""
+
+    ids: np.ndarray
+    """int32 [T]."""
+    weights: np.ndarray
+    """float32 [T]: loss weight of predicting `ids[t]`."""
+    turn_starts: np.ndarray
+    """int64 [user messages]: index in `ids` where each user turn starts; a long conversation is cut there."""
+
+
+def render(
+    tokenizer: Tokenizer,
+    conversation: Conversation,
+    *,
+    add_generation_prompt: bool = False,
+    enable_thinking: bool = False,
+) -> Rendered:
+    """Token ids and loss weights of a conversation.
+
+    Every assistant turn has a think block: its reasoning where no user message follows, else an empty one.
+    Weight 1 is on an assistant's tokens after the header `<|im_start|>assistant\\n` up to and with
+    `<|im_end|>`, without an empty think block, which the prompt gives. `add_generation_prompt` opens the
+    next assistant turn: with an empty think block, or with an open one where `enable_thinking` is true.
+    Raises `UserError` for a tokenizer without chat tokens.
+    """
+    writer = _Writer(tokenizer)
+    _write(writer, conversation, trained=range(len(conversation.messages)))
+    if add_generation_prompt:
+        writer.template(_opening(think=enable_thinking))
+    return writer.rendered()
+
+
+def training_examples(tokenizer: Tokenizer, conversation: Conversation) -> list[Rendered]:
+    """The conversation as examples in which every assistant turn is trained once, in the form it is served in.
+
+    A user message hides the reasoning before it, so a conversation with reasoning ahead of its last user
+    message becomes one example per user turn; the turns before that one are its prompt and carry no loss.
+    Any other is one example.
+    """
+    messages = conversation.messages
+    users = [i for i, message in enumerate(messages) if message.role == "user"]
+    if not any(_reasoning(message) for message in messages[: users[-1] if users else 0]):
+        return [render(tokenizer, conversation)]
+    examples = []
+    for start, end in zip([0, *users[1:]], [*users[1:], len(messages)], strict=True):
+        if any(message.role == "assistant" for message in messages[start:end]):
+            writer = _Writer(tokenizer)
+            turn = Conversation(messages[:end], conversation.tools)
+            _write(writer, turn, trained=range(start, end))
+            examples.append(writer.rendered())
+    return examples
+
+
+class _Writer:
+    """Collects control tokens and text; text between two control tokens is encoded as one, as a tokenizer
+    would."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        tokenizer.require_chat_tokens()
+        self._tokenizer = tokenizer
+        self._ids: list[int] = []
+        self._weights: list[float] = []
+        self._text: list[str] = []
+        self._weight = 0.0
+        self._turn_starts: list[int] = []
+
+    def control(self, token: str, weight: float = 0.0) -> None:
+        self.flush()
+        self._ids.append(self._tokenizer.special_ids[token])
+        self._weights.append(weight)
+
+    def text(self, text: str, weight: float = 0.0) -> None:
+        self._text.append(text)
+        self._weight = weight
+
+    def template(self, text: str, weight: float = 0.0) -> None:
+        """Text that the template wrote, in which control tokens are meant."""
+        for i, part in enumerate(_CONTROL.split(text)):
+            if i % 2:
+                self.control(part, weight)
+            elif part:
+                self.text(part, weight)
+
+    def flush(self) -> None:
+        """Encode the text so far apart from what follows."""
+        if self._text:
+            ids = self._tokenizer.encode("".join(self._text))
+            self._ids += ids
+            self._weights += [self._weight] * len(ids)
+            self._text.clear()
+
+    def user_turn(self) -> None:
+        self.flush()
+        self._turn_starts.append(len(self._ids))
+
+    def rendered(self) -> Rendered:
+        self.flush()
+        return Rendered(
+            ids=np.array(self._ids, dtype=np.int32),
+            weights=np.array(self._weights, dtype=np.float32),
+            turn_starts=np.array(self._turn_starts, dtype=np.int64),
+        )
+
+
+def _write(writer: _Writer, conversation: Conversation, trained: Collection[int]) -> None:
+    """Write every message; assistant messages whose index is in `trained` carry loss."""
+    messages = conversation.messages
+    _write_system(writer, conversation)
+    last_user = max((i for i, message in enumerate(messages) if message.role == "user"), default=-1)
+    for i, message in enumerate(messages):
+        if message.role == "user" or (message.role == "system" and i > 0):
+            if message.role == "user":
+                writer.user_turn()
+            writer.control(IM_START)
+            writer.text(f"{message.role}\n{message.content}")
+            _end(writer)
+        elif message.role == "assistant":
+            _write_assistant(writer, message, think=i > last_user, weight=1.0 if i in trained else 0.0)
+        elif message.role == "tool":
+            _write_tool_result(writer, messages, i)
+
+
+def _write_system(writer: _Writer, conversation: Conversation) -> None:
+    first = conversation.messages[0] if conversation.messages else None
+    system = first.content if first is not None and first.role == "system" else None
+    if system is None and not conversation.tools:
+        return
+    writer.control(IM_START)
+    writer.text("system\n" + (system or ""))
+    if conversation.tools:
+        if system is not None:
+            writer.text("\n\n")
+        writer.text(_TOOLS_BEFORE)
+        for tool in conversation.tools:
+            writer.text("\n" + _json(tool))
+        writer.template(_TOOLS_AFTER)
+    _end(writer)
+
+
+def _write_assistant(writer: _Writer, message: Message, *, think: bool, weight: float) -> None:
+    # The prompt is encoded by itself when it is served, so it is encoded by itself here (`flush`). Leading
+    # white space would join the prompt's newline in one token and make the two differ: it goes.
+    content = message.content.lstrip()
+    reasoning = _reasoning(message) if think else ""
+    if reasoning:
+        writer.control(IM_START)
+        writer.text("assistant\n")
+        writer.template(f"{THINK}\n", weight)
+        writer.flush()
+        writer.text(f"{reasoning}\n", weight)
+        writer.control(END_THINK, weight)
+        writer.text("\n\n", weight)
+    else:
+        writer.template(_opening(think=False))
+        writer.flush()
+    writer.text(content, weight)
+    for i, call in enumerate(message.tool_calls):
+        if content or i > 0:
+            writer.text("\n", weight)
+        writer.template("<tool_call>\n", weight)
+        writer.text(f'{{"name": {_json(call.name)}, "arguments": {_json(call.arguments)}}}\n', weight)
+        writer.control("</tool_call>", weight)
+    _end(writer, weight)
+
+
+def _write_tool_result(writer: _Writer, messages: tuple[Message, ...], i: int) -> None:
+    """Results that follow each other share one user turn."""
+    if i == 0 or messages[i - 1].role != "tool":
+        writer.template(f"{IM_START}user")
+    writer.template("\n<tool_response>\n")
+    writer.text(messages[i].content)
+    writer.template("\n</tool_response>")
+    if i + 1 == len(messages) or messages[i + 1].role != "tool":
+        _end(writer)
+
+
+def _opening(*, think: bool) -> str:
+    """What the prompt of an assistant turn ends with."""
+    return f"{IM_START}assistant\n{THINK}\n" + ("" if think else f"\n{END_THINK}\n\n")
+
+
+def _end(writer: _Writer, weight: float = 0.0) -> None:
+    writer.control(IM_END, weight)
+    writer.text("\n")
+
+
+def _reasoning(message: Message) -> str:
+    return (message.reasoning_content or "").strip() if message.role == "assistant" else ""
+
+
+def _json(value: Any) -> str:
+    """JSON as transformers' `tojson` filter writes it."""
+    return json.dumps(value, ensure_ascii=False)
