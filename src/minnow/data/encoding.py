@@ -1,0 +1,175 @@
+"""From raw rows to token arrays: what the worker processes do. Imports neither torch nor the readers of big formats."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from minnow.data.long_conversations import cut_conversation
+from minnow.data.readers import Raw, parse_row
+from minnow.data.records import Document, RowError, canonical, parse_conversation, parse_document
+from minnow.data.shards import token_dtype
+from minnow.tokenizer.chat import Conversation, training_examples
+from minnow.tokenizer.tokenizer import Tokenizer
+
+Kind = Literal["pretrain", "sft"]
+RawBatch = list[tuple[int, int, Raw]]  # (source, number in it, row)
+
+NUM_SHOWN = 20
+"""Bad rows that are shown; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class EncodeOptions:
+    """All that decides what becomes of a row, besides the tokenizer."""
+
+    kind: Kind
+    sequence_length: int
+    weights: tuple[float, ...]
+    """Weight of each source in the mixture."""
+    sides: tuple[Literal["split", "train", "validation"], ...]
+    """For each source: split by hash, or all to one side."""
+    threshold: int = 0
+    """A document whose 64-bit hash lies below this is validation."""
+
+
+@dataclass
+class Checked:
+    """What one look at rows found, without tokenising."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """rows, bad_rows, documents, text_bytes."""
+    bad: list[tuple[int, int, str]] = field(default_factory=list)
+    """(source, number, what is wrong) of the first bad rows."""
+    lowest: int = (1 << 64) - 1
+    highest: int = 0
+    """Extremes of the split hashes."""
+
+    def add(self, other: Checked) -> None:
+        """Add what a later batch found."""
+        self.counts += other.counts
+        self.bad = (self.bad + other.bad)[:NUM_SHOWN]
+        self.lowest, self.highest = min(self.lowest, other.lowest), max(self.highest, other.highest)
+
+
+@dataclass
+class Encoded(Checked):
+    """Rows as tokens; document i is `lengths[i]` of them. Adds cut_conversations, cut_pieces, long_turns to counts."""
+
+    tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint16))
+    weights: np.ndarray | None = None
+    lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    text_bytes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    copies: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    is_validation: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
+
+
+def check(batch: RawBatch, options: EncodeOptions) -> Checked:
+    """Parse every row and say what is wrong with which, and how the split hashes lie."""
+    found = Checked()
+    for _ in _examples(batch, options, found):
+        pass
+    return found
+
+
+def encode(batch: RawBatch, options: EncodeOptions, tokenizer: Tokenizer) -> Encoded:
+    """Tokenise every good row."""
+    found = Encoded()
+    kept = list(_examples(batch, options, found))
+    if options.kind == "pretrain":
+        _encode_documents(found, [example for example, _, _ in kept], tokenizer)  # type: ignore[misc]
+        repeats = np.ones(len(kept), np.int64)
+    else:
+        conversations: list[Conversation] = [example for example, _, _ in kept]  # type: ignore[misc]
+        repeats = _encode_conversations(found, conversations, tokenizer, options.sequence_length)
+    found.copies = np.repeat(np.array([copies for _, copies, _ in kept], np.int64), repeats)
+    found.is_validation = np.repeat(np.array([side for _, _, side in kept], bool), repeats)
+    return found
+
+
+def _examples(
+    batch: RawBatch, options: EncodeOptions, found: Checked
+) -> Iterator[tuple[Document | Conversation, int, bool]]:
+    """Yield (example, copies, is validation) of the good rows that the mixture takes; note the bad ones."""
+    parse = parse_document if options.kind == "pretrain" else parse_conversation
+    for source, number, raw in batch:
+        found.counts["rows"] += 1
+        try:
+            example: Document | Conversation = parse(parse_row(raw))
+        except RowError as error:
+            found.counts["bad_rows"] += 1
+            if len(found.bad) < NUM_SHOWN:
+                found.bad.append((source, number, str(error)))
+            continue
+        content = canonical(example)
+        digest = hashlib.blake2b(content, digest_size=16).digest()
+        split_hash, mixture_hash = (int.from_bytes(half, "big") for half in (digest[:8], digest[8:]))
+        weight = options.weights[source]
+        copies = int(weight) + (mixture_hash < (weight % 1) * 2**64)
+        if not copies:
+            continue
+        side = options.sides[source]
+        is_validation = side == "validation" or (side == "split" and split_hash < options.threshold)
+        if side == "split":
+            found.lowest, found.highest = min(found.lowest, split_hash), max(found.highest, split_hash)
+        found.counts["documents"] += 1
+        found.counts["text_bytes"] += len(content)
+        yield example, 1 if is_validation else copies, is_validation
+
+
+def _encode_documents(found: Encoded, documents: list[Document], tokenizer: Tokenizer) -> None:
+    end = [tokenizer.end_of_text_id]
+    texts = [document.text for document in documents]
+    flat: list[int] = []
+    lengths = []
+    for ids in tokenizer.encode_batch(texts):
+        flat += end
+        flat += ids
+        flat += end
+        lengths.append(len(ids) + 2)
+    found.tokens = np.fromiter(flat, token_dtype(tokenizer.vocab_size), len(flat))
+    found.lengths = np.array(lengths, np.int64)
+    found.text_bytes = np.array([len(text.encode()) for text in texts], np.int64)
+
+
+def _encode_conversations(
+    found: Encoded, conversations: list[Conversation], tokenizer: Tokenizer, sequence_length: int
+) -> np.ndarray:
+    """Returns how many documents each conversation became."""
+    token_bytes = _token_bytes(tokenizer)
+    tokens, weights, text_bytes, repeats = [], [], [], []
+    for conversation in conversations:
+        num_pieces = 0
+        for rendered in training_examples(tokenizer, conversation):
+            pieces, long_turns = cut_conversation(rendered, sequence_length)
+            if len(rendered.ids) > sequence_length + 1:
+                found.counts["cut_conversations"] += 1
+                found.counts["cut_pieces"] += len(pieces)
+                found.counts["long_turns"] += long_turns
+            for ids, piece_weights in pieces:
+                tokens.append(ids)
+                weights.append(piece_weights)
+                text_bytes.append(token_bytes[ids[1:]][piece_weights[1:] > 0].sum())
+            num_pieces += len(pieces)
+        repeats.append(num_pieces)
+    dtype = token_dtype(tokenizer.vocab_size)
+    found.tokens = np.concatenate([np.empty(0, dtype), *tokens]).astype(dtype)
+    found.weights = np.concatenate([np.empty(0, np.float16), *weights]).astype(np.float16)
+    found.lengths = np.array([len(ids) for ids in tokens], np.int64)
+    found.text_bytes = np.array(text_bytes, np.int64)
+    return np.array(repeats, np.int64)
+
+
+_bytes_of: dict[str, np.ndarray] = {}
+
+
+def _token_bytes(tokenizer: Tokenizer) -> np.ndarray:
+    """`Tokenizer.token_bytes`, built once a process."""
+    if tokenizer.fingerprint not in _bytes_of:
+        _bytes_of[tokenizer.fingerprint] = tokenizer.token_bytes()
+    return _bytes_of[tokenizer.fingerprint]

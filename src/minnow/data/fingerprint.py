@@ -1,0 +1,62 @@
+"""What the cache is keyed by: the content of the inputs, the tokenizer and the options."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from minnow.config import UserError, atomic_write
+from minnow.data.shards import file_sha256
+from minnow.data.sources import Source
+
+_SETTLED_SECONDS = 2.0
+
+
+def fingerprint(sources: Sequence[Source], cache_dir: Path, settings: dict[str, Any]) -> str:
+    """Return the sha256 (hex) of the sources' content, their order and weights, and of `settings`."""
+    contents = _file_hashes([source.name for source in sources if source.is_file], cache_dir)
+    inputs = [
+        [contents[source.name] if source.is_file else _hub_revision(source.name), source.format, source.weight]
+        for source in sources
+    ]
+    return hashlib.sha256(json.dumps([inputs, settings], sort_keys=True).encode()).hexdigest()
+
+
+def _file_hashes(paths: Sequence[str], cache_dir: Path) -> dict[str, str]:
+    """sha256 of each file's content; remembered in `hashes.json` by path, size and time of change."""
+    memory = cache_dir / "hashes.json"
+    try:
+        known: dict[str, list] = json.loads(memory.read_text(encoding="utf-8"))
+    except (FileNotFoundError, json.JSONDecodeError):
+        known = {}
+    hashes, fresh = {}, False
+    for path in paths:
+        stat = Path(path).stat()
+        state = [stat.st_size, stat.st_mtime_ns]
+        name = str(Path(path).resolve())
+        if name in known and known[name][:2] == state:
+            hashes[path] = known[name][2]
+            continue
+        hashes[path] = file_sha256(Path(path))
+        # A file changed a moment ago may change again within the clock's tick, with the same size: not remembered.
+        if time.time_ns() - stat.st_mtime_ns > _SETTLED_SECONDS * 1e9:
+            known[name], fresh = [*state, hashes[path]], True
+    if fresh:
+        with atomic_write(memory) as temporary:
+            temporary.write_text(json.dumps(known), encoding="utf-8")
+    return hashes
+
+
+def _hub_revision(name: str) -> str:
+    """The commit of a Hugging Face data set: its content cannot be read twice, but a commit does not change."""
+    import huggingface_hub
+
+    repository = name.removeprefix("hub:").split(":")[0]
+    try:
+        return f"{name}@{huggingface_hub.HfApi().dataset_info(repository).sha}"
+    except Exception as error:
+        raise UserError(f"{name}: the Hugging Face hub does not know it or cannot be reached: {error}") from error

@@ -1,0 +1,241 @@
+"""Reading sources row by row, never a whole file at once.
+
+A row comes as (number, raw): its line in the file (row number for parquet and Hugging Face data sets) and what is to be
+parsed: bytes of JSON, text, or an object. Parsing is apart (`parse_row`) because it is half of the reading time and is
+done by the processes that tokenise.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import json
+import shutil
+import tempfile
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
+
+import zstandard
+
+from minnow.config import UserError
+from minnow.data.records import (
+    CONVERSATION_KEYS,
+    OTHER_KEYS,
+    TEXT_KEYS,
+    RowError,
+    parse_conversation,
+    parse_document,
+)
+from minnow.data.sources import Source, find_sources
+
+Raw = bytes | str | Mapping[str, Any]
+
+TEXT_CHARACTERS = 16_384
+"""A longer document of a text file is cut at the next blank line, at the latest after four times as much."""
+END_OF_TEXT_LINE = "<|endoftext|>"
+
+_BLOCK = 1 << 20
+_COLUMNS = {*TEXT_KEYS, *CONVERSATION_KEYS, *OTHER_KEYS, "image_bytes", "chosen", "input_ids"}
+
+
+def read_rows(paths: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield ("FILE:LINE", row) of every source in `paths` (see `find_sources`); a text file's rows are {"text": ...}.
+
+    Raises UserError at the first row that is not an object.
+    """
+    for source in find_sources(paths):
+        for number, raw in iter_raw(source):
+            location = f"{source.name}:{number}"
+            try:
+                yield location, parse_row(raw)
+            except RowError as error:
+                raise UserError(f"{location}: {error}") from None
+
+
+def read_texts(paths: Sequence[str]) -> Iterator[str]:
+    """Yield every text in `paths`: documents, and what conversations say (contents and reasoning).
+
+    For training tokenizers. Raises UserError at the first row that is neither.
+    """
+    for location, row in read_rows(paths):
+        try:
+            if any(row.get(key) is not None for key in (*CONVERSATION_KEYS, "instruction")):
+                for message in parse_conversation(row).messages:
+                    yield from (text for text in (message.reasoning_content, message.content) if text)
+            else:
+                yield parse_document(row).text
+        except RowError as error:
+            raise UserError(f"{location}: {error}") from None
+
+
+def parse_row(raw: Raw) -> Mapping[str, Any]:
+    """Return the row as an object. Raises RowError."""
+    if isinstance(raw, str):
+        return {"text": raw}
+    if isinstance(raw, bytes):
+        try:
+            raw = json.loads(raw)
+        except UnicodeDecodeError as error:
+            raise RowError(f"not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise RowError(f"not valid JSON: {error}") from None
+    if not isinstance(raw, Mapping):
+        raise RowError("a row must be a JSON object")
+    return raw
+
+
+def iter_raw(source: Source) -> Iterator[tuple[int, Raw]]:
+    """Yield (number, raw row) of one source, from 1. Raises UserError where the file itself cannot be read."""
+    readers = {"jsonl": _jsonl, "json": _json, "txt": _txt, "parquet": _parquet, "hub": _hub}
+    try:
+        yield from readers[source.format](source.name)
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise UserError(f"{source.name}: cannot be read: {error}") from error
+
+
+@contextmanager
+def open_bytes(path: str) -> Iterator[IO[bytes]]:
+    """Open a file, decompressing .gz and .zst on the way."""
+    with open(path, "rb") as file:
+        if path.lower().endswith(".gz"):
+            yield gzip.open(file)
+        elif path.lower().endswith(".zst"):
+            # several frames may follow one another: that is what appending to a .zst gives
+            stream = zstandard.ZstdDecompressor().stream_reader(file, read_size=_BLOCK, read_across_frames=True)
+            yield io.BufferedReader(stream, _BLOCK)
+        else:
+            yield file
+
+
+def _jsonl(path: str) -> Iterator[tuple[int, Raw]]:
+    with open_bytes(path) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.isspace():
+                yield number, line
+
+
+def _json(path: str) -> Iterator[tuple[int, Raw]]:
+    """One array of objects, or what is really JSON lines under another name."""
+    with open_bytes(path) as file:
+        head = file.read(_BLOCK).removeprefix(codecs.BOM_UTF8).lstrip()
+    if head.startswith(b"["):
+        yield from _json_array(path)
+        return
+    try:
+        json.loads(head.split(b"\n", 1)[0])
+    except ValueError:
+        if len(head) < _BLOCK:  # a single object over several lines
+            yield 1, head
+            return
+    yield from _jsonl(path)
+
+
+def _json_array(path: str) -> Iterator[tuple[int, Raw]]:
+    """Objects of one big array, decoded one at a time from a buffer that grows only as long as one object needs."""
+    decoder = json.JSONDecoder()
+    with open_bytes(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig")
+        buffer, place, line, opened = "", 0, 1, False
+        block = _BLOCK
+        while True:
+            skipped = len(buffer) - len(buffer[place:].lstrip(" \t\r\n," if opened else " \t\r\n"))
+            line += buffer.count("\n", place, skipped)
+            place = skipped
+            if place < len(buffer) and not opened:
+                place, opened = place + 1, True  # the bracket
+                continue
+            if buffer.startswith("]", place):
+                return
+            try:
+                row, end = decoder.raw_decode(buffer, place)
+                whole = end < len(buffer)  # a number at the buffer's end may go on
+            except json.JSONDecodeError as error:
+                problem, whole = error, False
+            else:
+                problem = None
+            if whole:
+                yield line, row if isinstance(row, Mapping) else json.dumps(row).encode()
+                line += buffer.count("\n", place, end)
+                place, block = end, _BLOCK
+                continue
+            try:
+                more = text.read(block)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}: not UTF-8 after line {line}: {error.reason}") from None
+            if not more:
+                raise UserError(f"{path}:{line}: the JSON array breaks off: {problem or 'no closing bracket'}")
+            buffer, place = buffer[place:] + more, 0
+            block *= 2
+
+
+def _txt(path: str) -> Iterator[tuple[int, Raw]]:
+    """Documents of a text file: what stands between `<|endoftext|>` lines, long ones cut at blank lines."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    parts: list[str] = []
+    number, first, size = 1, 1, 0
+    with open_bytes(path) as file:
+        # readline with a limit, because a file without line ends must not be read whole either
+        for chunk in chain(iter(lambda: file.readline(_BLOCK // 16), b""), [b""]):
+            try:
+                line = decoder.decode(chunk, final=not chunk).replace("\r\n", "\n")
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}:{number}: not UTF-8: {error.reason}") from None
+            border = line.strip() == END_OF_TEXT_LINE
+            blank = chunk.isspace()
+            if border or not chunk or size > 4 * TEXT_CHARACTERS or (size > TEXT_CHARACTERS and blank):
+                text = "".join(parts).removeprefix("\ufeff").strip("\n")
+                if text.strip():
+                    yield first, text
+                parts, size, first = [], 0, number
+            if not border:
+                if not parts and blank:
+                    first = number + 1  # a document's location is its first line with text
+                else:
+                    parts.append(line)
+                    size += len(line)
+            else:
+                first = number + 1
+            number += chunk.endswith(b"\n")
+
+
+def _parquet(path: str) -> Iterator[tuple[int, Raw]]:
+    import pyarrow
+    import pyarrow.parquet
+
+    with tempfile.TemporaryDirectory() as folder:
+        if path.lower().endswith((".gz", ".zst")):  # parquet is read from its end
+            plain = Path(folder) / "plain.parquet"
+            with open_bytes(path) as packed, open(plain, "wb") as file:
+                shutil.copyfileobj(packed, file, _BLOCK)
+        else:
+            plain = Path(path)
+        try:
+            with pyarrow.parquet.ParquetFile(plain, buffer_size=_BLOCK, pre_buffer=False) as table:
+                wanted = [name for name in table.schema_arrow.names if name in _COLUMNS]
+                number = 0
+                for batch in table.iter_batches(batch_size=256, columns=wanted or None):
+                    for row in batch.to_pylist():
+                        number += 1
+                        yield number, row
+        except pyarrow.ArrowException as error:
+            raise UserError(f"{path}: not a readable parquet file: {error}") from error
+
+
+def _hub(name: str) -> Iterator[tuple[int, Raw]]:
+    import datasets
+
+    path, *rest = name.removeprefix("hub:").split(":")
+    config = rest[0] if rest else None
+    split = rest[1] if len(rest) > 1 else "train"
+    try:
+        rows = datasets.load_dataset(path, config, split=split, streaming=True)
+        yield from enumerate(rows, 1)
+    except Exception as error:  # the library raises its own, requests' and the hub client's alike
+        raise UserError(f"{name}: the data set cannot be read: {error}") from error

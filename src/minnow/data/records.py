@@ -1,0 +1,249 @@
+"""What a row may look like, and what it becomes: a Document or a Conversation.
+
+Pretraining rows hold `text` or `content`. Conversation rows hold `conversations` or `messages` (a list, or its JSON)
+of `role`/`content` or of ShareGPT's `from`/`value`, or Alpaca's `instruction`/`input`/`output`. Tools stand in `tools`
+(or `functions`) of the row or of the system message, calls in `tool_calls` of the assistant's, each as JSON text or as
+objects, flat or in OpenAI's `function` wrapper. A row that fits none of this raises RowError with what is wrong.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from minnow.tokenizer.chat import Conversation, Message, ToolCall
+
+TEXT_KEYS = ("text", "content")
+CONVERSATION_KEYS = ("conversations", "messages")
+OTHER_KEYS = ("instruction", "input", "output", "system", "history", "tools", "functions")
+
+_ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "function": "tool",
+    "observation": "tool",
+    "tool_response": "tool",
+}
+# R1 text: the reasoning stands in the content, before the answer; only at its very start, never searched for.
+_R1 = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+_ANSWER = re.compile(r"\s*<answer>\n?(.*?)\n?</answer>\s*", re.DOTALL)
+
+
+class RowError(ValueError):
+    """What is wrong with one row, without its location."""
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text to pretrain on."""
+
+    text: str
+
+
+def parse_document(row: Mapping[str, Any]) -> Document:
+    """Read a pretraining row. Raises RowError."""
+    present = [key for key in TEXT_KEYS if row.get(key) is not None]
+    if not present:
+        hint = ""
+        if any(row.get(key) is not None for key in (*CONVERSATION_KEYS, "instruction")):
+            hint = "; it looks like a conversation, which is for `minnow sft`"
+        elif row.get("input_ids") is not None:
+            hint = "; ids of another tokenizer cannot be used, give the text they came from"
+        raise RowError(f"no `text` or `content`, only {_keys(row)}{hint}")
+    text = _text(row[present[0]], f"`{present[0]}`")
+    if not text.strip():
+        raise RowError(f"`{present[0]}` is empty")
+    return Document(text)
+
+
+def parse_conversation(row: Mapping[str, Any]) -> Conversation:
+    """Read a conversation row; it has a user turn first and something to train on. Raises RowError."""
+    key = next((key for key in CONVERSATION_KEYS if row.get(key) is not None), None)
+    if key is not None:
+        items = _json(row[key], f"`{key}`")
+        if not isinstance(items, list):
+            raise RowError(f"`{key}` must be a list of messages, it is {_kind(items)}")
+        raw: list[Any] = items
+    elif row.get("instruction") is not None:
+        raw = _alpaca(row)
+    else:
+        raise RowError(_no_conversation(row))
+    if not raw:
+        raise RowError("the conversation is empty")
+    if row.get("image_bytes") is not None and any("<image>" in str(item) for item in raw):
+        raise RowError("the conversation shows an image, and this stage trains on text only")
+    messages = tuple(_message(item, number) for number, item in enumerate(raw, 1))
+    _check_order(messages)
+    return Conversation(messages=messages, tools=_all_tools(row, raw))
+
+
+def canonical(example: Document | Conversation) -> bytes:
+    """Return the content as bytes, the same for the same content whatever format it came in; hashed for the split."""
+    if isinstance(example, Document):
+        return example.text.encode()
+    turns = [
+        [m.role, m.content, m.reasoning_content, [[c.name, c.arguments] for c in m.tool_calls]]
+        for m in example.messages
+    ]
+    return json.dumps([turns, list(example.tools)], ensure_ascii=True, sort_keys=True).encode()
+
+
+def _check_order(messages: tuple[Message, ...]) -> None:
+    first = next((number for number, message in enumerate(messages) if message.role != "system"), None)
+    if first is not None and messages[first].role == "assistant":
+        raise RowError("the conversation starts with the assistant: there is no user message to answer")
+    if first is not None and messages[first].role == "tool":
+        raise RowError("the conversation starts with a tool result: there is no call that it answers")
+    answers = [message for message in messages if message.role == "assistant"]
+    if not answers:
+        raise RowError("no supervised token: the conversation has no assistant message")
+    if not any(m.content.strip() or m.tool_calls or m.reasoning_content for m in answers):
+        raise RowError("no supervised token: every assistant message is empty")
+
+
+def _message(item: Any, number: int) -> Message:
+    where = f"message {number}"
+    if not isinstance(item, Mapping):
+        raise RowError(f"{where} must be an object with `role` and `content`, it is {_kind(item)}")
+    written = item.get("role", item.get("from"))
+    if not isinstance(written, str) or written.lower() not in _ROLES:
+        known = ", ".join(_ROLES)
+        raise RowError(f"{where} has role {json.dumps(written, default=str)}; known are {known}")
+    role = _ROLES[written.lower()]
+    value = item.get("content", item.get("value"))
+    if written.lower() == "function_call":  # ShareGPT writes a call as a turn of its own
+        return Message(role=role, content="", tool_calls=_tool_calls(value, where))
+    calls = _tool_calls(item.get("tool_calls"), where) if role == "assistant" else ()
+    if value is None and not calls:
+        raise RowError(f"{where} ({role}) has no `content`")
+    content = _content(value, f"`content` of {where}")
+    reasoning = item.get("reasoning_content")
+    if role != "assistant":
+        return Message(role=role, content=content)
+    if reasoning is None or reasoning == "":
+        thought, content = _split_reasoning(content)
+    else:
+        thought = _text(reasoning, f"`reasoning_content` of {where}")
+    return Message(role=role, content=content, reasoning_content=thought or None, tool_calls=calls)
+
+
+def _split_reasoning(content: str) -> tuple[str, str]:
+    """Split R1 text into reasoning and answer; a lone `<answer>` wrapper around the rest goes as well."""
+    match = _R1.fullmatch(content)
+    if match is None:
+        return "", content
+    reasoning, answer = match[1].strip("\n"), match[2].lstrip("\n")
+    wrapped = _ANSWER.fullmatch(answer)
+    return reasoning if reasoning.strip() else "", wrapped[1] if wrapped else answer
+
+
+def _content(value: Any, what: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, list):  # OpenAI's content parts
+        for part in value:
+            if not isinstance(part, Mapping) or part.get("type") != "text":
+                raise RowError(f"{what} has a part that is not text")
+        return "".join(_text(part.get("text"), what) for part in value)
+    return _text(value, what)
+
+
+def _tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:
+    if value is None or value == "":
+        return ()
+    parsed = _json(value, f"`tool_calls` of {where}")
+    calls = []
+    for item in parsed if isinstance(parsed, list) else [parsed]:
+        call = item.get("function", item) if isinstance(item, Mapping) else item
+        if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
+            raise RowError(f"a tool call of {where} has no `name`")
+        arguments = call.get("arguments")
+        arguments = _json(arguments, f"`arguments` of {call['name']} in {where}") if arguments else {}
+        if not isinstance(arguments, dict):
+            raise RowError(f"`arguments` of {call['name']} in {where} must be an object, not {_kind(arguments)}")
+        calls.append(ToolCall(name=_text(call["name"], "the name of a tool"), arguments=arguments))
+    return tuple(calls)
+
+
+def _all_tools(row: Mapping[str, Any], items: list[Any]) -> tuple[dict, ...]:
+    holders = [row, *(item for item in items if item.get("role", item.get("from")) in ("system", "developer"))]
+    given = [_tools(holder[key], key) for holder in holders for key in ("tools", "functions") if holder.get(key)]
+    given = [tools for tools in given if tools]
+    if any(tools != given[0] for tools in given):
+        raise RowError("two different lists of tools are given")
+    return given[0] if given else ()
+
+
+def _tools(value: Any, key: str) -> tuple[dict, ...]:
+    tools = _json(value, f"`{key}`")
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RowError(f"`{key}` must be a list of objects")
+    return tuple(tools)
+
+
+def _alpaca(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    if row.get("output") is None:
+        raise RowError("an `instruction` without an `output`")
+    messages: list[dict[str, Any]] = []
+    if row.get("system"):
+        messages.append({"role": "system", "content": row["system"]})
+    for pair in _json(row.get("history") or [], "`history`"):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise RowError("`history` must be a list of [question, answer] pairs")
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    question = _text(row["instruction"], "`instruction`")
+    if row.get("input"):
+        question += "\n" + _text(row["input"], "`input`")
+    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+
+
+def _no_conversation(row: Mapping[str, Any]) -> str:
+    hint = ""
+    if row.get("chosen") is not None:
+        hint = "; it looks like a preference pair"
+    elif row.get("input_ids") is not None:
+        hint = "; ids of another tokenizer cannot be used, give the conversations they came from"
+    elif any(row.get(key) is not None for key in TEXT_KEYS):
+        hint = "; it looks like a text, which is for `minnow pretrain`"
+    return f"no `conversations`, `messages` or `instruction`, only {_keys(row)}{hint}"
+
+
+def _json(value: Any, what: str) -> Any:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise RowError(f"{what} is not valid JSON: {error}") from None
+
+
+def _text(value: Any, what: str) -> str:
+    if not isinstance(value, str):
+        raise RowError(f"{what} must be text, it is {_kind(value)}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):04x}"
+        raise RowError(f"{what} is not valid Unicode: {half} at character {error.start} is half a pair") from None
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {"NoneType": "null", "dict": "an object", "list": "a list", "str": "text", "bool": "true or false"}
+    return names.get(type(value).__name__, "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def _keys(row: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key}`" for key in row) or "nothing"

@@ -1,0 +1,107 @@
+"""Where data comes from: `PATH`, `PATH@WEIGHT`, folders, globs and Hugging Face dataset names -> a list of sources."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from minnow.config import UserError
+
+COMPRESSIONS = (".gz", ".zst")
+FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".txt": "txt"}
+
+_WEIGHT = re.compile(r"(.+)@([0-9.eE+-]+)")
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or one split of a Hugging Face data set, and how often it counts."""
+
+    name: str
+    """Path of the file, or hub:ORG/NAME[:CONFIG[:SPLIT]]."""
+    format: str
+    """jsonl, json, parquet, txt or hub."""
+    weight: float = 1.0
+    """Passes over this source in one epoch of the mixture. 2 takes each of its documents twice, 0.3 a fixed 30% of
+    them, 1.5 each once and half of them again; which ones is decided by their content."""
+
+    @property
+    def is_file(self) -> bool:
+        """Whether it lies on this machine."""
+        return self.format != "hub"
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk; 0 for what is streamed."""
+        return Path(self.name).stat().st_size if self.is_file else 0
+
+
+def find_sources(paths: Sequence[str]) -> list[Source]:
+    """Resolve `paths`, each optionally `@WEIGHT`, to sources in a fixed order (a folder's or glob's files sorted).
+
+    A path is a file (jsonl, json, parquet, txt, each also .gz or .zst), a folder (all such files in it, at any
+    depth), a glob, or a Hugging Face data set, ORG/NAME[:CONFIG[:SPLIT]] (split `train` by default).
+    Raises UserError for a path that leads nowhere.
+    """
+    if not paths:
+        raise UserError("no data is given: name at least one file, folder, glob or Hugging Face data set")
+    return [source for path in paths for source in _resolve(path)]
+
+
+def _resolve(written: str) -> list[Source]:
+    path, weight = _split_weight(written)
+    if Path(path).is_file():
+        return [Source(path, _format(path), weight)]
+    if Path(path).is_dir():
+        found = [p for p in Path(path).rglob("*") if p.is_file() and _is_data(p.relative_to(path))]
+        if not found:
+            raise UserError(f"{path}: this folder holds no data file ({_known()})")
+        return [Source(str(p), _format(p), weight) for p in sorted(found)]
+    if glob.has_magic(path):
+        matches = sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())
+        if not matches:
+            raise UserError(f"{path}: no file matches")
+        return [Source(p, _format(p), weight) for p in matches]
+    name = path.removeprefix("hub:")
+    if _HUB_NAME.fullmatch(name) and (path != name or _suffix(Path(path)) not in FORMATS):
+        return [Source(f"hub:{name}", "hub", weight)]
+    raise UserError(f"{path}: no such file or folder")
+
+
+def _split_weight(written: str) -> tuple[str, float]:
+    match = _WEIGHT.fullmatch(written)
+    if match is None or Path(written).exists():
+        return written, 1.0
+    try:
+        weight = float(match[2])
+    except ValueError:
+        return written, 1.0
+    if not 0 < weight <= 1000:
+        raise UserError(f"{written}: the weight after @ must lie above 0 and not above 1000")
+    return match[1], weight
+
+
+def _suffix(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _is_data(path: Path) -> bool:
+    return _suffix(path) in FORMATS and not any(part.startswith(".") for part in path.parts)
+
+
+def _format(path: str | Path) -> str:
+    suffix = _suffix(Path(path))
+    if suffix not in FORMATS:
+        raise UserError(f"{path}: not a data file by its name; known are {_known()}")
+    return FORMATS[suffix]
+
+
+def _known() -> str:
+    return ", ".join(FORMATS) + ", each also " + " or ".join(COMPRESSIONS)

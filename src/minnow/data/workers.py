@@ -1,0 +1,118 @@
+"""Worker processes that check and tokenise batches, in order and with little in flight.
+
+Processes, because parsing, hashing and building lists of ids hold Python's lock. Plain child processes over pipes,
+because a fork of a process with torch's and tokenizers' threads can hang, and a spawn runs the user's script again.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import subprocess
+import sys
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+from minnow.data import encoding
+from minnow.data.encoding import Checked, EncodeOptions, RawBatch
+from minnow.tokenizer.tokenizer import Tokenizer
+
+Task = Literal["check", "encode"]
+
+
+class Workers:
+    """`num_workers` processes, or this one for 0. Use as a context manager."""
+
+    def __init__(self, num_workers: int, tokenizer: Tokenizer) -> None:
+        self.num_workers, self.tokenizer = num_workers, tokenizer
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def __enter__(self) -> Workers:
+        if self.num_workers:
+            self._folder = tempfile.TemporaryDirectory(prefix="minnow-")
+            self.tokenizer.save_pretrained(Path(self._folder.name))
+            paths = os.pathsep.join(path or os.getcwd() for path in sys.path)
+            self._processes = [
+                subprocess.Popen(
+                    [sys.executable, "-m", "minnow.data.workers", self._folder.name],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    env={**os.environ, "PYTHONPATH": paths, "TOKENIZERS_PARALLELISM": "false"},
+                    start_new_session=True,  # Ctrl-C is ours to handle; a worker ends when its pipe does
+                )
+                for _ in range(self.num_workers)
+            ]
+            self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+            for process in self._processes:
+                self._idle.put(process)
+            self._threads = ThreadPoolExecutor(self.num_workers)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._processes:
+            for process in self._processes:
+                process.kill()
+                process.wait()
+            self._threads.shutdown(cancel_futures=True)
+            self._folder.cleanup()
+
+    def map(self, task: Task, batches: Iterable[RawBatch], options: EncodeOptions) -> Iterator[Any]:
+        """Yield the result of `task` on every batch, in order; at most two batches per worker are read ahead."""
+        if not self.num_workers:
+            for batch in batches:
+                yield _perform(task, batch, options, self.tokenizer)
+            return
+        pending: deque[Future[Checked]] = deque()
+        for batch in batches:
+            pending.append(self._threads.submit(self._ask, task, batch, options))
+            if len(pending) >= 2 * self.num_workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def _ask(self, task: Task, batch: RawBatch, options: EncodeOptions) -> Checked:
+        process = self._idle.get()
+        assert process.stdin is not None and process.stdout is not None
+        pickle.dump((task, batch, options), process.stdin, pickle.HIGHEST_PROTOCOL)
+        process.stdin.flush()
+        try:
+            result = pickle.load(process.stdout)
+        except EOFError:
+            raise RuntimeError(f"a worker process ended with exit code {process.wait()}") from None
+        self._idle.put(process)
+        if isinstance(result, BaseException):
+            raise result
+        return result
+
+
+def _perform(task: Task, batch: RawBatch, options: EncodeOptions, tokenizer: Tokenizer) -> Checked:
+    if task == "check":
+        return encoding.check(batch, options)
+    return encoding.encode(batch, options, tokenizer)
+
+
+def _serve(tokenizer_folder: str) -> None:
+    """Answer pickled tasks on stdin with pickled results on stdout until stdin ends."""
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints must not fall between the replies
+    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
+    while True:
+        try:
+            task, batch, options = pickle.load(sys.stdin.buffer)
+        except EOFError:
+            return
+        try:
+            reply: object = _perform(task, batch, options, tokenizer)
+        except Exception as error:
+            reply = error
+        pickle.dump(reply, replies, pickle.HIGHEST_PROTOCOL)
+        replies.flush()
+
+
+if __name__ == "__main__":
+    _serve(sys.argv[1])

@@ -1,0 +1,177 @@
+"""Files of every format and compression give the same rows, with their places."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minnow.config import UserError
+from minnow.data import readers
+from minnow.data.readers import read_rows, read_texts
+from minnow.data.sources import find_sources
+
+ROWS = [{"text": "one\ntwo"}, {"text": "三"}, {"text": '"quoted" \u2028 line'}]
+
+
+def write(path: Path, rows) -> Path:
+    plain = path.name.removesuffix(".gz").removesuffix(".zst")
+    if plain.endswith(".parquet"):
+        sink = pa.BufferOutputStream()
+        pq.write_table(pa.Table.from_pylist(rows), sink)
+        data = sink.getvalue().to_pybytes()
+    elif plain.endswith(".json"):
+        data = json.dumps(rows, ensure_ascii=False, indent=2).encode()
+    elif plain.endswith(".txt"):
+        data = "\n<|endoftext|>\n".join(row["text"] for row in rows).encode()
+    else:
+        data = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+    if path.suffix == ".gz":
+        data = gzip.compress(data)
+    elif path.suffix == ".zst":
+        data = zstandard.compress(data)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("compression", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("form", ["jsonl", "json", "parquet", "txt"])
+def test_every_format_and_compression(tmp_path, form, compression):
+    path = write(tmp_path / f"data.{form}{compression}", ROWS)
+    rows = list(read_rows([str(path)]))
+    assert [row for _, row in rows] == ROWS
+    places = {"jsonl": [1, 2, 3], "json": [2, 5, 8], "parquet": [1, 2, 3], "txt": [1, 4, 6]}[form]
+    assert [location for location, _ in rows] == [f"{path}:{n}" for n in places]
+
+
+def test_blank_lines_marks_and_line_ends(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n\r\n{"text": "b"}')
+    assert [(place.rsplit(":", 1)[1], row["text"]) for place, row in read_rows([str(path)])] == [("1", "a"), ("3", "b")]
+
+
+def test_json_that_is_really_lines_or_one_object(tmp_path):
+    lines = tmp_path / "lines.json"
+    lines.write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert [row["text"] for _, row in read_rows([str(lines)])] == ["a", "b"]
+    one = tmp_path / "one.json"
+    one.write_text('{\n "text": "a"\n}\n')
+    assert [row["text"] for _, row in read_rows([str(one)])] == ["a"]
+    empty = tmp_path / "empty.json"
+    empty.write_text("[]")
+    assert list(read_rows([str(empty)])) == []
+
+
+@given(st.lists(st.text(max_size=30), max_size=12), st.integers(1, 40), st.sampled_from([None, 0, 3]))
+@settings(max_examples=60, deadline=None)
+def test_a_json_array_is_read_in_any_blocks(tmp_path_factory, texts, block, indent):
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    path.write_text(json.dumps([{"text": text} for text in texts], indent=indent))
+    before = readers._BLOCK
+    readers._BLOCK = block
+    try:
+        rows = [row["text"] for _, row in readers._json_array(str(path))]
+    finally:
+        readers._BLOCK = before
+    assert rows == texts
+
+
+def test_a_long_text_is_cut_at_blank_lines(tmp_path):
+    path = tmp_path / "book.txt"
+    paragraphs = [f"Paragraph {n}. " + "word " * 400 for n in range(40)]
+    path.write_text("\n\n".join(paragraphs))
+    rows = list(read_rows([str(path)]))
+    assert len(rows) > 3
+    assert all(len(row["text"]) < 4 * readers.TEXT_CHARACTERS for _, row in rows)
+    assert "".join(row["text"] for _, row in rows).replace("\n", "") == "".join(paragraphs)
+    lines = path.read_text().split("\n")
+    for location, row in rows:
+        assert lines[int(location.rsplit(":", 1)[1]) - 1] == row["text"].split("\n")[0]
+    path.write_text("字" * 300_000)  # one line without an end is not read whole either
+    rows = list(read_rows([str(path)]))
+    assert len(rows) > 2
+    assert "".join(row["text"] for _, row in rows) == "字" * 300_000
+
+
+def test_folders_globs_and_weights(tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("b.jsonl", "a.jsonl.gz", "sub/c.txt", ".hidden.jsonl", "notes.md"):
+        write(tmp_path / name, ROWS[:1])
+    names = [Path(source.name).name for source in find_sources([str(tmp_path)])]
+    assert names == ["a.jsonl.gz", "b.jsonl", "c.txt"]
+    assert [s.weight for s in find_sources([f"{tmp_path}/*.jsonl@0.3", f"{tmp_path}/sub@2"])] == [0.3, 2.0]
+    at = write(tmp_path / "x@2", ROWS[:1]).rename(tmp_path / "x.jsonl@2")
+    with pytest.raises(UserError, match="not a data file by its name"):
+        find_sources([str(at)])  # the file exists, so the @2 is its name
+    hub = find_sources(["org/name:config:train@3", "hub:org/name.json"])
+    assert [(s.name, s.format, s.weight) for s in hub] == [
+        ("hub:org/name:config:train", "hub", 3.0),
+        ("hub:org/name.json", "hub", 1.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("{tmp}/none.jsonl", "no such file or folder"),
+        ("data/none.jsonl", "no such file or folder"),
+        ("{tmp}/*.jsonl", "no file matches"),
+        ("{tmp}", "holds no data file"),
+        ("{tmp}/x.jsonl@0", "above 0"),
+    ],
+)
+def test_paths_that_lead_nowhere(tmp_path, path, message):
+    with pytest.raises(UserError, match=message):
+        find_sources([path.format(tmp=tmp_path)])
+    with pytest.raises(UserError, match="no data is given"):
+        find_sources([])
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl:2: not valid JSON"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8: byte 10 is 0xff"),
+        ("a.jsonl", b"[1]\n", r"a\.jsonl:1: a row must be a JSON object"),
+        ("a.json", b'[{"text": "a"},\n{"text": ', r"a\.json:2: the JSON array breaks off"),
+        ("a.txt", b"fine\nbad \xff\n", r"a\.txt:2: not UTF-8"),
+        ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: cannot be read"),
+        ("a.jsonl.zst", b"no zstd", r"a\.jsonl\.zst: cannot be read"),
+        ("a.parquet", b"no parquet", r"a\.parquet: not a readable parquet file"),
+    ],
+)
+def test_unreadable_files_are_named(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        list(read_rows([str(tmp_path / name)]))
+
+
+def test_hub_sets_are_streamed(monkeypatch):
+    asked = {}
+
+    def load_dataset(path, config, *, split, streaming):
+        asked.update(path=path, config=config, split=split, streaming=streaming)
+        return iter([{"text": "a"}, {"text": "b"}])
+
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert [place for place, _ in read_rows(["org/name:config:test"])] == [
+        "hub:org/name:config:test:1",
+        "hub:org/name:config:test:2",
+    ]
+    assert asked == {"path": "org/name", "config": "config", "split": "test", "streaming": True}
+
+
+def test_texts_for_the_tokenizer(tmp_path):
+    texts = write(tmp_path / "a.jsonl", ROWS[:1])
+    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}]}
+    chats = write(tmp_path / "b.jsonl", [row, {"instruction": "i", "output": "o"}])
+    assert list(read_texts([str(texts), str(chats)])) == ["one\ntwo", "q", "r", "a", "i", "o"]
+    with pytest.raises(UserError, match=r"c\.jsonl:1: no `text`"):
+        list(read_texts([str(write(tmp_path / "c.jsonl", [{"x": "y"}]))]))

@@ -1,0 +1,165 @@
+"""Rows of every format, and what is said of bad ones."""
+
+import json
+
+import pytest
+
+from minnow.data.records import RowError, canonical, parse_conversation, parse_document
+from minnow.tokenizer.chat import Message, ToolCall
+
+HELLO = (Message(role="user", content="hi"), Message(role="assistant", content="hello"))
+CALL = ToolCall(name="add", arguments={"a": 1})
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+
+
+def chat(*turns, **row):
+    return {"conversations": [{"role": role, **message} for role, message in turns], **row}
+
+
+@pytest.mark.parametrize("row", [{"text": "a"}, {"content": "a"}, {"text": "a", "content": "b"}, {"text": "a", "n": 1}])
+def test_pretraining_rows(row):
+    assert parse_document(row).text == "a"
+
+
+ROWS_OF_HELLO = {
+    "minimind": {"conversations": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
+    "messages": {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]},
+    "belle": {"conversations": [{"from": "human", "value": "hi"}, {"from": "assistant", "value": "hello"}]},
+    "json": {"conversations": '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]'},
+    "alpaca": {"instruction": "hi", "input": "", "output": "hello"},
+    "hf features": {
+        "conversations": [
+            {"role": r, "content": c, "reasoning_content": None, "tools": None, "tool_calls": ""}
+            for r, c in (("user", "hi"), ("assistant", "hello"))
+        ]
+    },
+    "parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}, {"role": "assistant", "content": "hello"}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ROWS_OF_HELLO)
+def test_one_conversation_in_every_format(name):
+    conversation = parse_conversation(ROWS_OF_HELLO[name])
+    assert conversation.messages == HELLO
+    assert conversation.tools == ()
+    assert canonical(conversation) == canonical(parse_conversation(ROWS_OF_HELLO["alpaca"]))
+
+
+def test_alpaca_with_everything():
+    row = {"instruction": "Add", "input": "1 2", "output": "3", "system": "Be brief.", "history": [["hi", "hello"]]}
+    messages = parse_conversation(row).messages
+    assert [m.role for m in messages] == ["system", "user", "assistant", "user", "assistant"]
+    assert messages[3].content == "Add\n1 2"
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+@pytest.mark.parametrize("key", ["tools", "functions"])
+@pytest.mark.parametrize("place", ["row", "system"])
+def test_tools(as_json, key, place):
+    tools = json.dumps([TOOL]) if as_json else [TOOL]
+    row = chat(("system", {"content": "s"}), ("user", {"content": "u"}), ("assistant", {"content": "a"}))
+    (row if place == "row" else row["conversations"][0])[key] = tools
+    assert parse_conversation(row).tools == (TOOL,)
+
+
+@pytest.mark.parametrize(
+    "calls",
+    [
+        [{"name": "add", "arguments": {"a": 1}}],
+        '[{"name": "add", "arguments": {"a": 1}}]',
+        {"name": "add", "arguments": '{"a": 1}'},
+        [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+    ],
+)
+def test_tool_calls(calls):
+    turns = (("user", {"content": "u"}), ("assistant", {"content": None, "tool_calls": calls}), ("tool", {"content": "2"}))
+    messages = parse_conversation(chat(*turns)).messages
+    assert messages[1] == Message(role="assistant", content="", tool_calls=(CALL,))
+    assert messages[2] == Message(role="tool", content="2")
+
+
+def test_sharegpt_calls_are_turns():
+    turns = [("human", "u"), ("function_call", '{"name": "add", "arguments": {"a": 1}}'), ("observation", "2"), ("gpt", "2")]
+    messages = parse_conversation({"conversations": [{"from": f, "value": v} for f, v in turns]}).messages
+    assert [m.role for m in messages] == ["user", "assistant", "tool", "assistant"]
+    assert messages[1].tool_calls == (CALL,)
+
+
+@pytest.mark.parametrize(
+    ("message", "reasoning", "content"),
+    [
+        ({"content": "4", "reasoning_content": "2+2"}, "2+2", "4"),
+        ({"content": "<think>\n2+2\n</think>\n<answer>\n4\n</answer>"}, "2+2", "4"),
+        ({"content": "<think>\n2+2\n</think>\n\n4"}, "2+2", "4"),
+        ({"content": "<think>\n\n</think>\n\n4"}, None, "4"),
+        ({"content": "<think>a</think>b<think>c</think>"}, "a", "b<think>c</think>"),
+        ({"content": "They write <think>x</think>."}, None, "They write <think>x</think>."),
+        ({"content": "<think>kept</think>4", "reasoning_content": "r"}, "r", "<think>kept</think>4"),
+        ({"content": "4", "reasoning_content": ""}, None, "4"),
+    ],
+)
+def test_reasoning_is_split_once_and_only_at_the_start(message, reasoning, content):
+    answer = parse_conversation(chat(("user", {"content": "?"}), ("assistant", message))).messages[1]
+    assert (answer.reasoning_content, answer.content) == (reasoning, content)
+
+
+def test_a_user_is_never_read_for_tags():
+    row = chat(("user", {"content": "<think>x</think>y"}), ("assistant", {"content": "z"}))
+    assert parse_conversation(row).messages[0] == Message(role="user", content="<think>x</think>y")
+
+
+U = ("user", {"content": "u"})
+A = ("assistant", {"content": "a"})
+BAD_CONVERSATIONS = [
+    (chat(A), "starts with the assistant"),
+    (chat(("system", {"content": "s"}), A, U), "starts with the assistant"),
+    (chat(("tool", {"content": "s"}), A), "starts with a tool result"),
+    (chat(U), "no supervised token: the conversation has no assistant message"),
+    (chat(U, ("assistant", {"content": "  "})), "no supervised token: every assistant message is empty"),
+    (chat(), "the conversation is empty"),
+    (chat(U, ("assistant", {})), r"message 2 \(assistant\) has no `content`"),
+    (chat(U, ("assistant", {"content": 3})), "`content` of message 2 must be text, it is a number"),
+    (chat(U, ("narrator", {"content": "a"})), 'message 2 has role "narrator"; known are system'),
+    ({"conversations": "[{"}, "`conversations` is not valid JSON"),
+    ({"conversations": {"a": 1}}, "must be a list of messages, it is an object"),
+    ({"conversations": ["hi"]}, "message 1 must be an object with `role` and `content`, it is text"),
+    (chat(U, ("assistant", {"content": "", "tool_calls": "{"})), "`tool_calls` of message 2 is not valid JSON"),
+    (chat(U, ("assistant", {"content": "", "tool_calls": [{"x": 1}]})), "a tool call of message 2 has no `name`"),
+    (
+        chat(U, ("assistant", {"content": "", "tool_calls": [{"name": "f", "arguments": "[1]"}]})),
+        "`arguments` of f in message 2 must be an object, not a list",
+    ),
+    (chat(U, A, tools="[1]"), "`tools` must be a list of objects"),
+    (chat(("system", {"content": "s", "tools": [TOOL]}), U, A, tools=[{"name": "other"}]), "two different lists of tools"),
+    ({"instruction": "i"}, "an `instruction` without an `output`"),
+    ({"chosen": [], "rejected": []}, "only `chosen`, `rejected`; it looks like a preference pair"),
+    ({"text": "x"}, "it looks like a text, which is for `minnow pretrain`"),
+    ({"input_ids": [1]}, "ids of another tokenizer cannot be used"),
+    ({}, "only nothing"),
+    (chat(("user", {"content": "see <image>"}), A, image_bytes=b"x"), "shows an image"),
+    (chat(("user", {"content": "\ud83d"}), A), r"not valid Unicode: \\ud83d at character 0 is half a pair"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_CONVERSATIONS)
+def test_bad_conversations_are_explained(row, message):
+    with pytest.raises(RowError, match=message):
+        parse_conversation(row)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": ""}, "`text` is empty"),
+        ({"text": " \n"}, "`text` is empty"),
+        ({"text": 3}, "`text` must be text, it is a number"),
+        ({"content": ["a"]}, "`content` must be text, it is a list"),
+        ({"body": "x"}, "no `text` or `content`, only `body`"),
+        ({"messages": []}, "it looks like a conversation, which is for `minnow sft`"),
+        ({"text": "a\udc00"}, "half a pair"),
+    ],
+)
+def test_bad_documents_are_explained(row, message):
+    with pytest.raises(RowError, match=message):
+        parse_document(row)
