@@ -1,0 +1,294 @@
+"""`minnow plan`: what a run would cost, from its shape and a probe of a few seconds; nothing is started."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_module
+import math
+import statistics
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from minnow.config import UserError, atomic_write
+from minnow.model.config import ModelConfig
+from minnow.model.hf_config import from_hf_config
+from minnow.model.pretrained import resolve_model_folder
+from minnow.model.size import parameter_count, training_flops_per_token
+from minnow.model.transformer import CausalLM
+from minnow.optim import OptimConfig, build_optimizers
+from minnow.stages import pretrain
+from minnow.training.config import TrainingConfig
+from minnow.training.hardware import matmul_peak, synchronize
+from minnow.training.objective import LanguageModeling
+from minnow.training.probe import random_batch, tokens_per_second
+from minnow.training.session import Machine
+
+COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022 (2203.15556)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(pretrain.Config):
+    """Say what a pretraining or SFT configuration would cost: parameters, FLOPs, tokens, memory and time.
+
+    Takes the configuration file and the settings of `minnow pretrain` and `minnow sft`. Starts nothing and reads no
+    data: the number of tokens comes from tokens, else training.steps, else 20 a parameter.
+    """
+
+    tokens: int | None = None
+    """Training tokens in all, if you know them."""
+    probe_seconds: float = 3.0
+    """Seconds to measure the speed for; 0 leaves speed and time out."""
+    json: Path | None = None
+    """Write the figures to this file too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes that a training step keeps; buffers that live for one operation come on top (about a third of the
+    activations, measured on a CPU)."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True, kw_only=True)
+class Speed:
+    """What the probe measured, scaled to the whole model."""
+
+    tokens_per_second: float
+    """Forward and backward."""
+    optimizer_seconds: float
+    """One update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The figures of a run that has not been started."""
+
+    parameters: int
+    active_parameters: int
+    """Parameters that work on one token; all of them in a dense model."""
+    tokens: int
+    tokens_from: str
+    steps: int
+    flops_per_token: float
+    flops: float
+    memory: Memory
+    device: str
+    precision: str
+    matmul_peak: float | None = None
+    """FLOP/s, measured."""
+    speed: Speed | None = None
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of the run without validation and compilation."""
+        if self.speed is None:
+            return None
+        return self.tokens / self.speed.tokens_per_second + self.steps * self.speed.optimizer_seconds
+
+    def to_json(self) -> dict[str, object]:
+        """Every figure, derived ones included."""
+        figures = dataclasses.asdict(self) | {"seconds": self.seconds}
+        return figures | {"memory": dataclasses.asdict(self.memory) | {"total": self.memory.total}}
+
+
+def run(config: Config) -> None:
+    """Print the plan, and write it to `config.json` if asked."""
+    plan = make_plan(config)
+    _print(plan, Console(highlight=False))
+    if config.json is not None:
+        with atomic_write(config.json) as temporary:
+            temporary.write_text(json_module.dumps(plan.to_json(), indent=2) + "\n", encoding="utf-8")
+
+
+def make_plan(config: Config) -> Plan:
+    """Work out the figures; runs the probe unless `probe_seconds` is 0."""
+    shape = _shape(config)
+    machine = Machine.choose(config.training)
+    parameters = parameter_count(shape)
+    tokens, tokens_from = _tokens(config, parameters)
+    # A token sees half of its row on average, less where several documents share it.
+    flops_per_token = training_flops_per_token(shape, (config.sequence_length + 1) / 2)
+    peak, speed = None, None
+    if config.probe_seconds > 0:
+        peak = matmul_peak(machine.device, machine.dtype)
+        speed = _probe(config, shape, machine, flops_per_token, peak)
+    return Plan(
+        parameters=parameters,
+        active_parameters=parameters,
+        tokens=tokens,
+        tokens_from=tokens_from,
+        steps=math.ceil(tokens / config.training.batch_tokens),
+        flops_per_token=flops_per_token,
+        flops=tokens * flops_per_token,
+        memory=_memory(config, shape, machine.dtype),
+        device=machine.device.type,
+        precision={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[machine.dtype],
+        matmul_peak=peak,
+        speed=speed,
+    )
+
+
+def _shape(config: Config) -> ModelConfig:
+    if config.init_from is None:
+        return dataclasses.replace(config.model, max_position_embeddings=config.sequence_length)
+    try:
+        file = resolve_model_folder(config.init_from) / "config.json"
+    except UserError as error:
+        raise UserError(f"{error} (give --init_from null and a shape with --model.* instead)") from None
+    shape = from_hf_config(json_module.loads(file.read_text(encoding="utf-8")), str(file))
+    shape.check_sequence_length(config.sequence_length)
+    return shape
+
+
+def _tokens(config: Config, parameters: int) -> tuple[int, str]:
+    """The tokens of the run, and where that number is from."""
+    training = config.training
+    if config.tokens is not None:
+        return math.ceil(config.tokens * training.epochs), f"tokens x {training.epochs:g} epochs"
+    if training.steps is not None:
+        return training.steps * training.batch_tokens, "training.steps x training.batch_tokens"
+    per_parameter = COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER
+    return per_parameter * parameters, f"{per_parameter} a parameter; --tokens says otherwise"
+
+
+# --- Memory ---------------------------------------------------------------------------------------
+
+
+def _memory(config: Config, shape: ModelConfig, dtype: torch.dtype) -> Memory:
+    """Weights, gradients and optimizer state are exact; activations are counted on two layers and scaled."""
+    parameters = parameter_count(shape)
+    with torch.device("meta"):
+        model = CausalLM(dataclasses.replace(shape, num_hidden_layers=1))
+    matrices = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2) * shape.num_hidden_layers
+    rest = parameters - matrices
+    averages = 4 * matrices + 8 * rest if config.optim.optimizer == "muon" else 8 * parameters
+    copies = 0 if dtype == torch.float32 else dtype.itemsize * matrices
+    return Memory(
+        weights=4 * parameters + copies,
+        gradients=4 * parameters,
+        optimizer=averages,
+        activations=_activations(config.training, config.sequence_length, shape, dtype),
+    )
+
+
+def _activations(training: TrainingConfig, length: int, shape: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes kept for the backward pass of one micro-batch: counted by autograd's own hook on a short row."""
+    probe_length = min(length, 64)
+    counts = []
+    for layers in (1, 2):
+        small = dataclasses.replace(shape, num_hidden_layers=layers, vocab_size=min(shape.vocab_size, 512))
+        model = CausalLM(small)
+        model.compute_dtype = dtype
+        model.gradient_checkpointing = training.gradient_checkpointing
+        counts.append(_saved_bytes(model, probe_length) / probe_length)
+    per_layer = counts[1] - counts[0]
+    tokens = training.rows_per_batch(length)[1] * length
+    return round(tokens * (counts[0] + (shape.num_hidden_layers - 1) * per_layer))
+
+
+def _saved_bytes(model: CausalLM, length: int) -> int:
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # holding the storages keeps their addresses apart
+    weight_sizes = {parameter.numel() for parameter in model.parameters() if parameter.ndim == 2}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        is_cast_weight = tensor.ndim == 2 and tensor.numel() in weight_sizes and tensor.shape[0] != length
+        if storage.data_ptr() not in own and not is_cast_weight:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    batch = random_batch(model.config.vocab_size, 1, length)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = LanguageModeling()(model, batch)
+    del output
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+# --- Speed ----------------------------------------------------------------------------------------
+
+
+def _probe(config: Config, shape: ModelConfig, machine: Machine, flops_per_token: float, peak: float) -> Speed:
+    """Measure a few real steps; a model too large for that is measured with fewer rows, then fewer layers."""
+    length = config.sequence_length
+    affordable = peak * 0.1 * config.probe_seconds / 4  # FLOPs of one step, if a tenth of the peak is reached
+    rows = config.training.rows_per_batch(length)[1]
+    rows = max(1, min(rows, int(affordable / (flops_per_token * length))))
+    small, small_flops = shape, flops_per_token
+    while small.num_hidden_layers > 1 and rows * length * small_flops > affordable:
+        small = dataclasses.replace(small, num_hidden_layers=small.num_hidden_layers // 2)
+        small_flops = training_flops_per_token(small, (length + 1) / 2)
+    model = CausalLM(small).to(machine.device)
+    model.compute_dtype = machine.dtype
+    model.gradient_checkpointing = config.training.gradient_checkpointing
+    measured = tokens_per_second(model, random_batch(small.vocab_size, rows, length), seconds=config.probe_seconds)
+    share = parameter_count(small) / parameter_count(shape)
+    return Speed(
+        tokens_per_second=measured * small_flops / flops_per_token,
+        optimizer_seconds=_update_seconds(model, config.optim, config.training.batch_tokens) / share,
+    )
+
+
+def _update_seconds(model: CausalLM, optim: OptimConfig, batch_tokens: int) -> float:
+    """The median time of an update with gradients of zero, after one to warm up."""
+    device = next(model.parameters()).device
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers = build_optimizers(model, optim, tokens_per_batch=batch_tokens)
+    durations = []
+    for _ in range(4):
+        synchronize(device)
+        start = time.perf_counter()
+        for optimizer in optimizers:
+            optimizer.step()
+        synchronize(device)
+        durations.append(time.perf_counter() - start)
+    return statistics.median(durations[1:])
+
+
+# --- Words ----------------------------------------------------------------------------------------
+
+
+def _print(plan: Plan, console: Console) -> None:
+    memory = plan.memory
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("parameters", f"{plan.parameters:,} ({plan.active_parameters:,} active)")
+    table.add_row("tokens", f"{plan.tokens:,} ({plan.tokens_from})")
+    table.add_row("steps", f"{plan.steps:,}")
+    table.add_row("FLOPs", f"{plan.flops:.3g} ({plan.flops_per_token:.3g} a token, forward and backward)")
+    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in dataclasses.asdict(memory).items())
+    table.add_row("memory", f"{_bytes(memory.total)} and temporary buffers: {parts}")
+    table.add_row("machine", f"{plan.device}, {plan.precision}")
+    if plan.speed is not None and plan.matmul_peak is not None and plan.seconds is not None:
+        share = plan.flops / plan.seconds / plan.matmul_peak
+        table.add_row("matmul peak", f"{plan.matmul_peak:.3g} FLOP/s, measured; the run would use {share:.0%}")
+        speed = f"{plan.speed.tokens_per_second:,.0f} tokens/s and {plan.speed.optimizer_seconds:.2g} s an update"
+        table.add_row("speed", f"{speed}, probed without torch.compile")
+        table.add_row("time", f"about {_duration(plan.seconds)}, validation not counted")
+    console.print(table)
+
+
+def _bytes(size: float) -> str:
+    power = min(4, max(0, int(math.log10(max(size, 1)) // 3)))
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds:.0f} seconds"

@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from minnow import cli
+from minnow.config import parse_config
+from minnow.data.prepare import DataConfig
+from minnow.model.config import ModelConfig
+from minnow.model.pretrained import save_pretrained
+from minnow.model.transformer import CausalLM
+from minnow.optim import OptimConfig, build_optimizers
+from minnow.stages.plan import Config, Plan, make_plan
+from minnow.training.config import TrainingConfig
+from minnow.training.objective import LanguageModeling
+from minnow.training.probe import random_batch
+
+SHAPE = ModelConfig(
+    vocab_size=300,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=16,
+)
+TRAINING = TrainingConfig(device="cpu", precision="fp32", batch_tokens=512, micro_batch_tokens=128, steps=10)
+
+
+def plan(**changes: object) -> Plan:
+    settings = {"data": DataConfig(), "model": SHAPE, "training": TRAINING, "sequence_length": 64, "probe_seconds": 0.0}
+    return make_plan(Config(**{**settings, **changes}))  # type: ignore[arg-type]
+
+
+def test_parameters_and_flops_by_hand() -> None:
+    # layer: q 32x32 + o 32x32 + k, v 2 x 32x16 = 3072; MLP 3 x 32x64 = 6144; norms 2 x 32 + q, k norm 2 x 16 = 96
+    # model: 3 x 9312 + embedding 300 x 32 = 9600 + final norm 32
+    figures = plan()
+    assert figures.parameters == figures.active_parameters == 3 * (3072 + 6144 + 96) + 9600 + 32
+    # matrices and head: 2 x (3 x 9216 + 9600); attention 3 layers x 4 x 2 heads x 16 x mean context 32.5; all x 3
+    assert figures.flops_per_token == 3 * (2 * (3 * 9216 + 9600) + 3 * 4 * 2 * 16 * 32.5)
+    assert (figures.tokens, figures.steps) == (10 * 512, 10)
+    assert figures.flops == figures.tokens * figures.flops_per_token
+
+
+def test_tokens_come_from_what_is_known() -> None:
+    assert plan(tokens=1000).tokens == 1000
+    assert plan(tokens=1000).steps == 2
+    free = TrainingConfig(device="cpu", precision="fp32", batch_tokens=512, micro_batch_tokens=128)
+    assert plan(training=free).tokens == 20 * plan().parameters
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_weights_and_optimizer_state_are_exact(optimizer: str) -> None:
+    optim = OptimConfig(optimizer=optimizer)  # type: ignore[arg-type]
+    figures = plan(optim=optim)
+    model = CausalLM(SHAPE)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizers = build_optimizers(model, optim, tokens_per_batch=512)
+    held = 0
+    for one in optimizers:
+        one.step()
+        tensors = [t for state in one.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        held += sum(tensor.nbytes for tensor in tensors if tensor.ndim > 0)  # step counters are 0-D
+    assert figures.memory.optimizer == held
+    assert figures.memory.weights == figures.memory.gradients == 4 * figures.parameters
+
+
+def test_activations_are_about_what_autograd_keeps() -> None:
+    kept: dict[int, torch.UntypedStorage] = {}
+    model = CausalLM(SHAPE)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        LanguageModeling()(model, random_batch(SHAPE.vocab_size, 2, 64))
+    measured = sum(storage.nbytes() for storage in kept.values())
+    assert plan().memory.activations == pytest.approx(measured, rel=0.1)
+
+
+def test_checkpointing_needs_less() -> None:
+    less = TrainingConfig(**{**vars(TRAINING), "gradient_checkpointing": True})
+    assert plan(training=less).memory.activations < 0.5 * plan().memory.activations
+
+
+def test_the_probe_gives_a_time() -> None:
+    figures = plan(probe_seconds=0.05)
+    assert figures.speed is not None
+    assert figures.speed.tokens_per_second > 0
+    assert figures.seconds is not None
+    assert figures.seconds > figures.tokens / figures.speed.tokens_per_second
+
+
+def test_init_from_gives_the_shape(tmp_path: Path) -> None:
+    save_pretrained(CausalLM(SHAPE), tmp_path / "model")
+    assert plan(model=ModelConfig(), init_from=str(tmp_path / "model")).parameters == plan().parameters
+
+
+def test_prints_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[2]
+    words = f"--config {root}/recipes/pretrain-26m.yaml --probe_seconds 0 --json {tmp_path}/plan.json"
+    assert cli.main(["plan", *words.split()]) == 0
+    assert "25,830,912" in capsys.readouterr().out
+    figures = json.loads((tmp_path / "plan.json").read_text())
+    assert figures["parameters"] == figures["active_parameters"] == 25_830_912
+    assert figures["memory"]["total"] > 12 * figures["parameters"]
+    assert figures["seconds"] is None
+
+
+def test_takes_sft_recipes_and_says_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    root = Path(__file__).parents[2]
+    config = parse_config(Config, ["--config", f"{root}/recipes/sft-5m.yaml"], program="minnow plan")
+    assert config.init_from == "runs/pretrain-5m"
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plan", "--config", f"{root}/recipes/sft-5m.yaml"]) == 2
+    error = capsys.readouterr().err
+    assert "runs/pretrain-5m" in error
+    assert error.count("\n") == 1
