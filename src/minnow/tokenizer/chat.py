@@ -115,7 +115,7 @@ def training_examples(tokenizer: Tokenizer, conversation: Conversation) -> list[
     if not any(_reasoning(message) for message in messages[: users[-1] if users else 0]):
         return [render(tokenizer, conversation)]
     examples = []
-    for start, end in zip([0, *users[1:]], [*users[1:], len(messages)], strict=True):
+    for start, end in zip([0, *users], [*users, len(messages)], strict=True):
         if any(message.role == "assistant" for message in messages[start:end]):
             writer = _Writer(tokenizer)
             turn = Conversation(messages[:end], conversation.tools)
