@@ -83,12 +83,11 @@ class PackedAttention:
         elif self._plan is None:
             out_NHd = _attend_in_group(q_NHd, k_NKd, v_NKd, self.max_length)
         else:
-            q_PHd, k_PKd, v_PKd = (_ToGroups.apply(x, self._plan) for x in (q_NHd, k_NKd, v_NKd))
-            outputs = [
-                _attend_in_group(q_PHd[start:end], k_PKd[start:end], v_PKd[start:end], length)
-                for start, end, length in self._plan.groups
-            ]
-            out_NHd = _FromGroups.apply(torch.cat(outputs), self._plan)
+            # Split once: the gradients of single slices would each be filled up with zeros to full size.
+            slots = [_ToGroups.apply(x, self._plan).split(self._plan.sizes) for x in (q_NHd, k_NKd, v_NKd)]
+            groups = zip(*slots, self._plan.lengths, strict=True)
+            out_PHd = torch.cat([_attend_in_group(*group) for group in groups])
+            out_NHd = _FromGroups.apply(out_PHd, self._plan)
         return out_NHd.view(q_BTHd.shape)
 
 
@@ -105,21 +104,20 @@ class _Plan:
     token_of_slot: Tensor  # padding reads its piece's last token: any finite value will do
     padding: Tensor  # the slots that hold padding
     slot_of_token: Tensor
-    groups: list[tuple[int, int, int]]  # first slot, slot after the last, padded length
+    sizes: list[int]  # slots of each group
+    lengths: list[int]  # padded length of its pieces
 
 
 def _make_plan(borders: list[int], device: torch.device) -> _Plan:
     by_length: dict[int, list[tuple[int, int]]] = {}
     for start, end in pairwise(borders):
         by_length.setdefault(_padded_length(end - start), []).append((start, end))
-    rows, groups, first_slot = [], [], 0
+    rows = []
     for padded, pieces in sorted(by_length.items()):
         starts_n1 = torch.tensor([start for start, _ in pieces]).unsqueeze(1)
         ends_n1 = torch.tensor([end for _, end in pieces]).unsqueeze(1)
         tokens_nL = starts_n1 + torch.arange(padded)
         rows.append((torch.minimum(tokens_nL, ends_n1 - 1).flatten(), (tokens_nL >= ends_n1).flatten()))
-        groups.append((first_slot, first_slot + tokens_nL.numel(), padded))
-        first_slot += tokens_nL.numel()
     token_of_slot = torch.cat([tokens for tokens, _ in rows])
     is_padding_P = torch.cat([is_padding for _, is_padding in rows])
     real_slots = (~is_padding_P).nonzero().squeeze(1)
@@ -129,7 +127,8 @@ def _make_plan(borders: list[int], device: torch.device) -> _Plan:
         token_of_slot=token_of_slot.to(device),
         padding=is_padding_P.nonzero().squeeze(1).to(device),
         slot_of_token=slot_of_token.to(device),
-        groups=groups,
+        sizes=[len(tokens) for tokens, _ in rows],
+        lengths=sorted(by_length),
     )
 
 
