@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from minnow import cli
 from minnow.config import parse_config
 from minnow.model.presets import preset
+from minnow.tokenizer import train_tokenizer
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 SIZES = ("5m", "26m", "64m", "104m", "1.7b")
@@ -50,3 +53,52 @@ def test_sft_starts_from_what_pretraining_leaves(size: str) -> None:
     folder = RECIPES[0].parent
     pretrain, sft = folder / f"pretrain-{size}.yaml", folder / f"sft-{size}.yaml"
     assert load(sft, *needed(sft)).init_from == load(pretrain, *needed(pretrain)).run
+
+
+def test_the_quickstart_recipe_is_what_the_command_does() -> None:
+    from minnow.stages.quickstart import Config
+
+    recipe = next(recipe for recipe in RECIPES if recipe.stem == "quickstart")
+    assert load(recipe) == Config(), "write it again: minnow quickstart --print_config"
+
+
+TRAINING = (
+    "--training.device cpu --training.precision fp32 --training.compile off --training.steps 2"
+    " --sequence_length 64 --training.batch_tokens 256 --training.micro_batch_tokens 128"
+)
+SHAPE = (
+    "--model.hidden_size 32 --model.intermediate_size 64 --model.num_hidden_layers 2"
+    " --model.num_attention_heads 2 --model.num_key_value_heads 1 --model.head_dim 16"
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer, texts and conversations, a hundred of each."""
+    folder = tmp_path_factory.mktemp("data")
+    texts = [f"Fish {i} swims in the pond. 第{i}条鱼在池塘里游。" for i in range(100)]
+    turns = [
+        [{"role": "user", "content": f"Who is number {i}?"}, {"role": "assistant", "content": f"Fish {i}."}]
+        for i in range(100)
+    ]
+    _write(folder / "texts.jsonl", [{"text": text} for text in texts])
+    _write(folder / "conversations.jsonl", [{"messages": messages} for messages in turns])
+    train_tokenizer(texts, 320).save_pretrained(folder / "tokenizer")
+    return folder
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_trains_at_a_tiny_setting(size: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, cache = RECIPES[0].parent, f"--data.cache_dir {tmp_path}/cache"
+    pretrain = f"--config {folder}/pretrain-{size}.yaml --tokenizer {data}/tokenizer {TRAINING} {SHAPE} {cache}"
+    assert cli.main(["pretrain", *pretrain.split(), "--data.paths", f"{data}/texts.jsonl"]) == 0
+    sft = f"--config {folder}/sft-{size}.yaml {TRAINING} {cache} --data.paths {data}/conversations.jsonl"
+    assert cli.main(["sft", *sft.split()]) == 0
+    lines = (tmp_path / f"runs/sft-{size}/metrics.jsonl").read_text().splitlines()
+    assert any("loss" in json.loads(line) for line in lines)
+    assert (tmp_path / f"runs/sft-{size}/model/model.safetensors").exists()
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
