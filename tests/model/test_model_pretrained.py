@@ -8,9 +8,11 @@ import pytest
 import torch
 from model_helpers import FakeTokenizer, tiny_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from minnow.config import UserError
 from minnow.model.pretrained import load_pretrained, resolve_model_folder, save_pretrained
+from minnow.tokenizer.train import train_tokenizer
 
 
 @pytest.fixture
@@ -42,9 +44,20 @@ def test_what_is_written(folder):
     assert (folder / "tokenizer.json").is_file()
 
 
+def test_transformers_reads_model_and_tokenizer_from_one_folder(tmp_path):
+    tokenizer = train_tokenizer(["the heron eats the frog", "苍鹭吃青蛙"] * 4, vocab_size=320)
+    save_pretrained(tiny_model(vocab_size=tokenizer.vocab_size), tmp_path / "model", tokenizer)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert their_tokenizer("the frog 青蛙")["input_ids"] == tokenizer.encode("the frog 青蛙")
+    assert their_tokenizer.pad_token_id == theirs.generation_config.pad_token_id == tokenizer.end_of_text_id
+    assert theirs.generation_config.eos_token_id == [tokenizer.im_end_id, tokenizer.end_of_text_id]
+
+
 def test_dtypes(folder, tmp_path):
     model = load_pretrained(folder, dtype=torch.bfloat16)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(p.requires_grad for p in model.parameters())
     assert model.compute_dtype == torch.bfloat16
     save_pretrained(load_pretrained(folder), tmp_path / "half", dtype=torch.bfloat16)
     stored = load_pretrained(tmp_path / "half")

@@ -127,9 +127,10 @@ def _scaling_from_hf(kind: Any, rope: dict[str, Any], content: dict[str, Any], w
     if rope.get("factor") is None:
         raise UserError(f"{where}: the rope type {kind!r} needs a factor")
     factor = float(rope["factor"])
-    trained = rope.get("original_max_position_embeddings") or content.get("max_position_embeddings")
-    if trained is None:
-        raise UserError(f"{where}: the rope type {kind!r} needs original_max_position_embeddings")
+    longest = content.get("max_position_embeddings") or _DEFAULT_POSITIONS[content["model_type"]]
+    trained = rope.get("original_max_position_embeddings")
+    if trained is None:  # readers take the longest itself for yarn; linear does not ask
+        trained = round(longest / factor) if kind == "linear" else longest
     # What readers take when it is not written (2309.00071, section 3.4).
     attention_factor = float(rope.get("attention_factor") or 0.1 * math.log(factor) + 1.0)
     return RopeScaling(
@@ -148,6 +149,8 @@ def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
     content: dict[str, Any] = {"rope_type": scaling.type, "factor": scaling.factor}
+    if scaling.type == "linear":
+        return content  # readers warn of any other key
     if scaling.type == "yarn":
         content |= {
             "attention_factor": scaling.attention_factor,

@@ -46,6 +46,7 @@ def save_pretrained(
     token_ids = _token_ids(tokenizer)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our id
     temporary.mkdir()
     try:
         save_file(weights, temporary / _WEIGHTS, metadata={"format": "pt"})
