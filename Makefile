@@ -48,11 +48,13 @@ $(BIN)/python:
 
 # The stamps record what was installed: a second call installs nothing until these files change.
 $(VENV)/base.stamp: pyproject.toml constraints.txt | $(BIN)/python compiler
-	$(PIP) --editable .
+	@echo 'installing minnow into $(VENV); the first time takes some minutes'
+	@$(PIP) --editable .
 	@touch $@
 
 $(VENV)/all.stamp: pyproject.toml constraints.txt | $(BIN)/python compiler
-	$(PIP) --editable '.[dev]'
+	@echo 'installing minnow and its tools into $(VENV); the first time takes some minutes'
+	@$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/base.stamp
 
 .PHONY: compiler
