@@ -1,0 +1,65 @@
+"""Prepared data in numbers: what `minnow data prepare` and `minnow data inspect` print."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from minnow.data.batches import PackedDataset
+from minnow.data.encoding import Kind
+from minnow.data.prepare import PreparedData
+from minnow.data.shards import Shards
+
+
+def summarise(data: PreparedData, kind: Kind, sequence_length: int) -> dict[str, Any]:
+    """Return counts of rows, documents, tokens and packed rows as plain JSON values."""
+    report = data.report
+    return {
+        "folder": str(data.folder),
+        "rows": report.rows,
+        "skipped_rows": report.skipped_rows,
+        "documents": report.documents,
+        "cut_conversations": report.cut_conversations,
+        "cut_pieces": report.cut_pieces,
+        "long_turns": report.long_turns,
+        "train": _split(data.train, kind, sequence_length),
+        "validation": _split(data.validation, kind, sequence_length),
+    }
+
+
+def _split(shards: Shards, kind: Kind, sequence_length: int) -> dict[str, Any]:
+    packed = PackedDataset(shards, sequence_length, split_documents=kind == "pretrain")
+    return {
+        "documents": shards.num_documents,
+        "tokens": shards.num_tokens,
+        "text_bytes": int(shards.text_bytes.sum()),
+        "longest": int(shards.lengths.max(initial=0)),
+        "median": float(np.median(shards.lengths)) if shards.num_documents else 0.0,
+        "packed_rows": packed.num_rows,
+        "fill": packed.fill,
+    }
+
+
+def length_histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
+    """Count documents by length in powers of two: (from, up to and with, documents), no empty end."""
+    if not len(lengths):
+        return []
+    exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+    counts = np.bincount(exponents)
+    return [
+        (2 ** (e - 1) + 1 if e else 1, 2**e, int(counts[e])) for e in range(int(exponents.min()), len(counts))
+    ]
+
+
+def loss_runs(shards: Shards, document: int, limit: int) -> list[tuple[np.ndarray, float]]:
+    """Cut the first `limit` tokens of a document into (ids, loss weight) runs of one weight.
+
+    The first token has nothing to be predicted from, so its weight is 0.
+    """
+    tokens = shards.tokens(document, 0, limit)
+    weights = shards.weights(document, 0, limit).copy()
+    weights[:1] = 0
+    borders = np.flatnonzero(np.diff(weights)) + 1
+    firsts = [0, *borders.tolist()]
+    return [(run, float(weights[first])) for run, first in zip(np.split(tokens, borders), firsts, strict=True)]

@@ -1,0 +1,72 @@
+"""`minnow data prepare`: tokenise ahead of training; training finds and reuses the result."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+from rich.table import Table
+
+from minnow.config import atomic_write
+from minnow.data.prepare import DataConfig, PreparedData, prepare
+from minnow.data.summary import summarise
+from minnow.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Tokenise data into shards ahead of training."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    """What to tokenise."""
+    tokenizer: str
+    """Tokenizer, model or run folder, or Hugging Face Hub id."""
+    kind: Literal["pretrain", "sft"] = "pretrain"
+    """pretrain: rows are texts; sft: rows are conversations."""
+    sequence_length: int = 1024
+    """Positions in a packed row. Conversations longer than it are cut, so for sft it must be the one trained with."""
+    json: str | None = None
+    """File to write the figures to."""
+
+
+def run(config: Config) -> None:
+    """Prepare, then print what came of it."""
+    tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+    data = prepare(config.data, tokenizer, config.kind, sequence_length=config.sequence_length)
+    summary = summarise(data, config.kind, config.sequence_length)
+    print_summary(Console(), data, summary, config.sequence_length)
+    if config.json:
+        write_json(config.json, summary)
+
+
+def print_summary(console: Console, data: PreparedData, summary: dict[str, Any], sequence_length: int) -> None:
+    """Print the table of both splits, the warnings and the folder."""
+    table = Table("", "train", "validation", box=None, pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+
+    def row(title: str, key: str, form: str = ",") -> None:
+        table.add_row(title, *(format(summary[side][key], form) for side in ("train", "validation")))
+
+    row("documents", "documents")
+    row("tokens", "tokens")
+    row("text bytes", "text_bytes")
+    row("median tokens", "median", ",.0f")
+    row("longest, tokens", "longest")
+    row(f"rows of {sequence_length:,}", "packed_rows")
+    row("filled", "fill", ".2%")
+    console.print(table)
+    for warning in data.report.warnings():
+        console.print(f"note: {warning}", highlight=False, style="yellow")
+    for bad in data.report.bad_rows:
+        console.print(f"  {bad}", highlight=False, markup=False, style="dim")
+    console.print(f"stored in {data.folder}", highlight=False, markup=False, soft_wrap=True)
+
+
+def write_json(path: str, figures: dict[str, Any]) -> None:
+    """Write figures to a file, whole or not at all."""
+    with atomic_write(Path(path)) as temporary:
+        temporary.write_text(json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8")

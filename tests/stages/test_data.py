@@ -1,0 +1,78 @@
+"""data prepare and data inspect: the figures, the histogram, and the sample with its loss mask."""
+
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from minnow.cli import main
+from minnow.data.summary import length_histogram
+from minnow.stages.data_inspect import render_sample
+from minnow.tokenizer.train import train_tokenizer
+
+
+@pytest.fixture
+def words(tmp_path):
+    """Arguments for a tiny tokenizer and a file of conversations."""
+    tokenizer = train_tokenizer(["where does the otter live? in the river. 水獭住在河里。"] * 20, 340)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"where? {i}"},
+                {"role": "assistant", "content": "水獭住在[red]河里。"},
+            ]
+        }
+        for i in range(20)
+    ]
+    (tmp_path / "chats.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [
+        f"--data.paths={tmp_path / 'chats.jsonl'}",
+        f"--data.cache_dir={tmp_path / 'cache'}",
+        f"--tokenizer={tmp_path / 'tokenizer'}",
+        "--kind=sft",
+        f"--json={tmp_path / 'figures.json'}",
+    ]
+
+
+def test_prepare_prints_figures(words, tmp_path, capsys):
+    assert main(["data", "prepare", *words]) == 0
+    out = capsys.readouterr().out
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["rows"] == figures["train"]["documents"] + figures["validation"]["documents"] == 20
+    assert f"{figures['train']['tokens']:,}" in out
+    assert figures["folder"] in out.replace("\n", "")
+    assert 0 < figures["train"]["fill"] <= 1
+
+
+def test_inspect_shows_lengths_and_the_loss_mask(words, tmp_path, capsys):
+    assert main(["data", "inspect", *words, "--sample=1"]) == 0
+    out = capsys.readouterr().out
+    assert "Tokens per training document" in out
+    assert "█" in out
+    # without colours, brackets: the answer with its end is supervised, the question and the empty think block are not
+    assert "</think>\n\n«水獭住在[red]河里。<|im_end|>»\n" in out
+    assert "<|im_start|>user\nwhere? " in out
+    assert sum(count for _, _, count in json.loads((tmp_path / "figures.json").read_text())["histogram"]) >= 18
+    assert main(["data", "inspect", *words, "--sample=999"]) == 2
+    assert "--sample 999: there are" in capsys.readouterr().err
+
+
+def test_the_mask_is_in_colour_on_a_terminal(words, tmp_path):
+    from minnow.data.prepare import DataConfig, prepare
+    from minnow.tokenizer.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
+    config = DataConfig(paths=(str(tmp_path / "chats.jsonl"),), cache_dir=str(tmp_path / "cache"))
+    data = prepare(config, tokenizer, "sft", sequence_length=64, progress=False)
+    console = Console(force_terminal=True, color_system="standard")
+    text = render_sample(console, data.train, tokenizer, 0, 600)
+    green = [text.plain[span.start : span.end] for span in text.spans if span.style == "green"]
+    assert green == ["水獭住在[red]河里。<|im_end|>"]
+    assert render_sample(console, data.train, tokenizer, 0, 5).plain.endswith("more tokens")
+
+
+def test_histogram_by_hand():
+    assert length_histogram(np.array([1, 2, 3, 4, 5, 8, 9])) == [(1, 1, 1), (2, 2, 1), (3, 4, 2), (5, 8, 2), (9, 16, 1)]
+    assert length_histogram(np.array([], dtype=np.int64)) == []
