@@ -43,7 +43,7 @@ def test_greedy_equals_transformers_on_ragged_batches(tmp_path: Path, seed: int,
     engine = make_engine(seed, {"max_rows": 24, "prefill_tokens": 300}, **changes)
     save_pretrained(engine.model, tmp_path / "model", tiny_tokenizer())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    prompts = random_prompts(70, seed)
+    prompts = random_prompts(40, seed)
     outputs = engine.generate(prompts, GREEDY)
     for prompt, output in zip(prompts, outputs, strict=True):
         with torch.no_grad():
@@ -57,7 +57,7 @@ def test_end_tokens_end_as_in_transformers(tmp_path: Path) -> None:
     save_pretrained(engine.model, tmp_path / "model", tiny_tokenizer())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     # Lift both end tokens so that answers end at different places.
-    bias = {tiny_tokenizer().end_of_text_id: 4.0, tiny_tokenizer().im_end_id: 4.0}
+    bias = {tiny_tokenizer().end_of_text_id: 2.0, tiny_tokenizer().im_end_id: 2.0}
     prompts = random_prompts(30, 5)
     outputs = engine.generate(prompts, replace(GREEDY, logit_bias=bias))
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -184,11 +184,12 @@ def test_streaming_gives_the_same_as_generate() -> None:
 
 def test_text_is_the_decoded_ids_in_whole_characters() -> None:
     engine, tokenizer = make_engine(16), tiny_tokenizer()
-    for output in engine.generate(random_prompts(20, 17), SamplingParams(seed=5, max_tokens=40, ignore_eos=True)):
+    params = SamplingParams(seed=5, max_tokens=40, ignore_eos=True, skip_special_tokens=False)
+    for output in engine.generate(random_prompts(20, 17), params):
         completion = output.completions[0]
-        decoded = tokenizer.decode(completion.ids, skip_special_tokens=True)
+        decoded = tokenizer.decode(completion.ids)
         # Random bytes may end within a character, which the text leaves out and decode shows as U+FFFD.
-        assert decoded == completion.text or decoded.removesuffix("\ufffd") == completion.text
+        assert decoded in (completion.text, completion.text + "\ufffd")
 
 
 def scripted(engine: Engine, script: list[int]) -> None:

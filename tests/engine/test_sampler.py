@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from engine_helpers import tiny_tokenizer
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -34,7 +35,7 @@ def make_row(
         max_tokens=10_000,
         end_ids=frozenset({2}),
     )
-    row = Sequence(request, index, {})
+    row = Sequence(request, index, tiny_tokenizer())
     for token in said or []:
         row.append(token, None, None)
     return row

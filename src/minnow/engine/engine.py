@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Generator
 from collections.abc import Sequence as Listing
+from pathlib import Path
 
 import torch
 
@@ -15,6 +16,7 @@ from minnow.engine.cache import KVCache
 from minnow.engine.outputs import Completions, Delta
 from minnow.engine.sampling import SamplingParams
 from minnow.engine.sequence import Request, Sequence
+from minnow.model.pretrained import load_pretrained, resolve_model_folder
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer.tokenizer import Tokenizer
 
@@ -46,7 +48,14 @@ class Engine:
         self._prefill_tokens = prefill_tokens
         self._cache_bytes = cache_bytes
         self._weights_version = 0
-        self._byte_strings = {skip: _byte_strings(tokenizer, skip) for skip in (True, False)}
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    ) -> Engine:
+        """Load MODEL (a model folder, a run folder or a Hub id) and its tokenizer; dtype None keeps what is stored."""
+        folder = resolve_model_folder(model)
+        return cls(load_pretrained(folder, dtype=dtype, device=device), Tokenizer.from_pretrained(folder))
 
     def generate(
         self, prompts: Listing[Prompt], params: SamplingParams | Listing[SamplingParams] | None = None
@@ -71,8 +80,8 @@ class Engine:
             for request, samples in zip(requests, sequences, strict=True)
         ]
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Iterator[Delta]:
-        """Answer one prompt token by token; with `n` > 1 the samples' deltas take turns. Stop iterating to abort.
+    def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Delta, None, None]:
+        """Answer one prompt token by token; with `n` > 1 the samples' deltas take turns. Close it to abort.
 
         Raises as `generate` does, at the call and not at the first delta.
         """
@@ -123,10 +132,9 @@ class Engine:
         )
 
     def _sequences(self, request: Request) -> list[Sequence]:
-        byte_strings = self._byte_strings[request.params.skip_special_tokens]
-        return [Sequence(request, index, byte_strings) for index in range(request.params.n)]
+        return [Sequence(request, index, self.tokenizer) for index in range(request.params.n)]
 
-    def _run(self, sequences: list[Sequence]) -> Iterator[Delta]:
+    def _run(self, sequences: list[Sequence]) -> Generator[Delta, None, None]:
         """Run the sequences to their end, with a cache of their own."""
         if not sequences:
             return
@@ -149,12 +157,3 @@ class Engine:
         if device.type == "cuda":
             return torch.cuda.mem_get_info(device)[0] // 2
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
-
-
-def _byte_strings(tokenizer: Tokenizer, skip_special_tokens: bool) -> dict[int, bytes]:
-    """What each token adds to an answer's text; control tokens as `Tokenizer.decode` shows them."""
-    control = {
-        token: tokenizer.decode([token], skip_special_tokens=skip_special_tokens).encode()
-        for token in tokenizer.special_ids.values()
-    }
-    return dict(enumerate(tokenizer.byte_strings)) | control

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from minnow.engine.counter_random import sample_key
 from minnow.engine.outputs import Completion, Delta, FinishReason
 from minnow.engine.sampling import SamplingParams
-from minnow.engine.text import TextStream
+from minnow.engine.stop_strings import StopStrings
+from minnow.tokenizer.stream import StreamDecoder
+from minnow.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,7 @@ class Request:
 class Sequence:
     """The tokens of one sample so far, and what decides its next one."""
 
-    def __init__(self, request: Request, index: int, byte_strings: Mapping[int, bytes]):
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer):
         self.request = request
         self.index = index
         self.params = request.params
@@ -37,8 +38,9 @@ class Sequence:
         self._prompt_set = frozenset(request.prompt_ids)
         self.counts: Counter[int] = Counter()
         self.finish_reason: FinishReason | None = None
-        self._byte_strings = byte_strings
-        self._stream = TextStream(self.params.stop)
+        self._vocab_size = tokenizer.vocab_size
+        self._decoder = StreamDecoder(tokenizer, skip_special_tokens=self.params.skip_special_tokens)
+        self._stops = StopStrings(self.params.stop)
         self._texts: list[str] = []
         self._logprobs: list[float] = []
         self._raw_logprobs: list[float] = []
@@ -64,14 +66,15 @@ class Sequence:
         self.counts[token] += 1
         may_stop = len(self.ids) >= self.params.min_tokens
         ends = token in self.request.end_ids
-        # A vocabulary padded beyond the tokenizer's has tokens that stand for nothing.
-        text = "" if ends else self._stream.push(self._byte_strings.get(token, b""), may_stop=may_stop)
-        if ends or self._stream.stopped:
+        # A model's vocabulary may be padded beyond the tokenizer's, with tokens that stand for nothing.
+        silent = ends or token >= self._vocab_size
+        text = "" if silent else self._stops.push(self._decoder.push(token), may_stop=may_stop)
+        if ends or self._stops.found:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.request.max_tokens:
             self.finish_reason = "length"
         if self.finish_reason is not None:
-            text += self._stream.finish()
+            text += self._stops.finish()  # half a character, if any, stays out
         self._texts.append(text)
         if logprob is not None and raw_logprob is not None:
             self._logprobs.append(logprob)

@@ -1,0 +1,42 @@
+"""What the commands that talk in a terminal share."""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass, field
+
+from minnow.engine import Engine, SamplingOptions
+from minnow.training.hardware import DeviceName, Precision, choose_device, choose_precision
+
+# All C0 and C1 controls but tab and newline: a model (or a pasted text) must not move the cursor or set the title.
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TalkingConfig(SamplingOptions):
+    """The model and how it speaks."""
+
+    model: str = field(metadata={"positional": True})
+    """Model folder, run folder or Hub id."""
+    device: DeviceName = "auto"
+    """Where to run; auto takes a GPU where there is one."""
+    precision: Precision = "auto"
+    """Number format of weights and arithmetic; auto is bf16 where the hardware has it, else fp32."""
+
+    def load_engine(self) -> Engine:
+        """The engine for the model."""
+        device = choose_device(self.device)
+        return Engine.from_pretrained(self.model, dtype=choose_precision(self.precision, device), device=device)
+
+
+def printable(text: str) -> str:
+    """The text without characters that command a terminal."""
+    return _CONTROLS.sub("", text)
+
+
+def tolerate_any_text() -> None:
+    """Read bytes that are no text as U+FFFD and write what the terminal cannot show as `?`, instead of failing."""
+    for stream in (sys.stdin, sys.stdout):
+        if hasattr(stream, "reconfigure"):  # not where a test or a notebook put its own
+            stream.reconfigure(errors="replace")

@@ -1,0 +1,76 @@
+"""`minnow generate` on a tiny model."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from minnow.config import UserError
+from minnow.stages.generate import Config, run
+
+from .stage_helpers import save_parrot_model, save_random_model
+
+
+def test_continues_the_text_as_the_start_of_a_document(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_parrot_model(tmp_path / "model", "小鱼 swims§<|endoftext|>§")
+    out = tmp_path / "out.json"
+    run(Config(model=str(model), prompt="xyz", temperature=0.0, json=str(out), device="cpu"))
+    captured = capsys.readouterr()
+    assert captured.out == "xyz小鱼 swims\n"
+    assert "tokens/s" in captured.err
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["prompt"] == "xyz"
+    assert result["completions"][0]["text"] == "小鱼 swims"
+    assert result["completions"][0]["finish_reason"] == "stop"
+    assert result["tokens"] == len(result["completions"][0]["ids"])
+    assert result["tokens_per_second"] > 0
+
+
+def test_reads_the_prompt_from_a_pipe(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_parrot_model(tmp_path / "model", "鱼§<|endoftext|>§")
+    monkeypatch.setattr("sys.stdin", io.StringIO("xy"))
+    run(Config(model=str(model), temperature=0.0, device="cpu"))
+    assert capsys.readouterr().out == "xy鱼\n"
+
+
+def test_several_samples_and_a_seed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_random_model(tmp_path / "model")
+    results = []
+    for name in ("a.json", "b.json"):
+        run(
+            Config(
+                model=str(model),
+                prompt="the",
+                n=3,
+                seed=1,
+                max_tokens=8,
+                ignore_eos=True,
+                json=str(tmp_path / name),
+                device="cpu",
+            )
+        )
+        results.append(json.loads((tmp_path / name).read_text(encoding="utf-8"))["completions"])
+    assert results[0] == results[1]
+    assert len({tuple(completion["ids"]) for completion in results[0]}) == 3
+    assert "3 of 3" in capsys.readouterr().out
+
+
+def test_terminal_commands_in_the_text_are_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_parrot_model(tmp_path / "model", "\x1b]0;q\x07§<|endoftext|>§")
+    run(Config(model=str(model), prompt="p\x1b[2J", temperature=0.0, device="cpu"))
+    assert capsys.readouterr().out == "p[2J]0;q\n"
+
+
+def test_mistakes_are_named(tmp_path: Path) -> None:
+    model = save_random_model(tmp_path / "model", context=16)
+    with pytest.raises(UserError, match="top_p"):
+        Config(model=str(model), prompt="x", top_p=2.0)
+    with pytest.raises(UserError, match="context is 16"):
+        run(Config(model=str(model), prompt="~" * 100, device="cpu"))
+    with pytest.raises(UserError, match="nowhere"):
+        run(Config(model=str(tmp_path / "nowhere"), prompt="x", device="cpu"))
