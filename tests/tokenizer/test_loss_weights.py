@@ -45,8 +45,8 @@ EMPTY = "<think>\n\n</think>\n\n"
 def test_an_answer_and_its_end_carry_loss_and_an_empty_think_block_does_not() -> None:
     example = render(small_tokenizer(), conversation(Message("system", "Be kind."), user("hi"), assistant("ho")))
     assert shown(example) == (
-        f"<|im_start|>system\nBe
-        kind.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n{HEAD}{EMPTY}[ho<|im_end|>]\n" )
+        f"<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n{HEAD}{EMPTY}[ho<|im_end|>]\n"
+    )
 
 
 def test_reasoning_carries_loss_with_its_think_block() -> None:
@@ -72,7 +72,7 @@ def test_reasoning_in_several_turns_is_one_example_a_user_turn() -> None:
         f"{a}{HEAD}[<think>\nx\n</think>\n\nb<|im_end|>]\n",
         f"{a}{HEAD}{EMPTY}b<|im_end|>\n{c}{HEAD}{EMPTY}[d<|im_end|>]\n",
         f"{a}{HEAD}{EMPTY}b<|im_end|>\n{c}{HEAD}{EMPTY}d<|im_end|>\n{e}{HEAD}[<think>\ny\n</think>\n\nf<|im_end|>]\n",
-        ]
+    ]
 
 
 def test_reasoning_in_the_last_turn_only_is_one_example() -> None:

@@ -28,7 +28,7 @@ CORPUS = [
 
 @functools.cache
 def small_tokenizer() -> Tokenizer:
-    return train_tokenizer(CORPUS, 700)
+    return train_tokenizer(CORPUS, 500)
 
 
 def real_texts(*names: str, limit: int = 10**9) -> list[str]:
