@@ -167,6 +167,15 @@ def test_a_long_conversation_is_cut_and_counted(run, tmp_path, tokenizer):
     PackedDataset(cut.train, 100, split_documents=False)
 
 
+def test_a_system_message_longer_than_a_row_is_told(run, tmp_path):
+    row = chat("Where does the otter live?", "In the river.")
+    row["messages"].insert(0, {"role": "system", "content": "Answer briefly. " * 60})
+    data = run(write_rows(tmp_path / "a.jsonl", [row]), kind="sft", sequence_length=60)
+    assert (data.report.long_systems, data.report.long_turns) == (1, 1)
+    assert "a longer sequence_length would keep it" in data.report.warnings()[-1]
+    assert data.train.text_bytes.sum() == len("In the river.")
+
+
 def test_bad_rows_stop_before_any_work(run, tmp_path):
     rows = [{"text": f"fine {i}"} if i % 2 else {"text": i} for i in range(60)]
     path = write_rows(tmp_path / "a.jsonl", rows)
@@ -276,6 +285,27 @@ def test_worker_processes_give_the_same_bytes(run, tmp_path, monkeypatch):
     assert contents(alone.folder) == contents(shared.folder)
     with pytest.raises(UserError, match=r"b\.jsonl:61: no `conversations`"):
         run(path, kind="sft", workers=2)
+
+
+@pytest.mark.timeout(60)
+def test_a_killed_worker_is_told_and_the_run_continues(run, tmp_path, monkeypatch):
+    from minnow.data.workers import Workers
+
+    small_shards(monkeypatch)
+    path = write_texts(tmp_path / "a.jsonl", documents(200))
+    enter = Workers.__enter__
+
+    def enter_and_kill(self):
+        enter(self)
+        self._processes[0].kill()
+        return self
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workers, "__enter__", enter_and_kill)
+        with pytest.raises(UserError, match="a tokenising process ended"):
+            run(path, workers=1)
+    data = run(path, workers=1)
+    assert data.train.num_documents + data.validation.num_documents == 200
 
 
 def test_a_killed_run_leaves_nothing_half_written(tmp_path, tokenizer):

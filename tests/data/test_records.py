@@ -3,6 +3,8 @@
 import json
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from minnow.data.records import RowError, canonical, parse_conversation, parse_document
 from minnow.tokenizer.chat import Message, ToolCall
@@ -163,3 +165,30 @@ def test_bad_conversations_are_explained(row, message):
 def test_bad_documents_are_explained(row, message):
     with pytest.raises(RowError, match=message):
         parse_document(row)
+
+
+KEYS = ["text", "content", "conversations", "messages", "role", "from", "value", "tools", "tool_calls", "function"]
+KEYS += ["name", "arguments", "instruction", "input", "output", "history", "system", "reasoning_content", "type"]
+WORDS = st.sampled_from(["user", "assistant", "gpt", "human", "system", "tool", "function_call", "[]", "{}", "text"])
+LEAVES = st.none() | st.booleans() | st.integers() | WORDS | st.text(max_size=5)
+MESSAGES = st.fixed_dictionaries({"role": WORDS, "content": LEAVES | st.lists(LEAVES, max_size=2)})
+
+
+def _objects(inner):
+    objects = st.dictionaries(st.sampled_from(KEYS), inner, max_size=5)
+    return st.lists(inner, max_size=3) | objects | objects.map(json.dumps)
+
+
+VALUES = st.recursive(LEAVES | MESSAGES, _objects, max_leaves=12)
+
+
+@given(st.dictionaries(st.sampled_from(KEYS), VALUES | st.lists(MESSAGES | VALUES, max_size=4), max_size=6))
+@settings(max_examples=400, deadline=None)
+def test_any_object_is_read_or_refused_with_words(row):
+    for parse in (parse_document, parse_conversation):
+        try:
+            example = parse(row)
+        except RowError as error:
+            assert str(error)
+        else:
+            assert canonical(example)

@@ -59,7 +59,7 @@ class Checked:
 
 @dataclass
 class Encoded(Checked):
-    """Rows as tokens; document i is `lengths[i]` of them. Adds cut_conversations, cut_pieces, long_turns to counts."""
+    """Rows as tokens; document i is `lengths[i]` of them. Counts cuts as well."""
 
     tokens: np.ndarray = field(default_factory=lambda: np.empty(0, np.uint16))
     weights: np.ndarray | None = None
@@ -151,6 +151,7 @@ def _encode_conversations(
                 found.counts["cut_conversations"] += 1
                 found.counts["cut_pieces"] += len(pieces)
                 found.counts["long_turns"] += long_turns
+                found.counts["long_systems"] += int(rendered.turn_starts[0]) > sequence_length
             for ids, piece_weights in pieces:
                 tokens.append(ids)
                 weights.append(piece_weights)

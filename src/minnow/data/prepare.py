@@ -29,7 +29,7 @@ SHARD_TOKENS = 1 << 24
 """Tokens of a shard, roughly: what an interruption costs at most, a few seconds of work."""
 BATCH_BYTES = 1 << 20
 """Bytes of raw rows that a worker gets at a time."""
-_ENCODING_VERSION = 1  # goes into the cache key: raise it when the same rows should give other tokens
+_ENCODING_VERSION = 2  # goes into the cache key: raise it when the same rows should give other tokens
 _SMALL_INPUT = 8 << 20  # bytes below which starting processes costs more than they save
 
 
@@ -68,6 +68,8 @@ class PrepareReport:
     """Pieces they gave."""
     long_turns: int
     """Single turns longer than a row, cut inside."""
+    long_systems: int
+    """Conversations whose system message, with its tools, fills a row alone: their turns are learnt without it."""
     bad_rows: tuple[str, ...]
     """FILE:LINE and what is wrong, of the first 20 rows left out."""
 
@@ -83,6 +85,11 @@ class PrepareReport:
             )
         if self.long_turns:
             found.append(f"{self.long_turns} single turns are longer than a row and were cut inside")
+        if self.long_systems:
+            found.append(
+                f"{self.long_systems} conversations have a system message, tools included, longer than a row and are "
+                "learnt without it: a longer sequence_length would keep it"
+            )
         return found
 
 
@@ -270,6 +277,7 @@ class _Preparation:
             cut_conversations=counts["cut_conversations"],
             cut_pieces=counts["cut_pieces"],
             long_turns=counts["long_turns"],
+            long_systems=counts["long_systems"],
             bad_rows=tuple(self._located(total)),
         )
         sources = [asdict(source) for source in self.sources]

@@ -199,9 +199,10 @@ def _alpaca(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     if row.get("system"):
         messages.append({"role": "system", "content": row["system"]})
-    for pair in _json(row.get("history") or [], "`history`"):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise RowError("`history` must be a list of [question, answer] pairs")
+    history = _json(row.get("history") or [], "`history`")
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise RowError("`history` must be a list of [question, answer] pairs")
+    for pair in history:
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     question = _text(row["instruction"], "`instruction`")
     if row.get("input"):

@@ -23,6 +23,7 @@ def summarise(data: PreparedData, kind: Kind, sequence_length: int) -> dict[str,
         "cut_conversations": report.cut_conversations,
         "cut_pieces": report.cut_pieces,
         "long_turns": report.long_turns,
+        "long_systems": report.long_systems,
         "train": _split(data.train, kind, sequence_length),
         "validation": _split(data.validation, kind, sequence_length),
     }

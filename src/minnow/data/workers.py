@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+from minnow.config import UserError
 from minnow.data import encoding
 from minnow.data.encoding import Checked, EncodeOptions, RawBatch
 from minnow.tokenizer.tokenizer import Tokenizer
@@ -57,8 +58,9 @@ class Workers:
         if self._processes:
             for process in self._processes:
                 process.kill()
-                process.wait()
             self._threads.shutdown(cancel_futures=True)
+            for process in self._processes:
+                process.communicate()  # reaps it and closes its pipes
             self._folder.cleanup()
 
     def map(self, task: Task, batches: Iterable[RawBatch], options: EncodeOptions) -> Iterator[Any]:
@@ -78,13 +80,17 @@ class Workers:
     def _ask(self, task: Task, batch: RawBatch, options: EncodeOptions) -> Checked:
         process = self._idle.get()
         assert process.stdin is not None and process.stdout is not None
-        pickle.dump((task, batch, options), process.stdin, pickle.HIGHEST_PROTOCOL)
-        process.stdin.flush()
         try:
+            pickle.dump((task, batch, options), process.stdin, pickle.HIGHEST_PROTOCOL)
+            process.stdin.flush()
             result = pickle.load(process.stdout)
-        except EOFError:
-            raise RuntimeError(f"a worker process ended with exit code {process.wait()}") from None
-        self._idle.put(process)
+        except (EOFError, OSError, pickle.UnpicklingError):
+            raise UserError(
+                f"a tokenising process ended (exit code {process.wait()}), perhaps for lack of memory; run again to "
+                "continue, with fewer --data.workers"
+            ) from None
+        finally:
+            self._idle.put(process)  # a dead one too: whoever takes it next fails at once instead of waiting
         if isinstance(result, BaseException):
             raise result
         return result
