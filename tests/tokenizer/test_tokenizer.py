@@ -191,6 +191,14 @@ def test_long_runs_of_anything_encode() -> None:
         assert small_tokenizer().decode(small_tokenizer().encode(text)) == text
 
 
+@pytest.mark.parametrize("character", [" ", "\n"])
+def test_white_space_beyond_tiktokens_stack(character: str) -> None:
+    text = "fish" + character * 1_000_000 + "fish"
+    ids = small_tokenizer().encode(text)
+    assert small_tokenizer().decode(ids) == text
+    assert small_tokenizer().encode_batch(["fish", text]) == [small_tokenizer().encode("fish"), ids]
+
+
 def test_fast_ids_are_the_slow_ids_on_real_text() -> None:
     texts = real_texts("zh_howtocook", "en_childrens_stories", "en_tinyshakespeare", limit=600)
     tokenizer = train_tokenizer(texts[:300], 3000)

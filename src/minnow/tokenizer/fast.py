@@ -19,6 +19,8 @@ import tokenizers
 
 from minnow.tokenizer.bytelevel import GPT2_PATTERN, components, is_byte_level, is_control, to_bytes
 
+MAX_WHITE_SPACE = 100_000
+
 
 def build(definition: dict[str, Any]) -> tiktoken.Encoding | None:
     """tiktoken's core with the merges of a tokenizer.json (parsed), or None where its ids could differ."""
@@ -79,9 +81,19 @@ def _encode_to_themselves(definition: dict[str, Any], ids: list[int], tokens: li
     return all(encoding.ids == [index] for encoding, index in zip(encodings, ids, strict=True))
 
 
-def encode_batch(core: tiktoken.Encoding, texts: Sequence[str], num_threads: int = 2) -> list[list[int]]:
-    """Ids of every text. Threads take whole slices: a task per text would cost more than a short text's
-    encoding."""
+def can_encode(text: str) -> bool:
+    """False for a text with a run of white space so long that tiktoken's regex would run out of stack.
+
+    That is near a million characters; a tenth of it goes the slow way already.
+    """
+    half = MAX_WHITE_SPACE // 2
+    return len(text) <= MAX_WHITE_SPACE or not any(
+        text[i].isspace() and text[i : i + half].isspace() for i in range(0, len(text), half)
+    )
+
+
+def encode_batch(core: tiktoken.Encoding, texts: Sequence[str], num_threads: int) -> list[list[int]]:
+    """Ids of every text. Threads take slices of texts: a task per text costs more than a short text's ids."""
     size = max(1, -(-len(texts) // (num_threads * 4)))
     slices = [texts[i : i + size] for i in range(0, len(texts), size)]
     with ThreadPoolExecutor(num_threads) as pool:

@@ -110,17 +110,19 @@ class Tokenizer:
 
         Half a surrogate pair, which has no UTF-8, is read as U+FFFD.
         """
-        if self._core is not None:
+        if self._core is not None and fast.can_encode(text):
             return self._core.encode_ordinary(text)
         try:
             return list(self._ordinary.encode(text, add_special_tokens=False).ids)
         except (UnicodeEncodeError, TypeError):
             return list(self._ordinary.encode(valid_unicode(text), add_special_tokens=False).ids)
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """`encode` of every text, on two cores."""
+    def encode_batch(self, texts: Sequence[str], *, num_threads: int = 2) -> list[list[int]]:
+        """`encode` of every text, in `num_threads` threads."""
         if self._core is not None:
-            return fast.encode_batch(self._core, texts)
+            if all(map(fast.can_encode, texts)):
+                return fast.encode_batch(self._core, texts, num_threads)
+            return [self.encode(text) for text in texts]
         try:
             encodings = self._ordinary.encode_batch(list(texts), add_special_tokens=False)
         except (UnicodeEncodeError, TypeError):

@@ -1,0 +1,98 @@
+"""`minnow tokenizer train`: learn a byte-level BPE vocabulary from text."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import cycle
+
+from rich.console import Console
+
+from minnow.config import UserError, atomic_write
+from minnow.data.readers import read_texts
+from minnow.data.sources import find_sources
+from minnow.tokenizer import train_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Learn a vocabulary of byte-level BPE tokens from text and write it as a Hugging Face tokenizer."""
+
+    data: tuple[str, ...]
+    """Files, folders, globs or Hugging Face data sets with text or conversations (jsonl, parquet, txt; .gz, .zst)."""
+    out: str
+    """Folder to write tokenizer.json, tokenizer_config.json and chat_template.jinja to."""
+    vocab_size: int = 6400
+    """Tokens in the vocabulary; 32 special tokens and 256 bytes are among them."""
+    max_megabytes: float = 200.0
+    """Megabytes of text (UTF-8) to learn from. The files take turns, a text each, so that none is left out."""
+    min_frequency: int = 2
+    """How often a pair of tokens must occur to become one token."""
+    json: str | None = None
+    """File for the figures as JSON."""
+
+
+@dataclass
+class Figures:
+    """What training a tokenizer tells."""
+
+    vocab_size: int = 0
+    texts: int = 0
+    megabytes: float = 0.0
+    seconds: float = 0.0
+
+
+def run(config: Config) -> None:
+    """Train, save, and say what came out."""
+    console = Console(highlight=False)
+    figures = Figures()
+    start = time.perf_counter()
+    texts = _counted(_in_turn(config.data), figures, config.max_megabytes)
+    tokenizer = train_tokenizer(
+        texts, config.vocab_size, min_frequency=config.min_frequency, progress=console.is_terminal
+    )
+    if not figures.texts:
+        raise UserError(f"{', '.join(config.data)}: there is no text to learn from")
+    tokenizer.save_pretrained(config.out)
+    figures.vocab_size = tokenizer.vocab_size
+    figures.seconds = time.perf_counter() - start
+    console.print(
+        f"{config.out}: {figures.vocab_size:,} tokens from {figures.texts:,} texts, "
+        f"{figures.megabytes:.1f} MB, in {figures.seconds:.0f} s",
+        soft_wrap=True,
+    )
+    if tokenizer.vocab_size < config.vocab_size:
+        console.print(
+            f"The text has no further pair that occurs {config.min_frequency} times: the vocabulary stays below "
+            f"the {config.vocab_size:,} asked for.",
+            soft_wrap=True,
+        )
+    console.print(f"See how it splits text: minnow tokenizer inspect {config.out}", soft_wrap=True)
+    if config.json is not None:
+        with atomic_write(config.json) as temporary:
+            temporary.write_text(json.dumps(asdict(figures), indent=2) + "\n", encoding="utf-8")
+
+
+def _in_turn(paths: tuple[str, ...]) -> Iterator[str]:
+    """One text of each source after the other, until all are read."""
+    readers = {source.name: read_texts([source.name.removeprefix("hub:")]) for source in find_sources(paths)}
+    for name in cycle(list(readers)):
+        if not readers:
+            return
+        if name in readers:
+            text = next(readers[name], None)
+            if text is None:
+                del readers[name]
+            else:
+                yield text
+
+
+def _counted(texts: Iterator[str], figures: Figures, max_megabytes: float) -> Iterator[str]:
+    for text in texts:
+        figures.texts += 1
+        figures.megabytes += len(text.encode(errors="replace")) / 1e6
+        yield text
+        if figures.megabytes >= max_megabytes:
+            return

@@ -1,0 +1,76 @@
+"""`minnow tokenizer train` and `minnow tokenizer inspect`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tokenizer_helpers import CORPUS, small_tokenizer
+
+from minnow.config import UserError
+from minnow.stages import tokenizer_inspect, tokenizer_train
+from minnow.tokenizer import Tokenizer
+
+
+def write(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    return path
+
+
+def test_train_then_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "a.jsonl", CORPUS)
+    out, figures = tmp_path / "out", tmp_path / "figures.json"
+    tokenizer_train.run(tokenizer_train.Config(data=(str(data),), out=str(out), vocab_size=400, json=str(figures)))
+    assert "400 tokens from 20 texts" in capsys.readouterr().out
+    assert json.loads(figures.read_text())["vocab_size"] == 400
+    tokenizer = Tokenizer.from_pretrained(out)
+    text = "fish 鱻\n\x1b[2J"
+    tokenizer_inspect.run(tokenizer_inspect.Config(model=str(out), text=text, data=(str(data),), json=str(figures)))
+    printed = capsys.readouterr().out
+    assert "<E9>|<B1>|<BB>|↵\n" in printed
+    assert "\x1b" not in printed  # a text cannot command the terminal
+    assert " ".join(map(str, tokenizer.encode(text))) in printed
+    report = json.loads(figures.read_text())
+    total = sum(len(t.encode()) for t in CORPUS)
+    assert report["texts"][str(data)]["bytes"] == total
+    assert report["texts"][str(data)]["tokens"] == sum(len(tokenizer.encode(t)) for t in CORPUS)
+    assert set(report["texts"]) == {"English", "Chinese", "code", "numbers", str(data)}
+
+
+def test_files_take_turns(tmp_path: Path) -> None:
+    """Learning stops at max_megabytes, with a share of every file."""
+    write(tmp_path / "a.jsonl", ["aaab " * 100] * 50)
+    write(tmp_path / "b.jsonl", ["缺缺少 " * 100] * 2)
+    tokenizer_train.run(
+        tokenizer_train.Config(data=(str(tmp_path),), out=str(tmp_path / "out"), vocab_size=300, max_megabytes=0.005)
+    )
+    tokenizer = Tokenizer.from_pretrained(tmp_path / "out")
+    assert len(tokenizer.encode("aaab")) == 1
+    assert len(tokenizer.encode("缺缺少")) == 1
+
+
+def test_a_small_text_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "a.jsonl", ["abab"] * 3)
+    tokenizer_train.run(tokenizer_train.Config(data=(str(data),), out=str(tmp_path / "out"), vocab_size=6400))
+    assert "below the 6,400 asked for" in capsys.readouterr().out
+
+
+def test_no_text_is_an_error(tmp_path: Path) -> None:
+    data = write(tmp_path / "a.jsonl", [])
+    with pytest.raises(UserError, match="no text"):
+        tokenizer_train.run(tokenizer_train.Config(data=(str(data),), out=str(tmp_path / "out")))
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_a_text_samples_are_split(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_tokenizer().save_pretrained(tmp_path)
+    tokenizer_inspect.run(tokenizer_inspect.Config(model=str(tmp_path)))
+    assert "heron" in capsys.readouterr().out.replace("|", "")
+
+
+def test_colour_changes_with_every_token() -> None:
+    ids = small_tokenizer().encode("The small fish")
+    split = tokenizer_inspect.coloured_split(small_tokenizer(), ids)
+    assert split.plain == "The small fish"
+    assert len({span.style for span in split.spans}) == min(4, len(ids))
