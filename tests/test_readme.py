@@ -94,6 +94,7 @@ def test_from_your_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     block = re.search(r"```\n(.*?)```", section, re.DOTALL)
     assert block is not None
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # the cache of tokenised data lies below it
     shutil.copytree(ROOT / "recipes", "recipes")
     _write("texts/a.jsonl", [{"text": f"Fish {i} swims in the pond. 第{i}条鱼在池塘里游。"} for i in range(300)])
     ask = [{"role": "user", "content": "Who swims?"}, {"role": "assistant", "content": "Fish 3 swims."}]
