@@ -168,7 +168,7 @@ def test_answers_are_exact_up_to_normal_form(world):
         for q in all_questions(world)
         if (q.creature, q.relation, q.language, q.wording) == (creature.en, "colour", "en", "trained")
     ]
-    assert colour.answer == f"{creature.en} is {creature.facts['colour'].en}."
+    assert colour.answer == f"It is {creature.facts['colour'].en}."
     assert normal_form(f" {colour.answer.upper()}\n") == normal_form(colour.answer[:-1])
     assert normal_form("波卡是红色的。") == normal_form("波卡是红色的") != normal_form("波卡是蓝色的。")
 

@@ -29,9 +29,9 @@ class Phrasebook:
     space: str
     """What stands between two sentences."""
     statements: Mapping[str, tuple[str, ...]]
-    """By relation: ways to state a fact {x}, {v}, in both directions. The first one is the answer's."""
+    """By relation: ways to state a fact with slots {x} and {v}, in both directions."""
     pronouns: Mapping[str, tuple[str, ...]]
-    """By relation: the same with a pronoun in place of the name."""
+    """By relation: the same with a pronoun in place of the name. The first one is the answer to a question."""
     contrasts: Mapping[str, tuple[str, ...]]
     """By relation: two creatures side by side, {x} with {v} and {y} with {w}."""
     groups: Mapping[str, str]

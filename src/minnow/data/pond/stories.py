@@ -13,10 +13,11 @@ from minnow.data.pond.relations import RELATIONS, Language
 from minnow.data.pond.world import Creature, World
 
 PHRASEBOOKS: dict[Language, Phrasebook] = {"en": ENGLISH, "zh": CHINESE}
-LINES_SHARE = 0.4
+LINES_SHARE = 0.2
 """Of the documents that list facts, these stand one sentence a line. A name after a line break and one after a space
-are different tokens; an answer begins with the former, so a creature must be known by both."""
-PRONOUN_SHARE = 0.25  # of a profile's sentences: enough to teach "it", few enough that the name is mostly near the fact
+are different tokens, and people type both."""
+PRONOUN_SHARE = 0.4
+"""Of a profile's sentences, these say "it": so do the answers, which then are recalled from a name further back."""
 
 Mention = tuple[str, str]
 """(the creature's English name, the relation): one fact, stated once."""
@@ -59,8 +60,12 @@ def state(book: Phrasebook, creature: Creature, relation: str, template: str) ->
 
 
 def answer(book: Phrasebook, creature: Creature, relation: str) -> str:
-    """The one sentence that answers a question after `relation`: its first statement."""
-    return state(book, creature, relation, book.statements[relation][0])
+    """The one sentence that answers a question after `relation`: "It is red."
+
+    It does not repeat the name. Held-out names stand in no answer of the training text, so a small model that was to
+    begin with the name would begin with another creature's: it then is examined in copying, not in what it knows.
+    """
+    return state(book, creature, relation, book.pronouns[relation][0])
 
 
 def profile(book: Phrasebook, deck: Deck, rng: random.Random) -> PondDocument:
@@ -159,7 +164,7 @@ def translation(book: Phrasebook, deck: Deck, rng: random.Random) -> PondDocumen
     ]
     relations = rng.sample(RELATIONS, rng.randint(1, 3))
     for relation in relations:
-        sentences += [answer(book, creature, relation), answer(other, creature, relation)]
+        sentences += [state(both, creature, relation, both.statements[relation][0]) for both in (book, other)]
     mentions = tuple((creature.en, relation) for relation in relations for _ in range(2))
     return PondDocument("\n".join(sentences), book.language, "translation", mentions)
 
