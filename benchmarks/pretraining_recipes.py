@@ -1,0 +1,261 @@
+"""Our pretraining recipe beside minimind's and beside a tuned AdamW, on the same text, shape and held-out split.
+
+    python benchmarks/pretraining_recipes.py --data $MINNOW_DATA/pretrain/*.zst --tokens 8000000 --seeds 0 1 2
+
+Arms: `minnow` (Muon, WSD, packed rows), `adamw-LR` (AdamW + cosine with our packing and batch, one arm a rate) and
+`minimind` (AdamW 5e-4, cosine to 10%, no warm-up, default betas and decay on everything, one document a row cut at 340
+tokens and padded, mean of micro-batch means, N(0, 0.02) initialisation). The same tokenizer and the same validation
+rows throughout. Tokens are real ones: padding and filler do not count. Writes one JSON line a run (every validation,
+with tokens and seconds of training) and draws the curves; `--summarise` prints the table from the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from minnow.data.batches import Batch, PackedDataset
+from minnow.data.prepare import DataConfig, prepare
+from minnow.data.readers import read_texts
+from minnow.data.shards import Shards
+from minnow.data.shuffle import permutation
+from minnow.model.config import ModelConfig
+from minnow.model.presets import PRESETS
+from minnow.model.size import training_flops_per_token
+from minnow.model.transformer import CausalLM
+from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
+from minnow.report.plots import save_figure
+from minnow.tokenizer import Tokenizer, train_tokenizer
+from minnow.training.config import TrainingConfig
+from minnow.training.objective import BatchSource, LanguageModeling, Objective, ObjectiveOutput, PackedBatches
+from minnow.training.session import Machine
+from minnow.training.trainer import Trainer
+
+SEQUENCE_LENGTH = 1024
+MINIMIND_LENGTH = 340
+
+
+class PaddedRows:
+    """minimind's batches: one document a row, cut at 340 tokens (the rest of it is lost), padded to the longest."""
+
+    def __init__(self, shards: Shards, seed: int, rows: int, micro_rows: int) -> None:
+        self.shards, self.seed, self.rows, self.micro_rows = shards, seed, rows, micro_rows
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        places = torch.arange(step * self.rows, (step + 1) * self.rows)
+        documents = self.shards.num_documents
+        order = permutation(documents, self.seed, int(places[0]) // documents)
+        chosen = [int(order[int(place) % documents]) for place in places]
+        return [self._batch(chosen[i : i + self.micro_rows]) for i in range(0, self.rows, self.micro_rows)]
+
+    def _batch(self, documents: Sequence[int]) -> Batch:
+        rows, T = len(documents), MINIMIND_LENGTH
+        tokens, targets = torch.zeros(rows, T, dtype=torch.int64), torch.zeros(rows, T, dtype=torch.int64)
+        weights = torch.zeros(rows, T)
+        borders = [0]
+        for row, document in enumerate(documents):
+            ids = torch.from_numpy(self.shards.tokens(document, 0, T + 1).astype("int64"))
+            length = len(ids) - 1
+            tokens[row, :length], targets[row, :length], weights[row, :length] = ids[:-1], ids[1:], 1.0
+            borders += [row * T + length] * (length < T) + [(row + 1) * T]
+        positions = torch.arange(T).expand(rows, -1).contiguous()
+        return Batch(
+            tokens_BT=tokens,
+            targets_BT=targets,
+            weights_BT=weights,
+            positions_BT=positions,
+            cu_seqlens=torch.tensor(borders, dtype=torch.int32),
+            filler_BT=weights == 0,
+            text_bytes=0.0,
+            document_ids=tuple((d,) for d in documents),
+        )
+
+
+class MeanOfMeans:
+    """minimind's normalisation: every micro-batch's mean counts the same, however many tokens it has (bug E2)."""
+
+    def __init__(self) -> None:
+        self.inner = LanguageModeling()
+
+    def count(self, batch: Batch) -> float:
+        return 1.0
+
+    def __call__(self, model: CausalLM, batch: Batch) -> ObjectiveOutput:
+        output = self.inner(model, batch)
+        tokens = self.inner.count(batch)
+        return ObjectiveOutput(output.loss_sum / tokens, {k: v / tokens for k, v in output.metrics.items()})
+
+
+def run_arm(arm: str, seed: int, options: argparse.Namespace, train: Shards, validation: list[Batch], bytes_: Tensor) -> dict:
+    shape = replace(shape_of(options), max_position_embeddings=SEQUENCE_LENGTH)
+    ours = OptimConfig(matrix_lr=options.muon_lr, embedding_lr=options.embedding_lr)
+    objective: Objective = LanguageModeling(z_loss=1e-4)
+    source: BatchSource
+    rows = options.batch_tokens // SEQUENCE_LENGTH
+    packed = PackedDataset(train, SEQUENCE_LENGTH, split_documents=True, seed=seed)
+    source = PackedBatches(packed, seed, rows, max(1, options.micro_batch_tokens // SEQUENCE_LENGTH))
+    steps = round(options.tokens / options.batch_tokens)
+    model = CausalLM(shape, seed=seed)
+    if arm == "minnow":
+        optim, schedule = ours, ScheduleConfig(warmup_steps=options.warmup)
+    elif arm.startswith("adamw-"):
+        optim = OptimConfig(optimizer="adamw", matrix_lr=float(arm[6:]), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        schedule = ScheduleConfig(shape="cosine", warmup_steps=options.warmup, final_fraction=0.1)
+    elif arm == "minimind":
+        optim = OptimConfig(optimizer="adamw", matrix_lr=5e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
+        schedule = ScheduleConfig(shape="cosine", warmup_steps=0, final_fraction=0.1)
+        objective = MeanOfMeans()
+        source = PaddedRows(train, seed, 256, 32)
+        real = float(torch.tensor(train.lengths - 1).clamp(max=MINIMIND_LENGTH).double().mean())
+        steps = round(options.tokens / (256 * real))
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 2:
+                    parameter.normal_(0, 0.02, generator=generator)
+    else:
+        raise SystemExit(f"no arm called {arm}")
+    if arm == "minimind" or arm.startswith("adamw"):
+        for module in (model,):
+            for name, parameter in module.named_parameters():
+                if name.endswith(("q_norm.weight", "k_norm.weight")):
+                    torch.nn.init.ones_(parameter)
+    config = TrainingConfig(
+        steps=steps, validate_every=max(1, steps // options.points), save_every=0, log_every=10, clip_norm=1.0
+    )
+    machine = Machine.choose(config)
+    flops = options.tokens * training_flops_per_token(shape, SEQUENCE_LENGTH / 4)
+    machine.place(model, config, flops, print)
+    folder = Path(options.work) / f"{arm}-seed{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    trainer = Trainer(
+        config,
+        folder=folder,
+        title=f"{arm} seed {seed}",
+        model=model,
+        optimizers=build_optimizers(model, optim),
+        schedule=schedule,
+        objective=objective,
+        source=source,
+        total_steps=steps,
+        validation=validation,
+        token_bytes=bytes_.numpy(),
+    )
+    trainer.fit()
+    records = trainer.metrics.read()
+    training = [r for r in records if "loss" in r]
+    seconds_per_step = statistics.median(r["seconds"] for r in training)
+    per_step = training[-1]["tokens"] / training[-1]["step"]
+    points = [
+        {"tokens": round(r["step"] * per_step), "seconds": r["step"] * seconds_per_step, "bpb": r["bits_per_byte"],
+         "loss": r["validation_loss"]}
+        for r in records
+        if "bits_per_byte" in r
+    ]
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return {"arm": arm, "seed": seed, "parameters": sum(p.numel() for p in model.parameters()), "points": points}
+
+
+def shape_of(options: argparse.Namespace) -> ModelConfig:
+    return replace(PRESETS[options.shape], vocab_size=options.vocab_size)
+
+
+def tokens_to_reach(points: Sequence[dict], loss: float, key: str = "tokens") -> float | None:
+    """Where the curve first falls to `loss`, interpolated between validations; None if it never does."""
+    for before, after in zip(points, points[1:], strict=False):
+        if before["loss"] >= loss >= after["loss"]:
+            share = (before["loss"] - loss) / (before["loss"] - after["loss"])
+            return before[key] + share * (after[key] - before[key])
+    return None
+
+
+def summarise(path: Path) -> None:
+    runs = [json.loads(line) for line in path.read_text().splitlines()]
+    arms = sorted({run["arm"] for run in runs})
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    print(f"{'arm':<16} {'seeds':>5} {'final loss':>12} {'final bits/byte':>16}")
+    for arm in arms:
+        chosen = [run for run in runs if run["arm"] == arm]
+        losses, bits = ([run["points"][-1][key] for run in chosen] for key in ("loss", "bpb"))
+        spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
+        print(f"{arm:<16} {len(chosen):>5} {statistics.mean(losses):>7.4f} ±{spread:.4f} {statistics.mean(bits):>16.4f}")
+        for run in chosen:
+            colour = f"C{arms.index(arm)}"
+            label = arm if run is chosen[0] else None
+            axes.plot([p["tokens"] / 1e6 for p in run["points"]], [p["bpb"] for p in run["points"]], colour, label=label)
+    axes.set(xlabel="million tokens trained on", ylabel="held-out bits per byte", yscale="log")
+    axes.grid(alpha=0.25, which="both")
+    axes.legend(frameon=False)
+    save_figure(figure, path.with_suffix(".png"))
+    ours = [run for run in runs if run["arm"] == "minnow"]
+    tuned = min((a for a in arms if a.startswith("adamw-")), key=lambda a: _mean_final(runs, a), default=None)
+    for other in filter(None, ["minimind" if "minimind" in arms else None, tuned]):
+        goal = _mean_final(runs, other)
+        total = statistics.mean(run["points"][-1]["tokens"] for run in runs if run["arm"] == other)
+        for key, whole in (("tokens", total), ("seconds", _mean_seconds(runs, other))):
+            shares = [tokens_to_reach(run["points"], goal, key) for run in ours]
+            shown = ", ".join("never" if share is None else f"{share / whole:.0%}" for share in shares)
+            print(f"minnow reaches the final loss of {other} ({goal:.4f}) after this share of its {key}: {shown}")
+
+
+def _mean_final(runs: Sequence[dict], arm: str) -> float:
+    return statistics.mean(run["points"][-1]["loss"] for run in runs if run["arm"] == arm)
+
+
+def _mean_seconds(runs: Sequence[dict], arm: str) -> float:
+    return statistics.mean(run["points"][-1]["seconds"] for run in runs if run["arm"] == arm)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=[])
+    parser.add_argument("--arms", nargs="+", default=["minnow", "adamw-0.002", "minimind"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--tokens", type=float, default=8e6)
+    parser.add_argument("--shape", default="5m", choices=PRESETS)
+    parser.add_argument("--vocab-size", type=int, default=6400)
+    parser.add_argument("--batch-tokens", type=int, default=32_768)
+    parser.add_argument("--micro-batch-tokens", type=int, default=8192)
+    parser.add_argument("--warmup", type=int, default=20)
+    parser.add_argument("--muon-lr", type=float, default=0.01)
+    parser.add_argument("--embedding-lr", type=float, default=0.004)
+    parser.add_argument("--validation-tokens", type=int, default=131_072)
+    parser.add_argument("--points", type=int, default=16)
+    parser.add_argument("--work", default="runs/recipes")
+    parser.add_argument("--out", type=Path, default=Path("runs/recipes/results.jsonl"))
+    parser.add_argument("--summarise", action="store_true")
+    options = parser.parse_args()
+    if not options.summarise:
+        work = Path(options.work)
+        folder = work / f"tokenizer-{options.vocab_size}"
+        if not (folder / "tokenizer.json").exists():
+            train_tokenizer(read_texts(options.data), options.vocab_size).save_pretrained(folder)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        options.vocab_size = tokenizer.vocab_size
+        data = DataConfig(paths=tuple(options.data), cache_dir=str(work / "cache"))
+        prepared = prepare(data, tokenizer, "pretrain", sequence_length=SEQUENCE_LENGTH)
+        held_out = PackedDataset(prepared.validation, SEQUENCE_LENGTH, split_documents=True)
+        rows = min(held_out.num_rows, options.validation_tokens // SEQUENCE_LENGTH)
+        validation = [held_out.batch(range(i, min(i + 8, rows))) for i in range(0, rows, 8)]
+        for seed in options.seeds:
+            for arm in options.arms:
+                token_bytes = torch.from_numpy(tokenizer.token_bytes())
+                result = run_arm(arm, seed, options, prepared.train, validation, token_bytes)
+                options.out.parent.mkdir(parents=True, exist_ok=True)
+                with open(options.out, "a") as file:
+                    file.write(json.dumps(result) + "\n")
+    summarise(options.out)
+
+
+if __name__ == "__main__":
+    main()
