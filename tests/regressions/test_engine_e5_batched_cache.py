@@ -1,0 +1,37 @@
+"""E5: the cache was grown by concatenation for every token, with repeated heads, and prompts could not be batched.
+Here it is allocated once, holds the key-value heads as they are, and prompts of all lengths share every forward pass.
+"""
+
+from __future__ import annotations
+
+from unittest.mock import patch
+
+from minnow.engine import Engine, SamplingParams
+from minnow.engine.cache import KVCache
+from minnow.model.config import ModelConfig
+from minnow.model.transformer import CausalLM
+from minnow.tokenizer.train import train_tokenizer
+
+
+def test_one_cache_and_one_forward_pass_a_step() -> None:
+    tokenizer = train_tokenizer(["fish"] * 3, 288)
+    config = ModelConfig(
+        vocab_size=288, hidden_size=16, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    model = CausalLM(config)
+    shapes = []
+    forward = model.forward
+    model.forward = lambda tokens, *rest: shapes.append(tuple(tokens.shape)) or forward(tokens, *rest)
+    caches: list[KVCache] = []
+
+    def allocate(*arguments: object) -> KVCache:
+        caches.append(KVCache(*arguments))
+        return caches[-1]
+
+    allocate.bytes_per_token = KVCache.bytes_per_token
+    prompts = [[40] * length for length in (1, 9, 4)]
+    with patch("minnow.engine.engine.KVCache", allocate):
+        Engine(model, tokenizer).generate(prompts, SamplingParams(max_tokens=5, ignore_eos=True))
+    assert [cache.keys.shape for cache in caches] == [(2, 3, 1, 14, 8)]
+    assert shapes == [(1, 14)] + [(3, 1)] * 4
