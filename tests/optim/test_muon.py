@@ -69,7 +69,7 @@ def test_equals_torchs_muon_as_it_is_in_bfloat16():
         give_gradients(params, 0)
         optimizer.step()
     for p, q, start in zip(ours, theirs, before, strict=True):
-        assert (p - q).norm() < 0.02 * (q - start).norm()
+        assert (p - q).norm() < 0.04 * (q - start).norm()
 
 
 def test_one_step_by_hand():

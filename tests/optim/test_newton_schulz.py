@@ -18,9 +18,11 @@ def matrices(count=3, rows=12, columns=40, smallest=-2.0, seed=0):
 
 
 @pytest.mark.parametrize(("polynomial", "low", "high"), [("quintic", 0.65, 1.25), ("polar_express", 0.85, 1.15)])
-@pytest.mark.parametrize("columns", [12, 40])
-def test_singular_values_end_near_one(polynomial, low, high, columns):
-    values = torch.linalg.svdvals(orthogonalise(matrices(columns=columns), polynomial, 5))
+@pytest.mark.parametrize("columns", [12, 14, 40])
+@pytest.mark.parametrize("tall", [False, True])
+def test_singular_values_end_near_one(polynomial, low, high, columns, tall):
+    given = matrices(columns=columns)
+    values = torch.linalg.svdvals(orthogonalise(given.mT if tall else given, polynomial, 5))
     assert values.min() > low
     assert values.max() < high
 
@@ -52,6 +54,15 @@ def test_rank_one_and_zero_matrices(dtype):
     assert torch.isfinite(result).all()
     assert 0.8 < torch.linalg.matrix_norm(result[0], 2) < 1.2
     assert torch.count_nonzero(result[2]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [12, 14, 40])
+def test_the_transpose_gives_the_transpose(dtype, columns):
+    given = matrices(columns=columns)
+    wide, tall = (orthogonalise(x, dtype=dtype).double() for x in (given, given.mT.contiguous()))
+    tolerance = {torch.float64: 1e-9, torch.float32: 2e-3, torch.bfloat16: 0.1}[dtype]
+    assert (wide - tall.mT).abs().max() < tolerance
 
 
 def test_scale_does_not_matter():

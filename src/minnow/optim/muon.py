@@ -92,14 +92,12 @@ class Muon(torch.optim.Optimizer):
             if group["momentum_warmup_steps"] == 0:
                 momentum = group["momentum"]
             state["step"] += 1
-            # A tall matrix is iterated on as its transpose, so up (f x d) and down (d x f) go together.
-            sides = tuple(sorted(p.shape[-2:]))
-            buckets.setdefault((momentum, (sides, p.dtype, p.device)), []).append(p)
+            buckets.setdefault((momentum, (p.shape[-2:], p.dtype, p.device)), []).append(p)
         return buckets
 
 
 def _update(params: list[Tensor], buffers: list[Tensor], momentum: float, group: dict[str, Any]) -> None:
-    """Take the step for parameters whose matrices have the same two sides, some stacks at a time."""
+    """Take the step for parameters whose matrices have the same shape, one batch of limited size after another."""
     limit = _STACK_ELEMENTS_CPU if params[0].device.type == "cpu" else _STACK_ELEMENTS_DEVICE
     start = 0
     while start < len(params):
@@ -112,26 +110,18 @@ def _update(params: list[Tensor], buffers: list[Tensor], momentum: float, group:
 
 
 def _update_stack(params: list[Tensor], buffers: list[Tensor], momentum: float, group: dict[str, Any]) -> None:
+    """Take the step of one batch of same-shape matrices."""
     grads = [p.grad for p in params if p.grad is not None]
     torch._foreach_lerp_(buffers, grads, 1 - momentum)
-    nesterov = torch._foreach_lerp(grads, buffers, momentum)
-    dtype = group["orthogonalise_dtype"] or fast_dtype(params[0])
-    wide_BMN = torch.cat([_wide(update).to(dtype) for update in nesterov])
-    del nesterov
-    orthogonal_BMN = orthogonalise(wide_BMN, group["polynomial"], group["newton_schulz_steps"])
-    lr = group["lr"]
-    if group["weight_decay"] != 0:
-        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
     counts = [p.shape[0] if p.ndim == 3 else 1 for p in params]
-    for p, update_EMN in zip(params, orthogonal_BMN.split(counts), strict=True):
-        update = update_EMN if p.shape[-2] <= p.shape[-1] else update_EMN.mT
-        p.add_(update.reshape(p.shape), alpha=-lr * scale_of(p, group["update_scale"]))
-
-
-def _wide(matrix: Tensor) -> Tensor:
-    """View a matrix or stack as [experts or 1, shorter side, longer side]."""
-    stack = matrix if matrix.ndim == 3 else matrix.unsqueeze(0)
-    return stack if stack.shape[-2] <= stack.shape[-1] else stack.mT
+    update_BMN = params[0].new_empty(sum(counts), *params[0].shape[-2:])
+    for grad, buffer, out_EMN in zip(grads, buffers, update_BMN.split(counts), strict=True):
+        torch.lerp(grad, buffer, momentum, out=out_EMN.view(grad.shape))  # Nesterov, straight to its place
+    dtype = group["orthogonalise_dtype"] or fast_dtype(params[0])
+    update_BMN = orthogonalise(update_BMN, group["polynomial"], group["newton_schulz_steps"], dtype)
+    lr, scale = group["lr"], scale_of(params[0], group["update_scale"])
+    for p, update_EMN in zip(params, update_BMN.split(counts), strict=True):
+        p.mul_(1 - lr * group["weight_decay"]).add_(update_EMN.view(p.shape), alpha=-lr * scale)
 
 
 def scale_of(parameter: Tensor, update_scale: UpdateScale) -> float:

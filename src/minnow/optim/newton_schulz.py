@@ -41,55 +41,69 @@ def coefficients(polynomial: Polynomial, steps: int) -> list[tuple[float, float,
     return [(a / _SAFETY, b / _SAFETY**3, c / _SAFETY**5) for a, b, c in triples]
 
 
-def orthogonalise(matrices_BMN: Tensor, polynomial: Polynomial = "polar_express", steps: int = 5) -> Tensor:
-    """Replace each matrix U S V^T by about U V^T: all singular values end near 1, zero matrices stay zero.
+def orthogonalise(
+    matrices_BMN: Tensor,
+    polynomial: Polynomial = "polar_express",
+    steps: int = 5,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Replace each matrix U S V^T of [B, M, N] by about U V^T: singular values end near 1, a zero matrix stays zero.
 
-    `matrices_BMN` is [B, M, N] with M <= N (transpose the others; it is faster), float64, float32 or
-    bfloat16, and the iteration runs in that dtype. "quintic" leaves singular values in about [0.7, 1.2];
-    "polar_express" in [0.87, 1.13].
+    The iteration runs in `dtype` (float64, float32 or bfloat16; None: as given), in which the result comes. "quintic"
+    leaves singular values in about [0.7, 1.2], "polar_express" in [0.87, 1.13].
     """
-    assert matrices_BMN.shape[1] <= matrices_BMN.shape[2]
     # The Frobenius norm bounds the largest singular value.
     norm_B11 = torch.linalg.vector_norm(matrices_BMN, dim=(1, 2), keepdim=True)
-    x_BMN = matrices_BMN / norm_B11.clamp(min=1e-7)
+    x_BMN = (matrices_BMN / norm_B11.clamp(min=1e-7)).to(dtype or matrices_BMN.dtype)
     triples = coefficients(polynomial, steps)
-    wide = x_BMN.shape[2] >= _GRAM_FROM_RATIO * x_BMN.shape[1]
-    # In bfloat16 the rounding of the Gram matrix alone is as large as the small eigenvalues: keep to x itself
-    # there.
-    if wide and x_BMN.dtype != torch.bfloat16:
+    shorter, longer = sorted(x_BMN.shape[1:])
+    # In bfloat16 the rounding of the Gram matrix alone is as large as its small eigenvalues: keep to x itself there.
+    if longer >= _GRAM_FROM_RATIO * shorter and x_BMN.dtype != torch.bfloat16:
         return _by_gram(x_BMN, triples)
     return _by_matrix(x_BMN, triples)
 
 
+# A tall x takes its Gram matrix, and every polynomial of it, on the other side: x (a I + b R + c R^2) with R = x^T x is
+# the same polynomial of x. So nothing is transposed in memory, and R has the shorter side.
+
+
+def _gram(x_BMN: Tensor) -> Tensor:
+    tall = x_BMN.shape[1] > x_BMN.shape[2]
+    return torch.bmm(x_BMN.mT, x_BMN) if tall else torch.bmm(x_BMN, x_BMN.mT)
+
+
 def _by_matrix(x_BMN: Tensor, triples: list[tuple[float, float, float]]) -> Tensor:
     """Iterate on x itself: x <- (a I + b R + c R^2) x with R = x x^T."""
+    tall = x_BMN.shape[1] > x_BMN.shape[2]
     for a, b, c in triples:
-        gram_BMM = torch.bmm(x_BMN, x_BMN.mT)
-        polynomial_BMM = torch.baddbmm(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c)
-        x_BMN = torch.baddbmm(x_BMN, polynomial_BMM, x_BMN, beta=a)
+        gram_BSS = _gram(x_BMN)
+        polynomial_BSS = torch.baddbmm(gram_BSS, gram_BSS, gram_BSS, beta=b, alpha=c)
+        factors = (x_BMN, polynomial_BSS) if tall else (polynomial_BSS, x_BMN)
+        x_BMN = torch.baddbmm(x_BMN, *factors, beta=a)
     return x_BMN
 
 
 def _by_gram(x_BMN: Tensor, triples: list[tuple[float, float, float]]) -> Tensor:
-    """Do the same on M x M matrices only.
+    """Do the same on matrices of the shorter side only.
 
     R <- P R P and Q <- P Q with P = a I + b R + c R^2, and x <- Q x at the end.
 
-    All P are polynomials of the first R and commute, so this is `_by_matrix` in exact arithmetic. With k
-    steps and r = N / M it takes 4r + 8k - 6 units of M^3 instead of k(4r + 2): 45 instead of 65 at the
-    feed-forward's r = 2.75 with k = 5. In float32 it differs from float64 by about 5e-4 of the largest
-    element, a twentieth of what bfloat16 (in which Muon usually runs) loses.
+    All P are polynomials of the first R and commute, so this is `_by_matrix` in exact arithmetic. With k steps and
+    r = longer / shorter side it takes 4r + 8k - 6 units of shorter^3 instead of k(4r + 2): 45 instead of 65 at the
+    feed-forward's r = 2.75 with k = 5. In float32 it differs from float64 by about 5e-4 of the largest element, a
+    twentieth of what bfloat16 (in which Muon usually runs) loses.
     """
-    gram_BMM = torch.bmm(x_BMN, x_BMN.mT)
-    product_BMM: Tensor | None = None
+    gram_BSS = _gram(x_BMN)
+    product_BSS: Tensor | None = None
     for step, (a, b, c) in enumerate(triples):
-        polynomial_BMM = torch.baddbmm(gram_BMM, gram_BMM, gram_BMM, beta=b, alpha=c)
-        polynomial_BMM.diagonal(dim1=-2, dim2=-1).add_(a)
-        product_BMM = polynomial_BMM if product_BMM is None else torch.bmm(polynomial_BMM, product_BMM)
+        polynomial_BSS = torch.baddbmm(gram_BSS, gram_BSS, gram_BSS, beta=b, alpha=c)
+        polynomial_BSS.diagonal(dim1=-2, dim2=-1).add_(a)
+        product_BSS = polynomial_BSS if product_BSS is None else torch.bmm(polynomial_BSS, product_BSS)
         if step + 1 < len(triples):
-            gram_BMM = torch.bmm(torch.bmm(polynomial_BMM, gram_BMM), polynomial_BMM)
-    assert product_BMM is not None
-    return torch.bmm(product_BMM, x_BMN)
+            gram_BSS = torch.bmm(torch.bmm(polynomial_BSS, gram_BSS), polynomial_BSS)
+    assert product_BSS is not None
+    tall = x_BMN.shape[1] > x_BMN.shape[2]
+    return torch.bmm(x_BMN, product_BSS) if tall else torch.bmm(product_BSS, x_BMN)
 
 
 def fast_dtype(parameter: Tensor) -> torch.dtype:
