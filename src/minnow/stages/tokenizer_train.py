@@ -26,8 +26,9 @@ class Config:
     """Folder to write tokenizer.json, tokenizer_config.json and chat_template.jinja to."""
     vocab_size: int = 6400
     """Tokens in the vocabulary; 32 special tokens and 256 bytes are among them."""
-    max_megabytes: float = 200.0
-    """Megabytes of text (UTF-8) to learn from. The files take turns, a text each, so that none is left out."""
+    max_megabytes: float = 50.0
+    """Megabytes of text (UTF-8) to learn from; each takes up to 50 MB of memory. The files take turns, a text each, so
+    that none is left out."""
     min_frequency: int = 2
     """How often a pair of tokens must occur to become one token."""
     json: str | None = None
