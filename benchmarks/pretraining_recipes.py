@@ -17,6 +17,7 @@ import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -95,7 +96,9 @@ class MeanOfMeans:
         return ObjectiveOutput(output.loss_sum / tokens, {k: v / tokens for k, v in output.metrics.items()})
 
 
-def run_arm(arm: str, seed: int, options: argparse.Namespace, train: Shards, validation: list[Batch], bytes_: Tensor) -> dict:
+def run_arm(
+    arm: str, seed: int, options: argparse.Namespace, train: Shards, validation: list[Batch], token_bytes: Tensor
+) -> dict:
     shape = replace(shape_of(options), max_position_embeddings=SEQUENCE_LENGTH)
     ours = OptimConfig(matrix_lr=options.muon_lr, embedding_lr=options.embedding_lr)
     objective: Objective = LanguageModeling(z_loss=1e-4)
@@ -125,10 +128,9 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, train: Shards, val
     else:
         raise SystemExit(f"no arm called {arm}")
     if arm == "minimind" or arm.startswith("adamw"):
-        for module in (model,):
-            for name, parameter in module.named_parameters():
-                if name.endswith(("q_norm.weight", "k_norm.weight")):
-                    torch.nn.init.ones_(parameter)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("q_norm.weight", "k_norm.weight")):
+                torch.nn.init.ones_(parameter)
     config = TrainingConfig(
         steps=steps, validate_every=max(1, steps // options.points), save_every=0, log_every=10, clip_norm=1.0
     )
@@ -148,7 +150,7 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, train: Shards, val
         source=source,
         total_steps=steps,
         validation=validation,
-        token_bytes=bytes_.numpy(),
+        token_bytes=token_bytes.numpy(),
     )
     trainer.fit()
     records = trainer.metrics.read()
@@ -156,8 +158,12 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, train: Shards, val
     seconds_per_step = statistics.median(r["seconds"] for r in training)
     per_step = training[-1]["tokens"] / training[-1]["step"]
     points = [
-        {"tokens": round(r["step"] * per_step), "seconds": r["step"] * seconds_per_step, "bpb": r["bits_per_byte"],
-         "loss": r["validation_loss"]}
+        {
+            "tokens": round(r["step"] * per_step),
+            "seconds": r["step"] * seconds_per_step,
+            "bpb": r["bits_per_byte"],
+            "loss": r["validation_loss"],
+        }
         for r in records
         if "bits_per_byte" in r
     ]
@@ -171,7 +177,7 @@ def shape_of(options: argparse.Namespace) -> ModelConfig:
 
 def tokens_to_reach(points: Sequence[dict], loss: float, key: str = "tokens") -> float | None:
     """Where the curve first falls to `loss`, interpolated between validations; None if it never does."""
-    for before, after in zip(points, points[1:], strict=False):
+    for before, after in pairwise(points):
         if before["loss"] >= loss >= after["loss"]:
             share = (before["loss"] - loss) / (before["loss"] - after["loss"])
             return before[key] + share * (after[key] - before[key])
@@ -188,11 +194,13 @@ def summarise(path: Path) -> None:
         chosen = [run for run in runs if run["arm"] == arm]
         losses, bits = ([run["points"][-1][key] for run in chosen] for key in ("loss", "bpb"))
         spread = statistics.stdev(losses) if len(losses) > 1 else 0.0
-        print(f"{arm:<16} {len(chosen):>5} {statistics.mean(losses):>7.4f} ±{spread:.4f} {statistics.mean(bits):>16.4f}")
+        loss, bpb = statistics.mean(losses), statistics.mean(bits)
+        print(f"{arm:<16} {len(chosen):>5} {loss:>7.4f} ±{spread:.4f} {bpb:>16.4f}")
         for run in chosen:
             colour = f"C{arms.index(arm)}"
             label = arm if run is chosen[0] else None
-            axes.plot([p["tokens"] / 1e6 for p in run["points"]], [p["bpb"] for p in run["points"]], colour, label=label)
+            tokens = [point["tokens"] / 1e6 for point in run["points"]]
+            axes.plot(tokens, [point["bpb"] for point in run["points"]], colour, label=label)
     axes.set(xlabel="million tokens trained on", ylabel="held-out bits per byte", yscale="log")
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)
