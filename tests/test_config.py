@@ -118,9 +118,7 @@ def test_without_positionals_a_list_takes_all_words_a_shell_expands() -> None:
         seed: int = 0
 
     globals()["Files"] = Files
-    assert parse_config(Files, ["--data", "a", "b", "--seed", "1"], program="p") == Files(
-        data=("a", "b"), seed=1
-    )
+    assert parse_config(Files, ["--data", "a", "b", "--seed", "1"], program="p") == Files(data=("a", "b"), seed=1)
 
 
 def test_positional_tuple_takes_the_rest() -> None:
@@ -148,16 +146,12 @@ def test_file_then_command_line(tmp_path: Path) -> None:
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
-    config = Config(
-        model="模型", data=("a", "b,c"), validation=Optim(learning_rate=1e-9), patience=2, compile=True
-    )
+    config = Config(model="模型", data=("a", "b,c"), validation=Optim(learning_rate=1e-9), patience=2, compile=True)
     (tmp_path / "c.yaml").write_text(config_to_yaml(config), encoding="utf-8")
     assert config_from_yaml(Config, tmp_path / "c.yaml") == config
 
 
-def test_print_config_is_a_file_that_gives_the_same(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_print_config_is_a_file_that_gives_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         parse("m", "--optim.learning_rate", "0.25", "--print_config")
     assert stop.value.code == 0

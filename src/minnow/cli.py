@@ -26,9 +26,7 @@ class Command:
 
 COMMANDS: dict[str, Command] = {
     "quickstart": Command("quickstart", "raw text to a chatting model on this machine, offline, in minutes"),
-    "data pond": Command(
-        "data_pond", "write the small closed world that tests and the quickstart learn from"
-    ),
+    "data pond": Command("data_pond", "write the small closed world that tests and the quickstart learn from"),
     "data inspect": Command("data_inspect", "show rows, tokens, lengths and a sample with its loss mask"),
     "data prepare": Command("data_prepare", "tokenise data into shards ahead of training"),
     "tokenizer train": Command("tokenizer_train", "train a byte-level BPE tokenizer on your text"),
@@ -40,9 +38,7 @@ COMMANDS: dict[str, Command] = {
     "eval": Command("eval", "score a model on tasks, with error bars"),
     "report": Command("report", "write a run's report: curves, settings, samples"),
     "plan": Command("plan", "parameters, FLOPs, memory and time of a configuration; starts nothing"),
-    "bench train": Command(
-        "bench_train", "training speed beside transformers' own model, same shape and batch"
-    ),
+    "bench train": Command("bench_train", "training speed beside transformers' own model, same shape and batch"),
 }
 
 

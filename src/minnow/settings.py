@@ -95,9 +95,7 @@ def is_sequence(hint: Any) -> bool:
 
 def literals_of(hint: Any) -> list[str]:
     """The words that `hint` allows by name."""
-    return [
-        str(word) for option in options_of(hint) if get_origin(option) is Literal for word in get_args(option)
-    ]
+    return [str(word) for option in options_of(hint) if get_origin(option) is Literal for word in get_args(option)]
 
 
 @functools.cache
@@ -169,19 +167,11 @@ def help_text(config_class: type, settings: Iterable[Setting], program: str) -> 
     heading = None
     for setting in ordered:
         section = setting.key.rpartition(".")[0]
-        here = (
-            "arguments"
-            if setting.positional
-            else f"{section}: {setting.section_doc}"
-            if section
-            else "settings"
-        )
+        here = "arguments" if setting.positional else f"{section}: {setting.section_doc}" if section else "settings"
         if here != heading:
             lines += ["", here]
             heading = here
-        default = (
-            "required" if setting.default is dataclasses.MISSING else f"default: {_show(setting.default)}"
-        )
+        default = "required" if setting.default is dataclasses.MISSING else f"default: {_show(setting.default)}"
         lines.append(f"  {setting.flag}" + ("" if setting.positional else f" {_metavar(setting.type)}"))
         text = f"{setting.doc} [{default}]".strip()
         lines += textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)
