@@ -104,7 +104,8 @@ def test_neither_side_is_empty_where_two_documents_differ(run, tmp_path, fractio
 
 
 def test_validation_paths_are_the_whole_validation(run, tmp_path, tokenizer):
-    train, held_out = write_texts(tmp_path / "a.jsonl", documents(40)), write_texts(tmp_path / "b.jsonl", documents(5, 40))
+    train = write_texts(tmp_path / "a.jsonl", documents(40))
+    held_out = write_texts(tmp_path / "b.jsonl", documents(5, 40))
     data = run(train, validation_paths=(held_out,))
     assert texts_of(data.train, tokenizer) == documents(40)
     assert texts_of(data.validation, tokenizer) == documents(5, 40)

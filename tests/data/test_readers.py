@@ -170,7 +170,8 @@ def test_hub_sets_are_streamed(monkeypatch):
 
 def test_texts_for_the_tokenizer(tmp_path):
     texts = write(tmp_path / "a.jsonl", ROWS[:1])
-    row = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "r"}]}
+    answer = {"role": "assistant", "content": "a", "reasoning_content": "r"}
+    row = {"messages": [{"role": "user", "content": "q"}, answer]}
     chats = write(tmp_path / "b.jsonl", [row, {"instruction": "i", "output": "o"}])
     assert list(read_texts([str(texts), str(chats)])) == ["one\ntwo", "q", "r", "a", "i", "o"]
     with pytest.raises(UserError, match=r"c\.jsonl:1: no `text`"):

@@ -13,10 +13,8 @@ TOKENIZER = train_tokenizer(["where does the otter live? in the river."] * 20, 3
 
 
 def packed(tmp_path):
-    rows = [
-        {"messages": [{"role": "user", "content": f"where {i}"}, {"role": "assistant", "content": "in the river." * (i % 3 + 1)}]}
-        for i in range(12)
-    ]  # fmt: skip
+    answers = ["in the river." * (i % 3 + 1) for i in range(12)]
+    rows = [{"instruction": f"where {i}", "output": answer} for i, answer in enumerate(answers)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     config = DataConfig(
         paths=(str(tmp_path / "rows.jsonl"),), cache_dir=str(tmp_path / "cache"), validation_fraction=0.0

@@ -210,7 +210,8 @@ class _Preparation:
         if not checked.counts["rows"]:
             return f"{names}: the data set is empty, there is not one row"
         if checked.counts["bad_rows"] == checked.counts["rows"]:
-            return f"{names}: none of the {checked.counts['rows']} rows is usable; the first: {self._located(checked)[0]}"
+            first = self._located(checked)[0]
+            return f"{names}: none of the {checked.counts['rows']} rows is usable; the first: {first}"
         return f"{names}: the weights of the mixture leave no document"
 
     def _located(self, checked: Checked) -> list[str]:

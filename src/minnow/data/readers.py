@@ -103,7 +103,8 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
     """Open a file, decompressing .gz and .zst on the way."""
     with open(path, "rb") as file:
         if path.lower().endswith(".gz"):
-            yield gzip.open(file)
+            with gzip.open(file) as plain:
+                yield plain
         elif path.lower().endswith(".zst"):
             # several frames may follow one another: that is what appending to a .zst gives
             stream = zstandard.ZstdDecompressor().stream_reader(file, read_size=_BLOCK, read_across_frames=True)

@@ -79,7 +79,8 @@ class Workers:
 
     def _ask(self, task: Task, batch: RawBatch, options: EncodeOptions) -> Checked:
         process = self._idle.get()
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
             pickle.dump((task, batch, options), process.stdin, pickle.HIGHEST_PROTOCOL)
             process.stdin.flush()
