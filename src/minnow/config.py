@@ -322,8 +322,8 @@ def _build(cls: type[T], values: dict[str, Any], prefix: str, program: str, defa
     try:
         return cls(**arguments)
     except ValueError as error:
-        section = "" if prefix[:-1] in str(error) else f"{prefix[:-1]}: "
-        raise UserError(f"{program}: {section}{error}") from None
+        label = "" if prefix[:-1] in str(error) else f"{prefix[:-1]}: "
+        raise UserError(f"{program}: {label}{error}") from None
 
 
 def _tree(settings: Iterable[Setting], values: dict[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from minnow.tokenizer.chat import Conversation, training_examples
 from minnow.tokenizer.tokenizer import Tokenizer
 
 Kind = Literal["pretrain", "sft"]
+Side = Literal["split", "train", "validation"]
 RawBatch = list[tuple[int, int, Raw]]  # (source, number in it, row)
 
 NUM_SHOWN = 20
@@ -32,7 +34,7 @@ class EncodeOptions:
     sequence_length: int
     weights: tuple[float, ...]
     """Weight of each source in the mixture."""
-    sides: tuple[Literal["split", "train", "validation"], ...]
+    sides: tuple[Side, ...]
     """For each source: split by hash, or all to one side."""
     threshold: int = 0
     """A document whose 64-bit hash lies below this is validation."""
@@ -123,16 +125,15 @@ def _examples(
 
 
 def _encode_documents(found: Encoded, documents: list[Document], tokenizer: Tokenizer) -> None:
-    end = [tokenizer.end_of_text_id]
     texts = [document.text for document in documents]
-    flat: list[int] = []
+    tokens = array("I")  # takes a list of ids three times faster than numpy does
     lengths = []
     for ids in tokenizer.encode_batch(texts):
-        flat += end
-        flat += ids
-        flat += end
+        tokens.append(tokenizer.end_of_text_id)
+        tokens.fromlist(ids)
+        tokens.append(tokenizer.end_of_text_id)
         lengths.append(len(ids) + 2)
-    found.tokens = np.fromiter(flat, token_dtype(tokenizer.vocab_size), len(flat))
+    found.tokens = np.array(tokens, token_dtype(tokenizer.vocab_size))
     found.lengths = np.array(lengths, np.int64)
     found.text_bytes = np.array([len(text.encode()) for text in texts], np.int64)
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from minnow.config import UserError, atomic_write
-from minnow.data.encoding import NUM_SHOWN, Checked, Encoded, EncodeOptions, Kind, RawBatch
+from minnow.data.encoding import NUM_SHOWN, Checked, Encoded, EncodeOptions, Kind, RawBatch, Side
 from minnow.data.fingerprint import fingerprint
 from minnow.data.readers import Raw, iter_raw
 from minnow.data.shard_writer import ShardWriter, finish_folder
@@ -142,11 +142,12 @@ def prepare(
     return PreparedData(Shards.open(folder / "train"), Shards.open(folder / "validation"), folder, report)
 
 
-def _sources(config: DataConfig) -> tuple[list[Source], tuple[Literal["split", "train", "validation"], ...]]:
+def _sources(config: DataConfig) -> tuple[list[Source], tuple[Side, ...]]:
     training = find_sources(config.paths)
     validation = find_sources(config.validation_paths) if config.validation_paths else []
-    sides: list[Literal["split", "train", "validation"]] = ["train" if validation else "split"] * len(training)
-    return training + validation, (*sides, *["validation"] * len(validation))  # type: ignore[return-value]
+    sides: list[Side] = ["train" if validation else "split"] * len(training)
+    held_out: list[Side] = ["validation"] * len(validation)
+    return training + validation, (*sides, *held_out)
 
 
 class _Preparation:
@@ -230,7 +231,7 @@ class _Preparation:
         done = self._finished_shards()
         counts = Counter(done[-1]["counts"]) if done else Counter()
         bad = [tuple(row) for row in done[-1]["bad"]] if done else []
-        total = Checked(counts, bad)  # type: ignore[arg-type]
+        total = Checked(counts, bad)
         num_batches = done[-1]["batches"] if done else 0
         batches = islice(_batches(self.sources), num_batches, None)
         size = checked.counts["text_bytes"] or None

@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import zstandard
 
@@ -104,7 +104,7 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
     with open(path, "rb") as file:
         if path.lower().endswith(".gz"):
             with gzip.open(file) as plain:
-                yield plain
+                yield cast(IO[bytes], plain)
         elif path.lower().endswith(".zst"):
             # several frames may follow one another: that is what appending to a .zst gives
             stream = zstandard.ZstdDecompressor().stream_reader(file, read_size=_BLOCK, read_across_frames=True)
@@ -154,13 +154,12 @@ def _json_array(path: str) -> Iterator[tuple[int, Raw]]:
                 continue
             if buffer.startswith("]", place):
                 return
+            problem: json.JSONDecodeError | None = None
             try:
                 row, end = decoder.raw_decode(buffer, place)
                 whole = end < len(buffer)  # a number at the buffer's end may go on
             except json.JSONDecodeError as error:
                 problem, whole = error, False
-            else:
-                problem = None
             if whole:
                 yield line, row if isinstance(row, Mapping) else json.dumps(row).encode()
                 line += buffer.count("\n", place, end)

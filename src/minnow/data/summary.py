@@ -48,9 +48,7 @@ def length_histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:
         return []
     exponents = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
     counts = np.bincount(exponents)
-    return [
-        (2 ** (e - 1) + 1 if e else 1, 2**e, int(counts[e])) for e in range(int(exponents.min()), len(counts))
-    ]
+    return [(2 ** (e - 1) + 1 if e else 1, 2**e, int(counts[e])) for e in range(int(exponents.min()), len(counts))]
 
 
 def loss_runs(shards: Shards, document: int, limit: int) -> list[tuple[np.ndarray, float]]:
