@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Tokens a chunk, chosen by measurement (benchmarks in docs/experiments.md): large enough for the matrix
-# products, small enough for the chunk's logits to stay in the last cache of a CPU.
+# Tokens a chunk, by measurement on a CPU at N = 8192, D = 512, V = 6400 in float32: 64 takes 1.4 times as long, 128 and
+# 256 a little longer, 1024 as long with more memory.
 CHUNK_SIZE = 512
 
 
