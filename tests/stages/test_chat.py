@@ -203,7 +203,7 @@ class Screen:
         self.descriptor = descriptor
         self.unread = b""
 
-    def until(self, wanted: str, seconds: float = 60) -> str:
+    def until(self, wanted: str, seconds: float = 120) -> str:
         end = time.monotonic() + seconds
         while wanted.encode() not in self.unread:
             ready, _, _ = select.select([self.descriptor], [], [], max(0.0, end - time.monotonic()))
@@ -236,7 +236,7 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(tmp_path: Path) -> None:
         screen.until("you>")
         os.write(master, b"\x03")
         assert "Traceback" not in screen.until("Bye.")
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
     finally:
         process.kill()
         process.wait()
