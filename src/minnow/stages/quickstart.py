@@ -92,7 +92,7 @@ class Config:
     """Tokens in a packed row."""
     pretrain: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=250, batch_tokens=16_384, validate_every=50, save_every=50, validation_tokens=16_384
+            steps=420, batch_tokens=8_192, validate_every=70, save_every=70, validation_tokens=16_384
         )
     )
     """The pretraining loop."""
@@ -108,7 +108,7 @@ class Config:
         default_factory=lambda: OptimConfig(matrix_lr=0.003, embedding_lr=0.0012, norm_lr=0.0015)
     )
     """The optimizer of fine-tuning."""
-    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup_steps=20))
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup_steps=10))
     """The learning rate over time, in both."""
 
 
