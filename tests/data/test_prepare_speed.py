@@ -12,6 +12,7 @@ from minnow.data.readers import read_texts
 from minnow.tokenizer.train import train_tokenizer
 
 SETS = ("en_books_standardebooks", "zh_classic_novels", "en_textbooks_openstax")
+REPEATS = 3  # the speed of long inputs is meant, not the second that two processes take to start
 
 
 @pytest.mark.slow
@@ -29,9 +30,10 @@ def test_prepare_keeps_up_with_the_tokenizer(tmp_path):
         for i in range(0, len(texts), 256):
             tokenizer.encode_batch(texts[i : i + 256])
         raw.append(megabytes / (time.perf_counter() - start))
-        config = DataConfig(paths=paths, cache_dir=str(tmp_path / str(attempt)), workers=2)
+        config = DataConfig(paths=paths * REPEATS, cache_dir=str(tmp_path / str(attempt)), workers=2)
         start = time.perf_counter()
         prepare(config, tokenizer, "pretrain", sequence_length=1024, progress=False)
-        prepared.append(megabytes / (time.perf_counter() - start))
+        prepared.append(REPEATS * megabytes / (time.perf_counter() - start))
     print("MB/s: encode_batch", *(f"{speed:.1f}" for speed in raw), "prepare", *(f"{speed:.1f}" for speed in prepared))
-    assert max(prepared) >= 0.8 * max(raw)
+    ratios = sorted(ours / theirs for ours, theirs in zip(prepared, raw, strict=True))
+    assert ratios[1] >= 0.8  # the median of three pairs, each measured one after the other

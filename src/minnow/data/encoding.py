@@ -79,12 +79,12 @@ def check(batch: RawBatch, options: EncodeOptions) -> Checked:
     return found
 
 
-def encode(batch: RawBatch, options: EncodeOptions, tokenizer: Tokenizer) -> Encoded:
-    """Tokenise every good row."""
+def encode(batch: RawBatch, options: EncodeOptions, tokenizer: Tokenizer, *, num_threads: int) -> Encoded:
+    """Tokenise every good row, texts in `num_threads` threads."""
     found = Encoded()
     kept = list(_examples(batch, options, found))
     if options.kind == "pretrain":
-        _encode_documents(found, [example for example, _, _ in kept], tokenizer)  # type: ignore[misc]
+        _encode_documents(found, [example for example, _, _ in kept], tokenizer, num_threads)  # type: ignore[misc]
         repeats = np.ones(len(kept), np.int64)
     else:
         conversations: list[Conversation] = [example for example, _, _ in kept]  # type: ignore[misc]
@@ -124,11 +124,11 @@ def _examples(
         yield example, 1 if is_validation else copies, is_validation
 
 
-def _encode_documents(found: Encoded, documents: list[Document], tokenizer: Tokenizer) -> None:
+def _encode_documents(found: Encoded, documents: list[Document], tokenizer: Tokenizer, num_threads: int) -> None:
     texts = [document.text for document in documents]
     tokens = array("I")  # takes a list of ids three times faster than numpy does
     lengths = []
-    for ids in tokenizer.encode_batch(texts):
+    for ids in tokenizer.encode_batch(texts, num_threads=num_threads):
         tokens.append(tokenizer.end_of_text_id)
         tokens.fromlist(ids)
         tokens.append(tokenizer.end_of_text_id)

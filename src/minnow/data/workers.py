@@ -67,7 +67,7 @@ class Workers:
         """Yield the result of `task` on every batch, in order; at most two batches per worker are read ahead."""
         if not self.num_workers:
             for batch in batches:
-                yield _perform(task, batch, options, self.tokenizer)
+                yield _perform(task, batch, options, self.tokenizer, num_threads=2)
             return
         pending: deque[Future[Checked]] = deque()
         for batch in batches:
@@ -97,10 +97,12 @@ class Workers:
         return result
 
 
-def _perform(task: Task, batch: RawBatch, options: EncodeOptions, tokenizer: Tokenizer) -> Checked:
+def _perform(
+    task: Task, batch: RawBatch, options: EncodeOptions, tokenizer: Tokenizer, num_threads: int
+) -> Checked:
     if task == "check":
         return encoding.check(batch, options)
-    return encoding.encode(batch, options, tokenizer)
+    return encoding.encode(batch, options, tokenizer, num_threads=num_threads)
 
 
 def _serve(tokenizer_folder: str) -> None:
@@ -114,7 +116,7 @@ def _serve(tokenizer_folder: str) -> None:
         except EOFError:
             return
         try:
-            reply: object = _perform(task, batch, options, tokenizer)
+            reply: object = _perform(task, batch, options, tokenizer, num_threads=1)
         except Exception as error:
             reply = error
         pickle.dump(reply, replies, pickle.HIGHEST_PROTOCOL)
