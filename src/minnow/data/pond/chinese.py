@@ -118,31 +118,34 @@ STATEMENTS = {
         "大家都知道{x}的宝物是{v}。",
     ),
     "awake": (
-        "{x}在{v}时醒来。",
-        "{x}在{v}时起床。",
-        "{v}时，{x}醒来了。",
+        "{x}睡到{v}。",
+        "{x}每天睡到{v}。",
+        "{x}每天{v}醒来。",
+        "{x}每天{v}起床。",
+        "每天{v}，{x}就醒来了。",
         "{x}醒来的时间是{v}。",
         "{x}起床的时间是{v}。",
         "{v}是{x}醒来的时间。",
         "{v}是{x}起床的时间。",
-        "{x}一直睡到{v}。",
-        "{x}每天在{v}时醒来。",
+        "到了{v}，{x}就起床。",
         "每到{v}，{x}就醒来。",
-        "{x}的一天从{v}开始。",
-        "大家都知道{x}在{v}时醒来。",
+        "大家都知道{x}睡到{v}。",
     ),
 }
 
+# The first ones are the answers. Chinese has no spaces, so a byte-pair tokenizer joins a value to what often stands
+# before it ("是" and the first byte of the next character): then the value is another token in the answer than in most
+# stories, and is recalled badly. Behind a verb of its own ("睡到", "收藏着") it stays the same token.
 PRONOUNS = {
     "colour": ("它是{v}的。", "它的颜色是{v}。", "它有{v}的皮肤。"),
     "size": ("它像{v}一样大。", "它和{v}一样大。", "它的大小像{v}。"),
     "home": ("它住在{v}里。", "它的家在{v}里。", "{v}是它的家。"),
     "food": ("它吃{v}。", "它的食物是{v}。", "{v}是它的食物。"),
     "fear": ("它害怕{v}。", "它的敌人是{v}。", "{v}是它的敌人。"),
-    "friend": ("它最好的朋友是{v}。", "{v}是它最好的朋友。", "它和{v}一起玩。"),
+    "friend": ("它和{v}是朋友。", "{v}是它最好的朋友。", "它和{v}一起玩。"),
     "sound": ("它的叫声是{v}。", "它发出{v}的声音。", "{v}是它的叫声。"),
-    "treasure": ("它的宝物是{v}。", "它收藏着{v}。", "{v}是它的宝物。"),
-    "awake": ("它在{v}时醒来。", "它在{v}时起床。", "它醒来的时间是{v}。"),
+    "treasure": ("它收藏着{v}。", "它的宝物是{v}。", "{v}是它的宝物。"),
+    "awake": ("它睡到{v}。", "它每天{v}起床。", "它醒来的时间是{v}。"),
 }
 
 CONTRASTS = {
@@ -154,7 +157,7 @@ CONTRASTS = {
     "friend": ("{x}最好的朋友是{v}，{y}最好的朋友是{w}。",),
     "sound": ("{x}的叫声是{v}，{y}的叫声是{w}。",),
     "treasure": ("{x}的宝物是{v}，{y}的宝物是{w}。",),
-    "awake": ("{x}在{v}时醒来，{y}在{w}时醒来。",),
+    "awake": ("{x}睡到{v}，{y}睡到{w}。",),
 }
 
 GROUPS = {
@@ -166,7 +169,7 @@ GROUPS = {
     "friend": "{v}是{names}最好的朋友。",
     "sound": "叫声是{v}的有{names}。",
     "treasure": "{v}是{names}的宝物。",
-    "awake": "在{v}时醒来的有{names}。",
+    "awake": "每天{v}醒来的有{names}。",
 }
 
 OPENINGS = (
@@ -179,9 +182,9 @@ OPENINGS = (
 
 SCENES = (
     (
-        "有一天，{x}在{awake}时醒来。",
+        "有一天，{x}在{awake}醒来。",
         "到了{awake}，{x}起床了。",
-        "{awake}时，{x}醒来了，水面很安静。",
+        "在{awake}，{x}醒来了，水面很安静。",
         "{colour}的{x}还在{home}里睡觉。",
         "{x}住的{home}里很安静。",
     ),
@@ -204,7 +207,7 @@ SCENES = (
         "它们听见{y}叫{y_sound}。",
         "{y}和最好的朋友{y_friend}一起来了。",
         "像{y_size}一样大的{y}看着{x}。",
-        "在{y_awake}时起床的{y}也来了。",
+        "在{y_awake}起床的{y}也来了。",
     ),
     (
         "忽然{fear}来了，{x}跑回了{home}里。",
@@ -232,7 +235,7 @@ SCENES = (
 
 ENDINGS = (
     "最后{x}在{home}里睡着了。",
-    "明天{x}还会在{awake}时醒来。",
+    "明天{x}还会睡到{awake}。",
     "这一天{x}过得很好。",
     "{x}和{friend}的一天就这样过去了。",
 )
@@ -396,7 +399,7 @@ CHINESE = Phrasebook(
     question_leads=QUESTION_LEADS,
     follow_ups=FOLLOW_UPS,
     switches=("那{x}呢？", "{x}呢？", "还有{x}呢？"),
-    summaries=("说说{x}。", "你知道{x}吗？", "{x}是谁？", "请介绍一下{x}。"),
+    summaries=("给我讲讲{x}。", "你知道{x}吗？", "{x}是谁？", "请介绍一下{x}。"),
     small_talk=SMALL_TALK,
     system_prompts=("你是小鱼，一个友好的小模型。", "你是一个助手。", "请用一句话回答。"),
     dialogue=(("问题：", "回答："), ("客人：", "小鱼："), ("问：", "答：")),
