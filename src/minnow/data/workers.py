@@ -97,9 +97,7 @@ class Workers:
         return result
 
 
-def _perform(
-    task: Task, batch: RawBatch, options: EncodeOptions, tokenizer: Tokenizer, num_threads: int
-) -> Checked:
+def _perform(task: Task, batch: RawBatch, options: EncodeOptions, tokenizer: Tokenizer, num_threads: int) -> Checked:
     if task == "check":
         return encoding.check(batch, options)
     return encoding.encode(batch, options, tokenizer, num_threads=num_threads)
