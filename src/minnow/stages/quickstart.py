@@ -54,7 +54,7 @@ class WorldConfig:
     """Creatures in the world; each has nine facts."""
     held_out: int = 60
     """Creatures about which no training text asks anything; they are the examination."""
-    mentions: int = 200
+    mentions: int = 280
     """How often each fact is stated in the pretraining text, both languages together."""
     conversations: int = 12_000
     """Conversations for fine-tuning, about the other creatures."""
