@@ -79,14 +79,18 @@ def run_language_model(
     run = RunFolder(config.run)
     machine = Machine.choose(config.training)
     config = with_machine(config, machine)
+    # Everything a user may have got wrong comes before the run folder is touched.
+    rows_per_batch, rows_per_micro_batch = config.training.rows_per_batch(config.sequence_length)
+    packed = pack_data(config, tokenizer, kind)
+    for warning in packed.prepared.report.warnings():
+        console.print(f"note: {warning}", highlight=False)
+    if not packed.train.num_rows:
+        raise UserError("the training split is empty: give more data or a smaller data.validation_fraction")
     run.open(config, overwrite=config.overwrite)
+    run.claim_data(packed.prepared.folder.name)
     if run.finished:
         console.print(f"{run.path} is finished; --overwrite trains it again", highlight=False)
         return run.model_folder
-    packed = pack_data(config, tokenizer, kind)
-    rows_per_batch, rows_per_micro_batch = config.training.rows_per_batch(config.sequence_length)
-    if not packed.train.num_rows:
-        raise UserError("the training split is empty: give more data or a smaller data.validation_fraction")
     steps = total_steps(config.training, packed.train.num_rows, rows_per_batch)
     tokens = steps * rows_per_batch * config.sequence_length
     flops = tokens * training_flops_per_token(model.config, config.sequence_length / 4)

@@ -38,7 +38,7 @@ from minnow.tokenizer.chat import Conversation, Message, render
 from minnow.training.config import TrainingConfig
 from minnow.training.hardware import DeviceName
 from minnow.training.probe import random_batch, tokens_per_second
-from minnow.training.session import Machine
+from minnow.training.session import Machine, RunFolder
 
 # Generating the pond, the tokenizer, the evaluation and the report take about this long beside the training.
 OTHER_MINUTES = 0.8
@@ -92,7 +92,7 @@ class Config:
     """Tokens in a packed row."""
     pretrain: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=420, batch_tokens=8_192, validate_every=70, save_every=70, validation_tokens=16_384
+            steps=330, batch_tokens=8_192, validate_every=55, save_every=55, validation_tokens=16_384
         )
     )
     """The pretraining loop."""
@@ -100,7 +100,7 @@ class Config:
     """The optimizer of pretraining."""
     sft: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=50, batch_tokens=8_192, validate_every=25, save_every=25, validation_tokens=16_384
+            steps=40, batch_tokens=8_192, validate_every=20, save_every=20, validation_tokens=16_384
         )
     )
     """The fine-tuning loop."""
@@ -116,8 +116,8 @@ def run(config: Config) -> None:
     """Do it all, and say at the end how well it went and what to type next."""
     console = Console(stderr=True)
     folder = Path(config.run)
-    if config.overwrite and folder.exists():
-        shutil.rmtree(folder)
+    if config.overwrite:
+        RunFolder(folder).clear("plan.json")
     folder.mkdir(parents=True, exist_ok=True)
     clock = _Clock(folder / "clock.json")
     config = _fit_into_minutes(config, console)

@@ -77,10 +77,32 @@ class RunFolder:
         """Whether the final model is there: it is the last thing a run writes."""
         return (self.model_folder / "config.json").exists()
 
+    def clear(self, made_by: str) -> None:
+        """Delete the folder, if a file called `made_by` shows that it is a run: a mistyped --run costs nothing."""
+        if not self.path.exists():
+            return
+        if any(self.path.iterdir()) and not (self.path / made_by).exists():
+            raise UserError(
+                f"--overwrite: {self.path} is not empty and is no run (no {made_by} in it); give another --run"
+            )
+        shutil.rmtree(self.path)
+
+    def claim_data(self, key: str) -> None:
+        """Remember which prepared data the run learns from; refuse to continue it on other data."""
+        file = self.path / "data.key"
+        if not file.exists():
+            with atomic_write(file) as temporary:
+                temporary.write_text(key + "\n", encoding="utf-8")
+        elif file.read_text(encoding="utf-8").strip() != key:
+            raise UserError(
+                f"{self.path} was started on other data (a file, the tokenizer or an option has changed since): "
+                "restore it, give another --run, or --overwrite"
+            )
+
     def open(self, config: Any, *, overwrite: bool) -> None:
         """Create the folder with `config.yaml`, or check that what is in it belongs to the same configuration."""
-        if overwrite and self.path.exists():
-            shutil.rmtree(self.path)
+        if overwrite:
+            self.clear("config.yaml")
         text = config_to_yaml(config)
         if self.config_file.exists():
             before = _flatten(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
