@@ -92,7 +92,7 @@ class Config:
     """Tokens in a packed row."""
     pretrain: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=330, batch_tokens=8_192, validate_every=55, save_every=55, validation_tokens=16_384
+            steps=420, batch_tokens=8_192, validate_every=70, save_every=70, validation_tokens=16_384
         )
     )
     """The pretraining loop."""
@@ -100,7 +100,7 @@ class Config:
     """The optimizer of pretraining."""
     sft: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            steps=40, batch_tokens=8_192, validate_every=20, save_every=20, validation_tokens=16_384
+            steps=50, batch_tokens=8_192, validate_every=25, save_every=25, validation_tokens=16_384
         )
     )
     """The fine-tuning loop."""
