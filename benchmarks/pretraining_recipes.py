@@ -176,7 +176,9 @@ def shape_of(options: argparse.Namespace) -> ModelConfig:
 
 
 def tokens_to_reach(points: Sequence[dict], loss: float, key: str = "tokens") -> float | None:
-    """Where the curve first falls to `loss`, interpolated between validations; None if it never does."""
+    """Where the curve first falls to `loss`, interpolated between validations (the first one bounds it from above)."""
+    if points[0]["loss"] <= loss:
+        return points[0][key]
     for before, after in pairwise(points):
         if before["loss"] >= loss >= after["loss"]:
             share = (before["loss"] - loss) / (before["loss"] - after["loss"])

@@ -55,8 +55,8 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
 class RandomSource:
     """A pure function of the step; the global batch is cut into `pieces` micro-batches."""
 
-    def __init__(self, pieces: int = 1, poison_step: int | None = None) -> None:
-        self.pieces, self.poison_step = pieces, poison_step
+    def __init__(self, pieces: int = 1) -> None:
+        self.pieces = pieces
 
     def micro_batches(self, step: int) -> list[Batch]:
         batch = masked_batch(step)
