@@ -13,8 +13,7 @@ from engine_helpers import full_logits, random_prompts, tiny_model, tiny_tokeniz
 from transformers import AutoModelForCausalLM
 
 from minnow.config import UserError
-from minnow.engine import Completions, Engine, SamplingParams
-from minnow.engine.batch import Batch
+from minnow.engine import Completions, Delta, Engine, SamplingParams
 from minnow.engine.cache import DecodeAttention, KVCache, PrefillAttention
 from minnow.model.attention import CausalAttention
 from minnow.model.pretrained import save_pretrained
@@ -339,15 +338,85 @@ def test_generation_leaves_gradients_switched_on() -> None:
     assert all(parameter.grad is not None for parameter in engine.model.parameters())
 
 
-def test_every_slot_is_free_at_the_end() -> None:
+def collect(engine: Engine) -> dict[int, list[Delta]]:
+    deltas: dict[int, list[Delta]] = {}
+    while engine.has_work:
+        for request_id, delta in engine.step():
+            deltas.setdefault(request_id, []).append(delta)
+    return deltas
+
+
+def test_add_and_step_give_what_generate_gives() -> None:
     engine = make_engine(26, {"max_rows": 3})
-    requests = [
-        engine._request(p, replace(GREEDY, n=2, max_tokens=1 + i % 7)) for i, p in enumerate(random_prompts(9, 1))
-    ]
-    sequences = [sequence for request in requests for sequence in engine._sequences(request)]
-    cache = KVCache(engine.model.config, 3, 64, torch.float32, torch.device("cpu"))
-    batch = Batch(engine.model, cache, sequences, prefill_tokens=50)
-    while not batch.done:
-        assert 0 < len(batch.step()) <= 3
-        assert len(batch._live) <= 3
-    assert all(sequence.finish_reason for sequence in sequences)
+    prompts = random_prompts(7, 27)
+    wishes = [SamplingParams(seed=i, n=1 + i % 2, max_tokens=3 + i, ignore_eos=True) for i in range(7)]
+    expected = engine.generate(prompts, wishes)
+    assert not engine.has_work
+    ids = [engine.add(prompt, params) for prompt, params in zip(prompts[:4], wishes[:4], strict=True)]
+    early = engine.step() + engine.step()
+    ids += [engine.add(prompt, params) for prompt, params in zip(prompts[4:], wishes[4:], strict=True)]
+    deltas = collect(engine)
+    for request_id, delta in reversed(early):
+        deltas.setdefault(request_id, []).insert(0, delta)
+    assert not engine.has_work
+    for request_id, prompt, output in zip(ids, prompts, expected, strict=True):
+        mine = deltas[request_id]
+        for index, completion in enumerate(output.completions):
+            assert [delta.id for delta in mine if delta.index == index] == completion.ids
+        assert [delta.usage is not None for delta in mine] == [False] * (len(mine) - 1) + [True]
+        usage = mine[-1].usage
+        assert usage is not None
+        assert (usage.prompt_tokens, usage.completion_tokens) == (len(prompt), len(mine))
+
+
+def test_abort_frees_and_leaves_the_others_alone() -> None:
+    engine = make_engine(28)
+    params = SamplingParams(seed=1, n=2, max_tokens=20, ignore_eos=True)
+    expected = ids_of(engine.generate([[5], [6, 7], [8]], params))
+    ids = [engine.add(prompt, params) for prompt in ([5], [6, 7], [8])]
+    seen = [*engine.step(), *engine.step(), *engine.step()]
+    engine.abort(ids[1])
+    engine.abort(ids[1])  # again: nothing
+    rest = collect(engine)
+    assert ids[1] not in rest
+    for request_id, answer in ((ids[0], expected[0]), (ids[2], expected[2])):
+        got = [delta for id, delta in seen if id == request_id] + rest.get(request_id, [])
+        assert [[d.id for d in got if d.index == index] for index in range(2)] == answer
+    engine.abort(ids[0])  # finished long ago
+    assert not engine.has_work
+    assert ids_of(engine.generate([[5]], params)) == expected[:1]
+
+
+def test_streams_and_steps_share_an_engine() -> None:
+    engine = make_engine(29)
+    params = SamplingParams(seed=2, max_tokens=12, ignore_eos=True)
+    expected = ids_of(engine.generate([[5], [6, 7]], params))
+    request_id = engine.add([5], params)
+    streamed = [delta.id for delta in engine.stream([6, 7], params)]
+    assert [streamed] == expected[1]
+    assert engine.has_work  # the deltas that came meanwhile wait for their owner
+    assert [[delta.id for delta in collect(engine)[request_id]]] == expected[0]
+
+
+def test_add_refuses_before_anything_is_added() -> None:
+    engine = make_engine(max_position_embeddings=16)
+    for prompt in ([], [320], [5] * 16):
+        with pytest.raises(UserError):
+            engine.add(prompt)
+    assert not engine.has_work
+    assert engine.step() == []
+
+
+def test_top_logprobs() -> None:
+    engine = make_engine(30)
+    params = SamplingParams(seed=3, max_tokens=5, top_logprobs=3, temperature=0.5, ignore_eos=True)
+    (output,) = engine.generate([[5, 6]], params)
+    completion = output.completions[0]
+    assert completion.logprobs is None
+    assert completion.top_logprobs is not None
+    logits = full_logits(engine.model, [5, 6, *completion.ids])[1:-1]
+    values, tokens = logits.log_softmax(-1).topk(3)
+    assert [[token for token, _ in place] for place in completion.top_logprobs] == tokens.tolist()
+    for place, expected in zip(completion.top_logprobs, values.tolist(), strict=True):
+        assert [value for _, value in place] == pytest.approx(expected, abs=1e-5)
+    assert [delta.top_logprobs for delta in engine.stream([5, 6], params)] == completion.top_logprobs

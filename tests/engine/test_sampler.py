@@ -29,6 +29,7 @@ def make_row(
 ) -> Sequence:
     params = SamplingParams(**{"seed": 0, **options})
     request = Request(
+        id=0,
         prompt_ids=prompt or [1],
         params=params,
         seed=params.seed or 0,
@@ -37,7 +38,7 @@ def make_row(
     )
     row = Sequence(request, index, tiny_tokenizer())
     for token in said or []:
-        row.append(token, None, None)
+        row.append(token)
     return row
 
 

@@ -33,5 +33,5 @@ def test_one_cache_and_one_forward_pass_a_step() -> None:
     prompts = [[40] * length for length in (1, 9, 4)]
     with patch("minnow.engine.engine.KVCache", allocate):
         Engine(model, tokenizer).generate(prompts, SamplingParams(max_tokens=5, ignore_eos=True))
-    assert [cache.keys.shape for cache in caches] == [(2, 3, 1, 14, 8)]
+    assert [cache.keys.shape for cache in caches] == [(2, 256, 1, 1024, 8)]
     assert shapes == [(1, 14)] + [(3, 1)] * 4

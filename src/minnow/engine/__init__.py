@@ -1,7 +1,7 @@
 """Batched generation: one engine for chat, evaluation, the server and rollouts."""
 
 from minnow.engine.engine import Engine, Prompt
-from minnow.engine.outputs import Completion, Completions, Delta, FinishReason
+from minnow.engine.outputs import Completion, Completions, Delta, FinishReason, TopLogprobs, Usage
 from minnow.engine.sampling import SamplingOptions, SamplingParams
 
 __all__ = [
@@ -13,4 +13,6 @@ __all__ = [
     "Prompt",
     "SamplingOptions",
     "SamplingParams",
+    "TopLogprobs",
+    "Usage",
 ]

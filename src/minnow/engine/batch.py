@@ -12,7 +12,7 @@ from torch import Tensor
 from minnow.engine.cache import DecodeAttention, KVCache, PrefillAttention
 from minnow.engine.outputs import Delta
 from minnow.engine.sampler import sample
-from minnow.engine.sequence import Sequence
+from minnow.engine.sequence import Request, Sequence
 from minnow.model.transformer import CausalLM
 
 
@@ -24,11 +24,11 @@ class Batch:
     before the next decode.
     """
 
-    def __init__(self, model: CausalLM, cache: KVCache, sequences: Iterable[Sequence], prefill_tokens: int):
+    def __init__(self, model: CausalLM, cache: KVCache, prefill_tokens: int):
         self._model = model
         self._cache = cache
         self._device = cache.keys.device
-        self._waiting = deque(sequences)
+        self._waiting = deque[Sequence]()
         self._live: list[Sequence] = []
         self._prefill_tokens = prefill_tokens
 
@@ -36,6 +36,18 @@ class Batch:
     def done(self) -> bool:
         """Whether every sequence has its end."""
         return not self._waiting and not self._live
+
+    def add(self, sequences: Iterable[Sequence]) -> None:
+        """Put sequences at the end of the waiting line."""
+        self._waiting.extend(sequences)
+
+    def remove(self, request: Request) -> None:
+        """Forget a request's sequences, wherever they are."""
+        self._waiting = deque(s for s in self._waiting if s.request is not request)
+        for sequence in request.samples:
+            if sequence.finish_reason is None:
+                sequence.finish_reason = "stop"
+        self._retire()
 
     def recompute(self) -> None:
         """Forget the cache: live sequences will be read again with what they have said so far."""
@@ -50,12 +62,9 @@ class Batch:
         else:
             rows, logits_BV = list(self._live), self._decode()
         sampled = sample(logits_BV, rows)
-        nothing = [None] * len(rows)
         deltas = [
-            (row, row.append(token, *logprobs if row.params.logprobs else (None, None)))
-            for row, token, *logprobs in zip(
-                rows, sampled.ids, sampled.logprobs or nothing, sampled.raw_logprobs or nothing, strict=True
-            )
+            (row, row.append(token, *sampled.logprobs_of(i, row.params)))
+            for i, (row, token) in enumerate(zip(rows, sampled.ids, strict=True))
         ]
         self._retire()
         return deltas

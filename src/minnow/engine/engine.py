@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+from collections import deque
 from collections.abc import Generator
 from collections.abc import Sequence as Listing
 from pathlib import Path
@@ -47,7 +48,11 @@ class Engine:
         self._max_rows = max_rows
         self._prefill_tokens = prefill_tokens
         self._cache_bytes = cache_bytes
-        self._weights_version = 0
+        self._batch: Batch | None = None
+        self._next_id = 0
+        self._requests: dict[int, Request] = {}
+        self._mail: dict[int, deque[Delta]] = {}
+        self._unclaimed: list[tuple[int, Delta]] = []
 
     @classmethod
     def from_pretrained(
@@ -68,16 +73,22 @@ class Engine:
         if len(each) != len(prompts):
             raise UserError(f"{len(prompts)} prompts but {len(each)} sampling parameters: give one, or one for each")
         requests = [self._request(prompt, p) for prompt, p in zip(prompts, each, strict=True)]
-        sequences = [self._sequences(request) for request in requests]
-        for _ in self._run([sequence for samples in sequences for sequence in samples]):
-            pass
+        try:
+            for request in requests:
+                self._submit(request)
+                self._mail[request.id] = deque(maxlen=0)
+            while not all(request.finished for request in requests):
+                self._deliver()
+        finally:
+            for request in requests:
+                self.abort(request.id)
         return [
             Completions(
                 prompt_ids=request.prompt_ids,
-                completions=tuple(sequence.completion() for sequence in samples),
+                completions=tuple(sequence.completion() for sequence in request.samples),
                 seed=request.seed,
             )
-            for request, samples in zip(requests, sequences, strict=True)
+            for request in requests
         ]
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Delta, None, None]:
@@ -85,14 +96,44 @@ class Engine:
 
         Raises as `generate` does, at the call and not at the first delta.
         """
-        return self._run(self._sequences(self._request(prompt, params or SamplingParams())))
+        return self._stream(self._request(prompt, params or SamplingParams()))
+
+    def add(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+        """Put a request into the waiting line; its id, with which `step` marks its deltas.
+
+        UserError as in `generate`; nothing is added then.
+        """
+        return self._submit(self._request(prompt, params or SamplingParams())).id
+
+    def step(self) -> list[tuple[int, Delta]]:
+        """One forward pass over what waits and lives; (request id, delta) for every token that came of it.
+
+        May be empty. A request's last delta bears its `usage`; after it the id is forgotten.
+        """
+        self._deliver()
+        deltas, self._unclaimed = self._unclaimed, []
+        return deltas
+
+    def abort(self, request_id: int) -> None:
+        """Forget a request: no delta of it comes after this. Nothing happens where it has its end already."""
+        self._mail.pop(request_id, None)
+        self._unclaimed = [(id, delta) for id, delta in self._unclaimed if id != request_id]
+        request = self._requests.pop(request_id, None)
+        if request is not None and self._batch is not None:
+            self._batch.remove(request)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do or to hand out."""
+        return bool(self._requests or self._unclaimed)
 
     def weights_updated(self) -> None:
         """To be called after the model's weights change: what was computed with the old ones is dropped.
 
         Answers under way are read again with the new weights and go on from where they are.
         """
-        self._weights_version += 1
+        if self._batch is not None:
+            self._batch.recompute()
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The prompt as the model will read it."""
@@ -123,33 +164,55 @@ class Engine:
             wrong = [token for token in tokens if not 0 <= token < vocab_size]
             if wrong:
                 raise UserError(f"{name} holds token {wrong[0]}, but the model's vocabulary is 0 to {vocab_size - 1}")
-        return Request(
+        self._next_id += 1
+        request = Request(
+            id=self._next_id,
             prompt_ids=ids,
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             end_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else ends),
         )
+        for index in range(params.n):
+            Sequence(request, index, self.tokenizer)
+        return request
 
-    def _sequences(self, request: Request) -> list[Sequence]:
-        return [Sequence(request, index, self.tokenizer) for index in range(request.params.n)]
+    def _submit(self, request: Request) -> Request:
+        if self._batch is None:
+            self._batch = Batch(self.model, self._new_cache(), self._prefill_tokens)
+        self._requests[request.id] = request
+        self._batch.add(request.samples)
+        return request
 
-    def _run(self, sequences: list[Sequence]) -> Generator[Delta, None, None]:
-        """Run the sequences to their end, with a cache of their own."""
-        if not sequences:
+    def _stream(self, request: Request) -> Generator[Delta, None, None]:
+        mail = self._mail[self._submit(request).id] = deque[Delta]()
+        try:
+            while mail or not request.finished:
+                if not mail:
+                    self._deliver()
+                while mail:
+                    yield mail.popleft()
+        finally:
+            self.abort(request.id)
+
+    def _deliver(self) -> None:
+        """Take a step. Deltas of requests that somebody streams go to their mail, the others wait for `step`."""
+        if self._batch is None or self._batch.done:
             return
-        length = max(len(s.request.prompt_ids) + s.request.max_tokens for s in sequences)
+        for sequence, delta in self._batch.step():
+            request = sequence.request
+            if request.id in self._mail:
+                self._mail[request.id].append(delta)
+            else:
+                self._unclaimed.append((request.id, delta))
+            if delta.usage is not None:
+                del self._requests[request.id]
+
+    def _new_cache(self) -> KVCache:
         config, dtype, device = self.model.config, self.model.compute_dtype, self.model.head_weight.device
+        length = config.max_position_embeddings
         fitting = self._memory(device) // (KVCache.bytes_per_token(config, dtype) * length)
-        slots = max(1, min(len(sequences), self._max_rows, fitting))
-        batch = Batch(self.model, KVCache(config, slots, length, dtype, device), sequences, self._prefill_tokens)
-        version = self._weights_version
-        while not batch.done:
-            if version != self._weights_version:
-                batch.recompute()
-                version = self._weights_version
-            for _, delta in batch.step():
-                yield delta
+        return KVCache(config, max(1, min(self._max_rows, fitting)), length, dtype, device)
 
     def _memory(self, device: torch.device) -> int:
         if self._cache_bytes is not None:

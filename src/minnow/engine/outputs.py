@@ -9,6 +9,21 @@ FinishReason = Literal["stop", "length"]
 """`stop`: an end token or a stop string; `length`: max_tokens or the end of the context."""
 
 
+TopLogprobs = list[tuple[int, float]]
+"""The likeliest tokens with their log-probabilities under the softmax of the model's own logits, best first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What a request took."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    """Of the prompt's tokens: found in the cache and not computed again."""
+    completion_tokens: int
+    """Of all samples together."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """One sample's answer."""
@@ -23,6 +38,8 @@ class Completion:
     asked for."""
     raw_logprobs: list[float] | None
     """One per id, under the softmax of the model's own logits; None if not asked for."""
+    top_logprobs: list[TopLogprobs] | None = None
+    """One list per id, `SamplingParams.top_logprobs` long; None if not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,4 +68,10 @@ class Delta:
     finish_reason: FinishReason | None
     """None until the sample's last delta."""
     logprob: float | None
+    """Under the distribution it was sampled from; None if not asked for."""
     raw_logprob: float | None
+    """Under the softmax of the model's own logits; None if not asked for."""
+    top_logprobs: TopLogprobs | None
+    """None if not asked for."""
+    usage: Usage | None
+    """On the request's last delta, which ends the last of its samples; else None."""

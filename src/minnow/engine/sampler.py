@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from minnow.engine.counter_random import uniforms
+from minnow.engine.outputs import TopLogprobs
+from minnow.engine.sampling import SamplingParams
 from minnow.engine.sequence import Sequence
 
 CANDIDATES = 256
@@ -22,6 +24,18 @@ class Sampled:
     ids: list[int]
     logprobs: list[float] | None
     raw_logprobs: list[float] | None
+    top_logprobs: list[TopLogprobs] | None
+
+    def logprobs_of(self, row: int, params: SamplingParams) -> tuple[float | None, float | None, TopLogprobs | None]:
+        """What a row asked for of (sampling, raw, top) log-probabilities; None for the rest."""
+        chosen: tuple[float | None, float | None] = (None, None)
+        if params.logprobs:
+            assert self.logprobs is not None
+            assert self.raw_logprobs is not None
+            chosen = self.logprobs[row], self.raw_logprobs[row]
+        return *chosen, self.top_logprobs[row][
+            : params.top_logprobs
+        ] if self.top_logprobs and params.top_logprobs else None
 
 
 def sample(logits_BV: Tensor, rows: Rows[Sequence]) -> Sampled:
@@ -41,14 +55,23 @@ def sample(logits_BV: Tensor, rows: Rows[Sequence]) -> Sampled:
     else:
         ids_B = greedy_B
     ids = ids_B.tolist()
-    if not any(row.params.logprobs for row in rows):
-        return Sampled(ids, None, None)
-    raw_B = torch.log_softmax(logits_BV, -1).gather(1, ids_B[:, None])[:, 0]
+    top = max(row.params.top_logprobs for row in rows)
+    if not top and not any(row.params.logprobs for row in rows):
+        return Sampled(ids, None, None, None)
+    raw_BV = torch.log_softmax(logits_BV, -1)
+    raw_B = raw_BV.gather(1, ids_B[:, None])[:, 0]
+    likeliest = likeliest_tokens(raw_BV, top) if top else None
     if sampling_logprobs_BV is None:
         logprobs = [0.0] * len(ids)  # a greedy choice is certain
     else:
         logprobs = torch.where(random_B, sampling_logprobs_BV.gather(1, ids_B[:, None])[:, 0], 0.0).tolist()
-    return Sampled(ids, logprobs, raw_B.tolist())
+    return Sampled(ids, logprobs, raw_B.tolist(), likeliest)
+
+
+def likeliest_tokens(logprobs_BV: Tensor, count: int) -> list[TopLogprobs]:
+    """The `count` likeliest tokens of each row with their log-probabilities, best first."""
+    values_BC, tokens_BC = logprobs_BV.topk(min(count, logprobs_BV.shape[1]))
+    return [list(zip(*row, strict=True)) for row in zip(tokens_BC.tolist(), values_BC.tolist(), strict=True)]
 
 
 def adjust(logits_BV: Tensor, rows: Rows[Sequence]) -> Tensor:

@@ -76,6 +76,8 @@ class SamplingParams(SamplingOptions):
     logprobs: bool = False
     """Return the log-probability of every generated token, under the sampling distribution and under the
     raw one."""
+    top_logprobs: int = 0
+    """Return this many of the likeliest tokens, with their raw log-probabilities, at every place."""
     skip_special_tokens: bool = True
     """Leave control tokens out of the text (they are always in the ids)."""
 
@@ -84,6 +86,7 @@ class SamplingParams(SamplingOptions):
         if isinstance(self.stop, str):  # a string is a sequence too, of one-character stops nobody meant
             object.__setattr__(self, "stop", (self.stop,))
         _require(self.n >= 1, "n", self.n, "at least 1")
+        _require(self.top_logprobs >= 0, "top_logprobs", self.top_logprobs, "0 or more")
         _require(self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 or more")
         _require(
             self.max_tokens is None or self.min_tokens <= self.max_tokens,

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from minnow.engine.counter_random import sample_key
-from minnow.engine.outputs import Completion, Delta, FinishReason
+from minnow.engine.outputs import Completion, Delta, FinishReason, TopLogprobs, Usage
 from minnow.engine.sampling import SamplingParams
 from minnow.engine.stop_strings import StopStrings
 from minnow.tokenizer.stream import StreamDecoder
 from minnow.tokenizer.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True)
 class Request:
-    """One prompt and what is asked of it."""
+    """One prompt, what is asked of it, and its samples."""
 
+    id: int
     prompt_ids: list[int]
     params: SamplingParams
     seed: int
@@ -24,6 +25,22 @@ class Request:
     """`params.max_tokens`, or less where the context ends earlier."""
     end_ids: frozenset[int]
     """Tokens that end the answer."""
+    samples: list[Sequence] = field(default_factory=list)
+    cached_tokens: int = 0
+    """Of the prompt: found in the cache."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sample has its end."""
+        return all(sample.finish_reason is not None for sample in self.samples)
+
+    def usage(self) -> Usage:
+        """What the request took so far."""
+        return Usage(
+            prompt_tokens=len(self.prompt_ids),
+            cached_tokens=self.cached_tokens,
+            completion_tokens=sum(len(sample.ids) for sample in self.samples),
+        )
 
 
 class Sequence:
@@ -31,6 +48,7 @@ class Sequence:
 
     def __init__(self, request: Request, index: int, tokenizer: Tokenizer):
         self.request = request
+        request.samples.append(self)
         self.index = index
         self.params = request.params
         self.key = sample_key(request.seed, index)
@@ -44,6 +62,7 @@ class Sequence:
         self._texts: list[str] = []
         self._logprobs: list[float] = []
         self._raw_logprobs: list[float] = []
+        self._top_logprobs: list[TopLogprobs] = []
 
     @property
     def num_tokens(self) -> int:
@@ -60,7 +79,13 @@ class Sequence:
         """Tokens that may not come next."""
         return self.request.end_ids if len(self.ids) < self.params.min_tokens else frozenset()
 
-    def append(self, token: int, logprob: float | None, raw_logprob: float | None) -> Delta:
+    def append(
+        self,
+        token: int,
+        logprob: float | None = None,
+        raw_logprob: float | None = None,
+        top_logprobs: TopLogprobs | None = None,
+    ) -> Delta:
         """Take the next token and say what it adds; sets `finish_reason` when it is the last one."""
         self.ids.append(token)
         self.counts[token] += 1
@@ -79,6 +104,8 @@ class Sequence:
         if logprob is not None and raw_logprob is not None:
             self._logprobs.append(logprob)
             self._raw_logprobs.append(raw_logprob)
+        if top_logprobs is not None:
+            self._top_logprobs.append(top_logprobs)
         return Delta(
             index=self.index,
             id=token,
@@ -86,6 +113,8 @@ class Sequence:
             finish_reason=self.finish_reason,
             logprob=logprob,
             raw_logprob=raw_logprob,
+            top_logprobs=top_logprobs,
+            usage=self.request.usage() if self.request.finished else None,
         )
 
     def completion(self) -> Completion:
@@ -97,4 +126,5 @@ class Sequence:
             finish_reason=self.finish_reason,
             logprobs=self._logprobs if self.params.logprobs else None,
             raw_logprobs=self._raw_logprobs if self.params.logprobs else None,
+            top_logprobs=self._top_logprobs if self.params.top_logprobs else None,
         )
