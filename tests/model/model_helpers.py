@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minnow.model.attention import Attention, CausalAttention
+from minnow.model.attention import Attention, CausalAttention, causal_attention
 from minnow.model.config import ModelConfig
 from minnow.model.transformer import CausalLM
 
@@ -45,6 +45,20 @@ def positions_like(tokens_BT: Tensor) -> Tensor:
 def row_logits(model: CausalLM, tokens_BT: Tensor, attention: Attention | None = None) -> Tensor:
     hidden = model(tokens_BT, positions_like(tokens_BT), attention or CausalAttention())
     return model.logits(hidden)
+
+
+class KeptKeys:
+    """The least cache: keys and values of each layer, appended; the queries are the last ones."""
+
+    def __init__(self) -> None:
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if layer in self.kept:
+            k, v = (torch.cat(pair, dim=1) for pair in zip(self.kept[layer], (k, v), strict=True))
+        self.kept[layer] = (k, v)
+        padding = q.new_zeros(q.shape[0], k.shape[1] - q.shape[1], *q.shape[2:])
+        return causal_attention(torch.cat((padding, q), dim=1), k, v)[:, -q.shape[1] :]
 
 
 class FakeTokenizer:

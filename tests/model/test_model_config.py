@@ -24,6 +24,9 @@ from minnow.model.transformer import CausalLM
         ({"vocab_size": 0}, "vocab_size is 0"),
         ({"rope_theta": 0.0}, "must be positive"),
         ({"attention_bias": True}, "qk_norm with model.attention_bias has no Hugging Face class"),
+        ({"attention_output_bias": True}, "asks for model.attention_bias"),
+        ({"mlp_bias": True}, "LlamaForCausalLM only"),
+        ({"qk_norm": False, "attention_bias": True, "head_dim": 12, "mlp_bias": True}, "LlamaForCausalLM only"),
         ({"qk_norm": False, "hidden_size": 50}, "hidden_size .50. must be a multiple"),
         ({"qk_norm": False, "attention_bias": True, "head_dim": 16}, "Qwen2 has no head_dim"),
     ],
@@ -54,6 +57,8 @@ def test_parameter_count_of_other_shapes():
     for changes in (
         {"tie_word_embeddings": False},
         {"qk_norm": False, "attention_bias": True, "head_dim": 12},
+        {"attention_bias": True, "attention_output_bias": True},
+        {"qk_norm": False, "attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
     ):
         config = tiny_config(**changes)
         assert parameter_count(config) == sum(p.numel() for p in CausalLM(config).parameters())

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
+from itertools import pairwise
 
-import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_helpers import FakeTokenizer, randomized, row_logits, tiny_config, tiny_model
+from model_helpers import FakeTokenizer, KeptKeys, randomized, row_logits, tiny_config, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -28,25 +30,20 @@ CLASSES = {
     "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
 }
-SCALINGS = {
-    "linear": RopeScaling(type="linear", factor=4.0, original_max_position_embeddings=16),
-    "yarn": RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=4.0),
-    "yarn-sharper": RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=1.14),
-    "llama3": RopeScaling(type="llama3", factor=8.0, original_max_position_embeddings=16),
-}
 
 
 @st.composite
-def shapes(draw) -> dict:
+def shapes(draw, kind: str | None = None) -> dict:
+    kind = kind or draw(st.sampled_from(sorted(CLASSES)))
     key_heads = draw(st.integers(1, 3))
     heads = key_heads * draw(st.integers(1, 3))
-    kind = draw(st.sampled_from(sorted(CLASSES)))
     head_dim = 2 * draw(st.integers(1, 12))
     hidden = heads * head_dim
     if kind == "qwen3":  # the only class that takes any head_dim with any width
         hidden = draw(st.integers(8, 64))
     elif kind == "llama":
         hidden = heads * draw(st.integers(2, 16))
+    output_bias = kind != "qwen2" and draw(st.booleans())
     return {
         "vocab_size": draw(st.integers(7, 120)),
         "hidden_size": hidden,
@@ -59,59 +56,105 @@ def shapes(draw) -> dict:
         "rms_norm_eps": draw(st.sampled_from([1e-6, 1e-5])),
         "tie_word_embeddings": draw(st.booleans()),
         "qk_norm": kind == "qwen3",
-        "attention_bias": kind == "qwen2",
+        "attention_bias": kind == "qwen2" or output_bias,
+        "attention_output_bias": output_bias,
+        "mlp_bias": kind == "llama" and draw(st.booleans()),
     }
+
+
+@st.composite
+def scalings(draw, trained: int = 16) -> RopeScaling | None:
+    kind = draw(st.sampled_from(["none", "linear", "yarn", "llama3"]))
+    if kind == "none":
+        return None
+    more = {}
+    if kind == "yarn":
+        more = {"beta_slow": draw(st.floats(0.25, 2)), "beta_fast": draw(st.floats(3, 40))}
+        more["attention_factor"] = draw(st.floats(0.8, 1.5))
+    elif kind == "llama3":
+        more = {"low_freq_factor": draw(st.floats(0.25, 2)), "high_freq_factor": draw(st.floats(2.5, 8))}
+    factor = draw(st.floats(1, 16))
+    return RopeScaling(type=kind, factor=factor, original_max_position_embeddings=trained, **more)
 
 
 def theirs(folder) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-@given(shape=shapes(), rows=st.integers(1, 3), length=st.integers(1, 40), seed=st.integers(0, 1000))
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_ours_saved_reads_the_same_in_transformers(tmp_path, shape, rows, length, seed):
-    model = tiny_model(seed, **shape)
-    tokens = torch.randint(0, shape["vocab_size"], (rows, length))
+def assert_same_logits(ours: CausalLM, reference: torch.nn.Module, tokens: torch.Tensor) -> None:
+    """The whole text at once, and all but its last two tokens followed by these one by one, with both caches."""
+    length = tokens.shape[1]
+    with torch.no_grad():
+        whole, expected = row_logits(ours, tokens), reference(tokens).logits
+        torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
+        kept, their_cache = KeptKeys(), None
+        for start, stop in pairwise([0, *range(max(1, length - 2), length + 1)]):
+            positions = torch.arange(start, stop).expand(tokens.shape[0], -1)
+            hidden = ours(tokens[:, start:stop], positions, kept)
+            out = reference(tokens[:, start:stop], past_key_values=their_cache, use_cache=True)
+            their_cache = out.past_key_values
+            torch.testing.assert_close(ours.logits(hidden), out.logits, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(out.logits, whole[:, start:stop], atol=1e-4, rtol=1e-4)
+
+
+@given(
+    shape=shapes(),
+    scaling=scalings(),
+    rows=st.integers(1, 3),
+    length=st.integers(1, 40),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_ours_saved_reads_the_same_in_transformers(tmp_path, shape, scaling, rows, length, seed):
+    model = tiny_model(seed, rope_scaling=scaling, **shape)
     save_pretrained(model, tmp_path / "model", FakeTokenizer())
     reference = theirs(tmp_path / "model")
-    expected_class = "Qwen3" if shape["qk_norm"] else "Qwen2" if shape["attention_bias"] else "Llama"
+    is_qwen2 = shape["attention_bias"] and not shape["attention_output_bias"]
+    expected_class = "Qwen3" if shape["qk_norm"] else "Qwen2" if is_qwen2 else "Llama"
     assert type(reference).__name__ == f"{expected_class}ForCausalLM"
-    with torch.no_grad():
-        torch.testing.assert_close(row_logits(model, tokens), reference(tokens).logits, atol=1e-4, rtol=1e-4)
+    tokens = torch.randint(0, shape["vocab_size"], (rows, length))
+    assert_same_logits(model, reference, tokens)
     again = load_pretrained(tmp_path / "model")
+    if scaling is not None and scaling.type == "linear":  # the files do not say which length linear started from
+        again.config = dataclasses.replace(again.config, rope_scaling=scaling)
     assert again.config == model.config
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", sorted(CLASSES))
-def test_theirs_saved_reads_the_same_in_ours(tmp_path, kind, tied):
+@given(kind=st.sampled_from(sorted(CLASSES)), length=st.integers(1, 40), seed=st.integers(0, 1000), data=st.data())
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_theirs_saved_reads_the_same_in_ours_and_back(tmp_path, kind, length, seed, data):
     config_class, model_class = CLASSES[kind]
-    shape = {
-        "vocab_size": 101, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-        "tie_word_embeddings": tied,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0},
-    }  # fmt: skip
-    if kind == "qwen3":
-        shape["head_dim"] = 14
-    reference = randomized(model_class(config_class(**shape))).eval()
-    reference.save_pretrained(tmp_path)
-    tokens = torch.randint(0, 101, (2, 33))
+    shape, scaling = data.draw(shapes(kind)), data.draw(scalings())
+    rope = {"rope_type": "default"}
+    if scaling is not None:
+        fields = {
+            "linear": (),
+            "yarn": ("attention_factor", "beta_fast", "beta_slow", "original_max_position_embeddings"),
+            "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        }[scaling.type]
+        rope = {"rope_type": scaling.type, "factor": scaling.factor} | {f: getattr(scaling, f) for f in fields}
+        if scaling.type == "yarn" and data.draw(st.booleans()):
+            del rope["attention_factor"]  # theirs then is the paper's
+    theta = shape.pop("rope_theta")
+    output_bias, mlp_bias = shape.pop("attention_output_bias"), shape.pop("mlp_bias")
+    shape |= {"attention_bias": output_bias} if kind != "qwen2" else {}
+    shape |= {"mlp_bias": mlp_bias} if kind == "llama" else {}
+    removed = {"qk_norm"} | ({"attention_bias", "head_dim"} if kind == "qwen2" else set())
+    shape = {key: value for key, value in shape.items() if key not in removed}
+    config = config_class(**shape, max_position_embeddings=64, rope_parameters=rope | {"rope_theta": theta})
+    reference = randomized(model_class(config), seed).eval()
+    shutil.rmtree(tmp_path / "theirs", ignore_errors=True)  # of the example before
+    reference.save_pretrained(tmp_path / "theirs", max_shard_size=data.draw(st.sampled_from(["4KB", "1GB"])))
+    ours = load_pretrained(tmp_path / "theirs")
+    tokens = torch.randint(0, shape["vocab_size"], (2, length))
+    assert_same_logits(ours, reference, tokens)
+    save_pretrained(ours, tmp_path / "back")
+    back = theirs(tmp_path / "back")
+    assert type(back) is type(reference)
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), reference.parameters(), strict=True))
     with torch.no_grad():
-        ours = row_logits(load_pretrained(tmp_path), tokens)
-        torch.testing.assert_close(ours, reference(tokens).logits, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", sorted(SCALINGS))
-def test_scaled_rope_is_theirs(tmp_path, name):
-    model = tiny_model(rope_scaling=SCALINGS[name], head_dim=24)
-    tokens = torch.randint(0, 97, (1, 64))
-    save_pretrained(model, tmp_path / "model")
-    with torch.no_grad():
-        expected = theirs(tmp_path / "model")(tokens).logits
-        torch.testing.assert_close(row_logits(model, tokens), expected, atol=1e-4, rtol=1e-4)
-    assert load_pretrained(tmp_path / "model").config == model.config
+        torch.testing.assert_close(back(tokens).logits, reference(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_config_json_of_transformers_4_is_read(tmp_path):

@@ -28,7 +28,7 @@ def test_longer_is_refused_unless_scaled():
         num_key_value_heads=1, head_dim=16, max_position_embeddings=32,
     )  # fmt: skip
     tokens, positions = torch.zeros(1, 128, dtype=torch.int64), torch.arange(128).unsqueeze(0)
-    with pytest.raises(UserError, match="set rope_scaling"):
+    with pytest.raises(UserError, match="--rope-scaling yarn"):
         CausalLM(config)(tokens, positions, CausalAttention())
     scaling = RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=32)
     scaled = dataclasses.replace(config, rope_scaling=scaling, max_position_embeddings=128)

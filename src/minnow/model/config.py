@@ -70,6 +70,10 @@ class ModelConfig:
     """RMSNorm on each query and key head before RoPE (Qwen3)."""
     attention_bias: bool = False
     """Biases on the q, k and v projections (Qwen2)."""
+    attention_output_bias: bool = False
+    """A bias on o_proj too (what attention_bias means to Llama and Qwen3); asks for attention_bias."""
+    mlp_bias: bool = False
+    """Biases on the MLP's projections (Llama only)."""
     max_position_embeddings: int = 1024
     """Longest sequence the model is trained on, in tokens; longer ones are refused."""
 
@@ -95,18 +99,30 @@ class ModelConfig:
             raise UserError(f"model.head_dim is {self.head_dim}: RoPE turns pairs, so it must be even")
         if self.rope_theta <= 0 or self.rms_norm_eps <= 0:
             raise UserError("model.rope_theta and model.rms_norm_eps must be positive")
-        if self.qk_norm and self.attention_bias:
-            raise UserError(
-                "model.qk_norm with model.attention_bias has no Hugging Face class (Qwen3's attention_bias "
-                "also puts one on o_proj): switch one of them off"
-            )
+        self._check_biases()
         if not self.qk_norm and self.hidden_size % self.num_attention_heads:
             # transformers' LlamaConfig asks for this even when head_dim is given.
             raise UserError(
                 f"model.hidden_size ({self.hidden_size}) must be a multiple of model.num_attention_heads "
                 f"({self.num_attention_heads}) in a model without qk_norm (a Llama or Qwen2 checkpoint)"
             )
-        if self.attention_bias and self.head_dim * self.num_attention_heads != self.hidden_size:
+
+    def _check_biases(self) -> None:
+        """Refuse what no Hugging Face class has: a model must be readable elsewhere."""
+        if self.attention_output_bias and not self.attention_bias:
+            raise UserError("model.attention_output_bias asks for model.attention_bias: no class has the one alone")
+        is_qwen2 = self.attention_bias and not self.attention_output_bias
+        if self.qk_norm and is_qwen2:
+            raise UserError(
+                "model.qk_norm with model.attention_bias has no Hugging Face class without "
+                "model.attention_output_bias (Qwen3's attention_bias also puts one on o_proj)"
+            )
+        if self.mlp_bias and (self.qk_norm or is_qwen2):
+            raise UserError(
+                "model.mlp_bias exists in LlamaForCausalLM only: switch qk_norm off, and attention_bias off or "
+                "attention_output_bias on"
+            )
+        if is_qwen2 and self.head_dim * self.num_attention_heads != self.hidden_size:
             raise UserError(
                 f"model.head_dim must be hidden_size / num_attention_heads "
                 f"({self.hidden_size}/{self.num_attention_heads}) with attention_bias: Qwen2 has no head_dim"
@@ -117,6 +133,6 @@ class ModelConfig:
         if length > self.max_position_embeddings:
             raise UserError(
                 f"a sequence of {length} tokens is longer than the model's max_position_embeddings "
-                f"({self.max_position_embeddings}): shorten it, train with a longer sequence_length, or set "
-                "rope_scaling together with a greater max_position_embeddings"
+                f"({self.max_position_embeddings}): shorten it, train with a longer sequence_length, or stretch "
+                "the context (--rope-scaling yarn --factor 4)"
             )

@@ -2,23 +2,39 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 
 from minnow.config import UserError
 from minnow.model.config import ModelConfig, RopeScaling
+from minnow.model.context import yarn_attention_factor
 
 _MODEL_TYPES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
 _DEFAULT_POSITIONS = {"qwen3": 32768, "qwen2": 32768, "llama": 2048}
+_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+_ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+_ALL = tuple(_DEFAULT_POSITIONS)
+_PLAIN: tuple[tuple[str, tuple[Any, ...], tuple[str, ...]], ...] = (
+    # Attribute, the values that mean what this decoder computes, the classes that look at it. pretraining_tp is not
+    # here: it cuts the same products into slices.
+    ("hidden_act", ("silu", "swish"), _ALL),
+    ("attention_dropout", (0,), _ALL),
+    ("partial_rotary_factor", (1,), _ALL),
+    ("quantization_config", (None,), _ALL),
+    ("is_causal", (True,), _ALL),
+    ("add_cross_attention", (False,), _ALL),
+    ("pruned_heads", (None, {}), _ALL),
+    ("use_sliding_window", (False,), ("qwen2", "qwen3")),
+)
 
 
 def architecture(config: ModelConfig) -> str:
     """The transformers class that computes what this shape computes."""
     if config.qk_norm:
         return "Qwen3ForCausalLM"
-    return "Qwen2ForCausalLM" if config.attention_bias else "LlamaForCausalLM"
+    is_qwen2 = config.attention_bias and not config.attention_output_bias
+    return "Qwen2ForCausalLM" if is_qwen2 else "LlamaForCausalLM"
 
 
 def to_hf_config(config: ModelConfig, dtype: torch.dtype, token_ids: dict[str, Any]) -> dict[str, Any]:
@@ -52,12 +68,12 @@ def to_hf_config(config: ModelConfig, dtype: torch.dtype, token_ids: dict[str, A
         "torch_dtype": str(dtype).removeprefix("torch."),
         **token_ids,
     }
+    if name != "Qwen2ForCausalLM":
+        content["attention_bias"] = config.attention_bias
     if name == "LlamaForCausalLM":
-        content |= {"attention_bias": False, "mlp_bias": False}
+        content["mlp_bias"] = config.mlp_bias
     else:
         content |= {"use_sliding_window": False, "sliding_window": None}
-        if name == "Qwen3ForCausalLM":
-            content["attention_bias"] = False
     return content
 
 
@@ -71,16 +87,17 @@ def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
             f"these are: {', '.join(_MODEL_TYPES)}"
         )
     _refuse_variants(content, where)
-    required = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-    missing = [key for key in required if content.get(key) is None]
+    missing = [key for key in _REQUIRED if content.get(key) is None]
     if missing:
         raise UserError(f"{where}: no {', '.join(missing)} in it; is this the config.json of a language model?")
     heads = content["num_attention_heads"]
     head_dim = content.get("head_dim") or (128 if model_type == "qwen3" else content["hidden_size"] // heads)
     theta, scaling = _rope_from_hf(content, where)
+    # Qwen2 has its biases whatever config.json says, and never on o_proj.
+    bias = model_type == "qwen2" or bool(content.get("attention_bias"))
     try:
         return ModelConfig(
-            **{key: content[key] for key in required},
+            **{key: content[key] for key in _REQUIRED},
             num_key_value_heads=content.get("num_key_value_heads") or heads,
             head_dim=head_dim,
             rope_theta=theta,
@@ -88,7 +105,9 @@ def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
             rms_norm_eps=content.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=content.get("tie_word_embeddings", False),
             qk_norm=model_type == "qwen3",
-            attention_bias=model_type == "qwen2",
+            attention_bias=bias,
+            attention_output_bias=bias and model_type != "qwen2",
+            mlp_bias=model_type == "llama" and bool(content.get("mlp_bias")),
             max_position_embeddings=content.get("max_position_embeddings") or _DEFAULT_POSITIONS[model_type],
         )
     except UserError as error:
@@ -96,43 +115,46 @@ def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _refuse_variants(content: dict[str, Any], where: str) -> None:
-    plain = {
-        "attention_bias": False,
-        "mlp_bias": False,
-        "use_sliding_window": False,
-        "quantization_config": None,
-    }
-    for key, expected in plain.items():
-        if content.get(key, expected) != expected:
-            raise UserError(f"{where}: {key} = {content[key]!r} is not supported (only {expected!r})")
-    if content.get("hidden_act", "silu") != "silu":
-        raise UserError(f"{where}: hidden_act = {content['hidden_act']!r} is not supported (only 'silu')")
+    """What the class of this model_type would compute otherwise is refused by name, never left out."""
+    for key, plain, readers in _PLAIN:
+        if content["model_type"] in readers and key in content and content[key] not in (*plain, None):
+            raise UserError(f"{where}: {key} = {content[key]!r} is not supported (only {plain[0]!r})")
+    other = sorted(set(content.get("layer_types") or ()) - {"full_attention"})
+    if other and content["model_type"] != "llama":
+        raise UserError(f"{where}: layer_types with {', '.join(other)} are not supported (only full_attention)")
 
 
 def _rope_from_hf(content: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
     """Transformers 5 writes rope_parameters, 4 writes rope_theta and rope_scaling."""
     rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    if any(isinstance(value, dict) for value in rope.values()):
+        raise UserError(f"{where}: rope parameters by layer type are not supported (only one set for all layers)")
     theta = float(rope.get("rope_theta") or content.get("rope_theta") or 10_000.0)
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind not in ("linear", "yarn", "llama3"):
-        raise UserError(f"{where}: rope type {kind!r} is not supported (only default, linear, yarn, llama3)")
-    return theta, _scaling_from_hf(kind, rope, content, where)
+    if kind not in _ROPE_TYPES:
+        hint = ""
+        if kind == "dynamic":
+            # Its angles depend on the longest row of the batch, and keys in a cache keep the angles of their time.
+            hint = "; within the trained length it is 'default', beyond it --rope-scaling ntk or yarn takes its place"
+        raise UserError(f"{where}: rope type {kind!r} is not supported (only {', '.join(_ROPE_TYPES)}{hint})")
+    if rope.get("partial_rotary_factor", 1) not in (1, None):
+        raise UserError(f"{where}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported (only 1)")
+    return theta, None if kind == "default" else _scaling_from_hf(kind, rope, content, where)
 
 
 def _scaling_from_hf(kind: Any, rope: dict[str, Any], content: dict[str, Any], where: str) -> RopeScaling:
-    if rope.get("mscale") or rope.get("mscale_all_dim") or rope.get("truncate") is False:
+    if kind == "yarn" and (rope.get("mscale") or rope.get("mscale_all_dim") or rope.get("truncate") is False):
         raise UserError(f"{where}: yarn with mscale or without truncation is not supported")
     if rope.get("factor") is None:
         raise UserError(f"{where}: the rope type {kind!r} needs a factor")
     factor = float(rope["factor"])
     longest = content.get("max_position_embeddings") or _DEFAULT_POSITIONS[content["model_type"]]
-    trained = rope.get("original_max_position_embeddings")
+    # Readers prefer the length that stands outside of the rope's parameters.
+    trained = content.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     if trained is None:  # readers take the longest itself for yarn; linear does not ask
         trained = round(longest / factor) if kind == "linear" else longest
-    # What readers take when it is not written (2309.00071, section 3.4).
-    attention_factor = float(rope.get("attention_factor") or 0.1 * math.log(factor) + 1.0)
+    # What readers take when it is not written.
+    attention_factor = float(rope.get("attention_factor") or yarn_attention_factor(factor))
     return RopeScaling(
         type=kind,
         factor=factor,

@@ -11,6 +11,8 @@ def parameter_count(config: ModelConfig) -> int:
     heads, key_heads = config.num_attention_heads, config.num_key_value_heads
     norms = 2 * width + (2 * head if config.qk_norm else 0)
     biases = (heads + 2 * key_heads) * head if config.attention_bias else 0
+    biases += width if config.attention_output_bias else 0
+    biases += 2 * config.intermediate_size + width if config.mlp_bias else 0
     embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
     per_layer = _matrix_parameters_per_layer(config) + norms + biases
     return embeddings + config.num_hidden_layers * per_layer + width

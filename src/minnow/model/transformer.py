@@ -49,7 +49,7 @@ class SelfAttention(nn.Module):
         self.q_proj = Linear(width, config.num_attention_heads * config.head_dim, bias=bias)
         self.k_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
         self.v_proj = Linear(width, config.num_key_value_heads * config.head_dim, bias=bias)
-        self.o_proj = Linear(config.num_attention_heads * config.head_dim, width, bias=False)
+        self.o_proj = Linear(config.num_attention_heads * config.head_dim, width, bias=config.attention_output_bias)
         self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else None
 
@@ -68,9 +68,10 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        bias = config.mlp_bias
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=bias)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
@@ -135,17 +136,24 @@ class CausalLM(nn.Module):
         """The output head [V, D]: the embedding when tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
-    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attention: Attention) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        attention: Attention,
+        *,
+        allow_beyond_trained_length: bool = False,
+    ) -> Tensor:
         """Hidden states [B, T, D] after the final norm, in compute_dtype.
 
         positions_BT (int64) are places within the document, always given: a cached decoder that left them
         out would turn every new token as if it stood at place 0. `attention` decides who sees whom.
         UserError when a position lies beyond max_position_embeddings (looked at on the CPU only, where it
-        costs no synchronisation).
+        costs no synchronisation), unless `allow_beyond_trained_length`: an examination of just that.
         """
         if tokens_BT.shape != positions_BT.shape:
             raise ValueError(f"tokens {tuple(tokens_BT.shape)} and positions {tuple(positions_BT.shape)} differ")
-        if positions_BT.device.type == "cpu" and positions_BT.numel():
+        if positions_BT.device.type == "cpu" and positions_BT.numel() and not allow_beyond_trained_length:
             self.config.check_sequence_length(int(positions_BT.max()) + 1)
         config = self.config
         cos, sin = rotary_tables(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)

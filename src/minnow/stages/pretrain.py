@@ -9,6 +9,7 @@ from rich.console import Console
 
 from minnow.config import UserError
 from minnow.model.config import ModelConfig
+from minnow.model.context import ContextConfig
 from minnow.model.pretrained import load_pretrained, resolve_model_folder
 from minnow.model.transformer import CausalLM
 from minnow.stages.language_model import LanguageModelConfig, run_language_model
@@ -16,8 +17,8 @@ from minnow.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(LanguageModelConfig):
-    """Train a language model on plain text."""
+class Config(LanguageModelConfig, ContextConfig):
+    """Train a language model on plain text. With init_from and rope_scaling: teach a model longer texts."""
 
     run: str = "runs/pretrain"
     """Run folder: config.yaml, metrics.jsonl, checkpoints/, model/ and report.html go there."""
@@ -40,9 +41,15 @@ def run(config: Config) -> None:
             raise UserError(
                 f"--tokenizer has {tokenizer.vocab_size} tokens, {config.init_from} only {model.config.vocab_size}"
             )
+        model.config = config.extend(model.config, factor=config.sequence_length / model.config.max_position_embeddings)
         model.config.check_sequence_length(config.sequence_length)
         config = dataclasses.replace(config, model=model.config)
     else:
+        if config.rope_scaling is not None:
+            raise UserError(
+                "--rope-scaling stretches the context of a trained model: name it with --init-from "
+                "(a new one learns its sequence_length anyway)"
+            )
         if config.tokenizer is None:
             raise UserError("--tokenizer is missing: give a tokenizer folder (make one: minnow tokenizer train)")
         tokenizer = Tokenizer.from_pretrained(config.tokenizer)

@@ -7,6 +7,9 @@ import sys
 from dataclasses import dataclass, field
 
 from minnow.engine import Engine, SamplingOptions
+from minnow.model.context import ContextConfig
+from minnow.model.pretrained import load_pretrained, resolve_model_folder
+from minnow.tokenizer.tokenizer import Tokenizer
 from minnow.training.hardware import DeviceName, Precision, choose_device, choose_precision
 
 # All C0 and C1 controls but tab and newline: a model (or a pasted text) must not move the cursor or set the title.
@@ -14,7 +17,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TalkingConfig(SamplingOptions):
+class TalkingConfig(SamplingOptions, ContextConfig):
     """The model and how it speaks."""
 
     model: str = field(metadata={"positional": True})
@@ -25,9 +28,12 @@ class TalkingConfig(SamplingOptions):
     """Number format of weights and arithmetic; auto is bf16 where the hardware has it, else fp32."""
 
     def load_engine(self) -> Engine:
-        """The engine for the model."""
+        """The engine for the model, its context stretched if asked for."""
         device = choose_device(self.device)
-        return Engine.from_pretrained(self.model, dtype=choose_precision(self.precision, device), device=device)
+        folder = resolve_model_folder(self.model)
+        model = load_pretrained(folder, dtype=choose_precision(self.precision, device), device=device)
+        model.config = self.extend(model.config)
+        return Engine(model, Tokenizer.from_pretrained(folder))
 
 
 def printable(text: str) -> str:

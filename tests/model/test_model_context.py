@@ -1,0 +1,122 @@
+"""A stretched context has transformers' numbers, whatever the settings."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from model_helpers import row_logits, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, Qwen3Config
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from minnow.config import UserError
+from minnow.model.attention import CausalAttention
+from minnow.model.context import ContextConfig, extend_context
+from minnow.model.pretrained import load_pretrained, save_pretrained
+from minnow.model.rope import rotary_tables
+
+
+def our_tables(config, length):
+    cos, sin = rotary_tables(torch.arange(length)[None], config.head_dim, config.rope_theta, config.rope_scaling)
+    return cos[0, :, 0], sin[0, :, 0]
+
+
+def their_tables(config, rope, length, **more):
+    hf = Qwen3Config(
+        head_dim=config.head_dim, max_position_embeddings=config.max_position_embeddings, rope_parameters=rope
+    )
+    frequencies, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](hf, "cpu", **more)
+    angles = torch.arange(length)[:, None].float() * frequencies
+    return angles.cos() * factor, angles.sin() * factor
+
+
+trained = st.builds(
+    tiny_config,
+    head_dim=st.integers(2, 64).map(lambda half: 2 * half),
+    rope_theta=st.floats(100, 1e6),
+    max_position_embeddings=st.integers(8, 4096),
+)
+
+
+@given(config=trained, factor=st.floats(1, 32), kind=st.sampled_from(["linear", "yarn"]))
+@settings(max_examples=60, deadline=None)
+def test_linear_and_yarn_are_theirs(config, factor, kind):
+    """Factor and trained length alone given: the rest is what transformers takes for itself."""
+    stretched = extend_context(config, kind, factor)
+    assert stretched.max_position_embeddings == round(factor * config.max_position_embeddings)
+    rope = {"rope_type": kind, "rope_theta": config.rope_theta, "factor": factor}
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = config.max_position_embeddings
+    for ours, theirs in zip(our_tables(stretched, 300), their_tables(config, rope, 300), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@given(config=trained, factor=st.floats(1, 32), theirs_factor=st.floats(1, 8))
+@settings(max_examples=60, deadline=None)
+def test_ntk_is_their_dynamic_at_that_length(config, factor, theirs_factor):
+    """Theirs multiplies the base by (f L / L0 - f + 1)^(d / (d - 2)), ours by factor^(d / (d - 2))."""
+    stretched = extend_context(config, "ntk", factor)
+    assert stretched.rope_scaling is None
+    length = torch.tensor(config.max_position_embeddings * (factor + theirs_factor - 1) / theirs_factor).double()
+    rope = {"rope_type": "dynamic", "rope_theta": config.rope_theta, "factor": theirs_factor}
+    expected = their_tables(config, rope, 300, seq_len=length)
+    for ours, theirs in zip(our_tables(stretched, 300), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+
+
+@given(kind=st.sampled_from(["yarn", "linear", "ntk"]), factor=st.floats(1, 8), seed=st.integers(0, 99))
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_stretched_model_saved_is_stretched_in_transformers(tmp_path, kind, factor, seed):
+    model = tiny_model(seed, max_position_embeddings=16)
+    model.config = extend_context(model.config, kind, factor)
+    longest = model.config.max_position_embeddings
+    save_pretrained(model, tmp_path / "model")
+    tokens = torch.randint(0, 97, (2, longest))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    assert theirs.config.max_position_embeddings == longest
+    with torch.no_grad():
+        torch.testing.assert_close(row_logits(model, tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+        again = load_pretrained(tmp_path / "model")
+        torch.testing.assert_close(row_logits(again, tokens), row_logits(model, tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_by_hand():
+    config = tiny_config(head_dim=4, rope_theta=10_000.0, max_position_embeddings=64)
+    # Frequencies 1 and 10,000^(-2/4) = 0.01. Linear by 4: all of them a quarter.
+    cos, _ = our_tables(extend_context(config, "linear", 4), 2)
+    torch.testing.assert_close(cos[1], torch.tensor([0.25, 0.0025]).cos())
+    # NTK by 4: the base times 4^(4/2) = 16, so 1 stays and 160,000^(-1/2) = 0.0025 is a quarter of 0.01.
+    stretched = extend_context(config, "ntk", 4)
+    assert stretched.rope_theta == pytest.approx(160_000)
+    torch.testing.assert_close(our_tables(stretched, 2)[0][1], torch.tensor([1.0, 0.0025]).cos())
+
+
+def test_what_cannot_be_stretched_is_refused():
+    config = tiny_config(max_position_embeddings=16)
+    with pytest.raises(UserError, match="yarn by 4 already .max_position_embeddings 64.: it cannot be stretched twice"):
+        extend_context(extend_context(config, "yarn", 4), "linear", 2)
+    with pytest.raises(UserError, match=r"--factor 0\.5"):
+        extend_context(config, "ntk", 0.5)
+    with pytest.raises(UserError, match="--factor 2 needs --rope-scaling"):
+        ContextConfig(factor=2.0).extend(config)
+    with pytest.raises(UserError, match="head_dim of at least 4"):
+        extend_context(dataclasses.replace(config, head_dim=2), "ntk", 4)
+
+
+def test_the_factor_is_the_users_or_the_stages():
+    config = tiny_config(max_position_embeddings=16)
+    assert ContextConfig().extend(config) == config
+    assert ContextConfig(rope_scaling="yarn").extend(config).max_position_embeddings == 64
+    assert ContextConfig(rope_scaling="yarn").extend(config, factor=3).max_position_embeddings == 48
+    assert ContextConfig(rope_scaling="yarn", factor=2).extend(config, factor=3).max_position_embeddings == 32
+
+
+def test_an_examination_may_look_beyond_the_trained_length():
+    model = tiny_model(max_position_embeddings=16)
+    tokens, positions = torch.zeros(1, 20, dtype=torch.int64), torch.arange(20)[None]
+    with pytest.raises(UserError, match="20 tokens"):
+        model(tokens, positions, CausalAttention())
+    model(tokens, positions, CausalAttention(), allow_beyond_trained_length=True)
