@@ -1,0 +1,1 @@
+"""Reinforcement learning: rollouts from the engine, rewards, advantages, and the value tracker of SPO."""
