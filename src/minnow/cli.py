@@ -33,6 +33,8 @@ COMMANDS: dict[str, Command] = {
     "tokenizer inspect": Command("tokenizer_inspect", "bytes per token by language, the split of a text"),
     "pretrain": Command("pretrain", "train a base model from scratch"),
     "sft": Command("sft", "teach a base model to follow conversations"),
+    "lora": Command("lora", "sft of small adapters beside a frozen model"),
+    "merge-lora": Command("merge_lora", "an adapter and its model as one plain model"),
     "generate": Command("generate", "continue a text"),
     "chat": Command("chat", "talk with a model in the terminal"),
     "eval": Command("eval", "score a model on tasks, with error bars"),

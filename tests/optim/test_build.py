@@ -82,7 +82,7 @@ def test_tied_embedding_comes_once_and_frozen_parameters_never():
 
 
 def test_adapters_and_convolutions_are_not_matrices():
-    assert kind_of("model.layers.0.self_attn.q_proj.lora_A.weight", torch.zeros(4, 8)) == "other"
+    assert kind_of("model.layers.0.self_attn.q_proj.lora_A.weight", torch.zeros(4, 8)) == "matrix"
     assert kind_of("vision_tower.patch_embedding.weight", torch.zeros(8, 3, 4, 4)) == "other"
 
 

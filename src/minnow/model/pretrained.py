@@ -15,7 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minnow.config import UserError
+from minnow.model.adapter import attach_adapter, base_of, is_adapter, load_adapter_weights, write_adapter
+from minnow.model.config import ModelConfig
 from minnow.model.hf_config import from_hf_config, to_hf_config
+from minnow.model.lora import merge_lora
 from minnow.model.transformer import CausalLM
 
 if TYPE_CHECKING:
@@ -34,32 +37,41 @@ def save_pretrained(
 ) -> None:
     """Write `model` to `folder`, whole or not at all; an older folder there is replaced.
 
+    Of a model with adapters only those are written, in PEFT's files: the frozen base stays where it is.
     dtype: of the stored weights; None keeps the parameters' own. With a tokenizer, its files are written
     too and the ids at which `transformers.generate` starts, stops and pads.
     """
     folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our id
+    temporary.mkdir()
+    try:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if model.adapter is not None:
+            write_adapter(model, temporary)
+        else:
+            _write_model(model, temporary, tokenizer, dtype)
+        _replace_folder(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_model(model: CausalLM, folder: Path, tokenizer: Tokenizer | None, dtype: torch.dtype | None) -> None:
     weights = {
         name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
         for name, tensor in model.state_dict().items()
     }
     stored = model.head_weight.dtype if dtype is None else dtype
     token_ids = _token_ids(tokenizer)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our id
-    temporary.mkdir()
-    try:
-        save_file(weights, temporary / _WEIGHTS, metadata={"format": "pt"})
-        _write_json(temporary / "config.json", to_hf_config(model.config, stored, token_ids))
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-            stops = [tokenizer.end_of_text_id]
-            if tokenizer.has_chat_tokens:
-                stops.insert(0, tokenizer.im_end_id)
-            _write_json(temporary / "generation_config.json", {**token_ids, "eos_token_id": stops})
-        _replace_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+    _write_json(folder / "config.json", to_hf_config(model.config, stored, token_ids))
+    if tokenizer is not None:
+        stops = [tokenizer.end_of_text_id]
+        if tokenizer.has_chat_tokens:
+            stops.insert(0, tokenizer.im_end_id)
+        _write_json(folder / "generation_config.json", {**token_ids, "eos_token_id": stops})
 
 
 def load_pretrained(
@@ -67,16 +79,18 @@ def load_pretrained(
 ) -> CausalLM:
     """Read a Qwen3, Qwen2 or Llama folder (ours or anybody's), a run folder or a Hub id.
 
+    An adapter's folder gives its base with the adapter merged into it: a plain model.
     dtype: of the parameters and of compute_dtype; None keeps what is stored. Every tensor must be there in
     its shape and none may be left over: UserError lists what does not fit.
     """
     folder = resolve_model_folder(folder)
-    where = str(folder / "config.json")
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from error
-    config = from_hf_config(content, where)
+    if is_adapter(folder):
+        model = load_with_adapter(folder)
+        merge_lora(model)
+        model.to(device, dtype)
+        model.compute_dtype = model.head_weight.dtype
+        return model
+    config = read_config(folder)
     with torch.device("meta"):
         model = CausalLM(config)
     weights = _read_weights(folder)
@@ -88,11 +102,49 @@ def load_pretrained(
     return model
 
 
+def load_with_adapter(folder: str | Path, base: str | Path | None = None) -> CausalLM:
+    """The adapter in `folder` on its base, not merged. `base`: where the base lies now, if not where it did."""
+    folder = resolve_model_folder(folder)
+    if not is_adapter(folder):
+        raise UserError(f"{folder}: a whole model, not an adapter (it has no adapter_config.json)")
+    model = load_pretrained(_base_folder(folder, base))
+    attach_adapter(model, folder)
+    return model
+
+
+def load_weights(model: CausalLM, folder: str | Path) -> None:
+    """Copy into `model` the weights that `save_pretrained` wrote of one like it: all of them, or its adapters."""
+    if model.adapter is not None:
+        load_adapter_weights(model, Path(folder))
+    else:
+        model.load_state_dict(load_pretrained(folder, dtype=model.head_weight.dtype).state_dict())
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """The shape of the model in a resolved folder; of an adapter, its base's."""
+    folder = Path(folder)
+    if is_adapter(folder):
+        return read_config(_base_folder(folder))
+    where = str(folder / "config.json")
+    try:
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not valid JSON ({error})") from error
+    return from_hf_config(content, where)
+
+
+def _base_folder(folder: Path, base: str | Path | None = None) -> Path:
+    try:
+        return resolve_model_folder(base or base_of(folder))
+    except UserError as error:
+        raise UserError(f"{folder} is an adapter, and its base cannot be had: {error}") from error
+
+
 def resolve_model_folder(model: str | Path) -> Path:
-    """The folder of MODEL: a model folder, a run folder (its `model/`), or a Hub id, which is downloaded."""
+    """The folder of MODEL: a model's or an adapter's, a run's (its `model/`), or a Hub id's, which is downloaded."""
     path = Path(model)
     for candidate in (path, path / "model"):
-        if (candidate / "config.json").is_file():
+        if is_model_folder(candidate):
             return candidate
     if path.exists():
         raise UserError(f"{path}: neither a model folder (it has no config.json) nor a run folder with model/ in it")
@@ -110,9 +162,14 @@ def resolve_model_folder(model: str | Path) -> Path:
         raise UserError(
             f"{model}: no such folder here, and the Hugging Face Hub could not give it ({reason})"
         ) from error
-    if not (folder / "config.json").is_file():
+    if not is_model_folder(folder):
         raise UserError(f"{model}: the Hub has it, but without a config.json")
     return folder
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Whether `folder` holds a model or an adapter."""
+    return (folder / "config.json").is_file() or is_adapter(folder)
 
 
 def _token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:

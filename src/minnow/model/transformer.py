@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,9 @@ from minnow.model.config import ModelConfig
 from minnow.model.init import InitConfig, initialize
 from minnow.model.norm import RMSNorm
 from minnow.model.rope import rotary_tables, rotate
+
+if TYPE_CHECKING:
+    from minnow.model.lora import Adapter
 
 QKV = tuple[Tensor, Tensor, Tensor]
 
@@ -116,7 +119,7 @@ class CausalLM(nn.Module):
 
     compute_dtype: dtype of the residual stream and of all products; the parameters keep their own (fp32
     masters). gradient_checkpointing: keep only each layer's input and recompute the layer in the backward
-    pass.
+    pass. adapter: what `add_lora` put beside its linear layers; only that is trained and saved then.
     """
 
     def __init__(self, config: ModelConfig, init: InitConfig | None = None, seed: int = 0) -> None:
@@ -128,6 +131,7 @@ class CausalLM(nn.Module):
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compute_dtype = torch.float32
         self.gradient_checkpointing = False
+        self.adapter: Adapter | None = None
         self._compiled: tuple[Callable[..., QKV], Callable[..., Tensor]] | None = None
         initialize(self, init or InitConfig(), seed)
 

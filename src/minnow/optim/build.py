@@ -14,17 +14,19 @@ from minnow.optim.muon import Muon
 
 Kind = Literal["matrix", "embedding", "norm", "other"]
 
-MATRIX_NAMES = frozenset({"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"})
+MATRIX_NAMES = frozenset(
+    {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lora_A", "lora_B"}
+)
 EMBEDDING_NAMES = frozenset({"embed_tokens", "lm_head"})
 
 
 def kind_of(name: str, parameter: Tensor) -> Kind:
     """Sort a parameter by name and dimensions.
 
-    - "matrix": q, k, v, o, gate, up, down, also stacked [experts, out, in];
+    - "matrix": q, k, v, o, gate, up, down, also stacked [experts, out, in], and the matrices of LoRA;
     - "embedding": token embedding and head;
     - "norm": everything of one dimension (norm gains and biases);
-    - "other": the rest (routers, adapters, projectors).
+    - "other": the rest (routers, projectors).
     """
     if parameter.ndim <= 1:
         return "norm"

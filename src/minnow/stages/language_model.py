@@ -12,6 +12,7 @@ from rich.console import Console
 from minnow.config import UserError
 from minnow.data.batches import PackedDataset
 from minnow.data.prepare import DataConfig, PreparedData, prepare
+from minnow.model.lora import LoraConfig
 from minnow.model.size import parameter_count, training_flops_per_token
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
@@ -41,6 +42,8 @@ class LanguageModelConfig:
     """The optimizer."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The learning rate over time."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Train adapters beside a frozen model instead of the model (rank 0: no)."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,15 @@ def pack_data(config: LanguageModelConfig, tokenizer: Tokenizer, kind: Literal["
         for shards in (prepared.train, prepared.validation)
     )
     return PackedData(prepared, train_rows, validation_rows)
+
+
+def trained_parameters(model: CausalLM) -> str:
+    """What is trained, for a person: "5,242,880 parameters", or those of the adapters and of the frozen model."""
+    total = parameter_count(model.config)
+    if model.adapter is None:
+        return f"{total:,} parameters"
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return f"{trained:,} parameters in adapters beside {total:,} frozen ones"
 
 
 def total_steps(config: TrainingConfig, rows: int, rows_per_batch: int) -> int:
@@ -95,7 +107,7 @@ def run_language_model(
     tokens = steps * rows_per_batch * config.sequence_length
     flops = tokens * training_flops_per_token(model.config, config.sequence_length / 4)
     console.print(
-        f"{kind}: {parameter_count(model.config):,} parameters; {tokens:,} tokens in {steps} updates of "
+        f"{kind}: {trained_parameters(model)}; {tokens:,} tokens in {steps} updates of "
         f"{config.training.batch_tokens:,}; {flops:.2e} FLOPs; rows {packed.train.fill:.1%} full; "
         f"{machine.device.type}, {config.training.precision}",
         highlight=False,

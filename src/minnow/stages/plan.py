@@ -16,8 +16,7 @@ from rich.table import Table
 
 from minnow.config import UserError, atomic_write
 from minnow.model.config import ModelConfig
-from minnow.model.hf_config import from_hf_config
-from minnow.model.pretrained import resolve_model_folder
+from minnow.model.pretrained import read_config, resolve_model_folder
 from minnow.model.size import parameter_count, training_flops_per_token
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, build_optimizers
@@ -146,10 +145,9 @@ def _shape(config: Config) -> ModelConfig:
     if config.init_from is None:
         return dataclasses.replace(config.model, max_position_embeddings=config.sequence_length)
     try:
-        file = resolve_model_folder(config.init_from) / "config.json"
+        shape = read_config(resolve_model_folder(config.init_from))
     except UserError as error:
         raise UserError(f"{error} (give --init_from null and a shape with --model.* instead)") from None
-    shape = from_hf_config(json_module.loads(file.read_text(encoding="utf-8")), str(file))
     shape.check_sequence_length(config.sequence_length)
     return shape
 

@@ -10,10 +10,10 @@ from rich.console import Console
 from minnow.config import UserError
 from minnow.model.config import ModelConfig
 from minnow.model.context import ContextConfig
-from minnow.model.pretrained import load_pretrained, resolve_model_folder
 from minnow.model.transformer import CausalLM
 from minnow.stages.language_model import LanguageModelConfig, run_language_model
 from minnow.tokenizer import Tokenizer
+from minnow.training.session import load_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +34,9 @@ def run(config: Config) -> None:
     """Train, and leave the model in `RUN/model`."""
     console = Console(stderr=True)
     if config.init_from is not None:
-        folder = resolve_model_folder(config.init_from)
-        model = load_pretrained(folder)
-        tokenizer = Tokenizer.from_pretrained(config.tokenizer or folder)
+        model, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
+        if config.tokenizer is not None:
+            tokenizer = Tokenizer.from_pretrained(config.tokenizer)
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
                 f"--tokenizer has {tokenizer.vocab_size} tokens, {config.init_from} only {model.config.vocab_size}"
@@ -50,6 +50,8 @@ def run(config: Config) -> None:
                 "--rope-scaling stretches the context of a trained model: name it with --init-from "
                 "(a new one learns its sequence_length anyway)"
             )
+        if config.lora.rank:
+            raise UserError("--lora.rank needs a trained model to stand beside: give --init_from")
         if config.tokenizer is None:
             raise UserError("--tokenizer is missing: give a tokenizer folder (make one: minnow tokenizer train)")
         tokenizer = Tokenizer.from_pretrained(config.tokenizer)

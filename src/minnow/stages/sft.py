@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 
 from rich.console import Console
 
-from minnow.model.pretrained import load_pretrained, resolve_model_folder
 from minnow.stages.language_model import LanguageModelConfig, run_language_model
-from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
+from minnow.training.session import load_start
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +25,7 @@ class Config(LanguageModelConfig):
 
 def run(config: Config) -> None:
     """Train, and leave the model in `RUN/model`."""
-    folder = resolve_model_folder(config.init_from)
-    tokenizer = Tokenizer.from_pretrained(folder)
+    model, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
     tokenizer.require_chat_tokens()
-    model = load_pretrained(folder)
     model.config.check_sequence_length(config.sequence_length)
     run_language_model(config, tokenizer, model, "sft", Console(stderr=True))

@@ -58,6 +58,9 @@ def load(folder_or_hub_id: str | Path) -> tuple[tokenizers.Tokenizer, str]:
     path = Path(folder_or_hub_id)
     if path.is_dir():
         folder = path if _is_tokenizer(path) else path / "model"
+        if not _is_tokenizer(folder) and (path / "adapter_config.json").exists():  # PEFT's, of a base that has one
+            base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
+            return load(base)
         if not _is_tokenizer(folder):
             raise UserError(f"{path}: no tokenizer.json here, nor in {path / 'model'}")
     else:

@@ -1,7 +1,8 @@
 """Checkpoints: everything a run needs to continue bit for bit, written whole or not at all.
 
-`checkpoints/step-00000100/` holds the model (Hugging Face format, fp32 masters), `optimizers.safetensors` and
-`state.json`. It is written under a temporary name and renamed, so a folder called `step-*` is always complete.
+`checkpoints/step-00000100/` holds the model (Hugging Face format, fp32 masters) or its adapters,
+`optimizers.safetensors` and `state.json`. It is written under a temporary name and renamed, so a folder called `step-*`
+is always complete.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minnow.model.pretrained import load_pretrained, save_pretrained
+from minnow.model.pretrained import load_weights, save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.optim import load_named_state, named_state
 
@@ -37,8 +38,7 @@ class Checkpoint:
 
     def load(self, model: CausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
         """Copy weights and optimizer state into `model` and `optimizers`; return the loop's state."""
-        saved = load_pretrained(self.folder, dtype=torch.float32)
-        model.load_state_dict(saved.state_dict())
+        load_weights(model, self.folder)
         state = self.state()
         by_parameter: dict[str, dict[str, Tensor]] = {}
         for key, tensor in load_file(self.folder / "optimizers.safetensors").items():

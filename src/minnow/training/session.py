@@ -14,7 +14,9 @@ import yaml
 from rich.console import Console
 
 from minnow.config import UserError, atomic_write, config_to_yaml
-from minnow.model.pretrained import save_pretrained
+from minnow.model.adapter import is_adapter
+from minnow.model.lora import LoraConfig, add_lora
+from minnow.model.pretrained import is_model_folder, load_pretrained, resolve_model_folder, save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
@@ -44,8 +46,14 @@ class Machine:
         return cls(device, choose_precision(config.precision, device))
 
     def place(self, model: CausalLM, config: TrainingConfig, total_flops: float, say: Say) -> CausalLM:
-        """Move `model` to the device in fp32 masters, set its compute dtype, compile it if that pays."""
+        """Move `model` to the device, set its compute dtype, compile it if that pays.
+
+        What is trained is held in fp32; frozen matrices need no master and are held in the compute dtype.
+        """
         model.to(self.device, torch.float32)
+        for parameter in model.parameters():
+            if not parameter.requires_grad and parameter.ndim > 1:
+                parameter.data = parameter.data.to(self.dtype)
         model.compute_dtype = self.dtype
         model.gradient_checkpointing = config.gradient_checkpointing
         if self._compile(config, total_flops, say):
@@ -75,7 +83,7 @@ class RunFolder:
     @property
     def finished(self) -> bool:
         """Whether the final model is there: it is the last thing a run writes."""
-        return (self.model_folder / "config.json").exists()
+        return is_model_folder(self.model_folder)
 
     def clear(self, made_by: str) -> None:
         """Delete the folder, if a file called `made_by` shows that it is a run: a mistyped --run costs nothing."""
@@ -121,6 +129,7 @@ class RunFolder:
 
 def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Console) -> None:
     """Resume if there is something to resume, train, and write the final model (the best one under `patience`)."""
+    torch.manual_seed(trainer.config.seed)  # dropout draws from it; a checkpoint puts it back where it was
     if trainer.resume():
         console.print(f"continuing {run.path} from step {trainer.state.step}", highlight=False)
     try:
@@ -132,6 +141,21 @@ def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Conso
         trainer.load_best()
     save_pretrained(trainer.model, run.model_folder, tokenizer=tokenizer)
     console.print(f"model written to {run.model_folder}", highlight=False)
+
+
+def load_start(init_from: str, lora: LoraConfig, *, seed: int) -> tuple[CausalLM, Tokenizer]:
+    """The model that a stage starts from, and its tokenizer.
+
+    With `lora.rank` the model is frozen and has fresh adapters, which alone are trained, checkpointed and saved.
+    """
+    folder = resolve_model_folder(init_from)
+    model = load_pretrained(folder)
+    if lora.rank:
+        if is_adapter(folder):
+            raise UserError(f"{init_from} is an adapter: merge it (minnow merge-lora) before another is put on it")
+        base = str(folder.resolve()) if Path(init_from).exists() else init_from
+        add_lora(model, lora, base=base, seed=seed)
+    return model, Tokenizer.from_pretrained(folder)
 
 
 def with_machine(config: ConfigT, machine: Machine) -> ConfigT:

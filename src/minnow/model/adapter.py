@@ -1,0 +1,161 @@
+"""Adapters in PEFT's files: adapter_config.json and adapter_model.safetensors."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from minnow.config import UserError
+from minnow.model.lora import Adapter, LoraConfig, linear_names, lora_layers, replace_linear
+from minnow.model.transformer import CausalLM, Linear
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+# What else PEFT can do: a value that is neither this one nor missing changes what the adapter computes.
+_PLAIN: dict[str, Any] = {
+    "peft_type": "LORA",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "lora_bias": False,
+    "modules_to_save": None,
+    "trainable_token_indices": None,
+    "layer_replication": None,
+    "target_parameters": None,
+    "alora_invocation_tokens": None,
+    "corda_config": None,
+    "eva_config": None,
+}
+
+
+def is_adapter(folder: Path) -> bool:
+    """Whether `folder` holds an adapter, not a whole model."""
+    return (folder / CONFIG).is_file()
+
+
+def write_adapter(model: CausalLM, folder: Path) -> None:
+    """Write the adapters of `model`, and nothing else of it, into an existing folder."""
+    assert model.adapter is not None
+    weights = {_PREFIX + name: p.detach().cpu().contiguous() for name, p in _adapter_parameters(model).items()}
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    text = json.dumps(_to_peft(model, model.adapter), indent=2, ensure_ascii=False) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def load_adapter_weights(model: CausalLM, folder: Path) -> None:
+    """Copy what `write_adapter` wrote into the adapters that `model` has. UserError when they are others."""
+    weights = _read_weights(folder)
+    parameters = _adapter_parameters(model)
+    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if {name: tuple(tensor.shape) for name, tensor in weights.items()} != shapes:
+        raise UserError(f"{folder}: its adapters have other layers or another rank than this model's")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def base_of(folder: Path) -> str:
+    """The model that the adapter in `folder` belongs to: a folder or a Hub id."""
+    base = _read_config(folder).get("base_model_name_or_path")
+    if not base:
+        raise UserError(f"{folder / CONFIG}: it does not name its model (base_model_name_or_path)")
+    return str(base)
+
+
+def attach_adapter(model: CausalLM, folder: Path) -> None:
+    """Put the adapter of `folder`, ours or PEFT's, onto its base `model`. UserError for what cannot be honoured."""
+    config, weights = _read_config(folder), _read_weights(folder)
+    for key, plain in _PLAIN.items():
+        if config.get(key, plain) not in (plain, {}, [], None):
+            raise UserError(f"{folder / CONFIG}: {key} = {config[key]!r} is not supported (only {plain!r})")
+    known = set(linear_names(model))
+    suffix = ".lora_A.weight"
+    for name in [key.removesuffix(suffix) for key in weights if key.endswith(suffix)]:
+        if name not in known:
+            raise UserError(f"{folder}: it adapts {name}, which is no linear layer of the base model's decoder")
+        rank = weights[name + suffix].shape[0]
+        alpha = float(_by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)))
+        scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        replace_linear(model, name, rank, scaling, dora=bool(config.get("use_dora")))
+    model.requires_grad_(False)
+    settings = LoraConfig(rank=config.get("r", 8), rslora=bool(config.get("use_rslora")))
+    model.adapter = Adapter(settings, config.get("base_model_name_or_path") or "")
+    load_adapter_weights(model, folder)
+
+
+def _adapter_parameters(model: CausalLM) -> dict[str, torch.nn.Parameter]:
+    return {
+        f"{name}.{own}": parameter
+        for name, layer in lora_layers(model).items()
+        for own, parameter in layer.named_parameters()
+        if own.startswith("lora_")
+    }
+
+
+def _to_peft(model: CausalLM, adapter: Adapter) -> dict[str, Any]:
+    config = adapter.config
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": adapter.base,
+        "revision": None,
+        "inference_mode": True,
+        "r": config.rank,
+        "lora_alpha": config.chosen_alpha,
+        "lora_dropout": config.dropout,
+        "use_rslora": config.rslora,
+        "use_dora": config.dora,
+        "target_modules": _target_modules(model),
+        "rank_pattern": {},
+        "alpha_pattern": {},
+        "fan_in_fan_out": False,
+        "bias": "none",
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+        "init_lora_weights": True,
+    }
+
+
+def _target_modules(model: CausalLM) -> list[str]:
+    """Last parts of names (q_proj) where they mean exactly the adapted layers, else whole names."""
+    adapted = list(lora_layers(model))
+    ends = sorted({name.rpartition(".")[2] for name in adapted})
+    left_out = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module) is Linear}
+    left_out -= {"lora_A", "lora_B"}
+    return adapted if left_out & set(ends) else ends
+
+
+def _by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern (a regular expression) that fits the end of the name."""
+    fits = (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", name))
+    return next(fits, default)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{folder / CONFIG}: not valid JSON ({error})") from error
+    return config
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    """Tensors by our names."""
+    file = folder / WEIGHTS
+    if not file.is_file():
+        raise UserError(f"{folder}: no {WEIGHTS} in it (a pickle is never read)")
+    try:
+        weights = load_file(file)
+    except SafetensorError as error:
+        raise UserError(f"{file}: not a whole safetensors file ({error})") from error
+    # Some versions of PEFT write the magnitudes as a module's weight.
+    names = {key: key.removeprefix(_PREFIX).replace("magnitude_vector.weight", "magnitude_vector") for key in weights}
+    return {names[key]: tensor for key, tensor in weights.items()}

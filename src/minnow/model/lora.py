@@ -1,0 +1,190 @@
+"""LoRA: a frozen model learns through narrow matrices beside its linear layers.
+
+    y = W x + s B A dropout(x)          s = alpha / rank, or alpha / sqrt(rank) with rsLoRA
+
+Hu et al., arXiv 2106.09685; rsLoRA: Kalajdzievski, arXiv 2312.03732; DoRA: Liu et al., arXiv 2402.09353. Parameters
+bear PEFT's names (`q_proj.lora_A.weight`), so that adapter.py writes PEFT's files from them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minnow.config import UserError
+from minnow.model.transformer import CausalLM, Linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank adapters beside a frozen model."""
+
+    rank: int = 0
+    """Inner width of the adapters; 0: none, the whole model is trained."""
+    alpha: float | None = None
+    """The adapter's output is multiplied by alpha / rank. None: 2 * rank."""
+    dropout: float = 0.0
+    """Share of an adapter's inputs that is dropped in training."""
+    rslora: bool = False
+    """Multiply by alpha / sqrt(rank) instead: large ranks then learn as fast as small ones."""
+    dora: bool = False
+    """Learn the length of each row of the weight apart from its direction; slower, often better at small ranks."""
+    targets: tuple[str, ...] = ("*_proj",)
+    """Linear layers to adapt: patterns with * and ? of names or of their ends, such as q_proj or layers.0.mlp.*"""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise UserError(f"lora.rank is {self.rank}: give 1 or more, or 0 to train the whole model")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"lora.dropout is {self.dropout}: it lies from 0 to below 1")
+        if self.rank and not self.targets:
+            raise UserError("lora.targets is empty: name at least one pattern of linear layers")
+
+    @property
+    def chosen_alpha(self) -> float:
+        """`alpha`, or its default."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a model's adapters are: their settings, and the model that they belong to."""
+
+    config: LoraConfig
+    base: str
+    """Folder or Hub id of the frozen model."""
+
+
+class LoraLinear(Linear):
+    """A frozen linear layer with an adapter beside it; takes over `linear`'s own weight and bias.
+
+    With DoRA, `lora_magnitude_vector` m [out] holds the rows' lengths, with the norm taken as a constant in the
+    backward pass (2402.09353, section 4.3):
+
+        y = m / ||W + s B A||_row * (W x + s B A dropout(x))
+    """
+
+    def __init__(self, linear: Linear, rank: int, scaling: float, *, dropout: float = 0.0, dora: bool = False) -> None:
+        bias = linear.bias is not None
+        super().__init__(linear.in_features, linear.out_features, bias=bias, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.scaling, self.dropout = scaling, dropout
+        self.enabled = True
+        device = linear.weight.device
+        self.lora_A = Linear(linear.in_features, rank, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = Linear(rank, linear.out_features, bias=False, device=device, dtype=torch.float32)
+        self.lora_magnitude_vector = nn.Parameter(torch.empty(linear.out_features, device=device)) if dora else None
+
+    @torch.no_grad()
+    def initialize(self, generator: torch.Generator) -> None:
+        """A uniform in +-1/sqrt(in), B zero, m the rows' lengths: the layer starts as it was. Drawn on the CPU."""
+        bound = 1 / math.sqrt(self.in_features)
+        drawn = torch.empty(self.lora_A.weight.shape, device="cpu").uniform_(-bound, bound, generator=generator)
+        self.lora_A.weight.copy_(drawn)
+        self.lora_B.weight.zero_()
+        if self.lora_magnitude_vector is not None:
+            self.lora_magnitude_vector.copy_(self.weight.float().norm(dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out], in x's dtype."""
+        if not self.enabled:
+            return super().forward(x)
+        y = F.linear(x, self.weight.to(x.dtype))
+        y = y + self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training))) * self.scaling
+        if self.lora_magnitude_vector is not None:
+            y = y * (self.lora_magnitude_vector / _row_lengths(self._direction()).detach()).to(x.dtype)
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    @torch.no_grad()
+    def merged(self) -> Linear:
+        """The plain layer that computes the same, in the weight's own dtype."""
+        weight = self._direction()
+        if self.lora_magnitude_vector is not None:
+            weight = weight * (self.lora_magnitude_vector / _row_lengths(weight)).unsqueeze(1)
+        linear = Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight, linear.bias = nn.Parameter(weight.to(self.weight.dtype)), self.bias
+        return linear
+
+    def _direction(self) -> Tensor:
+        """W + s B A in float32."""
+        return self.weight.float() + self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+
+
+def _row_lengths(weight: Tensor) -> Tensor:
+    """Not zero: a row that starts at zero has no direction, and stays zero."""
+    return weight.norm(dim=1).clamp_min(1e-12)
+
+
+def linear_names(model: CausalLM) -> list[str]:
+    """Names of the layers that can be adapted: all plain linear ones of the decoder, not the head."""
+    return [f"model.{name}" for name, module in model.model.named_modules() if type(module) is Linear]
+
+
+def add_lora(model: CausalLM, config: LoraConfig, *, base: str, seed: int = 0) -> None:
+    """Freeze `model` and put an untrained adapter beside every linear layer that `config.targets` names.
+
+    `base` is written into the adapter's files. UserError for a pattern that fits no layer.
+    """
+    if model.adapter is not None:
+        raise ValueError("the model has adapters already")
+    names = linear_names(model)
+    chosen: set[str] = set()
+    for pattern in config.targets:
+        fits = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")}
+        if not fits:
+            kinds = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
+            raise UserError(f"lora.targets: {pattern!r} fits no linear layer of this model; they are called {kinds}")
+        chosen |= fits
+    scaling = config.chosen_alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
+    model.requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    for name in names:
+        if name in chosen:
+            layer = replace_linear(model, name, config.rank, scaling, dropout=config.dropout, dora=config.dora)
+            layer.initialize(generator)
+    model.adapter = Adapter(config, base)
+
+
+def replace_linear(
+    model: CausalLM, name: str, rank: int, scaling: float, *, dropout: float = 0.0, dora: bool = False
+) -> LoraLinear:
+    """Put a `LoraLinear` with undrawn adapter weights in the place of the layer `name`."""
+    linear = model.get_submodule(name)
+    assert isinstance(linear, Linear)
+    layer = LoraLinear(linear, rank, scaling, dropout=dropout, dora=dora)
+    model.set_submodule(name, layer)
+    return layer
+
+
+def lora_layers(model: CausalLM) -> dict[str, LoraLinear]:
+    """The adapted layers by name, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLinear)}
+
+
+@torch.no_grad()
+def merge_lora(model: CausalLM) -> None:
+    """Add the adapters to the weights: a plain model that computes the same, all of it trainable again."""
+    for name, layer in lora_layers(model).items():
+        model.set_submodule(name, layer.merged())
+    model.adapter = None
+    model.requires_grad_(True)
+
+
+@contextmanager
+def adapters_off(model: CausalLM) -> Iterator[None]:
+    """Let `model` compute as its frozen base does: the reference model of preference training, for nothing."""
+    layers = lora_layers(model).values()
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enabled = True

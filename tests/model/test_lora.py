@@ -1,0 +1,250 @@
+"""LoRA computes what the papers write, merges without a trace, and PEFT agrees in both directions."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import peft
+import pytest
+import torch
+from model_helpers import positions_like, row_logits, tiny_model
+from transformers import AutoModelForCausalLM
+
+from minnow.config import UserError
+from minnow.model.adapter import attach_adapter
+from minnow.model.attention import CausalAttention
+from minnow.model.lora import LoraConfig, adapters_off, add_lora, lora_layers, merge_lora
+from minnow.model.pretrained import load_pretrained, load_with_adapter, save_pretrained
+
+TOKENS_BT = torch.randint(97, (2, 12), generator=torch.Generator().manual_seed(3))
+SHAPES = {"qwen3": {}, "qwen2": {"attention_bias": True, "qk_norm": False, "head_dim": 12}}
+KINDS = {
+    "plain": {},
+    "alpha": {"alpha": 5.0},
+    "rslora": {"rslora": True},
+    "dora": {"dora": True},
+    "some": {"targets": ("q_proj", "layers.1.mlp.*"), "rslora": True, "dora": True},
+}
+
+
+def adapted(base="base", seed=0, shape=None, **settings):
+    """A random model with random adapters: nothing hides behind a B of zero."""
+    model = tiny_model(seed, **(shape or {}))
+    add_lora(model, LoraConfig(**({"rank": 4} | settings)), base=str(base))
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.empty(parameter.shape).uniform_(-0.1, 0.1, generator=generator))
+    return model
+
+
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_formula(settings, shape):
+    """Against float64, written out for each layer."""
+    for layer in lora_layers(adapted(shape=shape, **settings)).values():
+        x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1))
+        rank = layer.lora_A.weight.shape[0]
+        s = settings.get("alpha", 8.0) / (math.sqrt(rank) if settings.get("rslora") else rank)
+        w = layer.weight.double() + s * layer.lora_B.weight.double() @ layer.lora_A.weight.double()
+        if settings.get("dora"):
+            w = layer.lora_magnitude_vector.double()[:, None] * w / w.pow(2).sum(1, keepdim=True).sqrt()
+        expected = x.double() @ w.T + (0 if layer.bias is None else layer.bias.double())
+        torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(layer.merged()(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+def test_starts_as_the_base_and_merges_to_the_same(settings):
+    base = tiny_model()
+    model = tiny_model()
+    add_lora(model, LoraConfig(rank=4, **settings), base="base")
+    torch.testing.assert_close(row_logits(model, TOKENS_BT), row_logits(base, TOKENS_BT), rtol=1e-5, atol=1e-5)
+    model = adapted(**settings)
+    before = row_logits(model, TOKENS_BT)
+    assert not torch.allclose(before, row_logits(base, TOKENS_BT), atol=1e-2)
+    with adapters_off(model):
+        torch.testing.assert_close(row_logits(model, TOKENS_BT), row_logits(base, TOKENS_BT), rtol=0, atol=0)
+    torch.testing.assert_close(row_logits(model, TOKENS_BT), before, rtol=0, atol=0)
+    merge_lora(model)
+    assert not lora_layers(model)
+    assert set(model.state_dict()) == set(base.state_dict())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    torch.testing.assert_close(row_logits(model, TOKENS_BT), before, rtol=1e-5, atol=1e-5)
+
+
+def test_only_adapters_are_trained():
+    model = adapted(dora=True)
+    row_logits(model, TOKENS_BT).pow(2).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name)
+        assert (parameter.grad is not None) == ("lora_" in name), name
+        if parameter.grad is not None:
+            assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("settings", [KINDS["plain"], KINDS["dora"]], ids=["plain", "dora"])
+def test_gradients_are_pefts(settings, tmp_path):
+    """The loss of PEFT's model and of ours have the same gradient in every adapter weight."""
+    save_pretrained(tiny_model(), tmp_path / "base")
+    model = adapted(tmp_path / "base", **settings)
+    save_pretrained(model, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter", is_trainable=True
+    ).eval()
+    row_logits(model, TOKENS_BT).tanh().sum().backward()
+    theirs(TOKENS_BT).logits.tanh().sum().backward()
+    gradients = {name.replace(".default", ""): p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    ours = {f"base_model.model.{name}": p.grad for name, p in model.named_parameters() if p.requires_grad}
+    ours = {n + ".weight" if n.endswith("magnitude_vector") else n: gradient for n, gradient in ours.items()}
+    assert set(ours) == set(gradients)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_peft_loads_ours(settings, shape, tmp_path):
+    save_pretrained(tiny_model(**shape), tmp_path / "base")
+    model = adapted(tmp_path / "base", shape=shape, **settings)
+    save_pretrained(model, tmp_path / "adapter")
+    assert sorted(p.name for p in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    ).eval()
+    ours = row_logits(model, TOKENS_BT)
+    torch.testing.assert_close(ours, theirs(TOKENS_BT).logits, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(ours, theirs.merge_and_unload()(TOKENS_BT).logits, rtol=1e-5, atol=1e-5)
+    again = load_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(row_logits(again, TOKENS_BT), ours, rtol=1e-5, atol=1e-5)
+
+
+PEFTS = {
+    "list": {"target_modules": ["q_proj", "down_proj"]},
+    "expression": {"target_modules": r".*layers\.[02]\..*(k_proj|up_proj)", "use_rslora": True},
+    "all": {"target_modules": "all-linear", "use_dora": True},
+    "patterns": {
+        "target_modules": ["q_proj", "k_proj", "down_proj"],
+        "rank_pattern": {"down_proj": 2, r"layers\.1\.self_attn\.q_proj": 6},
+        "alpha_pattern": {"k_proj": 40, r"layers\.[01]\.mlp\.down_proj": 3},
+    },
+    "layers": {"target_modules": ["v_proj"], "layers_to_transform": [1]},
+}
+
+
+@pytest.mark.parametrize("settings", PEFTS.values(), ids=PEFTS)
+def test_ours_loads_pefts(settings, tmp_path):
+    save_pretrained(tiny_model(), tmp_path / "base")
+    config = peft.LoraConfig(r=4, lora_alpha=12, task_type="CAUSAL_LM", **settings)
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.empty(parameter.shape).uniform_(-0.1, 0.1, generator=generator))
+    theirs.save_pretrained(tmp_path / "adapter")
+    expected = theirs(TOKENS_BT).logits
+    loaded = load_with_adapter(tmp_path / "adapter")
+    torch.testing.assert_close(row_logits(loaded, TOKENS_BT), expected, rtol=1e-5, atol=1e-5)
+    merged = load_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(row_logits(merged, TOKENS_BT), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"bias": "all"}, "bias = 'all' is not supported"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
+        ({"base_model_name_or_path": None}, "does not name its model"),
+        ({"base_model_name_or_path": "gone"}, "its base cannot be had: gone: no such folder"),
+    ],
+)
+def test_what_cannot_be_honoured_is_refused(change, message, tmp_path):
+    save_pretrained(tiny_model(), tmp_path / "base")
+    save_pretrained(adapted(tmp_path / "base"), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(UserError, match=message):
+        load_pretrained(tmp_path / "adapter")
+
+
+def test_an_adapter_of_another_shape_is_refused(tmp_path):
+    save_pretrained(adapted(), tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"adapts model\.layers\.2\..*, which is no linear layer"):
+        attach_adapter(tiny_model(num_hidden_layers=2), tmp_path / "adapter")
+    with pytest.raises(UserError, match="other layers or another rank"):
+        attach_adapter(tiny_model(hidden_size=32), tmp_path / "adapter")
+
+
+def test_settings_are_checked():
+    with pytest.raises(UserError, match="'qproj' fits no linear layer of this model; they are called down_proj, gate"):
+        add_lora(tiny_model(), LoraConfig(rank=2, targets=("*_proj", "qproj")), base="")
+    for wrong in ({"rank": -1}, {"dropout": 1.0}, {"rank": 1, "targets": ()}):
+        with pytest.raises(UserError, match=r"lora\."):
+            LoraConfig(**wrong)
+
+
+def test_dropout_is_of_training_only():
+    model = adapted(dropout=0.5)
+    torch.manual_seed(0)
+    model.train()
+    assert not torch.equal(row_logits(model, TOKENS_BT), row_logits(model, TOKENS_BT))
+    model.eval()
+    assert torch.equal(row_logits(model, TOKENS_BT), row_logits(model, TOKENS_BT))
+
+
+def test_gradient_checkpointing_draws_the_same_dropout_again():
+    gradients = []
+    for checkpointing in (False, True):
+        model = adapted(dropout=0.5)
+        model.gradient_checkpointing = checkpointing
+        model.train()
+        torch.manual_seed(0)
+        row_logits(model, TOKENS_BT).pow(2).sum().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed, rtol=0, atol=0)
+
+
+@pytest.mark.slow
+def test_compiled():
+    model, plain = adapted(dora=True), adapted(dora=True)
+    model.compile_backbone()
+    for one in (model, plain):
+        one(TOKENS_BT, positions_like(TOKENS_BT), CausalAttention()).pow(2).sum().backward()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if ours.requires_grad:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-4, msg=name)
+    with adapters_off(model):
+        off = model(TOKENS_BT, positions_like(TOKENS_BT), CausalAttention())
+    torch.testing.assert_close(model.logits(off), row_logits(tiny_model(), TOKENS_BT), rtol=1e-4, atol=1e-4)
+
+
+def test_bf16_base_keeps_fp32_adapters():
+    model = adapted()
+    expected = row_logits(model, TOKENS_BT)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.bfloat16)
+    model.compute_dtype = torch.bfloat16
+    assert (row_logits(model, TOKENS_BT) - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_dora_on_rows_of_zeros_stays_finite():
+    model = tiny_model()
+    with torch.no_grad():
+        model.get_submodule("model.layers.0.self_attn.o_proj").weight.zero_()
+    expected = row_logits(model, TOKENS_BT)
+    add_lora(model, LoraConfig(rank=2, dora=True), base="")
+    logits = row_logits(model, TOKENS_BT)
+    torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+    logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    merge_lora(model)
+    assert row_logits(model, TOKENS_BT).isfinite().all()
