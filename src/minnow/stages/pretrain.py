@@ -34,6 +34,8 @@ def run(config: Config) -> None:
     """Train, and leave the model in `RUN/model`."""
     console = Console(stderr=True)
     if config.init_from is not None:
+        if config.lora.rank and config.rope_scaling is not None:
+            raise UserError("--rope-scaling changes the model, and an adapter is saved without it: train it whole")
         model, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
         if config.tokenizer is not None:
             tokenizer = Tokenizer.from_pretrained(config.tokenizer)
