@@ -40,6 +40,7 @@ from minnow.training.config import TrainingConfig
 from minnow.training.objective import BatchSource, LanguageModeling, Objective, ObjectiveOutput, PackedBatches
 from minnow.training.session import Machine
 from minnow.training.trainer import Trainer
+from minnow.training.validation import LanguageModelValidation
 
 SEQUENCE_LENGTH = 1024
 MINIMIND_LENGTH = 340
@@ -149,8 +150,7 @@ def run_arm(
         objective=objective,
         source=source,
         total_steps=steps,
-        validation=validation,
-        token_bytes=token_bytes.numpy(),
+        validation=LanguageModelValidation(validation, token_bytes.numpy(), machine.device),
     )
     trainer.fit()
     records = trainer.metrics.read()

@@ -35,6 +35,7 @@ COMMANDS: dict[str, Command] = {
     "sft": Command("sft", "teach a base model to follow conversations"),
     "lora": Command("lora", "sft of small adapters beside a frozen model"),
     "merge-lora": Command("merge_lora", "an adapter and its model as one plain model"),
+    "dpo": Command("dpo", "teach a model which of two answers is the better one (DPO and its kin)"),
     "generate": Command("generate", "continue a text"),
     "chat": Command("chat", "talk with a model in the terminal"),
     "eval": Command("eval", "score a model on tasks, with error bars"),

@@ -15,6 +15,7 @@ from minnow.training.config import TrainingConfig
 from minnow.training.objective import LanguageModeling
 from minnow.training.probe import random_batch
 from minnow.training.trainer import Trainer
+from minnow.training.validation import LanguageModelValidation
 
 SHAPE = ModelConfig(
     vocab_size=64,
@@ -77,6 +78,9 @@ def make_trainer(folder: Path, *, steps: int = 12, source: RandomSource | None =
         objective=LanguageModeling(z_loss=1e-4),
         source=source or RandomSource(),
         total_steps=steps,
-        validation=[masked_batch(99_999)],
-        token_bytes=torch.arange(SHAPE.vocab_size, dtype=torch.int32).clamp(max=3).numpy(),
+        validation=LanguageModelValidation(
+            [masked_batch(99_999)],
+            torch.arange(SHAPE.vocab_size, dtype=torch.int32).clamp(max=3).numpy(),
+            torch.device("cpu"),
+        ),
     )

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minnow.data.packing import PackPlan, pack
+from minnow.data.packing import PackPlan, pack, pack_groups
 from minnow.data.shards import Shards
 from minnow.data.shuffle import permutation
 
@@ -40,10 +41,11 @@ class Batch:
     document_ids: tuple[tuple[int, ...], ...]
     """Documents of each row, in order."""
 
-    def to(self, device: torch.device | str) -> Batch:
-        """Return the batch with its [B, T] tensors on `device`; `cu_seqlens` stays on the CPU."""
-        names = ("tokens_BT", "targets_BT", "weights_BT", "positions_BT", "filler_BT")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+    def to(self, device: torch.device | str) -> Self:
+        """Return the batch with its tensors on `device`; `cu_seqlens` stays on the CPU."""
+        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        del tensors["cu_seqlens"]
+        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
 
     @property
     def num_real_tokens(self) -> int:
@@ -52,12 +54,22 @@ class Batch:
 
 
 class PackedDataset:
-    """The rows of one split: documents of `shards` packed into rows of `sequence_length` positions."""
+    """The rows of one split: documents of `shards` packed into rows of `sequence_length` positions.
 
-    def __init__(self, shards: Shards, sequence_length: int, *, split_documents: bool, seed: int = 0) -> None:
+    group: so many documents that follow one another share a row, in order (2 for pairs); they are not split.
+    """
+
+    def __init__(
+        self, shards: Shards, sequence_length: int, *, split_documents: bool, group: int = 1, seed: int = 0
+    ) -> None:
+        assert group == 1 or not split_documents, "documents that share a row are not split"
         self.shards = shards
         self.sequence_length = sequence_length
-        self.plan: PackPlan = pack(shards.lengths, sequence_length, split=split_documents, seed=seed)
+        self.plan: PackPlan = (
+            pack(shards.lengths, sequence_length, split=split_documents, seed=seed)
+            if group == 1
+            else pack_groups(shards.lengths, group, sequence_length, seed=seed)
+        )
 
     @property
     def num_rows(self) -> int:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from minnow.data.long_conversations import cut_conversation
+from minnow.data.long_conversations import Piece, cut_conversation
+from minnow.data.pairs import PreferencePair, parse_preference
 from minnow.data.readers import Raw, parse_row
 from minnow.data.records import Document, RowError, canonical, parse_conversation, parse_document
 from minnow.data.shards import token_dtype
 from minnow.tokenizer.chat import Conversation, training_examples
 from minnow.tokenizer.tokenizer import Tokenizer
 
-Kind = Literal["pretrain", "sft"]
+Example = Document | Conversation | PreferencePair
+Kind = Literal["pretrain", "sft", "preference"]
 Side = Literal["split", "train", "validation"]
 RawBatch = list[tuple[int, int, Raw]]  # (source, number in it, row)
 
@@ -86,29 +88,37 @@ def encode(batch: RawBatch, options: EncodeOptions, tokenizer: Tokenizer, *, num
     if options.kind == "pretrain":
         _encode_documents(found, [example for example, _, _ in kept], tokenizer, num_threads)  # type: ignore[misc]
         repeats = np.ones(len(kept), np.int64)
-    else:
+    elif options.kind == "sft":
         conversations: list[Conversation] = [example for example, _, _ in kept]  # type: ignore[misc]
         repeats = _encode_conversations(found, conversations, tokenizer, options.sequence_length)
+    else:
+        pairs: list[PreferencePair] = [example for example, _, _ in kept]  # type: ignore[misc]
+        repeats = _encode_pairs(found, pairs, tokenizer, options.sequence_length)
     found.copies = np.repeat(np.array([copies for _, copies, _ in kept], np.int64), repeats)
     found.is_validation = np.repeat(np.array([side for _, _, side in kept], bool), repeats)
     return found
 
 
-def _examples(
-    batch: RawBatch, options: EncodeOptions, found: Checked
-) -> Iterator[tuple[Document | Conversation, int, bool]]:
+_PARSERS: dict[Kind, Callable[[Mapping[str, Any]], Example]] = {
+    "pretrain": parse_document,
+    "sft": parse_conversation,
+    "preference": parse_preference,
+}
+
+
+def _examples(batch: RawBatch, options: EncodeOptions, found: Checked) -> Iterator[tuple[Example, int, bool]]:
     """Yield (example, copies, is validation) of the good rows that the mixture takes; note the bad ones."""
-    parse = parse_document if options.kind == "pretrain" else parse_conversation
+    parse = _PARSERS[options.kind]
     for source, number, raw in batch:
         found.counts["rows"] += 1
         try:
-            example: Document | Conversation = parse(parse_row(raw))
+            example = parse(parse_row(raw))
         except RowError as error:
             found.counts["bad_rows"] += 1
             if len(found.bad) < NUM_SHOWN:
                 found.bad.append((source, number, str(error)))
             continue
-        content = canonical(example)
+        content = example.canonical() if isinstance(example, PreferencePair) else canonical(example)
         digest = hashlib.blake2b(content, digest_size=16).digest()
         split_hash, mixture_hash = (int.from_bytes(half, "big") for half in (digest[:8], digest[8:]))
         weight = options.weights[source]
@@ -142,8 +152,8 @@ def _encode_conversations(
     found: Encoded, conversations: list[Conversation], tokenizer: Tokenizer, sequence_length: int
 ) -> np.ndarray:
     """Returns how many documents each conversation became."""
-    token_bytes = _token_bytes(tokenizer)
-    tokens, weights, text_bytes, repeats = [], [], [], []
+    pieces_of_all: list[Piece] = []
+    repeats = []
     for conversation in conversations:
         num_pieces = 0
         for rendered in training_examples(tokenizer, conversation):
@@ -153,18 +163,44 @@ def _encode_conversations(
                 found.counts["cut_pieces"] += len(pieces)
                 found.counts["long_turns"] += long_turns
                 found.counts["long_systems"] += int(rendered.turn_starts[0]) > sequence_length
-            for ids, piece_weights in pieces:
-                tokens.append(ids)
-                weights.append(piece_weights)
-                text_bytes.append(token_bytes[ids[1:]][piece_weights[1:] > 0].sum())
+            pieces_of_all += pieces
             num_pieces += len(pieces)
         repeats.append(num_pieces)
-    dtype = token_dtype(tokenizer.vocab_size)
-    found.tokens = np.concatenate([np.empty(0, dtype), *tokens]).astype(dtype)
-    found.weights = np.concatenate([np.empty(0, np.float16), *weights]).astype(np.float16)
-    found.lengths = np.array([len(ids) for ids in tokens], np.int64)
-    found.text_bytes = np.array(text_bytes, np.int64)
+    _store(found, pieces_of_all, tokenizer)
     return np.array(repeats, np.int64)
+
+
+def _encode_pairs(
+    found: Encoded, pairs: list[PreferencePair], tokenizer: Tokenizer, sequence_length: int
+) -> np.ndarray:
+    """Two documents a pair, chosen and rejected, or none where they do not fit a row; returns how many each became.
+
+    Each ends in an end-of-text token that is never an input: so the last position of a piece has read the whole
+    conversation, which is where a reward model looks.
+    """
+    answers: list[Piece] = []
+    repeats = []
+    for pair in pairs:
+        both = pair.render(tokenizer)
+        fits = sum(len(rendered.ids) for rendered in both) <= sequence_length
+        found.counts["long_pairs"] += not fits
+        repeats.append(2 * fits)
+        if fits:
+            for rendered in both:
+                answers.append((np.append(rendered.ids, tokenizer.end_of_text_id), np.append(rendered.weights, 0.0)))
+    _store(found, answers, tokenizer)
+    return np.array(repeats, np.int64)
+
+
+def _store(found: Encoded, pieces: Sequence[Piece], tokenizer: Tokenizer) -> None:
+    """Lay weighted documents one after the other."""
+    token_bytes = _token_bytes(tokenizer)
+    dtype = token_dtype(tokenizer.vocab_size)
+    found.tokens = np.concatenate([np.empty(0, dtype), *(ids for ids, _ in pieces)]).astype(dtype)
+    found.weights = np.concatenate([np.empty(0, np.float16), *(weights for _, weights in pieces)]).astype(np.float16)
+    found.lengths = np.array([len(ids) for ids, _ in pieces], np.int64)
+    supervised_bytes = [token_bytes[ids[1:]][weights[1:] > 0].sum() for ids, weights in pieces]
+    found.text_bytes = np.array(supervised_bytes, np.int64)
 
 
 _bytes_of: dict[str, np.ndarray] = {}

@@ -84,6 +84,17 @@ def pack(lengths: np.ndarray, sequence_length: int, *, split: bool, seed: int) -
     return PackPlan(sequence_length, document, start, length, row_starts)
 
 
+def pack_groups(lengths: np.ndarray, group: int, sequence_length: int, *, seed: int) -> PackPlan:
+    """Plan one epoch in which each `group` documents that follow one another (a pair's two answers) share a row.
+
+    Nothing is split. A group whose positions together exceed a row must not be there.
+    """
+    positions = np.maximum(np.asarray(lengths, dtype=np.int64) - 1, 0)
+    plan = pack(positions.reshape(-1, group).sum(1) + 1, sequence_length, split=False, seed=seed)
+    documents = (plan.documents[:, None] * group + np.arange(group)).ravel()
+    return PackPlan(sequence_length, documents, np.zeros_like(documents), positions[documents], plan.row_starts * group)
+
+
 def _best_fit(
     documents: list[int], starts: list[int], lengths: list[int], size: int, split: bool
 ) -> tuple[array, array]:

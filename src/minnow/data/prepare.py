@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from minnow.config import UserError, atomic_write
+from minnow.data.batches import PackedDataset
 from minnow.data.encoding import NUM_SHOWN, Checked, Encoded, EncodeOptions, Kind, RawBatch, Side
 from minnow.data.fingerprint import fingerprint
 from minnow.data.readers import Raw, iter_raw
@@ -72,6 +73,8 @@ class PrepareReport:
     """Conversations whose system message, with its tools, fills a row alone: their turns are learnt without it."""
     bad_rows: tuple[str, ...]
     """FILE:LINE and what is wrong, of the first 20 rows left out."""
+    long_pairs: int = 0
+    """Preference pairs left out because both answers, each with the prompt, do not fit a row together."""
 
     def warnings(self) -> list[str]:
         """Sentences for what the user should know."""
@@ -90,6 +93,11 @@ class PrepareReport:
                 f"{self.long_systems} conversations have a system message, tools included, longer than a row and are "
                 "learnt without it: a longer sequence_length would keep it"
             )
+        if self.long_pairs:
+            found.append(
+                f"{self.long_pairs} of {self.documents} pairs do not fit a row (both answers, each with the prompt) "
+                "and were left out: a longer sequence_length would keep them"
+            )
         return found
 
 
@@ -102,6 +110,26 @@ class PreparedData:
     """Empty when `validation_fraction` is 0 or there is only one document."""
     folder: Path
     report: PrepareReport
+    kind: Kind
+
+    def packed(self, sequence_length: int, seed: int = 0) -> tuple[PackedDataset, PackedDataset]:
+        """Both splits as rows: texts may be split to fill them, conversations never are, and pairs stay together."""
+        train, validation = (
+            PackedDataset(
+                shards,
+                sequence_length,
+                split_documents=self.kind == "pretrain",
+                group=documents_per_example(self.kind),
+                seed=seed,
+            )
+            for shards in (self.train, self.validation)
+        )
+        return train, validation
+
+
+def documents_per_example(kind: Kind) -> int:
+    """How many documents that follow one another belong together: the two answers of a pair."""
+    return 2 if kind == "preference" else 1
 
 
 def prepare(
@@ -110,21 +138,23 @@ def prepare(
     """Tokenise `config.paths` into shards below `config.cache_dir`, or reuse them.
 
     `pretrain`: a document is end-of-text, text, end-of-text. `sft`: a document is a rendered conversation with
-    loss weights, cut (see `cut_conversation`) when it has more than `sequence_length` + 1 tokens.
+    loss weights, cut (see `cut_conversation`) when it has more than `sequence_length` + 1 tokens. `preference`: two
+    documents a pair, the chosen and the rejected conversation, with loss on the answers; pairs that do not fit a row
+    are left out and counted.
 
     Every row is checked before any is tokenised (streamed data sets excepted). A broken-off run continues after its
     last whole shard. Raises UserError for bad rows, empty data, or a tokenizer that cannot chat.
     """
     if not 0 <= config.validation_fraction <= 0.5:
         raise UserError(f"validation_fraction is {config.validation_fraction}: it must lie between 0 and 0.5")
-    if kind == "sft":
+    if kind != "pretrain":
         tokenizer.require_chat_tokens()
     sources, sides = _sources(config)
     settings = {
         "versions": [FORMAT_VERSION, _ENCODING_VERSION],
         "kind": kind,
         "tokenizer": tokenizer.fingerprint,
-        "sequence_length": sequence_length if kind == "sft" else None,  # packing is not stored
+        "sequence_length": sequence_length if kind != "pretrain" else None,  # packing is not stored
         "validation_fraction": config.validation_fraction,
         "sides": sides,
         "on_bad_row": config.on_bad_row,
@@ -139,7 +169,7 @@ def prepare(
                 _Preparation(config, sources, options, tokenizer, folder, settings, progress).run()
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     report = PrepareReport(**{**meta["report"], "bad_rows": tuple(meta["report"]["bad_rows"])})
-    return PreparedData(Shards.open(folder / "train"), Shards.open(folder / "validation"), folder, report)
+    return PreparedData(Shards.open(folder / "train"), Shards.open(folder / "validation"), folder, report, kind)
 
 
 def _sources(config: DataConfig) -> tuple[list[Source], tuple[Side, ...]]:
@@ -213,6 +243,8 @@ class _Preparation:
         if checked.counts["bad_rows"] == checked.counts["rows"]:
             first = self._located(checked)[0]
             return f"{names}: none of the {checked.counts['rows']} rows is usable; the first: {first}"
+        if checked.counts["long_pairs"]:
+            return f"{names}: no pair fits a row; give a longer sequence_length"
         return f"{names}: the weights of the mixture leave no document"
 
     def _located(self, checked: Checked) -> list[str]:
@@ -269,7 +301,7 @@ class _Preparation:
         token_bytes = self.tokenizer.token_bytes()
         for side in ("train", "validation"):
             entries = [entry[side] for entry in done]
-            has_weights = self.options.kind == "sft"
+            has_weights = self.options.kind != "pretrain"
             finish_folder(self.partial / side, entries, self.tokenizer.vocab_size, has_weights, token_bytes)
         counts = total.counts
         report = PrepareReport(
@@ -281,6 +313,7 @@ class _Preparation:
             long_turns=counts["long_turns"],
             long_systems=counts["long_systems"],
             bad_rows=tuple(self._located(total)),
+            long_pairs=counts["long_pairs"],
         )
         sources = [asdict(source) for source in self.sources]
         with atomic_write(self.partial / "meta.json") as temporary:
@@ -295,8 +328,10 @@ class _OpenShard:
 
     def __init__(self, folder: Path, number: int, vocab_size: int, kind: Kind) -> None:
         self.name = f"{number:05d}"
+        self.group = documents_per_example(kind)
         self.sides = {
-            side: ShardWriter(folder / side, self.name, vocab_size, kind == "sft") for side in ("train", "validation")
+            side: ShardWriter(folder / side, self.name, vocab_size, kind != "pretrain")
+            for side in ("train", "validation")
         }
 
     @property
@@ -314,6 +349,7 @@ class _OpenShard:
                 part.text_bytes[chosen],
                 None if part.weights is None else part.weights[of_tokens],
                 part.copies[chosen],
+                self.group,
             )
 
     def finish(self) -> dict[str, Any]:

@@ -40,7 +40,7 @@ TEXT_CHARACTERS = 16_384
 END_OF_TEXT_LINE = "<|endoftext|>"
 
 _BLOCK = 1 << 20
-_COLUMNS = {*TEXT_KEYS, *CONVERSATION_KEYS, *OTHER_KEYS, "image_bytes", "chosen", "input_ids"}
+_COLUMNS = {*TEXT_KEYS, *CONVERSATION_KEYS, *OTHER_KEYS, "image_bytes", "prompt", "chosen", "rejected", "input_ids"}
 
 
 def read_rows(paths: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:

@@ -61,8 +61,8 @@ def parse_document(row: Mapping[str, Any]) -> Document:
             hint = "; it looks like a conversation, which is for `minnow sft`"
         elif row.get("input_ids") is not None:
             hint = "; ids of another tokenizer cannot be used, give the text they came from"
-        raise RowError(f"no `text` or `content`, only {_keys(row)}{hint}")
-    text = _text(row[present[0]], f"`{present[0]}`")
+        raise RowError(f"no `text` or `content`, only {keys_of(row)}{hint}")
+    text = checked_text(row[present[0]], f"`{present[0]}`")
     if not text.strip():
         raise RowError(f"`{present[0]}` is empty")
     return Document(text)
@@ -72,21 +72,23 @@ def parse_conversation(row: Mapping[str, Any]) -> Conversation:
     """Read a conversation row; it has a user turn first and something to train on. Raises RowError."""
     key = next((key for key in CONVERSATION_KEYS if row.get(key) is not None), None)
     if key is not None:
-        items = _json(row[key], f"`{key}`")
+        items = from_json(row[key], f"`{key}`")
         if not isinstance(items, list):
-            raise RowError(f"`{key}` must be a list of messages, it is {_kind(items)}")
+            raise RowError(f"`{key}` must be a list of messages, it is {kind_of(items)}")
         raw: list[Any] = items
     elif row.get("instruction") is not None:
-        raw = _alpaca(row)
+        if row.get("output") is None:
+            raise RowError("an `instruction` without an `output`")
+        raw = [*alpaca_messages(row), {"role": "assistant", "content": row["output"]}]
     else:
         raise RowError(_no_conversation(row))
     if not raw:
         raise RowError("the conversation is empty")
     if row.get("image_bytes") is not None and any("<image>" in str(item) for item in raw):
         raise RowError("the conversation shows an image, and this stage trains on text only")
-    messages = tuple(_message(item, number) for number, item in enumerate(raw, 1))
-    _check_order(messages)
-    return Conversation(messages=messages, tools=_all_tools(row, raw))
+    messages = tuple(parse_message(item, number) for number, item in enumerate(raw, 1))
+    check_order(messages)
+    return Conversation(messages=messages, tools=parse_tools(row, raw))
 
 
 def canonical(example: Document | Conversation) -> bytes:
@@ -100,7 +102,8 @@ def canonical(example: Document | Conversation) -> bytes:
     return json.dumps([turns, list(example.tools)], ensure_ascii=True, sort_keys=True).encode()
 
 
-def _check_order(messages: tuple[Message, ...]) -> None:
+def check_order(messages: tuple[Message, ...]) -> None:
+    """Raise RowError unless a user speaks first, after a system message at most, and the assistant says something."""
     first = next((number for number, message in enumerate(messages) if message.role != "system"), None)
     if first is not None and messages[first].role == "assistant":
         raise RowError("the conversation starts with the assistant: there is no user message to answer")
@@ -113,10 +116,11 @@ def _check_order(messages: tuple[Message, ...]) -> None:
         raise RowError("no supervised token: every assistant message is empty")
 
 
-def _message(item: Any, number: int) -> Message:
+def parse_message(item: Any, number: int) -> Message:
+    """Read message `number` (from 1) of a conversation in any of the forms. Raises RowError."""
     where = f"message {number}"
     if not isinstance(item, Mapping):
-        raise RowError(f"{where} must be an object with `role` and `content`, it is {_kind(item)}")
+        raise RowError(f"{where} must be an object with `role` and `content`, it is {kind_of(item)}")
     written = item.get("role", item.get("from"))
     if not isinstance(written, str) or written.lower() not in _ROLES:
         known = ", ".join(_ROLES)
@@ -135,7 +139,7 @@ def _message(item: Any, number: int) -> Message:
     if reasoning is None or reasoning == "":
         thought, content = _split_reasoning(content)
     else:
-        thought = _text(reasoning, f"`reasoning_content` of {where}")
+        thought = checked_text(reasoning, f"`reasoning_content` of {where}")
     return Message(role=role, content=content, reasoning_content=thought or None, tool_calls=calls)
 
 
@@ -156,28 +160,29 @@ def _content(value: Any, what: str) -> str:
         for part in value:
             if not isinstance(part, Mapping) or part.get("type") != "text":
                 raise RowError(f"{what} has a part that is not text")
-        return "".join(_text(part.get("text"), what) for part in value)
-    return _text(value, what)
+        return "".join(checked_text(part.get("text"), what) for part in value)
+    return checked_text(value, what)
 
 
 def _tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:
     if value is None or value == "":
         return ()
-    parsed = _json(value, f"`tool_calls` of {where}")
+    parsed = from_json(value, f"`tool_calls` of {where}")
     calls = []
     for item in parsed if isinstance(parsed, list) else [parsed]:
         call = item.get("function", item) if isinstance(item, Mapping) else item
         if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
             raise RowError(f"a tool call of {where} has no `name`")
         arguments = call.get("arguments")
-        arguments = _json(arguments, f"`arguments` of {call['name']} in {where}") if arguments else {}
+        arguments = from_json(arguments, f"`arguments` of {call['name']} in {where}") if arguments else {}
         if not isinstance(arguments, dict):
-            raise RowError(f"`arguments` of {call['name']} in {where} must be an object, not {_kind(arguments)}")
-        calls.append(ToolCall(name=_text(call["name"], "the name of a tool"), arguments=arguments))
+            raise RowError(f"`arguments` of {call['name']} in {where} must be an object, not {kind_of(arguments)}")
+        calls.append(ToolCall(name=checked_text(call["name"], "the name of a tool"), arguments=arguments))
     return tuple(calls)
 
 
-def _all_tools(row: Mapping[str, Any], items: list[Any]) -> tuple[dict, ...]:
+def parse_tools(row: Mapping[str, Any], items: list[Any]) -> tuple[dict, ...]:
+    """Read the tools that the row or one of its messages declares. Raises RowError."""
     holders = [row, *(item for item in items if item.get("role", item.get("from")) in ("system", "developer"))]
     given = [_tools(holder[key], key) for holder in holders for key in ("tools", "functions") if holder.get(key)]
     given = [tools for tools in given if tools]
@@ -187,41 +192,41 @@ def _all_tools(row: Mapping[str, Any], items: list[Any]) -> tuple[dict, ...]:
 
 
 def _tools(value: Any, key: str) -> tuple[dict, ...]:
-    tools = _json(value, f"`{key}`")
+    tools = from_json(value, f"`{key}`")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"`{key}` must be a list of objects")
     return tuple(tools)
 
 
-def _alpaca(row: Mapping[str, Any]) -> list[dict[str, Any]]:
-    if row.get("output") is None:
-        raise RowError("an `instruction` without an `output`")
+def alpaca_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Read Alpaca's system, history, instruction and input as messages, the `output` left out. Raises RowError."""
     messages: list[dict[str, Any]] = []
     if row.get("system"):
         messages.append({"role": "system", "content": row["system"]})
-    history = _json(row.get("history") or [], "`history`")
+    history = from_json(row.get("history") or [], "`history`")
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise RowError("`history` must be a list of [question, answer] pairs")
     for pair in history:
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    question = _text(row["instruction"], "`instruction`")
+    question = checked_text(row["instruction"], "`instruction`")
     if row.get("input"):
-        question += "\n" + _text(row["input"], "`input`")
-    return [*messages, {"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+        question += "\n" + checked_text(row["input"], "`input`")
+    return [*messages, {"role": "user", "content": question}]
 
 
 def _no_conversation(row: Mapping[str, Any]) -> str:
     hint = ""
     if row.get("chosen") is not None:
-        hint = "; it looks like a preference pair"
+        hint = "; it looks like a preference pair, which is for `minnow dpo` and `minnow reward`"
     elif row.get("input_ids") is not None:
         hint = "; ids of another tokenizer cannot be used, give the conversations they came from"
     elif any(row.get(key) is not None for key in TEXT_KEYS):
         hint = "; it looks like a text, which is for `minnow pretrain`"
-    return f"no `conversations`, `messages` or `instruction`, only {_keys(row)}{hint}"
+    return f"no `conversations`, `messages` or `instruction`, only {keys_of(row)}{hint}"
 
 
-def _json(value: Any, what: str) -> Any:
+def from_json(value: Any, what: str) -> Any:
+    """Return what a text of JSON stands for; anything else as it is. Raises RowError."""
     if not isinstance(value, str):
         return value
     try:
@@ -230,9 +235,10 @@ def _json(value: Any, what: str) -> Any:
         raise RowError(f"{what} is not valid JSON: {error}") from None
 
 
-def _text(value: Any, what: str) -> str:
+def checked_text(value: Any, what: str) -> str:
+    """Return `value` if it is text that UTF-8 can write. Raises RowError."""
     if not isinstance(value, str):
-        raise RowError(f"{what} must be text, it is {_kind(value)}")
+        raise RowError(f"{what} must be text, it is {kind_of(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -241,10 +247,12 @@ def _text(value: Any, what: str) -> str:
     return value
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """Name the JSON type of a value."""
     names = {"NoneType": "null", "dict": "an object", "list": "a list", "str": "text", "bool": "true or false"}
     return names.get(type(value).__name__, "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
-def _keys(row: Mapping[str, Any]) -> str:
+def keys_of(row: Mapping[str, Any]) -> str:
+    """Name the row's keys."""
     return ", ".join(f"`{key}`" for key in row) or "nothing"

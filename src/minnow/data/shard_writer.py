@@ -57,10 +57,16 @@ class ShardWriter:
         text_bytes: np.ndarray,
         weights: np.ndarray | None = None,
         copies: np.ndarray | None = None,
+        group: int = 1,
     ) -> None:
-        """Append documents that lie one after the other in `tokens`; document i is listed `copies[i]` times."""
+        """Append documents that lie one after the other in `tokens`; document i is listed `copies[i]` times.
+
+        Each `group` documents that follow one another belong together and are listed again together.
+        """
         rows = np.stack([self.num_tokens + np.cumsum(lengths) - lengths, lengths, text_bytes], axis=1).astype(np.int64)
-        self._index.append(rows if copies is None else np.repeat(rows, copies, axis=0))
+        if copies is not None:
+            rows = np.repeat(rows.reshape(-1, group, 3), copies[::group], axis=0).reshape(-1, 3)
+        self._index.append(rows)
         self._tokens.write(tokens.astype(self.dtype, copy=False))
         if self._weights is not None:
             assert weights is not None

@@ -7,14 +7,14 @@ from typing import Any
 import numpy as np
 
 from minnow.data.batches import PackedDataset
-from minnow.data.encoding import Kind
 from minnow.data.prepare import PreparedData
 from minnow.data.shards import Shards
 
 
-def summarise(data: PreparedData, kind: Kind, sequence_length: int) -> dict[str, Any]:
+def summarise(data: PreparedData, sequence_length: int) -> dict[str, Any]:
     """Return counts of rows, documents, tokens and packed rows as plain JSON values."""
     report = data.report
+    train, validation = data.packed(sequence_length)
     return {
         "folder": str(data.folder),
         "rows": report.rows,
@@ -24,13 +24,14 @@ def summarise(data: PreparedData, kind: Kind, sequence_length: int) -> dict[str,
         "cut_pieces": report.cut_pieces,
         "long_turns": report.long_turns,
         "long_systems": report.long_systems,
-        "train": _split(data.train, kind, sequence_length),
-        "validation": _split(data.validation, kind, sequence_length),
+        "long_pairs": report.long_pairs,
+        "train": _split(train),
+        "validation": _split(validation),
     }
 
 
-def _split(shards: Shards, kind: Kind, sequence_length: int) -> dict[str, Any]:
-    packed = PackedDataset(shards, sequence_length, split_documents=kind == "pretrain")
+def _split(packed: PackedDataset) -> dict[str, Any]:
+    shards = packed.shards
     return {
         "documents": shards.num_documents,
         "tokens": shards.num_tokens,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 import numpy as np
 from rich.console import Console
 from rich.text import Text
 
 from minnow.config import UserError
+from minnow.data.encoding import Kind
 from minnow.data.prepare import DataConfig, prepare
 from minnow.data.shards import Shards
 from minnow.data.summary import length_histogram, loss_runs, summarise
@@ -27,8 +27,8 @@ class Config:
     """What to look at."""
     tokenizer: str
     """Tokenizer, model or run folder, or Hugging Face Hub id."""
-    kind: Literal["pretrain", "sft"] = "pretrain"
-    """pretrain: rows are texts; sft: rows are conversations."""
+    kind: Kind = "pretrain"
+    """pretrain: rows are texts; sft: rows are conversations; preference: rows are pairs of a better and a worse one."""
     sequence_length: int = 1024
     """Positions in a packed row."""
     sample: int = 0
@@ -46,7 +46,7 @@ def run(config: Config) -> None:
     data = prepare(config.data, tokenizer, config.kind, sequence_length=config.sequence_length)
     if not 0 <= config.sample < data.train.num_documents:
         raise UserError(f"--sample {config.sample}: there are {data.train.num_documents} training documents, from 0")
-    summary = summarise(data, config.kind, config.sequence_length)
+    summary = summarise(data, config.sequence_length)
     histogram = length_histogram(data.train.lengths)
     print_summary(console, data, summary, config.sequence_length)
     console.print("\n[bold]Tokens per training document")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from minnow.config import atomic_write
+from minnow.data.encoding import Kind
 from minnow.data.prepare import DataConfig, PreparedData, prepare
 from minnow.data.summary import summarise
 from minnow.tokenizer.tokenizer import Tokenizer
@@ -24,10 +25,11 @@ class Config:
     """What to tokenise."""
     tokenizer: str
     """Tokenizer, model or run folder, or Hugging Face Hub id."""
-    kind: Literal["pretrain", "sft"] = "pretrain"
-    """pretrain: rows are texts; sft: rows are conversations."""
+    kind: Kind = "pretrain"
+    """pretrain: rows are texts; sft: rows are conversations; preference: rows are pairs of a better and a worse one."""
     sequence_length: int = 1024
-    """Positions in a packed row. Conversations longer than it are cut, so for sft it must be the one trained with."""
+    """Positions in a packed row. Longer conversations are cut and longer pairs left out, so for sft and preference it
+    must be the one trained with."""
     json: str | None = None
     """File to write the figures to."""
 
@@ -36,7 +38,7 @@ def run(config: Config) -> None:
     """Prepare, then print what came of it."""
     tokenizer = Tokenizer.from_pretrained(config.tokenizer)
     data = prepare(config.data, tokenizer, config.kind, sequence_length=config.sequence_length)
-    summary = summarise(data, config.kind, config.sequence_length)
+    summary = summarise(data, config.sequence_length)
     print_summary(Console(), data, summary, config.sequence_length)
     if config.json:
         write_json(config.json, summary)

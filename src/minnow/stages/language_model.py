@@ -1,16 +1,21 @@
-"""Pretraining and supervised fine-tuning are one procedure: packed rows, next-token loss. They differ in their data."""
+"""Training on packed rows, whatever is learnt from them: from a stage's settings to a model in its run folder.
+
+Pretraining and supervised fine-tuning are this with the next-token loss. Other stages bring their own `Lesson`.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Generic, Literal
 
 from rich.console import Console
 
 from minnow.config import UserError
-from minnow.data.batches import PackedDataset
+from minnow.data.batches import Batch, PackedDataset
+from minnow.data.encoding import Kind
 from minnow.data.prepare import DataConfig, PreparedData, prepare
 from minnow.model.lora import LoraConfig
 from minnow.model.size import parameter_count, training_flops_per_token
@@ -19,9 +24,10 @@ from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
 from minnow.report.run_report import write_report
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
-from minnow.training.objective import LanguageModeling, PackedBatches
+from minnow.training.objective import BatchT, LanguageModeling, Objective, PackedBatches, Rows
 from minnow.training.session import Machine, RunFolder, train, with_machine
 from minnow.training.trainer import Trainer
+from minnow.training.validation import Evaluation, LanguageModelValidation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,15 +61,26 @@ class PackedData:
     validation: PackedDataset
 
 
-def pack_data(config: LanguageModelConfig, tokenizer: Tokenizer, kind: Literal["pretrain", "sft"]) -> PackedData:
-    """Tokenise (or reuse) and pack: documents may be split to fill rows, conversations never are."""
+@dataclass(frozen=True)
+class Lesson(Generic[BatchT]):
+    """What a stage learns from packed rows."""
+
+    rows: Rows[BatchT]
+    objective: Objective[BatchT]
+    validation: Evaluation | None
+
+
+def pack_data(config: LanguageModelConfig, tokenizer: Tokenizer, kind: Kind) -> PackedData:
+    """Tokenise (or reuse) and pack."""
     prepared = prepare(config.data, tokenizer, kind, sequence_length=config.sequence_length)
-    split = kind == "pretrain"
-    train_rows, validation_rows = (
-        PackedDataset(shards, config.sequence_length, split_documents=split, seed=config.training.seed)
-        for shards in (prepared.train, prepared.validation)
-    )
-    return PackedData(prepared, train_rows, validation_rows)
+    return PackedData(prepared, *prepared.packed(config.sequence_length, config.training.seed))
+
+
+def held_out_batches(rows: Rows[BatchT], config: LanguageModelConfig) -> list[BatchT]:
+    """Return the first `validation_tokens` of the held-out rows, as micro-batches."""
+    _, rows_at_once = config.training.rows_per_batch(config.sequence_length)
+    count = min(rows.num_rows, max(1, config.training.validation_tokens // config.sequence_length))
+    return [rows.batch(range(start, min(start + rows_at_once, count))) for start in range(0, count, rows_at_once)]
 
 
 def trained_parameters(model: CausalLM) -> str:
@@ -87,7 +104,30 @@ def run_language_model(
     kind: Literal["pretrain", "sft"],
     console: Console,
 ) -> Path:
-    """Train `model` on the configured data and return the folder of the final model."""
+    """Train `model` to predict the next token of the configured data and return the folder of the final model."""
+
+    def lesson(packed: PackedData) -> Lesson[Batch]:
+        held_out = held_out_batches(packed.validation, config)
+        device = model.head_weight.device
+        validation = LanguageModelValidation(held_out, tokenizer.token_bytes(), device) if held_out else None
+        return Lesson(packed.train, LanguageModeling(z_loss=config.training.z_loss), validation)
+
+    return run_lesson(config, tokenizer, model, kind, kind, console, lesson)
+
+
+def run_lesson(
+    config: LanguageModelConfig,
+    tokenizer: Tokenizer,
+    model: CausalLM,
+    title: str,
+    kind: Kind,
+    console: Console,
+    make_lesson: Callable[[PackedData], Lesson[BatchT]],
+) -> Path:
+    """Train `model` on the configured data and return the folder of the final model.
+
+    make_lesson: called once the model is on its device in its compute dtype.
+    """
     run = RunFolder(config.run)
     machine = Machine.choose(config.training)
     config = with_machine(config, machine)
@@ -107,31 +147,24 @@ def run_language_model(
     tokens = steps * rows_per_batch * config.sequence_length
     flops = tokens * training_flops_per_token(model.config, config.sequence_length / 4)
     console.print(
-        f"{kind}: {trained_parameters(model)}; {tokens:,} tokens in {steps} updates of "
+        f"{title}: {trained_parameters(model)}; {tokens:,} tokens in {steps} updates of "
         f"{config.training.batch_tokens:,}; {flops:.2e} FLOPs; rows {packed.train.fill:.1%} full; "
         f"{machine.device.type}, {config.training.precision}",
         highlight=False,
     )
-    validation_rows = min(
-        packed.validation.num_rows, max(1, config.training.validation_tokens // config.sequence_length)
-    )
-    validation = [
-        packed.validation.batch(range(start, min(start + rows_per_micro_batch, validation_rows)))
-        for start in range(0, validation_rows, rows_per_micro_batch)
-    ]
     machine.place(model, config.training, flops, lambda text: console.print(text, highlight=False))
+    lesson = make_lesson(packed)
     trainer = Trainer(
         config.training,
         folder=run.path,
-        title=kind,
+        title=title,
         model=model,
         optimizers=build_optimizers(model, config.optim),
         schedule=config.schedule,
-        objective=LanguageModeling(z_loss=config.training.z_loss),
-        source=PackedBatches(packed.train, config.training.seed, rows_per_batch, rows_per_micro_batch),
+        objective=lesson.objective,
+        source=PackedBatches(lesson.rows, config.training.seed, rows_per_batch, rows_per_micro_batch),
         total_steps=steps,
-        validation=validation,
-        token_bytes=tokenizer.token_bytes(),
+        validation=lesson.validation,
     )
     train(trainer, run, tokenizer, console)
     write_report(run.path)

@@ -88,6 +88,7 @@ def render(
     *,
     add_generation_prompt: bool = False,
     enable_thinking: bool = False,
+    trained_from: int = 0,
 ) -> Rendered:
     """Token ids and loss weights of a conversation.
 
@@ -95,10 +96,11 @@ def render(
     Weight 1 is on an assistant's tokens after the header `<|im_start|>assistant\\n` up to and with
     `<|im_end|>`, without an empty think block, which the prompt gives. `add_generation_prompt` opens the
     next assistant turn: with an empty think block, or with an open one where `enable_thinking` is true.
+    Messages before index `trained_from` are prompt and carry no loss.
     Raises `UserError` for a tokenizer without chat tokens.
     """
     writer = _Writer(tokenizer)
-    _write(writer, conversation, trained=range(len(conversation.messages)))
+    _write(writer, conversation, trained=range(trained_from, len(conversation.messages)))
     if add_generation_prompt:
         writer.template(_opening(think=enable_thinking))
     return writer.rendered()

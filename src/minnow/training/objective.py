@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
+import numpy as np
 from torch import Tensor
 
-from minnow.data.batches import Batch, PackedDataset, global_batch_rows
+from minnow.data.batches import Batch, global_batch_rows
 from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import linear_cross_entropy
+
+# A stage's own batches are Batches with more in them (reference log-probabilities, a teacher's logits, advantages).
+BatchT = TypeVar("BatchT", bound=Batch)
+BatchT_co = TypeVar("BatchT_co", bound=Batch, covariant=True)
+BatchT_contra = TypeVar("BatchT_contra", bound=Batch, contravariant=True)
 
 
 @dataclass(frozen=True)
@@ -24,22 +30,22 @@ class ObjectiveOutput:
     """Further sums, () each, to be divided by the same count and logged by these names."""
 
 
-class Objective(Protocol):
+class Objective(Protocol[BatchT_contra]):
     """Loss = sum over the global batch / count over the global batch, whatever the split into micro-batches."""
 
-    def count(self, batch: Batch) -> float:
+    def count(self, batch: BatchT_contra) -> float:
         """What the sum is divided by: supervised tokens, the sum of their weights, pairs or sequences."""
         ...
 
-    def __call__(self, model: CausalLM, batch: Batch) -> ObjectiveOutput:
+    def __call__(self, model: CausalLM, batch: BatchT_contra) -> ObjectiveOutput:
         """Run the model on one micro-batch."""
         ...
 
 
-class BatchSource(Protocol):
+class BatchSource(Protocol[BatchT_co]):
     """Gives the global batch of a step, already cut into micro-batches: a pure function of the step."""
 
-    def micro_batches(self, step: int) -> Sequence[Batch]:
+    def micro_batches(self, step: int) -> Sequence[BatchT_co]:
         """Return the micro-batches of `step` (from 0)."""
         ...
 
@@ -68,16 +74,29 @@ class LanguageModeling:
         return ObjectiveOutput(loss.loss_sum, {"nll": loss.nll_sum})
 
 
+class Rows(Protocol[BatchT_co]):
+    """A data set of rows: `PackedDataset`, or one that adds something to its batches."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one epoch."""
+        ...
+
+    def batch(self, row_indices: Sequence[int] | np.ndarray) -> BatchT_co:
+        """Read rows into a batch, in the order given."""
+        ...
+
+
 @dataclass(frozen=True)
-class PackedBatches:
+class PackedBatches(Generic[BatchT]):
     """Global batches of packed rows in an order that depends on (seed, step) alone."""
 
-    dataset: PackedDataset
+    dataset: Rows[BatchT]
     seed: int
     rows_per_batch: int
     rows_per_micro_batch: int
 
-    def micro_batches(self, step: int) -> list[Batch]:
+    def micro_batches(self, step: int) -> list[BatchT]:
         """Return the step's rows, `rows_per_micro_batch` at a time."""
         rows = global_batch_rows(self.seed, step, self.rows_per_batch, self.dataset.num_rows)
         return [

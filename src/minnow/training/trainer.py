@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic
 
-import numpy as np
 import torch
 
 from minnow.config import UserError
@@ -21,13 +20,11 @@ from minnow.training.checkpoint import list_checkpoints, prune_checkpoints, save
 from minnow.training.config import TrainingConfig
 from minnow.training.hardware import matmul_peak, peak_memory_bytes, synchronize
 from minnow.training.loss_scale import LossScale
-from minnow.training.objective import BatchSource, Objective
+from minnow.training.objective import BatchSource, BatchT, Objective
 from minnow.training.progress import TrainingProgress
 from minnow.training.run_folder import MetricsLog
 from minnow.training.signals import Interrupted, StopRequest, stop_requests
-from minnow.training.validation import validate
-
-Evaluation = Callable[[CausalLM], dict[str, float]]
+from minnow.training.validation import Evaluation
 
 
 class NonFiniteLossError(UserError):
@@ -45,11 +42,11 @@ class LoopState:
     validations_without_progress: int = 0
 
 
-class Trainer:
+class Trainer(Generic[BatchT]):
     """Owns accumulation, precision, clipping, schedule, checkpoints, validation, logging and stopping.
 
     model: on its device, `compute_dtype` and compilation already chosen by the stage.
-    validation: held-out batches, with `token_bytes` (int32 [vocab]) to turn nats into bits per byte; may be empty.
+    validation: held-out figures, `validation_loss` among them: the best model has the least of it; None without data.
     evaluations: further functions of the model, called at each validation; their figures go into its metrics line.
     """
 
@@ -62,17 +59,16 @@ class Trainer:
         model: CausalLM,
         optimizers: Sequence[torch.optim.Optimizer],
         schedule: ScheduleConfig,
-        objective: Objective,
-        source: BatchSource,
+        objective: Objective[BatchT],
+        source: BatchSource[BatchT],
         total_steps: int,
-        validation: Sequence[Batch] = (),
-        token_bytes: np.ndarray | None = None,
+        validation: Evaluation | None = None,
         evaluations: Sequence[Evaluation] = (),
     ) -> None:
         self.config, self.folder, self.title = config, folder, title
         self.model, self.optimizers, self.schedule = model, list(optimizers), schedule
         self.objective, self.source, self.total_steps = objective, source, total_steps
-        self.validation, self.token_bytes, self.evaluations = list(validation), token_bytes, list(evaluations)
+        self.validation, self.evaluations = validation, list(evaluations)
         self.device = next(model.parameters()).device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.loss_scale = LossScale(model.compute_dtype)
@@ -130,7 +126,7 @@ class Trainer:
         batches = self.source.micro_batches(self.state.step)
         count = sum(self.objective.count(batch) for batch in batches)
         if count == 0:
-            raise UserError(f"step {self.state.step}: no token of the batch is supervised; check the data's loss mask")
+            raise UserError(f"step {self.state.step}: nothing in the batch is supervised; check the data's loss mask")
         sums: dict[str, float] = {}
         for batch in batches:
             output = self.objective(self.model, batch.to(self.device))
@@ -210,11 +206,10 @@ class Trainer:
         """Score held-out data, log it, remember the best. Returns False when patience has run out."""
         record: dict[str, Any] = {"step": self.state.step}
         patient = True
-        if self.validation and self.token_bytes is not None:
-            result = validate(self.model, self.validation, self.token_bytes, self.device)
-            record |= {"validation_loss": result.loss, "bits_per_byte": result.bits_per_byte}
-            if result.loss < self.state.best_loss:
-                self.state.best_loss, self.state.best_step = result.loss, self.state.step
+        if self.validation is not None:
+            record |= self.validation(self.model)
+            if record["validation_loss"] < self.state.best_loss:
+                self.state.best_loss, self.state.best_step = record["validation_loss"], self.state.step
                 self.state.validations_without_progress = 0
             else:
                 self.state.validations_without_progress += 1

@@ -1,10 +1,11 @@
-"""Validation loss and bits per byte on held-out packed rows."""
+"""Held-out figures for the Trainer: bits per byte of a language model, or a stage's own objective and its metrics."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic
 
 import numpy as np
 import torch
@@ -13,6 +14,10 @@ from minnow.data.batches import Batch
 from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import bits_per_byte, token_logprobs
+from minnow.training.objective import BatchT, Objective
+
+Evaluation = Callable[[CausalLM], dict[str, float]]
+"""Figures of a model by name. The Trainer's `validation` gives `validation_loss`, by which models are compared."""
 
 
 @dataclass(frozen=True)
@@ -52,3 +57,40 @@ def validate(model: CausalLM, batches: Sequence[Batch], token_bytes: np.ndarray,
         loss=nats / weight if weight else math.nan,
         bits_per_byte=bits_per_byte(text_nats, text_bytes) if text_bytes else math.nan,
     )
+
+
+@dataclass(frozen=True)
+class LanguageModelValidation:
+    """The Trainer's validation for next-token losses: `validate` on fixed batches."""
+
+    batches: Sequence[Batch]
+    token_bytes: np.ndarray
+    device: torch.device
+
+    def __call__(self, model: CausalLM) -> dict[str, float]:
+        """Return `validation_loss` and `bits_per_byte`."""
+        result = validate(model, self.batches, self.token_bytes, self.device)
+        return {"validation_loss": result.loss, "bits_per_byte": result.bits_per_byte}
+
+
+@dataclass(frozen=True)
+class ObjectiveValidation(Generic[BatchT]):
+    """The Trainer's validation for any objective: its mean loss and metrics over fixed batches."""
+
+    objective: Objective[BatchT]
+    batches: Sequence[BatchT]
+    device: torch.device
+
+    @torch.no_grad()
+    def __call__(self, model: CausalLM) -> dict[str, float]:
+        """Return `validation_loss`, and each metric as `validation_NAME`."""
+        was_training = model.training
+        model.eval()
+        sums: dict[str, float] = {}
+        for batch in self.batches:
+            output = self.objective(model, batch.to(self.device))
+            for name, value in {"loss": output.loss_sum, **output.metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+        model.train(was_training)
+        count = sum(self.objective.count(batch) for batch in self.batches)
+        return {f"validation_{name}": value / count for name, value in sums.items()}

@@ -1,0 +1,62 @@
+"""`minnow dpo`: teach a model which of two answers is the better one, by DPO or one of its kin."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from minnow.data.batches import PackedDataset
+from minnow.objectives.preference import PreferenceLossConfig
+from minnow.optim import OptimConfig, ScheduleConfig
+from minnow.stages.language_model import LanguageModelConfig, Lesson, PackedData, held_out_batches, run_lesson
+from minnow.training.config import TrainingConfig
+from minnow.training.preference import PreferenceOptimization
+from minnow.training.reference import PreferenceBatch, PreferenceRows, reference_logprobs
+from minnow.training.session import load_start
+from minnow.training.validation import ObjectiveValidation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(LanguageModelConfig):
+    """Train a model on pairs of a better and a worse answer."""
+
+    run: str = "runs/dpo"
+    """Run folder: config.yaml, metrics.jsonl, checkpoints/, model/ and report.html go there."""
+    init_from: str
+    """Model to start from and to stay close to: a fine-tuned model's folder, a run folder or a Hub id."""
+    loss: PreferenceLossConfig = field(default_factory=PreferenceLossConfig)
+    """The preference loss."""
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(batch_tokens=16_384, z_loss=0.0))
+    """The training loop."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(optimizer="adamw", matrix_lr=2e-5, weight_decay=0.0, betas=(0.9, 0.99))
+    )
+    """The optimizer. Rates far below pretraining's: the model is to be bent, not made anew."""
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(shape="linear", warmup_steps=10))
+    """The learning rate over time."""
+
+
+def run(config: Config) -> None:
+    """Train, and leave the model in `RUN/model`."""
+    console = Console(stderr=True)
+    model, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
+    tokenizer.require_chat_tokens()
+    model.config.check_sequence_length(config.sequence_length)
+    _, rows_at_once = config.training.rows_per_batch(config.sequence_length)
+    cache = Path(config.data.cache_dir).expanduser()
+
+    def with_reference(dataset: PackedDataset, key: str) -> PreferenceRows:
+        if not config.loss.needs_reference:
+            return PreferenceRows(dataset, None)
+        return PreferenceRows(dataset, reference_logprobs(model, dataset, cache, key, rows_at_once=rows_at_once))
+
+    def lesson(packed: PackedData) -> Lesson[PreferenceBatch]:
+        key = packed.prepared.folder.name
+        objective = PreferenceOptimization(config.loss)
+        held_out = held_out_batches(with_reference(packed.validation, f"{key}/validation"), config)
+        validation = ObjectiveValidation(objective, held_out, model.head_weight.device) if held_out else None
+        return Lesson(with_reference(packed.train, f"{key}/train"), objective, validation)
+
+    run_lesson(config, tokenizer, model, "dpo", "preference", console, lesson)

@@ -1,0 +1,68 @@
+"""The objective of preference training: one of `objectives.preference`'s losses on packed pairs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from minnow.model.transformer import CausalLM
+from minnow.objectives.preference import PreferenceLossConfig, answer_sums, length_weights, preference_loss
+from minnow.training.objective import ObjectiveOutput
+from minnow.training.reference import PreferenceBatch, target_logprobs
+
+
+@dataclass(frozen=True)
+class PreferenceOptimization:
+    """A preference loss, summed over pairs and counted in pairs."""
+
+    loss: PreferenceLossConfig
+
+    def count(self, batch: PreferenceBatch) -> float:
+        """Pairs."""
+        return batch.num_answers / 2
+
+    def __call__(self, model: CausalLM, batch: PreferenceBatch) -> ObjectiveOutput:
+        """Return the sum of the pairs' losses, and what the pairs look like to the model."""
+        logprobs_N = target_logprobs(model, batch)
+        num_answers, answer_N = batch.num_answers, batch.answer_N
+        weights_N = length_weights(answer_N, num_answers, self.loss.length_alpha)
+        logprobs_A = answer_sums(weights_N * logprobs_N, answer_N, num_answers)
+        reference_A = answer_sums(weights_N * batch.reference_N, answer_N, num_answers)
+        lengths_A = torch.bincount(answer_N, minlength=num_answers)
+        losses_P = preference_loss(self.loss, logprobs_A, reference_A, lengths_A)
+        with torch.no_grad():
+            metrics = self._metrics(logprobs_A, reference_A, lengths_A)
+            if self.loss.needs_reference:
+                squares_A = answer_sums((logprobs_N - batch.reference_N).square(), answer_N, num_answers)
+                metrics["drift"] = (squares_A / lengths_A / 2).view(-1, 2).mean(1).sum()
+        return ObjectiveOutput(losses_P.sum(), metrics)
+
+    def _metrics(self, logprobs_A: Tensor, reference_A: Tensor, lengths_A: Tensor) -> dict[str, Tensor]:
+        """Sums over pairs.
+
+        accuracy: the chosen answer has the greater reward, beta x its log-ratio to the reference (its log-probability
+        without one); equal ones count a half. likelihood_accuracy: the model would rather say the chosen answer,
+        whatever the reference thinks. margin, chosen_reward, rejected_reward: rewards in nats. drift, where there is a
+        reference: half the squared log-ratio per token, which for small changes is the Kullback-Leibler divergence
+        between the two models on these answers (the k2 estimate of http://joschu.net/blog/kl-approx.html).
+        """
+        scale_A = lengths_A if self.loss.averages else torch.ones_like(lengths_A)
+        rewards_P2 = (self.loss.beta * (logprobs_A - reference_A) / scale_A).view(-1, 2)
+        chosen_P, rejected_P = rewards_P2.unbind(1)
+        tokens_P2 = lengths_A.float().view(-1, 2)
+        return {
+            "accuracy": _wins(rewards_P2),
+            "likelihood_accuracy": _wins((logprobs_A / scale_A).view(-1, 2)),
+            "margin": (chosen_P - rejected_P).sum(),
+            "chosen_reward": chosen_P.sum(),
+            "rejected_reward": rejected_P.sum(),
+            "chosen_tokens": tokens_P2[:, 0].sum(),
+            "rejected_tokens": tokens_P2[:, 1].sum(),
+        }
+
+
+def _wins(scores_P2: Tensor) -> Tensor:
+    """How many pairs have the greater score first; equal ones are half a win."""
+    return (0.5 + 0.5 * (scores_P2[:, 0] - scores_P2[:, 1]).sign()).sum()

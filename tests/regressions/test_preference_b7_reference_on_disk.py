@@ -1,0 +1,64 @@
+"""B7: a peer asked its reference model at every step though it promised a cache, rendered the two answers of a pair by
+different dice, and trained with so small a rate and so coarse a format that the loss stayed at log 2 = 0.693."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from minnow.data.prepare import DataConfig
+from minnow.model.config import ModelConfig
+from minnow.model.pretrained import save_pretrained
+from minnow.model.transformer import CausalLM
+from minnow.objectives.preference import PreferenceLossConfig
+from minnow.optim import OptimConfig
+from minnow.stages import dpo
+from minnow.tokenizer import train_tokenizer
+from minnow.training import reference
+from minnow.training.config import TrainingConfig
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "hinge", "simpo", "orpo"])
+def test_the_loss_falls_and_the_reference_is_asked_before_training_only(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = train_tokenizer(["yes no maybe fish 0123456789"] * 20, 320)
+    shape = ModelConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=64,
+    )
+    save_pretrained(CausalLM(shape), tmp_path / "start", tokenizer)
+    rows = [{"prompt": f"fish {i}", "chosen": "yes", "rejected": "no"} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked: list[int] = []
+    really_ask = reference._ask
+    monkeypatch.setattr(reference, "_ask", lambda *arguments: asked.append(1) or really_ask(*arguments))
+    dpo.run(
+        dpo.Config(
+            run=str(tmp_path / "run"),
+            init_from=str(tmp_path / "start"),
+            data=DataConfig(paths=(str(tmp_path / "pairs.jsonl"),), cache_dir=str(tmp_path), validation_fraction=0.2),
+            sequence_length=64,
+            loss=PreferenceLossConfig(name=name),  # type: ignore[arg-type]
+            training=TrainingConfig(steps=30, batch_tokens=256, device="cpu", precision="fp32", compile="off"),
+            optim=OptimConfig(optimizer="adamw", matrix_lr=3e-3),
+        )
+    )
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    training = [line for line in lines if "loss" in line]
+    if name == "dpo":
+        assert training[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert training[-1]["loss"] < 0.8 * training[0]["loss"]
+    assert training[-1]["margin"] > training[0]["margin"]
+    held_out = [line for line in lines if "validation_loss" in line][-1]
+    assert held_out["validation_accuracy"] == 1.0
+    assert len(asked) == (2 if name in ("dpo", "ipo", "hinge") else 0), "once for each split, where it is needed"

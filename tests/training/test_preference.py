@@ -1,0 +1,129 @@
+"""Preference training on packed pairs: the batch, the reference on disk, and the loss against sequences one by one."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minnow.data.batches import PackedDataset
+from minnow.data.prepare import DataConfig, prepare
+from minnow.model.attention import CausalAttention
+from minnow.model.config import ModelConfig
+from minnow.model.transformer import CausalLM
+from minnow.objectives.preference import PreferenceLossConfig
+from minnow.tokenizer import Tokenizer, train_tokenizer
+from minnow.training import reference
+from minnow.training.preference import PreferenceOptimization
+from minnow.training.reference import PreferenceRows, reference_logprobs
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["say fish heron otter 0 1 2 3 4 5 6 7 8 9"] * 20, 320)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path, tokenizer: Tokenizer) -> PackedDataset:
+    rows = [{"prompt": f"say {i}", "chosen": f"{i} fish", "rejected": f"heron {i} otter {i}"} for i in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(paths=(str(tmp_path / "pairs.jsonl"),), cache_dir=str(tmp_path), validation_fraction=0.0)
+    return prepare(config, tokenizer, "preference", sequence_length=128, progress=False).packed(128)[0]
+
+
+def make_model(tokenizer: Tokenizer, seed: int) -> CausalLM:
+    shape = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        max_position_embeddings=128,
+    )
+    model = CausalLM(shape, seed=seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def alone(model: CausalLM, dataset: PackedDataset, document: int) -> torch.Tensor:
+    """Log-probability of one answer, the sequence alone in a batch and the log-softmax taken whole."""
+    tokens = torch.from_numpy(dataset.shards.tokens(document).astype("int64"))
+    weights = torch.from_numpy(dataset.shards.weights(document))
+    hidden = model(tokens[None, :-1], torch.arange(len(tokens) - 1)[None], CausalAttention())
+    logprobs = F.log_softmax(model.logits(hidden)[0], dim=-1)
+    return (logprobs.gather(1, tokens[1:, None]).squeeze(1) * weights[1:]).sum()
+
+
+def test_packed_pairs_give_the_loss_and_gradient_of_sequences_one_by_one(
+    tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path
+) -> None:
+    policy, start = make_model(tokenizer, 1), make_model(tokenizer, 2)
+    rows = PreferenceRows(dataset, reference_logprobs(start, dataset, tmp_path / "r", "data", rows_at_once=2))
+    objective = PreferenceOptimization(PreferenceLossConfig(beta=0.2))
+    batch = rows.batch(range(rows.num_rows))
+    output = objective(policy, batch)
+    output.loss_sum.backward()
+    packed = {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+    policy.zero_grad()
+    losses, right = [], 0.0
+    for pair in range(12):
+        with torch.no_grad():
+            before = alone(start, dataset, 2 * pair) - alone(start, dataset, 2 * pair + 1)
+        margin = alone(policy, dataset, 2 * pair) - alone(policy, dataset, 2 * pair + 1) - before
+        right += float(margin.detach() > 0)
+        losses.append(-F.logsigmoid(0.2 * margin))
+    torch.stack(losses).sum().backward()
+    assert objective.count(batch) == 12
+    torch.testing.assert_close(output.loss_sum, torch.stack(losses).sum(), rtol=1e-5, atol=1e-5)
+    assert float(output.metrics["accuracy"]) == right
+    for name, parameter in policy.named_parameters():
+        torch.testing.assert_close(packed[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_micro_batches_add_up_to_the_batch(tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path) -> None:
+    policy = make_model(tokenizer, 1)
+    start = make_model(tokenizer, 2)
+    rows = PreferenceRows(dataset, reference_logprobs(start, dataset, tmp_path / "r", "data", rows_at_once=1))
+    objective = PreferenceOptimization(PreferenceLossConfig(beta=0.2, length_alpha=0.5))
+    whole = objective(policy, rows.batch(range(rows.num_rows)))
+    parts = [objective(policy, rows.batch([row])) for row in range(rows.num_rows)]
+    assert len(parts) > 1
+    for name, value in {"loss": whole.loss_sum, **whole.metrics}.items():
+        summed = sum(part.loss_sum if name == "loss" else part.metrics[name] for part in parts)
+        torch.testing.assert_close(value, summed, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_the_reference_is_asked_once(
+    tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(tokenizer, 1)
+    first = reference_logprobs(model, dataset, tmp_path / "r", "data", rows_at_once=2)
+    asked: list[int] = []
+    really_ask = reference._ask
+    monkeypatch.setattr(reference, "_ask", lambda *arguments: asked.append(1) or really_ask(*arguments))
+    again = reference_logprobs(model, dataset, tmp_path / "r", "data", rows_at_once=2)
+    assert not asked, "it lies on disk"
+    assert torch.equal(first.logprobs_N, again.logprobs_N)
+    with torch.no_grad():
+        model.head_weight[3] += 0.1
+    reference_logprobs(model, dataset, tmp_path / "r", "data", rows_at_once=2)
+    assert len(asked) == 1, "another model is another reference"
+    reference_logprobs(model, dataset, tmp_path / "r", "other data", rows_at_once=2)
+    assert len(asked) == 2, "and so are other data"
+
+
+def test_training_starts_at_log_two_without_drift(tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path) -> None:
+    model = make_model(tokenizer, 1)
+    rows = PreferenceRows(dataset, reference_logprobs(model, dataset, tmp_path / "r", "data", rows_at_once=3))
+    batch = rows.batch([1, 0])
+    output = PreferenceOptimization(PreferenceLossConfig())(model, batch)
+    assert float(output.loss_sum.detach()) == pytest.approx(batch.num_answers / 2 * math.log(2), rel=1e-5)
+    assert float(output.metrics["drift"]) < 1e-9
