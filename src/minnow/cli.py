@@ -39,6 +39,7 @@ COMMANDS: dict[str, Command] = {
     "generate": Command("generate", "continue a text"),
     "chat": Command("chat", "talk with a model in the terminal"),
     "eval": Command("eval", "score a model on tasks, with error bars"),
+    "export": Command("export", "a model for llama.cpp, ollama or ONNX runtimes, or onto the Hugging Face Hub"),
     "report": Command("report", "write a run's report: curves, settings, samples"),
     "plan": Command("plan", "parameters, FLOPs, memory and time of a configuration; starts nothing"),
     "bench train": Command("bench_train", "training speed beside transformers' own model, same shape and batch"),

@@ -19,7 +19,7 @@ def rotary_tables(
     Made anew from the positions in every forward pass: it is cheap, keeps no buffer that a change of the
     model's dtype could round, and has no largest position.
     """
-    frequencies = _frequencies(head_dim, theta, scaling, positions_BT.device)
+    frequencies = rotary_frequencies(head_dim, theta, scaling, positions_BT.device)
     angles = positions_BT[..., None, None].float() * frequencies
     factor = scaling.attention_factor if scaling is not None and scaling.type == "yarn" else 1.0
     return angles.cos() * factor, angles.sin() * factor
@@ -32,7 +32,7 @@ def rotate(x_BTHd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=64)
-def _frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
+def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None, device: torch.device) -> Tensor:
     """Angle per position of each pair, fp32 [head_dim / 2]."""
     with torch.inference_mode(False):  # a cached inference tensor could not enter a later backward pass
         plain = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32, device="cpu") / head_dim)

@@ -11,6 +11,7 @@ import json
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -68,6 +69,11 @@ class Tokenizer:
         """Write tokenizer.json, tokenizer_config.json and, for a tokenizer that can chat,
         chat_template.jinja."""
         files.save(Path(folder), self._tokenizer, self.end_of_text, chat=self.has_chat_tokens)
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """The parsed tokenizer.json."""
+        return self._definition
 
     @property
     def end_of_text_id(self) -> int:

@@ -1,0 +1,95 @@
+"""A model's shape and weights in GGUF's names and layouts."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import gguf
+import torch
+from torch import Tensor
+
+from minnow.config import UserError
+from minnow.model.config import ModelConfig, RopeScaling
+from minnow.model.hf_config import architecture
+from minnow.model.rope import rotary_frequencies
+from minnow.model.transformer import CausalLM
+
+ARCHITECTURES: dict[str, gguf.MODEL_ARCH] = {
+    "Qwen3ForCausalLM": gguf.MODEL_ARCH.QWEN3,
+    "Qwen2ForCausalLM": gguf.MODEL_ARCH.QWEN2,
+    "LlamaForCausalLM": gguf.MODEL_ARCH.LLAMA,
+}
+"""transformers' class -> llama.cpp's architecture. A new one with the same parts needs a row here and no more."""
+
+
+def gguf_architecture(config: ModelConfig) -> gguf.MODEL_ARCH:
+    """llama.cpp's architecture that computes what `config` says. UserError where it has none."""
+    arch = ARCHITECTURES[architecture(config)]
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.type not in ("linear", "yarn", "llama3"):
+        raise UserError(f"llama.cpp has no rope scaling {scaling.type!r}")
+    if scaling is not None and scaling.type == "yarn" and (scaling.beta_fast, scaling.beta_slow) != (32.0, 1.0):
+        raise UserError("llama.cpp reads YaRN's beta_fast and beta_slow as 32 and 1: the model has others")
+    if scaling is not None and scaling.type == "llama3" and arch != gguf.MODEL_ARCH.LLAMA:
+        raise UserError("llama.cpp knows Llama 3's rope scaling for Llama models only (this one is not)")
+    return arch
+
+
+def add_shape(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
+    """Write the hyperparameters."""
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_rope_freq_base(config.rope_theta)
+    if config.rope_scaling is not None:
+        _add_rope_scaling(writer, config.rope_scaling)
+
+
+def _add_rope_scaling(writer: gguf.GGUFWriter, scaling: RopeScaling) -> None:
+    if scaling.type == "llama3":
+        return  # stands in a tensor, see `gguf_tensors`
+    kinds = {"linear": gguf.RopeScalingType.LINEAR, "yarn": gguf.RopeScalingType.YARN}
+    writer.add_rope_scaling_type(kinds[scaling.type])
+    writer.add_rope_scaling_factor(scaling.factor)
+    writer.add_rope_scaling_orig_ctx_len(scaling.original_max_position_embeddings)
+    if scaling.type == "yarn":
+        # llama.cpp multiplies cosines and sines by 0.1 ln(factor) + 1 itself; this one comes on top.
+        writer.add_rope_scaling_attn_factors(scaling.attention_factor / (0.1 * math.log(scaling.factor) + 1.0))
+
+
+def gguf_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
+    """(GGUF name, tensor as stored) of every weight; a linear layer's matrix stays [out, in]."""
+    config = model.config
+    arch = gguf_architecture(config)
+    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    for name, tensor in model.state_dict().items():
+        stem, _, kind = name.rpartition(".")
+        renamed = names.get_name(stem)
+        assert renamed is not None, name
+        layer = stem.rpartition(".")[2]
+        if arch == gguf.MODEL_ARCH.LLAMA and layer in heads:
+            tensor = _interleave(tensor, heads[layer])
+        yield f"{renamed}.{kind}", tensor
+    if config.rope_scaling is not None and config.rope_scaling.type == "llama3":
+        shape = (config.head_dim, config.rope_theta)
+        cpu = torch.device("cpu")
+        plain, scaled = (rotary_frequencies(*shape, scaling, cpu) for scaling in (None, config.rope_scaling))
+        yield "rope_freqs.weight", plain / scaled
+
+
+def _interleave(projection: Tensor, heads: int) -> Tensor:
+    """Rows of q_proj or k_proj in the order of llama.cpp's Llama.
+
+    It turns neighbours (0, 1), (2, 3), ... of a head where transformers turns (0, d/2), (1, d/2 + 1), ...
+    """
+    return projection.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)

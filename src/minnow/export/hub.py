@@ -1,0 +1,31 @@
+"""Pushing a model folder to the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from minnow.config import UserError
+
+# What a model folder and minnow's exports consist of: nothing else that lies there is published.
+FILES = ("*.json", "*.safetensors", "*.jinja", "README.md", "curves.png", "*.gguf", "Modelfile", "onnx/*")
+
+
+def push(folder: Path, repo: str, *, private: bool = False) -> str:
+    """Upload the model in `folder` to `repo` (OWNER/NAME), in one commit; returns its address.
+
+    A missing repository is created. UserError where the Hub refuses.
+    """
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=folder, allow_patterns=list(FILES), commit_message="Upload model with minnow"
+        )
+    except LocalTokenNotFoundError as error:
+        raise UserError("the Hugging Face Hub does not know you: run `hf auth login`, or set HF_TOKEN") from error
+    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
+        raise UserError(f"{repo}: the Hugging Face Hub refused ({str(error).strip().splitlines()[0]})") from error
+    return str(commit.repo_url)

@@ -1,0 +1,105 @@
+"""`minnow export`: a model in the format of another program, or on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from rich.console import Console
+
+from minnow.config import UserError
+from minnow.model.pretrained import resolve_model_folder
+
+if TYPE_CHECKING:
+    from minnow.export.gguf_file import GgufFile, GgufType
+
+ExportType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "int8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Write a model for llama.cpp (gguf), ollama or ONNX runtimes, or push it to the Hugging Face Hub.
+
+    transformers and vLLM need no export: they read the model folder as it is.
+    """
+
+    model: str = field(metadata={"positional": True})
+    """Model folder, run folder or Hub id."""
+    to: Literal["gguf", "ollama", "onnx", "hub"]
+    """gguf: one file; ollama: that file and a Modelfile; onnx: a graph with a KV cache; hub: upload the folder."""
+    repo: str | None = field(default=None, metadata={"positional": True})
+    """With hub: the repository to push to, OWNER/NAME."""
+    type: ExportType | None = None
+    """Number format of the matrices; by default f16, and f32 for onnx. gguf, ollama: all but int8; onnx: f32, int8."""
+    out: str | None = None
+    """File to write (ollama: folder); by default in the model folder, or here for a Hub id."""
+    thinking: bool = False
+    """The model was taught to reason first: llama.cpp and ollama then let it, unless a request says otherwise."""
+    private: bool = False
+    """With hub: make a new repository private."""
+
+
+def run(config: Config) -> None:
+    """Export, and say what was written and how it is used."""
+    console = Console(highlight=False, soft_wrap=True)
+    if (config.repo is None) == (config.to == "hub"):
+        raise UserError("minnow export MODEL --to hub OWNER/NAME: a repository belongs to hub, and hub needs one")
+    folder = resolve_model_folder(config.model)
+    # Where the folder is a copy that the Hub's client keeps, nothing is written into it.
+    home = folder if Path(config.model).exists() else Path(config.model.rpartition("/")[2])
+    ways = {"gguf": _gguf, "ollama": _ollama, "onnx": _onnx, "hub": _hub}
+    ways[config.to](config, folder, home, console)
+
+
+def _gguf(config: Config, folder: Path, home: Path, console: Console) -> None:
+    from minnow.export.gguf_file import write_gguf
+
+    kind = _gguf_type(config)
+    out = Path(config.out or home / f"model-{kind}.gguf")
+    _tell(write_gguf(folder, out, kind, thinking=config.thinking), console)
+
+
+def _ollama(config: Config, folder: Path, home: Path, console: Console) -> None:
+    from minnow.export.ollama import write_ollama
+    from minnow.export.template import model_name
+
+    out = Path(config.out or home)
+    _tell(write_ollama(folder, out, _gguf_type(config), thinking=config.thinking), console)
+    console.print(f"{out / 'Modelfile'}: ollama create {model_name(folder)} -f {out / 'Modelfile'}")
+
+
+def _onnx(config: Config, folder: Path, home: Path, console: Console) -> None:
+    from minnow.export.onnx_file import ONNX_TYPES, write_onnx
+
+    kind = config.type or "f32"
+    if kind not in ONNX_TYPES:
+        raise UserError(f"--type {kind} is no ONNX type; there are {', '.join(ONNX_TYPES)}")
+    name = "model.onnx" if kind == "f32" else f"model_{kind}.onnx"
+    out = Path(config.out or home / "onnx" / name)
+    write_onnx(folder, out, kind)
+    console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
+
+
+def _hub(config: Config, folder: Path, home: Path, console: Console) -> None:
+    from minnow.export.hub import push
+
+    assert config.repo is not None
+    console.print(push(folder, config.repo, private=config.private))
+
+
+def _gguf_type(config: Config) -> GgufType:
+    from minnow.export.gguf_file import GGUF_TYPES
+
+    kind = config.type or "f16"
+    if kind not in GGUF_TYPES:
+        raise UserError(f"--type {kind} is no GGUF type; there are {', '.join(GGUF_TYPES)}")
+    return kind
+
+
+def _tell(written: GgufFile, console: Console) -> None:
+    console.print(f"{written.path}: {written.bytes / 1e6:.1f} MB")
+    if written.kept_f16:
+        console.print(f"note: {len(written.kept_f16)} matrices stay f16: their rows are no multiple of 32 wide")
+    if written.note:
+        console.print(f"note: {written.note}")

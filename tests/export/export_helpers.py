@@ -1,0 +1,93 @@
+"""Tiny models of every architecture in folders, with a tokenizer that was trained on mixed text."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minnow.model.attention import CausalAttention
+from minnow.model.config import ModelConfig, RopeScaling
+from minnow.model.pretrained import load_pretrained, save_pretrained
+from minnow.model.transformer import CausalLM
+from minnow.tokenizer import Tokenizer, train_tokenizer
+
+CORPUS = [
+    "The small fish lives in the old pond. It's blue, and it doesn't eat 12 snails.\n\nuser assistant system tool\n",
+    "小鱼住在旧池塘里。它是蓝色的，不吃蜗牛。\n\n你好，请问今天天气怎么样？\n",
+    "def f(x):\n    return x + 1\n\n\n    # done...\r\n\r\n",
+] * 4
+
+MIXED = (
+    "Hello, it's a POND'S edge.\n\n  The 12345 fish 鱼在池塘里游，你好！ 👩‍👩‍👧 🇫🇷 e\u0301 naïve\tdef f(x):\n"
+    "    return x**2 # 3.14\r\n\r\n'LL DON'T ſ\u3000 ½ ² ٣ end  "
+)
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "qwen3": {},
+    "qwen3 untied": {"tie_word_embeddings": False},
+    "qwen2": {"qk_norm": False, "attention_bias": True},
+    "llama": {"qk_norm": False, "num_key_value_heads": 4},
+    "llama grouped, llama3 rope": {
+        "qk_norm": False,
+        "rope_scaling": RopeScaling(type="llama3", factor=4.0, original_max_position_embeddings=16),
+    },
+    "qwen3 yarn": {
+        "rope_scaling": RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=16, attention_factor=1.1)
+    },
+    "qwen3 linear": {"rope_scaling": RopeScaling(type="linear", factor=2.0, original_max_position_embeddings=32)},
+}
+
+
+@functools.cache
+def small_tokenizer() -> Tokenizer:
+    return train_tokenizer(CORPUS, 400)
+
+
+def tiny_model(tmp_path: Path, *, tokenizer: Tokenizer | None = None, seed: int = 0, **changes: Any) -> Path:
+    """The folder of a model with random weights: none is zero or one, so that no mistake hides."""
+    tokenizer = tokenizer or small_tokenizer()
+    shape: dict[str, Any] = {
+        "vocab_size": tokenizer.vocab_size + 3,  # rows that no token uses
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 64,
+    }
+    model = CausalLM(ModelConfig(**(shape | changes)))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            low, high = (0.5, 1.5) if parameter.ndim == 1 else (-0.25, 0.25)
+            parameter.copy_(torch.empty(parameter.shape).uniform_(low, high, generator=generator))
+    folder = tmp_path / "run" / "model"
+    save_pretrained(model, folder, tokenizer)
+    return folder
+
+
+def reference_logits(folder: Path, ids: list[int]) -> np.ndarray:
+    """minnow's own logits [T, V]."""
+    model = load_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        hidden = model(torch.tensor([ids]), torch.arange(len(ids))[None], CausalAttention())
+        return model.logits(hidden)[0].numpy()
+
+
+def reference_greedy(folder: Path, ids: list[int], count: int) -> list[int]:
+    """The likeliest next ids, each from the whole sequence before it."""
+    ids = list(ids)
+    for _ in range(count):
+        ids.append(int(reference_logits(folder, ids)[-1].argmax()))
+    return ids[-count:]
+
+
+def mean_divergence(reference_TV: np.ndarray, other_TV: np.ndarray) -> float:
+    """Mean over tokens of KL(reference || other), in nats."""
+    p, q = (torch.tensor(x).double().log_softmax(-1) for x in (reference_TV, other_TV))
+    return float((p.exp() * (p - q)).sum(-1).mean())

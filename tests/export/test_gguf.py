@@ -1,0 +1,239 @@
+"""GGUF files read back: by the `gguf` library, and by transformers, which has a reader of its own."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import tokenizers
+import torch
+from export_helpers import ARCHITECTURES, MIXED, reference_logits, small_tokenizer, tiny_model
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, decoders, models, pre_tokenizers
+
+from minnow import cli
+from minnow.config import UserError
+from minnow.export.gguf_file import GGUF_TYPES, encode, write_gguf
+from minnow.export.gguf_tokenizer import LLAMA3_PATTERN, pre_tokenizer
+from minnow.model.config import RopeScaling
+from minnow.tokenizer.bytelevel import GPT2_PATTERN, QWEN2_PATTERN
+from minnow.tokenizer.files import chat_template
+
+
+def fields(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_transformers_reads_the_file_as_the_same_model(name: str, tmp_path: Path) -> None:
+    """Names and layouts (Llama's turned rows) of all weights: an independent reader gives minnow's logits.
+
+    It is given the shape, since it knows no head_dim and no rope scaling in GGUF; test_what_the_header_says has those.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = tiny_model(tmp_path, **ARCHITECTURES[name])
+    write_gguf(folder, tmp_path / "x.gguf", "f32")
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="x.gguf", config=config, dtype=torch.float32)
+    ids = [0, 5, 300, 7, 7, 120, 33]
+    with torch.no_grad():
+        logits = model(torch.tensor([ids])).logits[0].numpy()
+    np.testing.assert_allclose(logits, reference_logits(folder, ids), atol=1e-4)
+
+
+def test_what_the_header_says(tmp_path: Path) -> None:
+    tokenizer = small_tokenizer()
+    folder = tiny_model(tmp_path)
+    write_gguf(folder, tmp_path / "x.gguf", "f16")
+    found = fields(tmp_path / "x.gguf")
+    assert found["general.architecture"] == "qwen3"
+    assert found["general.name"] == "run"
+    assert found["qwen3.context_length"] == 64
+    assert found["qwen3.attention.key_length"] == 16
+    assert found["tokenizer.ggml.model"] == "gpt2"
+    assert found["tokenizer.ggml.pre"] == "qwen2"
+    assert found["tokenizer.ggml.add_bos_token"] is False
+    ends = [found[f"tokenizer.ggml.{name}_token_id"] for name in ("bos", "eos", "eot", "padding")]
+    assert ends == [tokenizer.end_of_text_id, tokenizer.im_end_id, tokenizer.im_end_id, tokenizer.pad_id]
+    tokens, types = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
+    assert len(tokens) == len(types) == tokenizer.vocab_size + 3
+    assert types[-3:] == [gguf.TokenType.UNUSED] * 3
+    assert types[tokenizer.im_end_id] == gguf.TokenType.CONTROL
+    assert types[tokenizer.special_ids["<think>"]] == gguf.TokenType.USER_DEFINED
+    assert types[tokenizer.encode("a")[0]] == gguf.TokenType.NORMAL
+    merges = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))["model"]["merges"]
+    assert found["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
+
+
+def test_template_asks_for_reasoning_only_of_a_model_that_was_taught_to(tmp_path: Path) -> None:
+    """llama.cpp sets `enable_thinking` by default, and a model without the habit would answer into the block."""
+    import jinja2
+
+    folder = tiny_model(tmp_path)
+    texts = []
+    for thinking in (False, True):
+        write_gguf(folder, tmp_path / "x.gguf", "f16", thinking=thinking)
+        template = fields(tmp_path / "x.gguf")["tokenizer.chat_template"]
+        environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
+        question = {"messages": [{"role": "user", "content": "?"}], "add_generation_prompt": True}
+        texts.append(environment.from_string(template).render(**question, enable_thinking=True))
+    assert template == chat_template()
+    assert texts[0].endswith("<think>\n\n</think>\n\n")
+    assert texts[1].endswith("<think>\n")
+
+
+def test_every_type_has_its_error_and_its_size(tmp_path: Path) -> None:
+    """Root mean square error against the bound of the format: half a step of a uniform grid is step / sqrt(12)."""
+    folder = tiny_model(tmp_path)
+    weight = load_file(folder / "model.safetensors")["model.layers.0.mlp.gate_proj.weight"].numpy()
+    # uniform in [-1/4, 1/4]: a block's scale is about 1/4 / 127, or 1/4 / 8 and 1/2 / 15 (4 bits), half that (5 bits)
+    steps = {"q8_0": 1 / 508, "q5_1": 1 / 62, "q5_0": 1 / 64, "q4_1": 1 / 30, "q4_0": 1 / 32}
+    sizes = {}
+    for kind in GGUF_TYPES:
+        sizes[kind] = write_gguf(folder, tmp_path / f"{kind}.gguf", kind).bytes
+        stored = {t.name: t for t in gguf.GGUFReader(tmp_path / f"{kind}.gguf").tensors}
+        assert stored["blk.0.attn_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
+        if kind in steps:
+            assert stored["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.Q8_0
+        tensor = stored["blk.0.ffn_gate.weight"]
+        assert tensor.tensor_type == gguf.GGMLQuantizationType[kind.upper()]
+        error = gguf.dequantize(tensor.data, tensor.tensor_type).reshape(weight.shape) - weight
+        relative = np.sqrt(np.mean(error**2)) / 12**-0.5
+        bound = {"f32": 0.0, "f16": 2**-13, "bf16": 2**-10}.get(kind) or steps.get(kind, 0.0)
+        assert relative <= 1.1 * bound, kind
+        if kind in steps:
+            assert relative > 0.7 * bound, kind
+    assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+
+
+def test_q8_0_by_hand() -> None:
+    """One block: scale d = max|x| / 127 in f16, q = round(x / d), each int8."""
+    x = torch.linspace(-1.0, 0.5, 32)[None]
+    data = encode("x", x, gguf.GGMLQuantizationType.Q8_0)
+    scale = data[0, :2].view(np.float16)[0]
+    assert scale == np.float16(1 / 127)
+    np.testing.assert_array_equal(data[0, 2:].view(np.int8), np.round(x[0].numpy() * 127).astype(np.int8))
+
+
+def test_narrow_matrices_stay_f16_and_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_model(tmp_path, intermediate_size=40)  # down_proj has rows of 40
+    assert cli.main(["export", str(folder), "--to", "gguf", "--type", "q4_0"]) == 0
+    assert "2 matrices stay f16" in capsys.readouterr().out
+    stored = {t.name: t for t in gguf.GGUFReader(folder / "model-q4_0.gguf").tensors}
+    assert stored["blk.1.ffn_down.weight"].tensor_type == gguf.GGMLQuantizationType.F16
+    assert stored["blk.1.ffn_up.weight"].tensor_type == gguf.GGMLQuantizationType.Q4_0
+
+
+def test_a_weight_beyond_f16_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.1.self_attn.k_proj.weight"][3, 3] = 70_000.0
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"blk\.1\.attn_k\.weight has a weight beyond 65504.*--type bf16"):
+        write_gguf(folder, tmp_path / "x.gguf", "f16")
+    assert not list(tmp_path.glob("*.gguf*"))
+    write_gguf(folder, tmp_path / "x.gguf", "bf16")
+
+
+def test_rope_scalings(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path, **ARCHITECTURES["qwen3 yarn"])
+    write_gguf(folder, tmp_path / "x.gguf", "f32")
+    found = fields(tmp_path / "x.gguf")
+    assert found["qwen3.rope.scaling.type"] == "yarn"
+    assert found["qwen3.rope.scaling.original_context_length"] == 16
+    # llama.cpp multiplies by 0.1 ln 4 + 1 = 1.1386 by itself: 1.1 / 1.1386
+    assert found["qwen3.rope.scaling.attn_factor"] == pytest.approx(0.96608, abs=1e-5)
+
+    scaling = RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0)
+    with pytest.raises(UserError, match="beta_fast"):
+        write_gguf(tiny_model(tmp_path, rope_scaling=scaling), tmp_path / "x.gguf")
+    scaling = RopeScaling(type="llama3", factor=4.0, original_max_position_embeddings=16)
+    with pytest.raises(UserError, match="for Llama models only"):
+        write_gguf(tiny_model(tmp_path, rope_scaling=scaling), tmp_path / "x.gguf")
+
+
+def byte_level(*parts: Any, ignore_merges: bool = False) -> dict[str, Any]:
+    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=ignore_merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(list(parts))
+    tokenizer.decoder = decoders.ByteLevel()
+    return json.loads(tokenizer.to_str())
+
+
+def split(pattern: str) -> Any:
+    return pre_tokenizers.Split(Regex(pattern), "isolated")
+
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+GPT2 = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+
+
+@pytest.mark.parametrize(
+    ("definition", "name"),
+    [
+        (byte_level(split(QWEN2_PATTERN), BYTES), "qwen2"),
+        (byte_level(GPT2), "gpt-2"),
+        (byte_level(pre_tokenizers.Digits(individual_digits=True), GPT2), "smollm"),
+        (byte_level(split(LLAMA3_PATTERN), BYTES, ignore_merges=True), "llama-bpe"),
+    ],
+)
+def test_the_type_follows_the_tokenizer(definition: dict[str, Any], name: str) -> None:
+    assert pre_tokenizer(definition).name == name
+
+
+@pytest.mark.parametrize(
+    "definition",
+    [
+        byte_level(split(QWEN2_PATTERN.replace(r"\p{N}|", r"\p{N}{1,2}|")), BYTES),
+        byte_level(split(QWEN2_PATTERN), BYTES, ignore_merges=True),
+        byte_level(split(LLAMA3_PATTERN), BYTES),
+        byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)),
+        byte_level(pre_tokenizers.Digits(individual_digits=False), GPT2),
+        byte_level(pre_tokenizers.Split(Regex(QWEN2_PATTERN), "removed"), BYTES),
+        byte_level(pre_tokenizers.Whitespace(), BYTES),
+        byte_level(split(GPT2_PATTERN), split(QWEN2_PATTERN), BYTES),
+    ],
+)
+def test_an_unknown_split_is_refused(definition: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match="llama.cpp would split texts unlike this tokenizer"):
+        pre_tokenizer(definition)
+
+
+def test_other_tokenizers_are_refused() -> None:
+    with pytest.raises(UserError, match="Unigram: only byte-level BPE"):
+        pre_tokenizer(json.loads(tokenizers.Tokenizer(models.Unigram()).to_str()))
+    with pytest.raises(UserError, match="BPE on characters"):
+        pre_tokenizer(json.loads(tokenizers.Tokenizer(models.BPE(byte_fallback=True)).to_str()))
+    lowercase = byte_level(GPT2) | {"normalizer": {"type": "Lowercase"}}
+    with pytest.raises(UserError, match="normalises text"):
+        pre_tokenizer(lowercase)
+    composing = pre_tokenizer(byte_level(GPT2) | {"normalizer": {"type": "NFC"}})
+    assert composing.name == "gpt-2"
+    assert "NFC" in (composing.note or "")
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path, vocab_size=small_tokenizer().vocab_size - 1)
+    with pytest.raises(UserError, match="do not belong together"):
+        write_gguf(folder, tmp_path / "x.gguf")
+
+
+def test_wrong_requests_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tiny_model(tmp_path))
+    for words, message in [
+        (["--to", "gguf", "--type", "int8"], "--type int8 is no GGUF type"),
+        (["--to", "onnx", "--type", "q8_0"], "--type q8_0 is no ONNX type"),
+        (["--to", "hub"], "OWNER/NAME"),
+        (["somebody/something", "--to", "gguf"], "OWNER/NAME"),
+    ]:
+        assert cli.main(["export", folder, *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_mixed_text_has_every_kind_of_character() -> None:
+    """MIXED is what test_llama_cpp.py compares ids on: it must keep its letters, digits, marks and line ends."""
+    assert small_tokenizer().decode(small_tokenizer().encode(MIXED)) == MIXED

@@ -1,0 +1,78 @@
+"""`--to hub` against a stub of the Hub's client: what is sent, and how refusals are told."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from export_helpers import tiny_model
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import filter_repo_objects
+
+from minnow import cli
+from minnow.export import hub
+
+
+class StubApi:
+    """Keeps what it is asked for."""
+
+    calls: list[tuple[str, dict[str, Any]]] = []  # noqa: RUF012 - reset by the fixture
+    error: Exception | None = None
+
+    def create_repo(self, repo: str, **more: Any) -> None:
+        if self.error is not None:
+            raise self.error
+        self.calls.append(("create", {"repo": repo, **more}))
+
+    def upload_folder(self, **more: Any) -> SimpleNamespace:
+        folder = Path(more["folder_path"])
+        names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+        sent = list(filter_repo_objects(names, allow_patterns=more["allow_patterns"]))
+        self.calls.append(("upload", {"repo": more["repo_id"], "files": sent}))
+        return SimpleNamespace(repo_url=f"https://huggingface.co/{more['repo_id']}")
+
+
+@pytest.fixture(autouse=True)
+def stub(monkeypatch: pytest.MonkeyPatch) -> type[StubApi]:
+    monkeypatch.setattr(hub, "HfApi", StubApi)
+    monkeypatch.setattr(StubApi, "calls", [])
+    monkeypatch.setattr(StubApi, "error", None)
+    return StubApi
+
+
+def test_the_model_and_its_exports_are_sent_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stub: type[StubApi]
+) -> None:
+    folder = tiny_model(tmp_path)
+    cli.main(["export", str(folder), "--to", "gguf", "--type", "q8_0"])
+    (folder / ".env").write_text("secret")
+    (folder / "notes.txt").write_text("mine")
+    assert cli.main(["export", str(folder), "--to", "hub", "somebody/fish", "--private", "true"]) == 0
+    assert stub.calls[0] == ("create", {"repo": "somebody/fish", "private": True, "exist_ok": True})
+    files = stub.calls[1][1]["files"]
+    expected = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "model-q8_0.gguf"}
+    assert expected <= set(files)
+    assert not {".env", "notes.txt"} & set(files)
+    assert "https://huggingface.co/somebody/fish" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (LocalTokenNotFoundError("no token"), "run `hf auth login`"),
+        (HFValidationError("Repo id must be in the form ..."), "refused (Repo id must be in the form"),
+    ],
+)
+def test_refusals_are_told_in_a_line(
+    error: Exception,
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    stub: type[StubApi],
+) -> None:
+    monkeypatch.setattr(stub, "error", error)
+    assert cli.main(["export", str(tiny_model(tmp_path)), "--to", "hub", "somebody/fish"]) == 2
+    assert message in capsys.readouterr().err

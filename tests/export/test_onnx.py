@@ -1,0 +1,106 @@
+"""The ONNX graph in onnxruntime: logits, the cache in any pieces, padding, greedy continuation, 8-bit weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from export_helpers import ARCHITECTURES, mean_divergence, reference_greedy, reference_logits, tiny_model
+from onnx_model import OnnxModel
+
+from minnow import cli
+from minnow.export.onnx_file import quantise, write_onnx
+
+IDS = [0, 5, 300, 7, 7, 120, 33, 250, 1, 90, 60]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tiny_model(tmp_path_factory.mktemp("onnx"))
+    assert cli.main(["export", str(folder), "--to", "onnx"]) == 0
+    return folder, folder / "onnx" / "model.onnx"
+
+
+def test_logits(exported: tuple[Path, Path]) -> None:
+    folder, path = exported
+    onnx.checker.check_model(path)
+    for length in (1, 2, len(IDS)):
+        np.testing.assert_allclose(
+            OnnxModel(path).logits(IDS[:length]), reference_logits(folder, IDS[:length]), atol=1e-4
+        )
+
+
+def test_names_are_those_of_transformers_js(exported: tuple[Path, Path]) -> None:
+    graph = onnx.load(exported[1]).graph
+    caches = [f"{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    inputs = ["input_ids", "attention_mask", "position_ids", *(f"past_key_values.{name}" for name in caches)]
+    assert [value.name for value in graph.input] == inputs
+    assert [value.name for value in graph.output] == ["logits", *(f"present.{name}" for name in caches)]
+    shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.input}
+    batch, new = shapes["input_ids"]
+    assert isinstance(batch, str)
+    assert isinstance(new, str)
+    cached = shapes["past_key_values.1.value"]
+    assert cached[0] == batch
+    assert (cached[1], cached[3]) == (2, 16)
+    assert isinstance(cached[2], str)
+
+
+def test_the_cache_in_pieces(exported: tuple[Path, Path]) -> None:
+    folder, path = exported
+    model, found, at = OnnxModel(path), [], 0
+    for size in (4, 1, 1, 3, 2):
+        found.append(model.step(np.array([IDS[at : at + size]]))[0])
+        at += size
+    np.testing.assert_allclose(np.concatenate(found), reference_logits(folder, IDS), atol=1e-4)
+
+
+def test_a_batch_with_padding(exported: tuple[Path, Path]) -> None:
+    """Padding to the left changes nothing for the others, in the first step and behind it."""
+    folder, path = exported
+    ids = np.array([IDS[:8], [0, 0, 0, *IDS[:5]]])
+    mask = np.array([[1] * 8, [0] * 3 + [1] * 5])
+    model = OnnxModel(path)
+    first = model.step(ids, mask)
+    second = model.step(np.array([[IDS[8]], [IDS[5]]]))
+    assert np.isfinite(first).all()
+    np.testing.assert_allclose(first[0], reference_logits(folder, IDS[:8]), atol=1e-4)
+    np.testing.assert_allclose(first[1, 3:], reference_logits(folder, IDS[:5]), atol=1e-4)
+    np.testing.assert_allclose(second[0], reference_logits(folder, IDS[:9])[-1:], atol=1e-4)
+    np.testing.assert_allclose(second[1], reference_logits(folder, IDS[:6])[-1:], atol=1e-4)
+
+
+def test_greedy(exported: tuple[Path, Path]) -> None:
+    folder, path = exported
+    assert OnnxModel(path).greedy(IDS, 12) == reference_greedy(folder, IDS, 12)
+
+
+def test_int8_is_smaller_and_close(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, path = exported
+    small = tmp_path / "int8.onnx"
+    quantise(path, small)
+    weights = {i.data_type for i in onnx.load(small).graph.initializer if len(i.dims) == 2 and i.dims[0] > 16}
+    assert weights == {onnx.TensorProto.UINT8}
+    assert small.stat().st_size < 0.7 * path.stat().st_size  # the graph itself weighs something here
+    divergence = mean_divergence(reference_logits(folder, IDS), OnnxModel(small).logits(IDS))
+    assert 0 < divergence < 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name != "qwen3"])
+def test_every_architecture(name: str, tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path, **ARCHITECTURES[name])
+    write_onnx(folder, tmp_path / "model.onnx")
+    np.testing.assert_allclose(OnnxModel(tmp_path / "model.onnx").logits(IDS), reference_logits(folder, IDS), atol=1e-4)
+    assert OnnxModel(tmp_path / "model.onnx").greedy(IDS, 12) == reference_greedy(folder, IDS, 12)
+
+
+@pytest.mark.slow
+def test_int8_by_the_command(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    assert cli.main(["export", str(folder), "--to", "onnx", "--type", "int8"]) == 0
+    assert sorted(file.name for file in (folder / "onnx").iterdir()) == ["model_int8.onnx"]
+    model = OnnxModel(folder / "onnx" / "model_int8.onnx")
+    assert mean_divergence(reference_logits(folder, IDS), model.logits(IDS)) < 0.02
