@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --constraint constraints.txt
 
-.PHONY: help quickstart test test-slow lint format clean
+.PHONY: help quickstart test test-slow llama-cpp test-export lint format clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' $(MAKEFILE_LIST)
@@ -25,6 +25,12 @@ test: $(VENV)/all.stamp  ## install everything, then the fast tests
 
 test-slow: $(VENV)/all.stamp  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+llama-cpp: $(VENV)/all.stamp  ## fetch and build llama.cpp once (minutes; MINNOW_LLAMA_CPP names another folder for it)
+	$(BIN)/python benchmarks/llama_cpp.py
+
+test-export: llama-cpp  ## exported models in llama.cpp and onnxruntime, ollama's template in Go where there is one
+	$(BIN)/python -m pytest -m slow tests/export
 
 lint: $(VENV)/all.stamp  ## style, types and layers
 	$(BIN)/ruff check .

@@ -31,6 +31,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3 untied": {"tie_word_embeddings": False},
     "qwen2": {"qk_norm": False, "attention_bias": True},
     "llama": {"qk_norm": False, "num_key_value_heads": 4},
+    "llama with biases": {
+        "qk_norm": False,
+        "attention_bias": True,
+        "attention_output_bias": True,
+        "mlp_bias": True,
+    },
     "llama grouped, llama3 rope": {
         "qk_norm": False,
         "rope_scaling": RopeScaling(type="llama3", factor=4.0, original_max_position_embeddings=16),

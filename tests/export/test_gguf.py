@@ -20,6 +20,8 @@ from minnow.config import UserError
 from minnow.export.gguf_file import GGUF_TYPES, encode, write_gguf
 from minnow.export.gguf_tokenizer import LLAMA3_PATTERN, pre_tokenizer
 from minnow.model.config import RopeScaling
+from minnow.model.lora import LoraConfig, add_lora
+from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.tokenizer.bytelevel import GPT2_PATTERN, QWEN2_PATTERN
 from minnow.tokenizer.files import chat_template
 
@@ -155,6 +157,29 @@ def test_rope_scalings(tmp_path: Path) -> None:
     scaling = RopeScaling(type="llama3", factor=4.0, original_max_position_embeddings=16)
     with pytest.raises(UserError, match="for Llama models only"):
         write_gguf(tiny_model(tmp_path, rope_scaling=scaling), tmp_path / "x.gguf")
+
+
+def test_what_llama_cpp_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path, attention_bias=True, attention_output_bias=True)
+    with pytest.raises(UserError, match="no bias on o_proj"):
+        write_gguf(folder, tmp_path / "x.gguf")
+
+
+def test_an_adapter_is_written_merged(tmp_path: Path) -> None:
+    base = tiny_model(tmp_path)
+    model = load_pretrained(base)
+    add_lora(model, LoraConfig(rank=4), base=str(base))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    save_pretrained(model, tmp_path / "adapter", small_tokenizer())
+    write_gguf(tmp_path / "adapter", tmp_path / "x.gguf", "f32")
+    stored = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    merged = load_pretrained(tmp_path / "adapter").state_dict()["model.layers.1.self_attn.q_proj.weight"]
+    np.testing.assert_array_equal(stored["blk.1.attn_q.weight"], merged.numpy())
+    assert not torch.equal(merged, load_pretrained(base).state_dict()["model.layers.1.self_attn.q_proj.weight"])
 
 
 def byte_level(*parts: Any, ignore_merges: bool = False) -> dict[str, Any]:

@@ -26,9 +26,9 @@ ARCHITECTURES: dict[str, gguf.MODEL_ARCH] = {
 def gguf_architecture(config: ModelConfig) -> gguf.MODEL_ARCH:
     """llama.cpp's architecture that computes what `config` says. UserError where it has none."""
     arch = ARCHITECTURES[architecture(config)]
+    if arch == gguf.MODEL_ARCH.QWEN3 and config.attention_output_bias:
+        raise UserError("llama.cpp's Qwen3 has no bias on o_proj: this model has one (attention_output_bias)")
     scaling = config.rope_scaling
-    if scaling is not None and scaling.type not in ("linear", "yarn", "llama3"):
-        raise UserError(f"llama.cpp has no rope scaling {scaling.type!r}")
     if scaling is not None and scaling.type == "yarn" and (scaling.beta_fast, scaling.beta_slow) != (32.0, 1.0):
         raise UserError("llama.cpp reads YaRN's beta_fast and beta_slow as 32 and 1: the model has others")
     if scaling is not None and scaling.type == "llama3" and arch != gguf.MODEL_ARCH.LLAMA:

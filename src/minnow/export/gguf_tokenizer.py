@@ -100,7 +100,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int, templa
     writer.add_token_types(types)
     merges = definition["model"]["merges"]
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    file = folder / "config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}  # an adapter has none
     # llama.cpp takes token 11 for what is not written, so begin, end and filler always are.
     end = _first(config.get("eos_token_id"), tokenizer.end_of_text_id)
     begin = _first(config.get("bos_token_id"), tokenizer.end_of_text_id)

@@ -6,14 +6,13 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 
 from minnow.config import UserError, atomic_write
 from minnow.export.gguf_file import GgufFile, GgufType, write_gguf
 from minnow.export.template import chat_template
-from minnow.model.hf_config import from_hf_config
+from minnow.model.pretrained import read_config
 from minnow.tokenizer.files import chat_template as our_template
 from minnow.tokenizer.special import IM_END
 from minnow.tokenizer.tokenizer import Tokenizer
@@ -36,11 +35,9 @@ def write_ollama(folder: Path, out: Path, type: GgufType = "f16", *, thinking: b
     template = chat_template(folder)
     if template is not None and template != our_template():
         raise UserError(f"{folder}: its chat template is not minnow's, and ollama's language is another: use --to gguf")
-    config_file = folder / "config.json"
-    config = from_hf_config(json.loads(config_file.read_text(encoding="utf-8")), str(config_file))
     content = modelfile(
         f"model-{type}.gguf",
-        context=config.max_position_embeddings,
+        context=read_config(folder).max_position_embeddings,
         stops=_stops(Tokenizer.from_pretrained(folder), chat=template is not None),
         template=go_template(thinking=thinking) if template is not None else "{{ .Prompt }}",
     )
