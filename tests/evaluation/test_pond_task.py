@@ -9,7 +9,7 @@ from minnow.config import UserError
 from minnow.data.pond.world import World
 from minnow.data.pond.write import write_pond
 from minnow.engine.outputs import Completion, Completions
-from minnow.evaluation import TaskOptions, evaluate, make_task
+from minnow.evaluation import TaskOptions, evaluate, make_tasks
 from minnow.evaluation.evaluate import show, write_results, write_rows
 from minnow.evaluation.pond import PondTask, find_world
 from minnow.evaluation.registry import Subject
@@ -113,5 +113,5 @@ def test_the_pond_is_found_beside_the_model_or_named(world, tmp_path):
 
 
 def test_an_unknown_task_is_refused_by_name():
-    with pytest.raises(UserError, match="no such task; there are bpb, pond"):
-        make_task("arithmetics", TaskOptions())
+    with pytest.raises(UserError, match="no such task; there are bpb, long-context, pond"):
+        make_tasks("arithmetics", TaskOptions())

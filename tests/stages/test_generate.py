@@ -60,6 +60,20 @@ def test_several_samples_and_a_seed(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "3 of 3" in capsys.readouterr().out
 
 
+def test_a_stretched_context_takes_longer_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = save_random_model(tmp_path / "model", context=16)
+    asked = {"model": str(model), "prompt": "the pond " * 12, "max_tokens": 4, "ignore_eos": True, "device": "cpu"}
+    with pytest.raises(UserError, match="the model's context is 16 tokens"):
+        run(Config(**asked))
+    for kind in ("yarn", "linear", "ntk"):
+        out = tmp_path / f"{kind}.json"
+        run(Config(**asked, rope_scaling=kind, factor=8, json=str(out)))
+        assert json.loads(out.read_text())["tokens"] == 4
+    capsys.readouterr()
+    with pytest.raises(UserError, match="--factor 8 needs --rope-scaling"):
+        run(Config(**asked, factor=8))
+
+
 def test_terminal_commands_in_the_text_are_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_parrot_model(tmp_path / "model", "\x1b]0;q\x07§<|endoftext|>§")
     run(Config(model=str(model), prompt="p\x1b[2J", temperature=0.0, device="cpu"))

@@ -7,10 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from minnow.config import UserError
 from minnow.data.prepare import DataConfig
+from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
+from minnow.model.pretrained import load_pretrained
 from minnow.stages import pretrain
 from minnow.tokenizer import train_tokenizer
 from minnow.training.config import TrainingConfig
@@ -87,3 +91,62 @@ def test_batch_that_is_no_multiple_of_the_row(config: pretrain.Config) -> None:
 def test_tokenizer_is_asked_for(config: pretrain.Config) -> None:
     with pytest.raises(UserError, match="minnow tokenizer train"):
         pretrain.run(replace(config, tokenizer=None))
+
+
+def test_a_context_is_stretched_in_training(config: pretrain.Config, tmp_path: Path) -> None:
+    pretrain.run(config)
+    longer = replace(
+        config,
+        run=str(tmp_path / "longer"),
+        init_from=config.run,
+        tokenizer=None,
+        rope_scaling="yarn",
+        sequence_length=160,
+        training=replace(config.training, batch_tokens=320),
+    )
+    pretrain.run(longer)
+    content = json.loads((tmp_path / "longer" / "model" / "config.json").read_text())
+    assert content["max_position_embeddings"] == 160
+    rope = content["rope_parameters"]
+    # The factor is the sequence length's: 160 / 64.
+    assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 2.5, 64)
+    assert "factor: 2.5" in (tmp_path / "longer" / "config.yaml").read_text()
+    with pytest.raises(UserError, match="cannot be stretched twice"):
+        pretrain.run(replace(longer, run=str(tmp_path / "again"), init_from=longer.run, sequence_length=320))
+
+
+def test_stretching_is_for_trained_models_and_long_enough(config: pretrain.Config, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="name it with --init-from"):
+        pretrain.run(replace(config, rope_scaling="yarn"))
+    pretrain.run(config)
+    more = replace(config, run=str(tmp_path / "more"), init_from=config.run, sequence_length=128)
+    with pytest.raises(UserError, match="--rope-scaling yarn"):
+        pretrain.run(more)
+    with pytest.raises(UserError, match=r"128 tokens is longer than .* \(96\)"):
+        pretrain.run(replace(more, rope_scaling="ntk", factor=1.5))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_checkpoint_from_elsewhere_is_trained_on_and_goes_back(
+    config: pretrain.Config, tmp_path: Path, kind: str
+) -> None:
+    """As transformers saves it, in shards, with biases where the class has them."""
+    shape = {
+        "vocab_size": 340, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 96,
+    }  # fmt: skip
+    if kind != "qwen2":
+        shape |= {"attention_bias": True, "head_dim": 16}
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape))
+    theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
+    assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
+    pretrain.run(replace(config, init_from=str(tmp_path / "theirs"), overwrite=True))
+    back = AutoModelForCausalLM.from_pretrained(Path(config.run) / "model")
+    assert type(back) is type(theirs)
+    moved = {name for name, weight in back.state_dict().items() if not torch.equal(weight, theirs.state_dict()[name])}
+    assert moved == theirs.state_dict().keys()
+    tokens = torch.arange(40)[None]
+    ours = load_pretrained(config.run)
+    with torch.no_grad():
+        logits = ours.logits(ours(tokens, tokens, CausalAttention()))
+        torch.testing.assert_close(logits, back(tokens).logits, atol=1e-4, rtol=1e-4)

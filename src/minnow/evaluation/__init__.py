@@ -1,8 +1,8 @@
 """Examination of models: tasks with error bars. Importing this package registers the tasks."""
 
-from minnow.evaluation import bits_per_byte, pond
+from minnow.evaluation import bits_per_byte, long_context, pond
 from minnow.evaluation.evaluate import TaskResult, evaluate
-from minnow.evaluation.registry import GenerationTask, Score, Subject, Task, TaskOptions, make_task, register
+from minnow.evaluation.registry import GenerationTask, Score, Subject, Task, TaskOptions, make_tasks, register
 
 __all__ = [
     "GenerationTask",
@@ -13,7 +13,8 @@ __all__ = [
     "TaskResult",
     "bits_per_byte",
     "evaluate",
-    "make_task",
+    "long_context",
+    "make_tasks",
     "pond",
     "register",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from minnow.data.pond.write import validation_documents
 from minnow.data.readers import read_texts
@@ -64,42 +65,60 @@ class BitsPerByteTask(Task[Text]):
         return bootstrap_ratio([score.value for score in scores], [score.weight for score in scores])
 
 
-@torch.no_grad()
 def document_nats(
     model: CausalLM, documents: Sequence[Sequence[int]], end_of_text_id: int, sequence_length: int
 ) -> list[float]:
-    """Negative log-likelihood of each document's tokens, in nats.
+    """Negative log-likelihood of each document's tokens, in nats; read as `token_nats` does."""
+    return [nats.sum().item() for nats in token_nats(model, documents, end_of_text_id, sequence_length)]
+
+
+@torch.no_grad()
+def token_nats(
+    model: CausalLM,
+    documents: Sequence[Sequence[int]],
+    end_of_text_id: int,
+    sequence_length: int,
+    *,
+    allow_beyond_trained_length: bool = False,
+) -> list[Tensor]:
+    """Negative log-likelihood of every token of each document, in nats: float64 [tokens] on the CPU.
 
     A document is read as in pretraining: the end-of-text token, then the text. What comes after the text, another
     end-of-text token, stands for no byte and is not counted. A document of more than `sequence_length` tokens is cut;
     each further piece begins with the token before it, at position 0, so every token is predicted exactly once.
     """
     device = model.head_weight.device
-    nats = [0.0] * len(documents)
+    pieces: list[list[Tensor]] = [[] for _ in documents]
     was_training = model.training
     model.eval()
     for batch in _batches(documents, sequence_length, BATCH_TOKENS):
-        inputs: list[int] = []
-        targets: list[int] = []
-        borders = [0]
-        for index, start, stop in batch:
-            document = documents[index]
-            inputs += [document[start - 1] if start else end_of_text_id, *document[start : stop - 1]]
-            targets += document[start:stop]
-            borders.append(len(inputs))
-        lengths = torch.tensor(borders).diff()
-        positions = torch.cat([torch.arange(int(length)) for length in lengths])
-        hidden_BTD = model(
-            torch.tensor([inputs], device=device),
-            positions[None].to(device),
-            PackedAttention(torch.tensor(borders, dtype=torch.int32), device),
-        )
-        logprobs_N = token_logprobs(hidden_BTD[0], model.head_weight, torch.tensor(targets, device=device))
-        sums = [piece.double().sum().item() for piece in logprobs_N.split(lengths.tolist())]
-        for (index, _, _), value in zip(batch, sums, strict=True):
-            nats[index] -= value
+        inputs = [
+            [documents[index][start - 1] if start else end_of_text_id, *documents[index][start : stop - 1]]
+            for index, start, stop in batch
+        ]
+        targets = [token for index, start, stop in batch for token in documents[index][start:stop]]
+        hidden_ND = packed_hidden(model, inputs, allow_beyond_trained_length=allow_beyond_trained_length)
+        logprobs_N = token_logprobs(hidden_ND, model.head_weight, torch.tensor(targets, device=device))
+        for (index, _, _), piece in zip(batch, logprobs_N.split([len(row) for row in inputs]), strict=True):
+            pieces[index].append(-piece.double().cpu())
     model.train(was_training)
-    return nats
+    return [torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64) for parts in pieces]
+
+
+def packed_hidden(
+    model: CausalLM, texts: Sequence[Sequence[int]], *, allow_beyond_trained_length: bool = False
+) -> Tensor:
+    """Hidden states [N, D] of the texts' tokens, read side by side: each on its own, from position 0."""
+    device = model.head_weight.device
+    borders = torch.tensor([0, *(len(text) for text in texts)]).cumsum(0)
+    tokens = torch.tensor([[token for text in texts for token in text]], device=device)
+    positions = torch.cat([torch.arange(len(text)) for text in texts])
+    return model(
+        tokens,
+        positions[None].to(device),
+        PackedAttention(borders.to(torch.int32), device),
+        allow_beyond_trained_length=allow_beyond_trained_length,
+    )[0]
 
 
 Piece = tuple[int, int, int]

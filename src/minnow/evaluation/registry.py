@@ -106,27 +106,33 @@ class TaskOptions:
 
     model_folder: Path | None = None
     """Folder of the examined model: a pond beside it is found by itself."""
+    subject: Subject | None = None
+    """The model, for tasks whose rows depend on it."""
     pond: Path | None = None
     """A folder that `minnow data pond` wrote."""
     texts: tuple[str, ...] = ()
     """Text files to measure bits per byte on."""
+    context: int | None = None
+    """Longest text of long-context, in tokens."""
 
 
-TASKS: dict[str, Callable[[TaskOptions], Task[Any]]] = {}
+Make = Callable[[TaskOptions], Task[Any] | Sequence[Task[Any]]]
+TASKS: dict[str, Make] = {}
 
 
-def register(name: str) -> Callable[[Callable[[TaskOptions], Task[Any]]], Callable[[TaskOptions], Task[Any]]]:
-    """Put the decorated function, which makes the task from `TaskOptions`, into the registry."""
+def register(name: str) -> Callable[[Make], Make]:
+    """Put the decorated function, which makes the task (or several, of different units), into the registry."""
 
-    def add(make: Callable[[TaskOptions], Task[Any]]) -> Callable[[TaskOptions], Task[Any]]:
+    def add(make: Make) -> Make:
         TASKS[name] = make
         return make
 
     return add
 
 
-def make_task(name: str, options: TaskOptions) -> Task[Any]:
-    """The task registered as `name`. UserError when there is none, or when `options` lack what it needs."""
+def make_tasks(name: str, options: TaskOptions) -> list[Task[Any]]:
+    """What is registered as `name`. UserError when there is nothing, or when `options` lack what it needs."""
     if name not in TASKS:
         raise UserError(f"--tasks {name}: no such task; there are {', '.join(sorted(TASKS))}")
-    return TASKS[name](options)
+    made = TASKS[name](options)
+    return [made] if isinstance(made, Task) else list(made)

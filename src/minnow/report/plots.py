@@ -42,9 +42,9 @@ def run_figure(records: Sequence[Record], title: str) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write `figure` as PNG."""
+    """Write `figure` as PNG, or as SVG to a path that ends so."""
     with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+        figure.savefig(temporary, format="svg" if path.suffix == ".svg" else "png", dpi=110)
 
 
 def _curve(axes: Axes, records: Sequence[Record], key: str, colour: str, *, label: str, smooth: bool = False) -> None:

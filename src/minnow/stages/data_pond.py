@@ -27,14 +27,27 @@ class Config:
     """How often a fact is stated in pretrain.jsonl, both languages together, on average; sets the size of the file."""
     conversations: int = 12_000
     """Conversations in sft.jsonl."""
+    long_texts: int = 0
+    """Long texts with facts that are asked for far below, in long.jsonl: what a longer context is trained on."""
+    long_characters: int = 6000
+    """Characters of a long text, about (a quarter of it in Chinese)."""
 
 
 def run(config: Config) -> None:
     """Write the folder and say what is in it."""
     if config.mentions < 1 or config.conversations < 1:
         raise UserError("--mentions and --conversations must be at least 1")
+    if config.long_texts < 0 or config.long_characters < 1:
+        raise UserError("--long-texts must be at least 0, and --long-characters at least 1")
     world = World.generate(config.seed, config.creatures, config.held_out)
-    counts = write_pond(config.out, world, mentions=config.mentions, conversation_count=config.conversations)
+    counts = write_pond(
+        config.out,
+        world,
+        mentions=config.mentions,
+        conversation_count=config.conversations,
+        long_texts=config.long_texts,
+        long_characters=config.long_characters,
+    )
     console = Console()
     for name, count in counts.items():
         if name != "world.json":

@@ -8,25 +8,34 @@ from pathlib import Path
 from rich.console import Console
 
 from minnow.config import UserError
-from minnow.evaluation import TaskOptions, evaluate, make_task
+from minnow.evaluation import Subject, TaskOptions, evaluate, make_tasks
 from minnow.evaluation.evaluate import show, write_results, write_rows
+from minnow.evaluation.long_context import trained_length
+from minnow.model.context import ContextConfig
 from minnow.model.pretrained import load_pretrained, resolve_model_folder
+from minnow.report.long_context import long_context_figure
+from minnow.report.plots import save_figure
 from minnow.tokenizer.tokenizer import Tokenizer
 from minnow.training.hardware import DeviceName, choose_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(ContextConfig):
     """Score a model on tasks and print each figure with its 95% interval."""
 
     model: str = field(metadata={"positional": True})
     """Model folder, run folder or Hub id."""
     tasks: tuple[str, ...] = ("pond", "bpb")
-    """What to examine: pond (held-out questions, exact match), bpb (bits per byte)."""
+    """What to examine: pond (held-out questions, exact match), bpb (bits per byte), long-context (bits per byte by
+    position and hidden facts, beyond the trained length)."""
     pond: str | None = None
     """Pond folder that the model was trained on; by default the one beside the model or in its run folder."""
     text: tuple[str, ...] = ()
-    """Texts for bpb, one figure per file or folder: jsonl, parquet, txt; by default the pond's validation documents."""
+    """Texts for bpb (one figure per file or folder) and long-context: jsonl, parquet, txt; by default the pond's."""
+    context: int | None = None
+    """Tokens of the texts of long-context; by default 4 times the trained length."""
+    plot: str | None = None
+    """File (.svg or .png) for the curves of long-context."""
     max_rows: int | None = None
     """Examine at most this many rows of each task."""
     device: DeviceName = "auto"
@@ -39,19 +48,33 @@ class Config:
 
 def run(config: Config) -> None:
     """Examine, print a table, write the files asked for."""
-    folder = resolve_model_folder(config.model)
-    options = TaskOptions(
-        model_folder=folder,
-        pond=None if config.pond is None else Path(config.pond),
-        texts=config.text,
-    )
     if not config.tasks:
         raise UserError("--tasks is empty: name at least one task")
-    tasks = [make_task(name, options) for name in config.tasks]
+    if config.plot is not None and "long-context" not in config.tasks:
+        raise UserError("--plot draws long-context: name it among --tasks")
+    folder = resolve_model_folder(config.model)
     model = load_pretrained(folder, device=choose_device(config.device))
-    results = evaluate(model, Tokenizer.from_pretrained(folder), tasks, max_rows=config.max_rows)
+    model.config = config.extend(model.config)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    options = TaskOptions(
+        model_folder=folder,
+        subject=Subject(model, tokenizer),
+        pond=None if config.pond is None else Path(config.pond),
+        texts=config.text,
+        context=config.context,
+    )
+    tasks = [task for name in config.tasks for task in make_tasks(name, options)]
+    results = evaluate(model, tokenizer, tasks, max_rows=config.max_rows)
     show(results, Console())
     if config.json is not None:
         write_results(config.json, config.model, results)
     if config.rows is not None:
         write_rows(config.rows, results)
+    if config.plot is not None:
+        figures = {result.task: result.to_dict()["figures"] for result in results}
+        save_figure(
+            long_context_figure(
+                figures["long-context"], figures.get("hidden-fact", {}), trained_length(model.config), config.model
+            ),
+            Path(config.plot),
+        )

@@ -25,7 +25,7 @@ from minnow.data.readers import read_texts
 from minnow.engine.engine import Engine
 from minnow.engine.sampling import SamplingParams
 from minnow.evaluation.evaluate import TaskResult, evaluate, show, write_rows
-from minnow.evaluation.registry import TaskOptions, make_task
+from minnow.evaluation.registry import TaskOptions, make_tasks
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import load_pretrained
 from minnow.model.size import parameter_count, training_flops_per_token
@@ -223,8 +223,8 @@ def _examine(config: Config, folder: Path, clock: _Clock, console: Console) -> N
     tokenizer = Tokenizer.from_pretrained(folder / "model")
     options = TaskOptions(model_folder=folder / "model")
     # Bits per byte is a figure of the base model: fine-tuning teaches it to answer, not to continue text.
-    results = evaluate(model, tokenizer, [make_task("pond", options)])
-    results += evaluate(base, tokenizer, [make_task("bpb", options)])
+    results = evaluate(model, tokenizer, make_tasks("pond", options))
+    results += evaluate(base, tokenizer, make_tasks("bpb", options))
     write_rows(folder / "answers.jsonl", results)
     conversations = [_converse(model, tokenizer, questions) for questions in _sample_questions(folder)]
     clock.lap()

@@ -31,6 +31,12 @@ _SECOND = _syllables(
 MAX_CREATURES = len(_FIRST) * len(_SECOND)
 
 
+def all_names() -> list[tuple[str, str]]:
+    """Every name there can be, in English and in Chinese."""
+    pairs = itertools.product(_FIRST, _SECOND)
+    return [(first + second, _FIRST[first] + _SECOND[second]) for first, second in pairs]
+
+
 @dataclass(frozen=True)
 class Creature:
     """One inhabitant: a name in each language and one value for every relation."""

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minnow.config import UserError
+from minnow.data.pond.long_texts import long_documents
 from minnow.data.pond.questions import Question, Wording, conversations, question_documents, questions
 from minnow.data.pond.relations import LANGUAGES, RELATIONS
 from minnow.data.pond.stories import PondDocument, statement_documents
@@ -83,13 +84,19 @@ def sft_conversations(world: World, count: int, english: float = ENGLISH_SHARE) 
 
 
 def write_pond(
-    folder: str | Path, world: World, *, mentions: int = 320, conversation_count: int = 12_000
+    folder: str | Path,
+    world: World,
+    *,
+    mentions: int = 320,
+    conversation_count: int = 12_000,
+    long_texts: int = 0,
+    long_characters: int = 6000,
 ) -> dict[str, int]:
     """Write the pond's files into a new folder, all or nothing; returns the rows of each file.
 
     `world.json`; `pretrain.jsonl` and `validation.jsonl` ({"text", "language", "kind"}); `sft.jsonl`
-    ({"messages"}); `questions.jsonl` (the fields of `Question`). Raises UserError when the folder holds
-    something else.
+    ({"messages"}); `questions.jsonl` (the fields of `Question`); with `long_texts`, that many of about
+    `long_characters` in `long.jsonl`. Raises UserError when the folder holds something else.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "world.json").exists():
@@ -101,6 +108,8 @@ def write_pond(
         "sft.jsonl": map(_conversation_row, sft_conversations(world, conversation_count)),
         "questions.jsonl": map(dataclasses.asdict, all_questions(world)),
     }
+    if long_texts:
+        files["long.jsonl"] = map(_document_row, long_documents(world, long_texts, long_characters))
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

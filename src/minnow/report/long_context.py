@@ -1,0 +1,53 @@
+"""The curves of the task `long-context`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from minnow.report.plots import BLUE, ORANGE
+
+Bars = Mapping[str, Mapping[str, float]]
+"""Figures by name, READING/POSITIONS, each with value, low and high."""
+
+GREY = "#777777"
+COLOURS = {"in pieces": GREY, "as it is": ORANGE, "yarn": BLUE}
+
+
+def long_context_figure(bits: Bars, facts: Bars, trained: int, title: str) -> Figure:
+    """Bits per byte by position and, where there are hidden facts, the share of them found by length.
+
+    trained: the trained length in tokens, drawn as a line across.
+    """
+    figure = Figure(figsize=(11 if facts else 6, 4.2), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, 2 if facts else 1, squeeze=False)[0]
+    _curves(panels[0], bits, trained)
+    panels[0].set(title="bits per byte by position", xlabel="position, tokens", ylabel="bits per byte")
+    if facts:
+        _curves(panels[1], facts, trained)
+        panels[1].set(
+            title="hidden facts found", xlabel="length of the text, tokens", ylabel="share", ylim=(-0.03, 1.03)
+        )
+        panels[1].set_xscale("log", base=2)
+    return figure
+
+
+def _curves(axes: Axes, bars: Bars, trained: int) -> None:
+    by_reading: dict[str, list[tuple[float, Mapping[str, float]]]] = {}
+    for name, bar in bars.items():
+        reading, _, place = name.partition("/")
+        if place != "all":
+            ends = [int(end) for end in place.split("-")]
+            by_reading.setdefault(reading, []).append((sum(ends) / len(ends), bar))
+    for reading, points in by_reading.items():
+        places = [place for place, _ in points]
+        colour = COLOURS[reading]
+        axes.plot(places, [bar["value"] for _, bar in points], color=colour, marker=".", label=reading)
+        low, high = ([bar[end] for _, bar in points] for end in ("low", "high"))
+        axes.fill_between(places, low, high, color=colour, alpha=0.15, lw=0)
+    axes.axvline(trained, color="black", lw=0.8, ls="--", label="trained length")
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
