@@ -16,7 +16,7 @@ from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import load_pretrained
 from minnow.stages import pretrain
-from minnow.tokenizer import train_tokenizer
+from minnow.tokenizer import Tokenizer, train_tokenizer
 from minnow.training.config import TrainingConfig
 
 TEXTS = [f"The {colour} fish number {i} swims in the pond." for i in range(60) for colour in ("red", "blue")]
@@ -140,7 +140,8 @@ def test_a_checkpoint_from_elsewhere_is_trained_on_and_goes_back(
     theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape))
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="20KB")
     assert (tmp_path / "theirs" / "model.safetensors.index.json").exists()
-    pretrain.run(replace(config, init_from=str(tmp_path / "theirs"), overwrite=True))
+    Tokenizer.from_pretrained(tmp_path / "tokenizer").save_pretrained(tmp_path / "theirs")
+    pretrain.run(replace(config, init_from=str(tmp_path / "theirs"), tokenizer=None))
     back = AutoModelForCausalLM.from_pretrained(Path(config.run) / "model")
     assert type(back) is type(theirs)
     moved = {name for name, weight in back.state_dict().items() if not torch.equal(weight, theirs.state_dict()[name])}
