@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 
 from minnow.config import UserError
 from minnow.engine import Completions, Delta, Engine, SamplingParams
-from minnow.engine.cache import DecodeAttention, KVCache, PrefillAttention
 from minnow.model.attention import CausalAttention
 from minnow.model.pretrained import save_pretrained
 
@@ -39,7 +38,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
     ],
 )
 def test_greedy_equals_transformers_on_ragged_batches(tmp_path: Path, seed: int, changes: dict[str, Any]) -> None:
-    engine = make_engine(seed, {"max_rows": 24, "prefill_tokens": 300}, **changes)
+    engine = make_engine(seed, {"max_rows": 24, "max_step_tokens": 300}, **changes)
     save_pretrained(engine.model, tmp_path / "model", tiny_tokenizer())
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
     prompts = random_prompts(40, seed)
@@ -72,28 +71,6 @@ def test_end_tokens_end_as_in_transformers(tmp_path: Path) -> None:
     assert set(reasons) == {"stop", "length"}
 
 
-def test_cached_logits_equal_uncached_on_ragged_rows() -> None:
-    model = tiny_model(4)
-    texts = random_prompts(5, 6)
-    lengths, steps = [len(text) for text in texts], 6
-    continued = [text + random_prompts(1, 7 + i)[0][:1] * steps for i, text in enumerate(texts)]
-    cache = KVCache(model.config, slots=5, length=64, dtype=torch.float32, device=torch.device("cpu"))
-    with torch.no_grad():
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        tokens = torch.tensor([token for text in texts for token in text])
-        attention = PrefillAttention(cache, list(range(5)), lengths, positions)
-        prefilled = model.logits(model(tokens[None], positions[None], attention))[0].split(lengths)
-        decoded = []
-        for step in range(steps):
-            now = [length + step for length in lengths]
-            token = torch.tensor([ids[at] for ids, at in zip(continued, now, strict=True)])
-            attention = DecodeAttention(cache, now, torch.tensor(now))
-            decoded.append(model.logits(model(token[:, None], torch.tensor(now)[:, None], attention))[:, 0])
-    for row, ids in enumerate(continued):
-        got = torch.cat([prefilled[row], *(logits[row : row + 1] for logits in decoded)])
-        torch.testing.assert_close(got, full_logits(model, ids), atol=1e-4, rtol=0)
-
-
 def test_answers_do_not_depend_on_the_batch() -> None:
     prompts = random_prompts(12, 8)
     wishes = [
@@ -103,7 +80,7 @@ def test_answers_do_not_depend_on_the_batch() -> None:
     together = ids_of(make_engine(9).generate(prompts, wishes))
     alone = [ids_of(make_engine(9).generate([p], w))[0] for p, w in zip(prompts, wishes, strict=True)]
     assert together == alone
-    for settings in ({"max_rows": 1}, {"max_rows": 5, "prefill_tokens": 1}, {"cache_bytes": 100_000}):
+    for settings in ({"max_rows": 1}, {"max_rows": 5, "max_step_tokens": 1}, {"cache_bytes": 100_000}):
         assert ids_of(make_engine(9, settings).generate(prompts, wishes)) == together
     order = [7, 3, 11, 0]
     shuffled = make_engine(9).generate([prompts[i] for i in order], [wishes[i] for i in order])

@@ -7,7 +7,7 @@ from __future__ import annotations
 from unittest.mock import patch
 
 from minnow.engine import Engine, SamplingParams
-from minnow.engine.cache import KVCache
+from minnow.engine.cache import PagedCache
 from minnow.model.config import ModelConfig
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer.train import train_tokenizer
@@ -23,15 +23,18 @@ def test_one_cache_and_one_forward_pass_a_step() -> None:
     shapes = []
     forward = model.forward
     model.forward = lambda tokens, *rest: shapes.append(tuple(tokens.shape)) or forward(tokens, *rest)
-    caches: list[KVCache] = []
+    caches: list[PagedCache] = []
 
-    def allocate(*arguments: object) -> KVCache:
-        caches.append(KVCache(*arguments))
+    def allocate(*arguments: object) -> PagedCache:
+        caches.append(PagedCache(*arguments))
         return caches[-1]
 
-    allocate.bytes_per_token = KVCache.bytes_per_token
     prompts = [[40] * length for length in (1, 9, 4)]
-    with patch("minnow.engine.engine.KVCache", allocate):
-        Engine(model, tokenizer).generate(prompts, SamplingParams(max_tokens=5, ignore_eos=True))
-    assert [cache.keys.shape for cache in caches] == [(2, 256, 1, 1024, 8)]
-    assert shapes == [(1, 14)] + [(3, 1)] * 4
+    with patch("minnow.engine.engine.PagedCache", allocate):
+        engine = Engine(model, tokenizer, cache_bytes=2**22)
+        for _ in range(2):
+            engine.generate(prompts, SamplingParams(max_tokens=5, ignore_eos=True))
+            assert shapes == [(1, 14)] + [(3, 1)] * 4
+            shapes.clear()
+    (cache,) = caches
+    assert {store.shape[2:] for store in (*cache.keys, *cache.values)} == {(1, 8)}  # one key-value head, not four

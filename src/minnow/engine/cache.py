@@ -1,86 +1,115 @@
-"""The KV cache, and the two attentions that fill and read it through the model's `Attention` seam."""
+"""The KV cache in blocks, and a dense window on the rows that decode."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
+from collections.abc import Sequence as Listing
+
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from minnow.model.attention import PackedAttention
+from minnow.engine.sequence import Sequence
 from minnow.model.config import ModelConfig
 
 
-class KVCache:
-    """Keys and values of up to `slots` sequences of up to `length` tokens: [layers, slots, K, length, d] each.
+def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Memory for the keys and values of one token in all layers."""
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * dtype.itemsize
 
-    It starts as zeros, not as raw memory: places that a row has not filled are barred from its attention,
-    but a weight of 0 times a chance NaN would still be NaN.
+
+class PagedCache:
+    """Keys and values of every layer, [blocks, block_size, K, d] each.
+
+    Token t of a sequence stands in slot `blocks[t // block_size] * block_size + t % block_size`. On the CPU the memory
+    is only taken as blocks are first written to.
     """
 
-    def __init__(self, config: ModelConfig, slots: int, length: int, dtype: torch.dtype, device: torch.device):
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
-        self.slots = slots
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+    def __init__(self, config: ModelConfig, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device):
+        shape = (num_blocks, block_size, config.num_key_value_heads, config.head_dim)
+        self.block_size = block_size
+        self.keys = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
+        self.values = [torch.empty(shape, dtype=dtype, device=device) for _ in range(config.num_hidden_layers)]
 
-    @staticmethod
-    def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
-        """Memory that one token of one sequence takes."""
-        width = config.num_key_value_heads * config.head_dim
-        return 2 * config.num_hidden_layers * width * dtype.itemsize
+    def slots(self, sequence: Sequence, start: int, end: int) -> np.ndarray:
+        """Slots of the sequence's tokens `start` to `end`, int64."""
+        size = self.block_size
+        blocks = np.array(sequence.blocks[start // size : -(-end // size)], dtype=np.int64)
+        slots = (blocks[:, None] * size + np.arange(size)).ravel()
+        return slots[start % size : start % size + end - start]
 
-    def write(self, layer: int, slots_N: Tensor, positions_N: Tensor, k_NKd: Tensor, v_NKd: Tensor) -> None:
-        """Put token n's key and value at (slot n, position n)."""
-        self.keys[layer][slots_N, :, positions_N] = k_NKd
-        self.values[layer][slots_N, :, positions_N] = v_NKd
+    def write(self, layer: int, slots_N: Tensor, k_NKd: Tensor, v_NKd: Tensor) -> None:
+        """Put token n's key and value into slot n."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots_N, k_NKd)
+        self.values[layer].flatten(0, 1).index_copy_(0, slots_N, v_NKd)
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """Make slot `target` hold the first `length` tokens of slot `source`."""
-        for store in (self.keys, self.values):
-            store[:, target, :, :length] = store[:, source, :, :length]
+    def read(self, layer: int, slots_N: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [N, K, d] of these slots."""
+        return (
+            self.keys[layer].flatten(0, 1).index_select(0, slots_N),
+            self.values[layer].flatten(0, 1).index_select(0, slots_N),
+        )
 
-
-class PrefillAttention:
-    """Whole prompts, one after another in one packed row: each attends within itself and is stored in its
-    slot."""
-
-    def __init__(self, cache: KVCache, slots: list[int], lengths: list[int], positions_N: Tensor):
-        self._cache = cache
-        self._positions_N = positions_N
-        device = positions_N.device
-        repeats = torch.tensor(lengths, device=device)
-        self._slots_N = torch.tensor(slots, device=device).repeat_interleave(repeats)
-        borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-        self._attend = PackedAttention(borders, device)
-
-    def __call__(self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
-        """B is 1 and T all prompts' tokens."""
-        self._cache.write(layer, self._slots_N, self._positions_N, k_BTKd[0], v_BTKd[0])
-        return self._attend(layer, q_BTHd, k_BTKd, v_BTKd)
+    def copy(self, copies: Mapping[int, int]) -> None:
+        """Fill blocks (keys) with what other blocks (values) held before the call."""
+        if not copies:
+            return
+        device = self.keys[0].device
+        targets, sources = (torch.tensor(list(x), device=device) for x in (copies.keys(), copies.values()))
+        for store in (*self.keys, *self.values):
+            store.index_copy_(0, targets, store.index_select(0, sources))
 
 
-class DecodeAttention:
-    """One new token for each of the first B slots; row b already holds lengths[b] tokens and attends to
-    those and itself."""
+class Window:
+    """A dense copy of the rows that decode: [rows, length, K, d] for every layer.
 
-    def __init__(self, cache: KVCache, lengths: list[int], lengths_B: Tensor):
-        self._cache = cache
-        self._rows = len(lengths)
-        self._reach = max(lengths) + 1
-        self._slots_B = torch.arange(self._rows, device=lengths_B.device)
-        self._lengths_B = lengths_B
-        # True = may look. Every row may look at itself at least, so no row's softmax is over nothing.
-        self._mask_B11T = None
-        if min(lengths) != max(lengths):
-            places_T = torch.arange(self._reach, device=lengths_B.device)
-            self._mask_B11T = (places_T <= lengths_B[:, None])[:, None, None]
+    Reading a row's blocks anew for every token would copy its whole past every time. The window keeps it
+    instead: a row is gathered from its blocks once, when it begins to decode, and then grows by its own token
+    a step. It starts as zeros, not as raw memory: places that a row has not filled are barred from its
+    attention, but a weight of 0 times a chance NaN would still be NaN. On the CPU untouched zeros take no memory.
+    """
 
-    def __call__(self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
-        """T is 1."""
-        self._cache.write(layer, self._slots_B, self._lengths_B, k_BTKd[:, 0], v_BTKd[:, 0])
-        k_BKTd = self._cache.keys[layer, : self._rows, :, : self._reach]
-        v_BKTd = self._cache.values[layer, : self._rows, :, : self._reach]
-        # The G query heads that share a key head stand as G queries of that head: no key is repeated.
-        q_BKGd = q_BTHd.view(self._rows, k_BKTd.shape[1], -1, q_BTHd.shape[-1])
-        out_BKGd = F.scaled_dot_product_attention(q_BKGd, k_BKTd, v_BKTd, attn_mask=self._mask_B11T)
-        return out_BKGd.reshape(q_BTHd.shape)
+    def __init__(self, config: ModelConfig, rows: int, dtype: torch.dtype, device: torch.device):
+        shape = (rows, config.max_position_embeddings, config.num_key_value_heads, config.head_dim)
+        self.rows = rows
+        self.keys = [_lazy_zeros(shape, dtype, device) for _ in range(config.num_hidden_layers)]
+        self.values = [_lazy_zeros(shape, dtype, device) for _ in range(config.num_hidden_layers)]
+        self._owners: list[Sequence] = []
+        self._filled: list[int] = []
+
+    def arrange(self, sequences: Listing[Sequence], cache: PagedCache) -> list[Sequence]:
+        """Give each sequence a row that holds its computed tokens; the sequences in the order of the rows.
+
+        Whoever has a row among the first keeps it, so that in most steps nothing is copied.
+        """
+        count, wanted = len(sequences), set(sequences)
+        stay = [owner if owner in wanted else None for owner in self._owners[:count]]
+        stay += [None] * (count - len(stay))
+        staying = set(stay)
+        new = (sequence for sequence in sequences if sequence not in staying)
+        rows = [next(new) if owner is None else owner for owner in stay]
+        for row, sequence in enumerate(rows):
+            known = row < len(self._owners) and self._owners[row] is sequence
+            if not known or self._filled[row] != sequence.computed:
+                self._gather(row, sequence, cache)
+        self._owners = rows
+        self._filled = [sequence.computed + 1 for sequence in rows]  # with the step to come
+        return rows
+
+    def clear(self) -> None:
+        """Forget all rows: the weights that made them are gone."""
+        self._owners, self._filled = [], []
+
+    def _gather(self, row: int, sequence: Sequence, cache: PagedCache) -> None:
+        length = sequence.computed
+        slots_T = torch.from_numpy(cache.slots(sequence, 0, length)).to(self.keys[0].device)
+        for layer in range(len(self.keys)):
+            self.keys[layer][row, :length], self.values[layer][row, :length] = cache.read(layer, slots_T)
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the system for zeroed pages, which exist once they are touched; torch.zeros touches them all.
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

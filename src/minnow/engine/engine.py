@@ -8,14 +8,18 @@ from collections import deque
 from collections.abc import Generator
 from collections.abc import Sequence as Listing
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from minnow.config import UserError
-from minnow.engine.batch import Batch
-from minnow.engine.cache import KVCache
+from minnow.engine.blocks import BlockManager
+from minnow.engine.cache import PagedCache, Window, bytes_per_token
 from minnow.engine.outputs import Completions, Delta
+from minnow.engine.runner import Runner
+from minnow.engine.sampler import sample
 from minnow.engine.sampling import SamplingParams
+from minnow.engine.scheduler import Scheduler
 from minnow.engine.sequence import Request, Sequence
 from minnow.model.pretrained import load_pretrained, resolve_model_folder
 from minnow.model.transformer import CausalLM
@@ -26,12 +30,16 @@ Prompt = str | Listing[int]
 the text."""
 
 
+USUAL_LENGTH = 1024
+"""Tokens that memory is set aside for in each row; rows may be longer, to the end of the context."""
+
+
 class Engine:
     """Generates with the model itself, not a copy: what it samples is what training sees.
 
-    max_rows: most sequences decoded at once. prefill_tokens: prompt tokens read in one forward pass (a
-    longer prompt goes alone). cache_bytes: memory for keys and values, which bounds the rows too; None
-    takes half of the GPU's free memory or a quarter of the machine's.
+    max_rows: most sequences decoded at once. max_step_tokens: most tokens in one forward pass; longer prompts
+    are read in pieces. block_size: tokens in a block of the cache. cache_bytes: memory for keys and values,
+    which bounds the rows too; None takes half of the GPU's free memory or a quarter of the machine's.
     """
 
     def __init__(
@@ -40,15 +48,17 @@ class Engine:
         tokenizer: Tokenizer,
         *,
         max_rows: int = 256,
-        prefill_tokens: int = 8192,
+        max_step_tokens: int = 8192,
+        block_size: int = 16,
         cache_bytes: int | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
         self._max_rows = max_rows
-        self._prefill_tokens = prefill_tokens
+        self._max_step_tokens = max_step_tokens
+        self._block_size = block_size
         self._cache_bytes = cache_bytes
-        self._batch: Batch | None = None
+        self._made: Parts | None = None
         self._next_id = 0
         self._requests: dict[int, Request] = {}
         self._mail: dict[int, deque[Delta]] = {}
@@ -119,8 +129,8 @@ class Engine:
         self._mail.pop(request_id, None)
         self._unclaimed = [(id, delta) for id, delta in self._unclaimed if id != request_id]
         request = self._requests.pop(request_id, None)
-        if request is not None and self._batch is not None:
-            self._batch.remove(request)
+        if request is not None:
+            self._parts().scheduler.remove(request)
 
     @property
     def has_work(self) -> bool:
@@ -132,8 +142,9 @@ class Engine:
 
         Answers under way are read again with the new weights and go on from where they are.
         """
-        if self._batch is not None:
-            self._batch.recompute()
+        if self._made is not None:
+            self._made.scheduler.forget()
+            self._made.runner.forget()
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The prompt as the model will read it."""
@@ -173,15 +184,12 @@ class Engine:
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             end_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else ends),
         )
-        for index in range(params.n):
-            Sequence(request, index, self.tokenizer)
+        request.samples.extend(Sequence(request, index, self.tokenizer) for index in range(params.n))
         return request
 
     def _submit(self, request: Request) -> Request:
-        if self._batch is None:
-            self._batch = Batch(self.model, self._new_cache(), self._prefill_tokens)
         self._requests[request.id] = request
-        self._batch.add(request.samples)
+        self._parts().scheduler.add(request)
         return request
 
     def _stream(self, request: Request) -> Generator[Delta, None, None]:
@@ -197,9 +205,9 @@ class Engine:
 
     def _deliver(self) -> None:
         """Take a step. Deltas of requests that somebody streams go to their mail, the others wait for `step`."""
-        if self._batch is None or self._batch.done:
+        if not self._requests:
             return
-        for sequence, delta in self._batch.step():
+        for sequence, delta in self._step():
             request = sequence.request
             if request.id in self._mail:
                 self._mail[request.id].append(delta)
@@ -208,11 +216,45 @@ class Engine:
             if delta.usage is not None:
                 del self._requests[request.id]
 
-    def _new_cache(self) -> KVCache:
-        config, dtype, device = self.model.config, self.model.compute_dtype, self.model.head_weight.device
-        length = config.max_position_embeddings
-        fitting = self._memory(device) // (KVCache.bytes_per_token(config, dtype) * length)
-        return KVCache(config, max(1, min(self._max_rows, fitting)), length, dtype, device)
+    @torch.no_grad()  # not inference_mode: the live training module may cache what it makes here
+    def _step(self) -> list[tuple[Sequence, Delta]]:
+        scheduler, runner = self._parts()
+        plan = scheduler.schedule()
+        read, logits_RV = runner.run(self.model, plan)
+        for chunk in plan.chunks:
+            scheduler.computed(chunk)
+        if not read:  # only pieces of prompts
+            return []
+        # Samples that share a prompt share the logits after it.
+        rows = [(row, place) for place, sequence in enumerate(read) for row in scheduler.fork(sequence)]
+        if len(rows) > len(read):
+            logits_RV = logits_RV[torch.tensor([place for _, place in rows], device=logits_RV.device)]
+        sequences = [row for row, _ in rows]
+        sampled = sample(logits_RV, sequences)
+        deltas = []
+        for place, (sequence, token) in enumerate(zip(sequences, sampled.ids, strict=True)):
+            deltas.append((sequence, sequence.append(token, *sampled.logprobs_of(place, sequence.params))))
+            if sequence.finish_reason is not None:
+                scheduler.finish(sequence)
+        return deltas
+
+    def _parts(self) -> Parts:
+        """Scheduler and runner, made when first needed: until then the model may change its device."""
+        if self._made is None:
+            config, dtype, device = self.model.config, self.model.compute_dtype, self.model.head_weight.device
+            token_bytes = bytes_per_token(config, dtype)
+            context = config.max_position_embeddings
+            # One half of the memory is for the blocks, the other for the window on the rows that decode.
+            fitting = self._memory(device) // 2 // token_bytes
+            max_rows = max(1, min(self._max_rows, fitting // min(context, USUAL_LENGTH)))
+            needed = -(-context // self._block_size)
+            num_blocks = max(needed, min(fitting // self._block_size, max_rows * needed))
+            cache = PagedCache(config, num_blocks, self._block_size, dtype, device)
+            self._made = Parts(
+                Scheduler(BlockManager(num_blocks, self._block_size), max_rows, self._max_step_tokens),
+                Runner(cache, Window(config, max_rows, dtype, device)),
+            )
+        return self._made
 
     def _memory(self, device: torch.device) -> int:
         if self._cache_bytes is not None:
@@ -220,3 +262,10 @@ class Engine:
         if device.type == "cuda":
             return torch.cuda.mem_get_info(device)[0] // 2
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+
+
+class Parts(NamedTuple):
+    """What works together on one cache."""
+
+    scheduler: Scheduler
+    runner: Runner

@@ -1,4 +1,4 @@
-"""One answer in the making."""
+"""A request, and its answers in the making."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from minnow.tokenizer.stream import StreamDecoder
 from minnow.tokenizer.tokenizer import Tokenizer
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Request:
     """One prompt, what is asked of it, and its samples."""
 
@@ -26,8 +26,8 @@ class Request:
     end_ids: frozenset[int]
     """Tokens that end the answer."""
     samples: list[Sequence] = field(default_factory=list)
-    cached_tokens: int = 0
-    """Of the prompt: found in the cache."""
+    cached_tokens: int | None = None
+    """Of the prompt: found in the cache when it was first read."""
 
     @property
     def finished(self) -> bool:
@@ -38,24 +38,35 @@ class Request:
         """What the request took so far."""
         return Usage(
             prompt_tokens=len(self.prompt_ids),
-            cached_tokens=self.cached_tokens,
+            cached_tokens=self.cached_tokens or 0,
             completion_tokens=sum(len(sample.ids) for sample in self.samples),
         )
 
 
 class Sequence:
-    """The tokens of one sample so far, and what decides its next one."""
+    """The tokens of one sample so far, what decides its next one, and where it stands in the cache."""
 
     def __init__(self, request: Request, index: int, tokenizer: Tokenizer):
         self.request = request
-        request.samples.append(self)
         self.index = index
         self.params = request.params
+        self.order = (request.id, index)
+        """Age: the smaller came first."""
         self.key = sample_key(request.seed, index)
         self.ids: list[int] = []
-        self._prompt_set = frozenset(request.prompt_ids)
+        """The answer."""
+        self.tokens = list(request.prompt_ids)
+        """Prompt and answer together."""
         self.counts: Counter[int] = Counter()
         self.finish_reason: FinishReason | None = None
+
+        self.blocks: list[int] = []
+        """The block table: block i holds tokens i * block_size and on."""
+        self.block_keys: list[bytes] = []
+        """Of the full blocks among them."""
+        self.computed = 0
+        """Tokens whose keys and values are in the cache."""
+
         self._vocab_size = tokenizer.vocab_size
         self._decoder = StreamDecoder(tokenizer, skip_special_tokens=self.params.skip_special_tokens)
         self._stops = StopStrings(self.params.stop)
@@ -67,17 +78,26 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         """Prompt and answer together."""
-        return len(self.request.prompt_ids) + len(self.ids)
+        return len(self.tokens)
 
     @property
-    def seen_ids(self) -> frozenset[int]:
+    def seen_ids(self) -> set[int]:
         """Every token of the prompt and the answer."""
-        return self._prompt_set | self.counts.keys()
+        return set(self.tokens)
 
     @property
     def barred_ids(self) -> frozenset[int]:
         """Tokens that may not come next."""
         return self.request.end_ids if len(self.ids) < self.params.min_tokens else frozenset()
+
+    def take_followers(self) -> list[Sequence]:
+        """The request's other samples, once: when its first sample has read the prompt."""
+        return self.request.samples[1:] if self.index == 0 and not self.ids else []
+
+    def note_cached(self, tokens: int) -> None:
+        """The prompt was found in the cache up to there; what counts is the first reading."""
+        if self.request.cached_tokens is None:
+            self.request.cached_tokens = min(tokens, len(self.request.prompt_ids))
 
     def append(
         self,
@@ -88,7 +108,9 @@ class Sequence:
     ) -> Delta:
         """Take the next token and say what it adds; sets `finish_reason` when it is the last one."""
         self.ids.append(token)
-        self.counts[token] += 1
+        self.tokens.append(token)
+        if self.params.has_penalties:
+            self.counts[token] += 1
         may_stop = len(self.ids) >= self.params.min_tokens
         ends = token in self.request.end_ids
         # A model's vocabulary may be padded beyond the tokenizer's, with tokens that stand for nothing.
@@ -114,7 +136,7 @@ class Sequence:
             logprob=logprob,
             raw_logprob=raw_logprob,
             top_logprobs=top_logprobs,
-            usage=self.request.usage() if self.request.finished else None,
+            usage=self.request.usage() if self.finish_reason is not None and self.request.finished else None,
         )
 
     def completion(self) -> Completion:

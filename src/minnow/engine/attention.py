@@ -1,0 +1,184 @@
+"""The attentions that fill and read the cache, through the model's `Attention` seam."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from collections.abc import Sequence as Listing
+from typing import cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minnow.engine.cache import PagedCache, Window
+from minnow.engine.scheduler import Chunk
+from minnow.model.attention import PackedAttention
+
+
+class DecodeAttention:
+    """One new token for each of the window's first B rows; row b attends to its earlier tokens and itself.
+
+    positions_B: the new tokens' places, which are the lengths of what came before. slots_B: where they stand in
+    the blocks. mask_B11T, additive, bars what lies beyond a row's own length; None where all have the same.
+    Made of tensors only, so that a whole decode step can be compiled.
+    """
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        window: Window,
+        positions_B: Tensor,
+        slots_B: Tensor,
+        reach: int,
+        mask_B11T: Tensor | None,
+    ):
+        self._cache, self._window = cache, window
+        self._rows_B = torch.arange(positions_B.shape[0], device=positions_B.device)
+        self._positions_B, self._slots_B = positions_B, slots_B
+        self._reach, self._mask_B11T = reach, mask_B11T
+
+    def __call__(self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        """T is 1."""
+        rows = q_BTHd.shape[0]
+        k_BKd, v_BKd = k_BTKd[:, 0], v_BTKd[:, 0]
+        self._cache.write(layer, self._slots_B, k_BKd, v_BKd)
+        keys, values = self._window.keys[layer], self._window.values[layer]
+        keys[self._rows_B, self._positions_B] = k_BKd
+        values[self._rows_B, self._positions_B] = v_BKd
+        k_BKTd = keys[:rows, : self._reach].transpose(1, 2)
+        v_BKTd = values[:rows, : self._reach].transpose(1, 2)
+        # The G query heads that share a key head stand as G queries of that head: no key is repeated.
+        q_BKGd = q_BTHd.view(rows, k_BKTd.shape[1], -1, q_BTHd.shape[-1])
+        out_BKGd = F.scaled_dot_product_attention(q_BKGd, k_BKTd, v_BKTd, attn_mask=self._mask_B11T)
+        return out_BKGd.reshape(q_BTHd.shape)
+
+
+def decode_mask(positions_B: Tensor, reach: int, dtype: torch.dtype) -> Tensor:
+    """[B, 1, 1, reach]: 0 up to a row's own place, -inf beyond. Every row sees itself at least."""
+    beyond_BT = torch.arange(reach, device=positions_B.device) > positions_B[:, None]
+    return torch.zeros(beyond_BT.shape, dtype=dtype, device=positions_B.device).masked_fill_(beyond_BT, -torch.inf)[
+        :, None, None
+    ]
+
+
+class MixedAttention:
+    """Decoding rows, whole prompts and later pieces of prompts, one after another in one row of tokens.
+
+    Decoding rows come first and read the window; whole prompts attend among themselves as packed documents do;
+    a later piece gathers its past from the blocks.
+    """
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        decode: DecodeAttention | None,
+        rows: int,
+        chunks: Listing[Chunk],
+        slots_N: Tensor,
+    ):
+        """chunks: behind the `rows` decoding ones; those that start at 0 first. slots_N: of their tokens."""
+        self._cache, self._decode, self._rows, self._slots_N = cache, decode, rows, slots_N
+        device = slots_N.device
+        whole = [chunk.count for chunk in chunks if chunk.start == 0]
+        self._whole_end = rows + sum(whole)
+        self._whole = PackedAttention(torch.tensor([0, *whole]).cumsum(0).to(torch.int32), device) if whole else None
+        self._later: list[tuple[int, int, Tensor, Tensor]] = []
+        start = self._whole_end
+        for chunk in chunks[len(whole) :]:
+            end = chunk.start + chunk.count
+            past_T = torch.from_numpy(cache.slots(chunk.sequence, 0, end)).to(device)
+            places_T = torch.arange(end, device=device)
+            self._later.append((start, start + chunk.count, past_T, places_T <= places_T[chunk.start :, None]))
+            start += chunk.count
+
+    def __call__(self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        """B is 1 and T all tokens of the step."""
+        q, k, v = q_BTHd[0], k_BTKd[0], v_BTKd[0]
+        rows, whole_end = self._rows, self._whole_end
+        self._cache.write(layer, self._slots_N, k[rows:], v[rows:])
+        out = []
+        if self._decode is not None:
+            out.append(self._decode(layer, q[:rows, None], k[:rows, None], v[:rows, None])[:, 0])
+        if self._whole is not None:
+            out.append(self._whole(layer, *(x[None, rows:whole_end] for x in (q, k, v)))[0])
+        for start, end, past_T, mask_QT in self._later:
+            keys, values = self._cache.read(layer, past_T)
+            attended = F.scaled_dot_product_attention(
+                q[start:end].transpose(0, 1)[None],
+                keys.transpose(0, 1)[None],
+                values.transpose(0, 1)[None],
+                attn_mask=mask_QT,
+                enable_gqa=q.shape[1] != keys.shape[1],
+            )
+            out.append(attended[0].transpose(0, 1))
+        return torch.cat(out)[None]
+
+
+VARLEN_BLOCK_SIZE = 256
+"""Flash attention reads blocks of a multiple of this many tokens."""
+
+
+def varlen_attention(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
+    """torch's flash attention over variable lengths, where it is here and reads blocks; else None."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    reads_blocks = "block_table" in inspect.signature(varlen_attn).parameters
+    return cast("Callable[..., Tensor]", varlen_attn) if reads_blocks else None
+
+
+class VarlenAttention:
+    """All chunks of a step in one kernel that reads the blocks where they lie (CUDA, half precision).
+
+    Row s has queries cu_queries[s] to cu_queries[s + 1], the last of its lengths[s] tokens; its blocks are
+    block_table[s].
+    """
+
+    def __init__(
+        self,
+        attend: Callable[..., Tensor],
+        cache: PagedCache,
+        slots_N: Tensor,
+        cu_queries: Tensor,
+        cu_lengths: Tensor,
+        lengths_S: Tensor,
+        block_table: Tensor,
+        max_queries: int,
+        max_length: int,
+    ):
+        self._attend, self._cache, self._slots_N = attend, cache, slots_N
+        self._cu_queries, self._cu_lengths, self._lengths_S = cu_queries, cu_lengths, lengths_S
+        self._block_table = block_table
+        self._max_queries, self._max_length = max_queries, max_length
+
+    def __call__(self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+        """B * T are the step's tokens."""
+        q, k, v = q_BTHd.flatten(0, 1), k_BTKd.flatten(0, 1), v_BTKd.flatten(0, 1)
+        self._cache.write(layer, self._slots_N, k, v)
+        out = self._attend(
+            q,
+            self._cache.keys[layer],
+            self._cache.values[layer],
+            self._cu_queries,
+            self._cu_lengths,
+            self._max_queries,
+            self._max_length,
+            window_size=(-1, 0),  # causal: the last query sees all
+            enable_gqa=q.shape[1] != k.shape[1],
+            seqused_k=self._lengths_S,
+            block_table=self._block_table,
+        )
+        return out.view(q_BTHd.shape)
+
+
+def block_table(tables: Listing[Listing[int]], width: int) -> np.ndarray:
+    """The sequences' blocks as int32 [S, width]; filled up with block 0, which lengths keep from being read."""
+    table = np.zeros((len(tables), width), dtype=np.int32)
+    for row, blocks in enumerate(tables):
+        table[row, : len(blocks)] = blocks
+    return table
