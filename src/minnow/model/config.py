@@ -1,4 +1,4 @@
-"""The shape of a dense decoder, in Hugging Face's field names."""
+"""The shape of a decoder, in Hugging Face's field names."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minnow.config import UserError
+from minnow.model.experts_config import ExpertsConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +50,7 @@ class ModelConfig:
     hidden_size: int = 512
     """Width of the residual stream."""
     intermediate_size: int = 1408
-    """Width of the SwiGLU MLP."""
+    """Width of the SwiGLU MLP (with experts: of the layers that keep one)."""
     num_hidden_layers: int = 8
     """Number of decoder layers."""
     num_attention_heads: int = 8
@@ -76,6 +77,8 @@ class ModelConfig:
     """Biases on the MLP's projections (Llama only)."""
     max_position_embeddings: int = 1024
     """Longest sequence the model is trained on, in tokens; longer ones are refused."""
+    experts: ExpertsConfig | None = None
+    """Routed experts in the place of the MLP; none by default (a dense model)."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -99,12 +102,37 @@ class ModelConfig:
             raise UserError(f"model.head_dim is {self.head_dim}: RoPE turns pairs, so it must be even")
         if self.rope_theta <= 0 or self.rms_norm_eps <= 0:
             raise UserError("model.rope_theta and model.rms_norm_eps must be positive")
+        if self.experts is not None:
+            self._check_experts(self.experts)
+            return
         self._check_biases()
         if not self.qk_norm and self.hidden_size % self.num_attention_heads:
             # transformers' LlamaConfig asks for this even when head_dim is given.
             raise UserError(
                 f"model.hidden_size ({self.hidden_size}) must be a multiple of model.num_attention_heads "
                 f"({self.num_attention_heads}) in a model without qk_norm (a Llama or Qwen2 checkpoint)"
+            )
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether layer number `layer` has routed experts."""
+        return self.experts is not None and layer >= self.experts.first_k_dense_replace
+
+    def _check_experts(self, experts: ExpertsConfig) -> None:
+        if experts.first_k_dense_replace >= self.num_hidden_layers:
+            raise UserError(
+                f"model.experts.first_k_dense_replace ({experts.first_k_dense_replace}) leaves none of the "
+                f"{self.num_hidden_layers} layers to the experts"
+            )
+        if self.mlp_bias:
+            raise UserError("model.mlp_bias exists in LlamaForCausalLM only: switch it off in a model with experts")
+        if experts.scoring == "sigmoid" and self.attention_output_bias:
+            raise UserError("model.attention_output_bias is not in Glm4MoeForCausalLM (experts.scoring sigmoid)")
+        if experts.scoring == "softmax" and not self.qk_norm:
+            raise UserError("model.experts with scoring softmax needs model.qk_norm: Qwen3MoeForCausalLM has it")
+        if experts.scoring == "softmax" and self.attention_bias != self.attention_output_bias:
+            raise UserError(
+                "model.attention_bias and model.attention_output_bias go together with experts of scoring softmax: "
+                "Qwen3MoeForCausalLM has all four or none"
             )
 
     def _check_biases(self) -> None:

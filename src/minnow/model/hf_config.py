@@ -1,4 +1,4 @@
-"""config.json: our shape to and from transformers' Llama, Qwen2 and Qwen3 configurations."""
+"""config.json: our shape to and from transformers' Llama, Qwen2, Qwen3, Qwen3-MoE and GLM-4-MoE configurations."""
 
 from __future__ import annotations
 
@@ -9,9 +9,16 @@ import torch
 from minnow.config import UserError
 from minnow.model.config import ModelConfig, RopeScaling
 from minnow.model.context import yarn_attention_factor
+from minnow.model.hf_experts import experts_from_hf, experts_to_hf
 
-_MODEL_TYPES = {"Qwen3ForCausalLM": "qwen3", "Qwen2ForCausalLM": "qwen2", "LlamaForCausalLM": "llama"}
-_DEFAULT_POSITIONS = {"qwen3": 32768, "qwen2": 32768, "llama": 2048}
+_MODEL_TYPES = {
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen2ForCausalLM": "qwen2",
+    "LlamaForCausalLM": "llama",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Glm4MoeForCausalLM": "glm4_moe",
+}
+_DEFAULT_POSITIONS = {"qwen3": 32768, "qwen2": 32768, "llama": 2048, "qwen3_moe": 32768, "glm4_moe": 131072}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 _ALL = tuple(_DEFAULT_POSITIONS)
@@ -25,12 +32,14 @@ _PLAIN: tuple[tuple[str, tuple[Any, ...], tuple[str, ...]], ...] = (
     ("is_causal", (True,), _ALL),
     ("add_cross_attention", (False,), _ALL),
     ("pruned_heads", (None, {}), _ALL),
-    ("use_sliding_window", (False,), ("qwen2", "qwen3")),
+    ("use_sliding_window", (False,), ("qwen2", "qwen3", "qwen3_moe")),
 )
 
 
 def architecture(config: ModelConfig) -> str:
     """The transformers class that computes what this shape computes."""
+    if config.experts is not None:
+        return "Qwen3MoeForCausalLM" if config.experts.scoring == "softmax" else "Glm4MoeForCausalLM"
     if config.qk_norm:
         return "Qwen3ForCausalLM"
     is_qwen2 = config.attention_bias and not config.attention_output_bias
@@ -70,7 +79,12 @@ def to_hf_config(config: ModelConfig, dtype: torch.dtype, token_ids: dict[str, A
     }
     if name != "Qwen2ForCausalLM":
         content["attention_bias"] = config.attention_bias
-    if name == "LlamaForCausalLM":
+    if config.experts is not None:
+        content |= experts_to_hf(config.experts, qk_norm=config.qk_norm)
+    if name == "Glm4MoeForCausalLM":
+        content["tie_word_embeddings"] = False  # vLLM and llama.cpp want the head: it is written out
+        content["rope_parameters"]["partial_rotary_factor"] = 1.0
+    elif name == "LlamaForCausalLM":
         content["mlp_bias"] = config.mlp_bias
     else:
         content |= {"use_sliding_window": False, "sliding_window": None}
@@ -104,10 +118,12 @@ def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
             rope_scaling=scaling,
             rms_norm_eps=content.get("rms_norm_eps", 1e-6),
             tie_word_embeddings=content.get("tie_word_embeddings", False),
-            qk_norm=model_type == "qwen3",
+            qk_norm=model_type in ("qwen3", "qwen3_moe")
+            or (model_type == "glm4_moe" and bool(content.get("use_qk_norm"))),
             attention_bias=bias,
-            attention_output_bias=bias and model_type != "qwen2",
+            attention_output_bias=bias and model_type not in ("qwen2", "glm4_moe"),
             mlp_bias=model_type == "llama" and bool(content.get("mlp_bias")),
+            experts=experts_from_hf(content, where),
             max_position_embeddings=content.get("max_position_embeddings") or _DEFAULT_POSITIONS[model_type],
         )
     except UserError as error:

@@ -25,6 +25,9 @@ class InitConfig:
     head_dim 64, 1.17 at 128). 0 leaves the gains of q_norm and k_norm at 1."""
 
 
+_OUTPUTS = ("o_proj.weight", "down_proj.weight", "experts.down_proj")
+
+
 @torch.no_grad()
 def initialize(model: nn.Module, config: InitConfig, seed: int) -> None:
     """Draw every parameter of `model`, in order, from one generator on the CPU, so that the device does not
@@ -35,8 +38,8 @@ def initialize(model: nn.Module, config: InitConfig, seed: int) -> None:
             continue
         if parameter.ndim == 1:
             parameter.fill_(_vector_value(name, parameter, config))
-        elif config.zero_output_projections and name.endswith(("o_proj.weight", "down_proj.weight")):
-            parameter.zero_()
+        elif name.endswith("gate.noise_weight") or (config.zero_output_projections and name.endswith(_OUTPUTS)):
+            parameter.zero_()  # the noise too: one standard deviation for all experts, log 2 (1701.06538, appendix A)
         else:
             is_table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
             std = config.embedding_std if is_table else config.matrix_gain / math.sqrt(parameter.shape[-1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -17,14 +18,18 @@ from torch import Tensor
 from minnow.config import UserError
 from minnow.model.adapter import attach_adapter, base_of, is_adapter, load_adapter_weights, write_adapter
 from minnow.model.config import ModelConfig
-from minnow.model.hf_config import from_hf_config, to_hf_config
+from minnow.model.hf_config import architecture, from_hf_config, to_hf_config
 from minnow.model.lora import merge_lora
+from minnow.model.stacking import stack_experts, unstack_experts
 from minnow.model.transformer import CausalLM
 
 if TYPE_CHECKING:
     from minnow.tokenizer.tokenizer import Tokenizer
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
+_KEPT_IN_FP32 = "e_score_correction_bias"  # small steps add up in it; transformers keeps it so too
+TRAINING_ONLY = "gate.noise_weight"
+"""Parameters whose names end so are left out of model folders: no class has a place for them."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -59,10 +64,7 @@ def save_pretrained(
 
 
 def _write_model(model: CausalLM, folder: Path, tokenizer: Tokenizer | None, dtype: torch.dtype | None) -> None:
-    weights = {
-        name: tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
-        for name, tensor in model.state_dict().items()
-    }
+    weights = _stored_weights(model, dtype)
     stored = model.head_weight.dtype if dtype is None else dtype
     token_ids = _token_ids(tokenizer)
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
@@ -77,7 +79,7 @@ def _write_model(model: CausalLM, folder: Path, tokenizer: Tokenizer | None, dty
 def load_pretrained(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> CausalLM:
-    """Read a Qwen3, Qwen2 or Llama folder (ours or anybody's), a run folder or a Hub id.
+    """Read a Qwen3, Qwen2, Llama, Qwen3-MoE or GLM-4-MoE folder (ours or anybody's), a run folder or a Hub id.
 
     An adapter's folder gives its base with the adapter merged into it: a plain model.
     dtype: of the parameters and of compute_dtype; None keeps what is stored. Every tensor must be there in
@@ -87,16 +89,21 @@ def load_pretrained(
     if is_adapter(folder):
         model = load_with_adapter(folder)
         merge_lora(model)
-        model.to(device, dtype)
+        model.to(device)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype or parameter.dtype)  # the routers' biases stay fp32
         model.compute_dtype = model.head_weight.dtype
         return model
     config = read_config(folder)
+    weights = stack_experts(_read_weights(folder))
+    if architecture(config) == "Glm4MoeForCausalLM" and _is_tied(weights):
+        # That class is always stored with a head; a head that is the embedding bit by bit was tied when written.
+        config = dataclasses.replace(config, tie_word_embeddings=True)
     with torch.device("meta"):
         model = CausalLM(config)
-    weights = _read_weights(folder)
     _drop_duplicates(model, weights)
     _check_weights(model, weights, folder)
-    weights = {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in weights.items()}
+    weights = {name: tensor.to(device, _stored_dtype(name, tensor, dtype)) for name, tensor in weights.items()}
     model.load_state_dict(weights, assign=True)
     model.compute_dtype = model.head_weight.dtype
     return model
@@ -202,15 +209,33 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
+def _stored_weights(model: CausalLM, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors of model.safetensors: experts one by one, without what serves training only."""
+    weights = {
+        name: tensor.detach().to("cpu", _stored_dtype(name, tensor, dtype)).contiguous()
+        for name, tensor in unstack_experts(model.state_dict()).items()
+        if not name.endswith(TRAINING_ONLY)
+    }
+    if architecture(model.config) == "Glm4MoeForCausalLM" and model.lm_head is None:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    return weights
+
+
+def _stored_dtype(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return torch.float32 if name.endswith(_KEPT_IN_FP32) else dtype or tensor.dtype
+
+
+def _is_tied(weights: dict[str, Tensor]) -> bool:
+    head, embedding = weights.get("lm_head.weight"), weights.get("model.embed_tokens.weight")
+    return head is not None and embedding is not None and torch.equal(head, embedding)
+
+
 def _drop_duplicates(model: CausalLM, weights: dict[str, Tensor]) -> None:
     """Take out what older writers stored twice: the tied head, and the rotary frequencies."""
     for name in [name for name in weights if name.endswith(".rotary_emb.inv_freq")]:
         del weights[name]
-    embedding = weights.get("model.embed_tokens.weight")
-    if model.config.tie_word_embeddings and embedding is not None:
-        head = weights.get("lm_head.weight")
-        if head is not None and torch.equal(head, embedding):
-            del weights["lm_head.weight"]
+    if model.config.tie_word_embeddings and _is_tied(weights):
+        del weights["lm_head.weight"]
 
 
 def _check_weights(model: CausalLM, weights: dict[str, Tensor], folder: Path) -> None:

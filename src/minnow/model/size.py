@@ -14,18 +14,27 @@ def parameter_count(config: ModelConfig) -> int:
     biases += width if config.attention_output_bias else 0
     biases += 2 * config.intermediate_size + width if config.mlp_bias else 0
     embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
-    per_layer = _matrix_parameters_per_layer(config) + norms + biases
-    return embeddings + config.num_hidden_layers * per_layer + width
+    layers = sum(_matrix_parameters(config, layer) for layer in range(config.num_hidden_layers))
+    return embeddings + layers + config.num_hidden_layers * (norms + biases) + width
+
+
+def active_parameter_count(config: ModelConfig) -> int:
+    """Parameters that work on one token: without the experts it is not sent to, and the noise of their router."""
+    idle = sum(
+        _matrix_parameters(config, layer) - _active_matrix_parameters(config, layer)
+        for layer in range(config.num_hidden_layers)
+    )
+    return parameter_count(config) - idle
 
 
 def forward_flops_per_token(config: ModelConfig, mean_context: float) -> float:
-    """Operations of one token's forward pass: 2 for each weight of a matrix, and the attention.
+    """Operations of one token's forward pass: 2 for each weight of a matrix that it meets, and the attention.
 
     `mean_context` is the mean number of keys a query attends to: (T + 1) / 2 for causal rows of T tokens.
     Looking up the embedding is free; the head is not. Attention costs 2 products of 2 * head_dim operations
     per key and head.
     """
-    matrices = config.num_hidden_layers * _matrix_parameters_per_layer(config)
+    matrices = sum(_active_matrix_parameters(config, layer) for layer in range(config.num_hidden_layers))
     matrices += config.vocab_size * config.hidden_size
     attention = config.num_hidden_layers * 4 * config.num_attention_heads * config.head_dim * mean_context
     return 2 * matrices + attention
@@ -37,6 +46,24 @@ def training_flops_per_token(config: ModelConfig, mean_context: float) -> float:
     return 3 * forward_flops_per_token(config, mean_context)
 
 
-def _matrix_parameters_per_layer(config: ModelConfig) -> int:
-    attention_width = (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    return config.hidden_size * (attention_width + 3 * config.intermediate_size)
+def _active_matrix_parameters(config: ModelConfig, layer: int) -> int:
+    """Of layer number `layer`, what one token meets outside training's noise."""
+    width = config.hidden_size
+    attention = width * (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    if config.experts is None or not config.is_sparse(layer):
+        return attention + 3 * width * config.intermediate_size
+    experts = config.experts
+    expert = 3 * width * experts.moe_intermediate_size
+    router = experts.num_experts * width
+    return attention + router + (experts.num_experts_per_tok + experts.n_shared_experts) * expert
+
+
+def _matrix_parameters(config: ModelConfig, layer: int) -> int:
+    """Of layer number `layer`, all."""
+    active = _active_matrix_parameters(config, layer)
+    if config.experts is None or not config.is_sparse(layer):
+        return active
+    experts = config.experts
+    idle = (experts.num_experts - experts.num_experts_per_tok) * 3 * config.hidden_size * experts.moe_intermediate_size
+    noise = experts.num_experts * config.hidden_size if experts.noisy else 0
+    return active + idle + noise

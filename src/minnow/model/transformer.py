@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from minnow.model.attention import Attention
 from minnow.model.config import ModelConfig
 from minnow.model.init import InitConfig, initialize
+from minnow.model.moe import Decisions, MoE, Routing
 from minnow.model.norm import RMSNorm
 from minnow.model.rope import rotary_tables, rotate
 
@@ -69,12 +70,12 @@ class SelfAttention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (2002.05202): down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, intermediate_size: int) -> None:
         super().__init__()
         bias = config.mlp_bias
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=bias)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=bias)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=bias)
+        self.gate_proj = Linear(config.hidden_size, intermediate_size, bias=bias)
+        self.up_proj = Linear(config.hidden_size, intermediate_size, bias=bias)
+        self.down_proj = Linear(intermediate_size, config.hidden_size, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x [B, T, D] -> [B, T, D]."""
@@ -84,12 +85,24 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     """One layer, as the two parts around attention: each is a pure function that torch.compile can take."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    mlp: MLP | MoE
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.self_attn = SelfAttention(config)
-        self.mlp = MLP(config)
+        if config.is_sparse(index):
+            self.mlp = _moe(config)
+        else:
+            self.mlp = MLP(config, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+def _moe(config: ModelConfig) -> MoE:
+    assert config.experts is not None
+    shared = config.experts.n_shared_experts
+    shared_experts = MLP(config, shared * config.experts.moe_intermediate_size) if shared else None
+    return MoE(config.hidden_size, config.experts, shared_experts)
 
 
 def before_attention(layer: DecoderLayer, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> QKV:
@@ -103,23 +116,43 @@ def after_attention(layer: DecoderLayer, x_BTD: Tensor, attended_BTHd: Tensor) -
     return x_BTD + layer.mlp(layer.post_attention_layernorm(x_BTD))
 
 
+def before_experts(layer: DecoderLayer, x_BTD: Tensor, attended_BTHd: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in a layer with routed experts, without their part: the stream so far, and what they work on."""
+    x_BTD = x_BTD + layer.self_attn.o_proj(attended_BTHd.flatten(-2))
+    normed_BTD = layer.post_attention_layernorm(x_BTD)
+    shared_experts = cast(MoE, layer.mlp).shared_experts
+    return (x_BTD if shared_experts is None else x_BTD + shared_experts(normed_BTD)), normed_BTD
+
+
+class _LayerParts(NamedTuple):
+    """The functions of a layer around its attention and experts, as they are or compiled."""
+
+    before_attention: Callable[..., QKV]
+    after_attention: Callable[..., Tensor]
+    before_experts: Callable[..., tuple[Tensor, Tensor]]
+
+
+_PLAIN_PARTS = _LayerParts(before_attention, after_attention, before_experts)
+
+
 class Backbone(nn.Module):
     """Embedding, layers and final norm (transformers' `model.*`)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class CausalLM(nn.Module):
-    """A dense decoder. `forward` gives hidden states, `logits` the head: a loss may go over the head in
+    """A decoder. `forward` gives hidden states, `logits` the head: a loss may go over the head in
     chunks.
 
     compute_dtype: dtype of the residual stream and of all products; the parameters keep their own (fp32
     masters). gradient_checkpointing: keep only each layer's input and recompute the layer in the backward
-    pass. adapter: what `add_lora` put beside its linear layers; only that is trained and saved then.
+    pass. adapter: what `add_lora` put beside its linear layers; only that is trained and saved then. routing: set
+    by the training loop around a micro-batch's forward passes, for a model with experts.
     """
 
     def __init__(self, config: ModelConfig, init: InitConfig | None = None, seed: int = 0) -> None:
@@ -132,7 +165,8 @@ class CausalLM(nn.Module):
         self.compute_dtype = torch.float32
         self.gradient_checkpointing = False
         self.adapter: Adapter | None = None
-        self._compiled: tuple[Callable[..., QKV], Callable[..., Tensor]] | None = None
+        self.routing: Routing | None = None
+        self._compiled: _LayerParts | None = None
         initialize(self, init or InitConfig(), seed)
 
     @property
@@ -163,18 +197,25 @@ class CausalLM(nn.Module):
         cos, sin = rotary_tables(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)
         x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
         # Compiled parts serve training: generation and evaluation come in too many shapes to compile for.
-        plain = (before_attention, after_attention)
-        before, after = self._compiled if self._compiled and torch.is_grad_enabled() else plain
+        parts = self._compiled if self._compiled and torch.is_grad_enabled() else _PLAIN_PARTS
+        routing = self.routing if torch.is_grad_enabled() else None
 
-        def run_layer(index: int, x: Tensor) -> Tensor:
+        def run_layer(index: int, x: Tensor) -> tuple[Tensor, Decisions | None]:
             layer = cast(DecoderLayer, self.model.layers[index])
-            return after(layer, x, attention(index, *before(layer, x, cos, sin)))
+            attended_BTHd = attention(index, *parts.before_attention(layer, x, cos, sin))
+            if not isinstance(layer.mlp, MoE):
+                return parts.after_attention(layer, x, attended_BTHd), None
+            x, normed_BTD = parts.before_experts(layer, x, attended_BTHd)
+            routed_BTD, decisions = layer.mlp(normed_BTD, index, routing)
+            return x + routed_BTD, decisions
 
         for index in range(config.num_hidden_layers):
             if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_BTD = checkpoint(run_layer, index, x_BTD, use_reentrant=False)
+                x_BTD, decisions = checkpoint(run_layer, index, x_BTD, use_reentrant=False)
             else:
-                x_BTD = run_layer(index, x_BTD)
+                x_BTD, decisions = run_layer(index, x_BTD)
+            if routing is not None and decisions is not None:
+                routing.decisions.append((index, decisions))
         return self.model.norm(x_BTD)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -183,4 +224,6 @@ class CausalLM(nn.Module):
 
     def compile_backbone(self) -> None:
         """Compile the parts around attention, once for all layers; used wherever gradients are recorded."""
-        self._compiled = (torch.compile(before_attention), torch.compile(after_attention))
+        self._compiled = _LayerParts(
+            torch.compile(before_attention), torch.compile(after_attention), torch.compile(before_experts)
+        )

@@ -1,0 +1,198 @@
+"""Our mixtures of experts are transformers', both ways, over random shapes."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from model_helpers import FakeTokenizer, positions_like, randomized, row_logits, tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from minnow.config import UserError
+from minnow.engine.cache import DecodeAttention, KVCache, PrefillAttention
+from minnow.model.experts_config import ExpertsConfig
+from minnow.model.pretrained import load_pretrained, save_pretrained
+
+NO_RESET = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+SOFTMAX = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+SIGMOID = ExpertsConfig(
+    num_experts=8, num_experts_per_tok=3, moe_intermediate_size=24, scoring="sigmoid", n_shared_experts=2,
+    first_k_dense_replace=1, n_group=4, topk_group=2, routed_scaling_factor=1.5,
+)  # fmt: skip
+
+
+@st.composite
+def shapes(draw, scoring: str) -> dict:
+    key_heads, layers = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 2, 3])) if scoring == "sigmoid" else 1
+    chosen_groups = draw(st.integers(1, groups))
+    per_group = draw(st.integers(2, 4))
+    per_token = draw(st.integers(1, min(4, chosen_groups * per_group)))
+    experts = ExpertsConfig(
+        num_experts=groups * per_group,
+        num_experts_per_tok=per_token,
+        moe_intermediate_size=draw(st.integers(3, 40)),
+        scoring=scoring,
+        norm_topk_prob=draw(st.booleans()),
+        n_shared_experts=draw(st.integers(1, 2)) if scoring == "sigmoid" else 0,
+        first_k_dense_replace=draw(st.integers(0, layers - 1)),
+        routed_scaling_factor=draw(st.sampled_from([1.0, 2.5])) if scoring == "sigmoid" else 1.0,
+        n_group=groups,
+        topk_group=chosen_groups,
+    )
+    bias = draw(st.booleans())
+    return {
+        "vocab_size": draw(st.integers(7, 120)),
+        "hidden_size": draw(st.integers(8, 48)),
+        "intermediate_size": draw(st.integers(8, 64)),
+        "num_hidden_layers": layers,
+        "num_attention_heads": key_heads * draw(st.integers(1, 3)),
+        "num_key_value_heads": key_heads,
+        "head_dim": 2 * draw(st.integers(1, 12)),
+        "tie_word_embeddings": draw(st.booleans()),
+        "qk_norm": draw(st.booleans()) if scoring == "sigmoid" else True,
+        "attention_bias": bias,
+        "attention_output_bias": bias and scoring == "softmax",
+        "experts": experts,
+    }
+
+
+def theirs(folder) -> torch.nn.Module:
+    # Their other implementations refuse widths that are no multiple of 16 bytes.
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@given(data=st.data(), rows=st.integers(1, 3), length=st.integers(1, 40), seed=st.integers(0, 1000))
+@NO_RESET
+def test_ours_saved_reads_the_same_in_transformers(tmp_path, scoring, data, rows, length, seed):
+    shape = data.draw(shapes(scoring))
+    model = moe_model(seed, **shape)
+    tokens = torch.randint(0, shape["vocab_size"], (rows, length))
+    save_pretrained(model, tmp_path / "model", FakeTokenizer())
+    reference = theirs(tmp_path / "model")
+    assert type(reference).__name__ == ("Qwen3MoeForCausalLM" if scoring == "softmax" else "Glm4MoeForCausalLM")
+    with torch.no_grad():
+        torch.testing.assert_close(row_logits(model, tokens), reference(tokens).logits, atol=1e-4, rtol=1e-4)
+    again = load_pretrained(tmp_path / "model")
+    assert again.config == model.config
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def moe_model(seed: int = 0, **shape):
+    """Random weights, the selection bias too."""
+    model = tiny_model(seed, **shape)
+    for name, buffer in model.named_buffers():
+        assert name.endswith("e_score_correction_bias")
+        buffer.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe"])
+def test_theirs_saved_reads_the_same_in_ours(tmp_path, kind, fused):
+    shape = {
+        "vocab_size": 101, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 3, "head_dim": 14,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 20, "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0},
+    }  # fmt: skip
+    if kind == "qwen3_moe":
+        config = Qwen3MoeConfig(**shape, num_experts=6, mlp_only_layers=[0])
+        reference = randomized(Qwen3MoeForCausalLM(config)).eval()
+    else:
+        shape["rope_parameters"]["partial_rotary_factor"] = 1.0
+        config = Glm4MoeConfig(**shape, n_routed_experts=6, n_shared_experts=2, use_qk_norm=True, attention_bias=True)
+        reference = randomized(Glm4MoeForCausalLM(config)).eval()
+        for layer in reference.model.layers[1:]:
+            layer.mlp.gate.e_score_correction_bias.uniform_(-0.5, 0.5)
+    reference.save_pretrained(tmp_path, save_original_format=not fused)
+    stored = load_file(tmp_path / "model.safetensors")
+    assert any(name.endswith("experts.gate_up_proj") for name in stored) == fused
+    tokens = torch.randint(0, 101, (2, 33))
+    with torch.no_grad():
+        ours = row_logits(load_pretrained(tmp_path), tokens)
+        torch.testing.assert_close(ours, reference(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("experts", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
+def test_cached_decode_is_theirs(tmp_path, experts):
+    """One token after the other through the engine's cache gives transformers' logits of the whole row."""
+    model = moe_model(experts=experts)
+    save_pretrained(model, tmp_path / "model")
+    tokens = torch.randint(0, 97, (1, 20))
+    cache = KVCache(model.config, 1, 20, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        expected = theirs(tmp_path / "model")(tokens).logits
+        start = tokens[:, :8]
+        hidden = model(start, positions_like(start), PrefillAttention(cache, [0], [8], torch.arange(8)))
+        logits = [model.logits(hidden)]
+        for place in range(8, 20):
+            attention = DecodeAttention(cache, [place], torch.tensor([place]))
+            logits.append(model.logits(model(tokens[:, place : place + 1], torch.tensor([[place]]), attention)))
+    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_experts_are_stored_one_by_one(tmp_path):
+    model = moe_model(experts=SIGMOID)
+    save_pretrained(model, tmp_path / "model", FakeTokenizer(), dtype=torch.bfloat16)
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert stored["model.layers.1.mlp.experts.7.gate_proj.weight"].shape == (24, 48)
+    assert stored["model.layers.1.mlp.experts.0.down_proj.weight"].shape == (48, 24)
+    assert stored["model.layers.1.mlp.shared_experts.up_proj.weight"].shape == (48, 48)
+    assert "model.layers.0.mlp.gate_proj.weight" in stored  # the first layer is dense
+    # Written out although tied, and the bias in full precision: small steps add up in it.
+    assert torch.equal(stored["lm_head.weight"], stored["model.embed_tokens.weight"])
+    bias = stored["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert bias.dtype == torch.float32
+    assert bias.abs().max() > 0
+    content = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert (content["architectures"], content["tie_word_embeddings"]) == (["Glm4MoeForCausalLM"], False)
+    assert (content["partial_rotary_factor"], content["num_nextn_predict_layers"]) == (1.0, 0)
+    again = load_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    assert again.config.tie_word_embeddings
+    assert again.lm_head is None
+    assert again.model.layers[1].mlp.gate.e_score_correction_bias.dtype == torch.float32
+
+
+def test_noise_folds_away_at_save(tmp_path):
+    noisy = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, noisy=True)
+    model = moe_model(experts=noisy)
+    save_pretrained(model, tmp_path / "model")
+    tokens = torch.randint(0, 97, (2, 30))
+    reference = theirs(tmp_path / "model")
+    assert type(reference).__name__ == "Qwen3MoeForCausalLM"
+    with torch.no_grad():
+        torch.testing.assert_close(row_logits(model, tokens), reference(tokens).logits, atol=1e-4, rtol=1e-4)
+    assert not load_pretrained(tmp_path / "model").config.experts.noisy
+
+
+def test_a_missing_expert_is_named(tmp_path):
+    save_pretrained(moe_model(experts=SOFTMAX), tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    weights = load_file(file)
+    del weights["model.layers.0.mlp.experts.1.up_proj.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"missing model\.layers\.0\.mlp\.experts\.up_proj \(4, 24, 48\)"):
+        load_pretrained(tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("experts", "changes", "message"),
+    [
+        (SOFTMAX, {"decoder_sparse_step": 2}, "decoder_sparse_step 2 with mlp_only_layers"),
+        (SOFTMAX, {"mlp_only_layers": [1]}, r"mlp_only_layers \[1\] is not supported"),
+        (SIGMOID, {"partial_rotary_factor": 0.5, "rope_parameters": None}, "partial_rotary_factor = 0.5"),
+        (SIGMOID, {"n_shared_experts": 0}, "n_shared_experts of at least 1"),
+    ],
+)
+def test_unsupported_variants_are_refused_by_name(tmp_path, experts, changes, message):
+    save_pretrained(moe_model(experts=experts), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError, match=message):
+        load_pretrained(tmp_path / "model")
