@@ -92,7 +92,7 @@ class PackedModel:
 
 
 def _pack(layer: DecoderLayer, dtype: torch.dtype) -> _Layer:
-    attention, mlp = layer.self_attn, layer.mlp
+    attention, mlp = layer.self_attn, cast(MLP, layer.mlp)
     qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
     return _Layer(
         input_norm=layer.input_layernorm.weight.float(),
