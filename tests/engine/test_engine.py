@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from minnow.config import UserError
 from minnow.engine import Completions, Delta, Engine, SamplingParams
 from minnow.model.attention import CausalAttention
+from minnow.model.experts_config import ExpertsConfig
 from minnow.model.pretrained import save_pretrained
 
 
@@ -26,6 +27,9 @@ def ids_of(outputs: list[Completions]) -> list[list[list[int]]]:
     return [[completion.ids for completion in output.completions] for output in outputs]
 
 
+SIGMOID_EXPERTS = ExpertsConfig(
+    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, scoring="sigmoid", n_shared_experts=1
+)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 
 
@@ -35,6 +39,8 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
         (0, {}),
         (1, {"num_key_value_heads": 4, "head_dim": 16, "tie_word_embeddings": False}),
         (2, {"qk_norm": False, "num_key_value_heads": 1}),
+        (3, {"experts": ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)}),
+        (4, {"experts": SIGMOID_EXPERTS, "tie_word_embeddings": False}),
     ],
 )
 def test_greedy_equals_transformers_on_ragged_batches(tmp_path: Path, seed: int, changes: dict[str, Any]) -> None:

@@ -8,12 +8,11 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_helpers import FakeTokenizer, positions_like, randomized, row_logits, tiny_model
+from model_helpers import FakeTokenizer, randomized, row_logits, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from minnow.config import UserError
-from minnow.engine.cache import DecodeAttention, KVCache, PrefillAttention
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
 
@@ -117,24 +116,6 @@ def test_theirs_saved_reads_the_same_in_ours(tmp_path, kind, fused):
     with torch.no_grad():
         ours = row_logits(load_pretrained(tmp_path), tokens)
         torch.testing.assert_close(ours, reference(tokens).logits, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("experts", [SOFTMAX, SIGMOID], ids=["softmax", "sigmoid"])
-def test_cached_decode_is_theirs(tmp_path, experts):
-    """One token after the other through the engine's cache gives transformers' logits of the whole row."""
-    model = moe_model(experts=experts)
-    save_pretrained(model, tmp_path / "model")
-    tokens = torch.randint(0, 97, (1, 20))
-    cache = KVCache(model.config, 1, 20, torch.float32, torch.device("cpu"))
-    with torch.no_grad():
-        expected = theirs(tmp_path / "model")(tokens).logits
-        start = tokens[:, :8]
-        hidden = model(start, positions_like(start), PrefillAttention(cache, [0], [8], torch.arange(8)))
-        logits = [model.logits(hidden)]
-        for place in range(8, 20):
-            attention = DecodeAttention(cache, [place], torch.tensor([place]))
-            logits.append(model.logits(model(tokens[:, place : place + 1], torch.tensor([[place]]), attention)))
-    torch.testing.assert_close(torch.cat(logits, dim=1), expected, atol=1e-4, rtol=1e-4)
 
 
 def test_experts_are_stored_one_by_one(tmp_path):
