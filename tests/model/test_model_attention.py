@@ -7,9 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from model_helpers import row_logits, tiny_config, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minnow.config import UserError
 from minnow.model.attention import CausalAttention, PackedAttention, causal_attention
+from minnow.model.experts_config import ExpertsConfig
 from minnow.model.transformer import CausalLM
 
 LENGTHS = {
@@ -99,17 +101,54 @@ def gradients(model: CausalLM, tokens: torch.Tensor) -> list[torch.Tensor]:
     return list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-def test_gradient_checkpointing_changes_nothing():
+class CountedProducts(TorchDispatchMode):
+    """Counts matrix products and attention calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products = self.attentions = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name
+        self.products += name == "aten::mm"
+        self.attentions += name.startswith("aten::_scaled_dot_product") and "backward" not in name
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lengths", [[[24], [24]], [[5, 19], [24]]])
+def test_gradient_checkpointing_changes_nothing_but_what_is_computed_again(lengths):
     model = tiny_model()
+    tokens, positions, cu_seqlens, _ = packed(lengths)
+    gradients, products, attentions = {}, {}, {}
+    for mode in ("off", "selective", "full"):
+        model.gradient_checkpointing = mode
+        hidden = model(tokens, positions, PackedAttention(cu_seqlens))
+        loss = model.logits(hidden).log_softmax(-1)[..., 0].mean()
+        with CountedProducts() as count:
+            gradients[mode] = torch.autograd.grad(loss, list(model.parameters()))
+        products[mode], attentions[mode] = count.products, count.attentions
+    for mode in ("selective", "full"):
+        assert all(torch.equal(a, b) for a, b in zip(gradients[mode], gradients["off"], strict=True))
+    # 3 layers of 7 matrices; the last one's results (down_proj) are needed by nothing and left out by early stop.
+    assert products["selective"] == products["off"]
+    assert products["off"] + 3 * 6 <= products["full"] <= products["off"] + 3 * 7
+    assert attentions["off"] == attentions["selective"] == 0
+    assert attentions["full"] >= 3
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_gradient_checkpointing_of_experts_changes_nothing(mode):
+    experts = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+    model = tiny_model(experts=experts)
     tokens = torch.randint(0, 97, (2, 24))
     plain = gradients(model, tokens)
-    model.gradient_checkpointing = True
+    model.gradient_checkpointing = mode
     for ours, reference in zip(gradients(model, tokens), plain, strict=True):
         assert torch.equal(ours, reference)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", ["off", "selective", "full"])
 def test_compiling_changes_nothing_and_serves_all_layers(checkpointing):
     import torch._dynamo.utils
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from minnow.model.attention import Attention
+from minnow.model.checkpointing import GradientCheckpointing, checkpointed
 from minnow.model.config import ModelConfig
 from minnow.model.init import InitConfig, initialize
 from minnow.model.moe import Decisions, MoE, Routing
@@ -150,8 +150,8 @@ class CausalLM(nn.Module):
     chunks.
 
     compute_dtype: dtype of the residual stream and of all products; the parameters keep their own (fp32
-    masters). gradient_checkpointing: keep only each layer's input and recompute the layer in the backward
-    pass. adapter: what `add_lora` put beside its linear layers; only that is trained and saved then. routing: set
+    masters). gradient_checkpointing: what of each layer is kept for the backward pass, see checkpointing.py.
+    adapter: what `add_lora` put beside its linear layers; only that is trained and saved then. routing: set
     by the training loop around a micro-batch's forward passes, for a model with experts.
     """
 
@@ -163,7 +163,7 @@ class CausalLM(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.compute_dtype = torch.float32
-        self.gradient_checkpointing = False
+        self.gradient_checkpointing: GradientCheckpointing = "off"
         self.adapter: Adapter | None = None
         self.routing: Routing | None = None
         self._compiled: _LayerParts | None = None
@@ -209,11 +209,11 @@ class CausalLM(nn.Module):
             routed_BTD, decisions = layer.mlp(normed_BTD, index, routing)
             return x + routed_BTD, decisions
 
+        mode = self.gradient_checkpointing if torch.is_grad_enabled() else "off"
+        if mode == "selective" and self._compiled:
+            mode = "off"  # the compiler chooses so by itself: compiled parts keep products and recompute the rest
         for index in range(config.num_hidden_layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
-                x_BTD, decisions = checkpoint(run_layer, index, x_BTD, use_reentrant=False)
-            else:
-                x_BTD, decisions = run_layer(index, x_BTD)
+            x_BTD, decisions = checkpointed(mode, run_layer, index, x_BTD)
             if routing is not None and decisions is not None:
                 routing.decisions.append((index, decisions))
         return self.model.norm(x_BTD)

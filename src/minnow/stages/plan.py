@@ -9,12 +9,17 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minnow.config import UserError, atomic_write
+from minnow.data.batches import Batch
+from minnow.model.attention import PackedAttention
+from minnow.model.checkpointing import keeps_output
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import read_config, resolve_model_folder
 from minnow.model.size import parameter_count, training_flops_per_token
@@ -214,7 +219,26 @@ def _saved_bytes(model: CausalLM, length: int) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = LanguageModeling()(model, batch)
     del output
-    return sum(storage.nbytes() for storage in kept.values())
+    selectively = _selectively_kept_bytes(model, batch) if model.gradient_checkpointing == "selective" else 0
+    return sum(storage.nbytes() for storage in kept.values()) + selectively
+
+
+def _selectively_kept_bytes(model: CausalLM, batch: Batch) -> int:
+    """What selective checkpointing keeps of the layers: autograd's hook does not see it."""
+    kept = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal kept
+            outputs = func(*args, **(kwargs or {}))
+            if keeps_output(func):
+                tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+                kept += sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+            return outputs
+
+    with torch.no_grad(), Watch():
+        model(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens))
+    return kept
 
 
 # --- Speed ----------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minnow.config import UserError
+from minnow.model.checkpointing import GradientCheckpointing
 from minnow.training.hardware import DeviceName, Precision
 
 
@@ -33,8 +34,9 @@ class TrainingConfig:
     """Number format of activations and products (weights stay fp32); auto is bf16 where the hardware has it."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the backbone; auto compiles runs long enough to earn the compile time back."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    gradient_checkpointing: GradientCheckpointing = "off"
+    """Compute again in the backward pass instead of keeping: full keeps each layer's input (least memory, about a third
+    more time), selective also the results of matrix products and attention (half the memory, hardly slower)."""
     log_every: int = 1
     """Updates between lines in metrics.jsonl."""
     validate_every: int = 100
