@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from minnow.config import UserError, atomic_write
+from minnow.report.lineage import read_records, stage_folders
+from minnow.report.model_card import write_model_card
 from minnow.report.plots import run_figure
 
 STYLE = """
@@ -32,12 +33,14 @@ def write_report(
     figures: Mapping[str, str] | None = None,
     conversations: Sequence[Sequence[Mapping[str, str]]] = (),
 ) -> Path:
-    """Write `run/report.html` from the run's metrics and configuration.
+    """Write `run/report.html` from the run's metrics and configuration, and the card of a finished model.
 
     figures: further rows of the table of results. conversations: samples, unedited, as lists of {role, content}.
     Raises UserError when `run` holds no metrics.
     """
-    runs = [run] if (run / "metrics.jsonl").exists() else [f for f in _stages(run) if (f / "metrics.jsonl").exists()]
+    runs = (
+        [run] if (run / "metrics.jsonl").exists() else [f for f in stage_folders(run) if (f / "metrics.jsonl").exists()]
+    )
     if not runs:
         raise UserError(f"{run} holds no metrics.jsonl: give the folder of a training run")
     body = [f"<h1>{html.escape(title or run.name)}</h1>"]
@@ -47,7 +50,7 @@ def write_report(
         body.append("<h2>Samples</h2>")
         body += [_conversation(messages) for messages in conversations]
     for folder in runs:
-        records = _read_records(folder / "metrics.jsonl")
+        records = read_records(folder / "metrics.jsonl")
         body.append(f"<h2>{html.escape(folder.name)}</h2>")
         body.append(_table(_summary(records)))
         body.append(f'<img alt="curves" src="data:image/png;base64,{_picture(records, folder.name)}">')
@@ -57,16 +60,9 @@ def write_report(
     page += f"<style>{STYLE}</style>{''.join(body)}</html>"
     with atomic_write(run / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
+    if (run / "model").is_dir():
+        write_model_card(run / "model")
     return run / "report.html"
-
-
-def _stages(run: Path) -> list[Path]:
-    """The runs inside a run of several stages, in the order they were made."""
-    return sorted((f for f in run.iterdir() if (f / "config.yaml").exists()), key=lambda f: f.stat().st_ctime)
-
-
-def _read_records(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:

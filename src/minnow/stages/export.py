@@ -10,6 +10,7 @@ from rich.console import Console
 
 from minnow.config import UserError
 from minnow.model.pretrained import resolve_model_folder
+from minnow.report.model_card import write_model_card
 
 if TYPE_CHECKING:
     from minnow.export.gguf_file import GgufFile, GgufType
@@ -48,6 +49,8 @@ def run(config: Config) -> None:
     folder = resolve_model_folder(config.model)
     # Where the folder is a copy that the Hub's client keeps, nothing is written into it.
     home = folder if Path(config.model).exists() else Path(config.model.rpartition("/")[2])
+    if home == folder and config.to != "hub":
+        write_model_card(folder)
     ways = {"gguf": _gguf, "ollama": _ollama, "onnx": _onnx, "hub": _hub}
     ways[config.to](config, folder, home, console)
 
@@ -85,6 +88,7 @@ def _hub(config: Config, folder: Path, home: Path, console: Console) -> None:
     from minnow.export.hub import push
 
     assert config.repo is not None
+    write_model_card(folder, repo=config.repo)
     console.print(push(folder, config.repo, private=config.private))
 
 

@@ -24,7 +24,7 @@ from minnow.data.prepare import DataConfig
 from minnow.data.readers import read_texts
 from minnow.engine.engine import Engine
 from minnow.engine.sampling import SamplingParams
-from minnow.evaluation.evaluate import TaskResult, evaluate, show, write_rows
+from minnow.evaluation.evaluate import TaskResult, evaluate, show, write_results, write_rows
 from minnow.evaluation.registry import TaskOptions, make_tasks
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import load_pretrained
@@ -224,6 +224,7 @@ def _examine(config: Config, folder: Path, clock: _Clock, console: Console) -> N
     options = TaskOptions(model_folder=folder / "model")
     # Bits per byte is a figure of the base model: fine-tuning teaches it to answer, not to continue text.
     results = evaluate(model, tokenizer, make_tasks("pond", options))
+    write_results(folder / "evaluation.json", config.run, results)  # for the model's card: the base's stay out
     results += evaluate(base, tokenizer, make_tasks("bpb", options))
     write_rows(folder / "answers.jsonl", results)
     conversations = [_converse(model, tokenizer, questions) for questions in _sample_questions(folder)]

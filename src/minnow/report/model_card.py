@@ -1,0 +1,222 @@
+"""The model card: README.md of a model folder, from what the run logged, with the Hub's metadata.
+
+Nothing in it is typed by hand, and nothing is claimed that no file of the run says.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
+
+from minnow import __version__
+from minnow.config import atomic_write
+from minnow.report.lineage import Run, lineage
+from minnow.report.plots import run_figure, save_figure
+
+MARK = "<!-- minnow wrote this card from the run's log and rewrites it; delete this line to keep changes of yours. -->"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_CURVES = "curves.png"
+
+
+def write_model_card(folder: Path, *, repo: str | None = None) -> Path | None:
+    """Write `folder/README.md` and, of a model that was trained here, its curves; None for a card of somebody else's.
+
+    folder: of the model; the run around it is `folder`'s parent. repo: OWNER/NAME on the Hub, where it is going.
+    Evaluation results come from `evaluation.json` in the run folder (`minnow eval RUN --json RUN/evaluation.json`).
+    """
+    path = folder / "README.md"
+    if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
+        return None
+    run = folder.resolve().parent
+    runs = lineage(run)
+    results = _results(run / "evaluation.json")
+    name = repo.rpartition("/")[2] if repo else (run.name if folder.name == "model" else folder.name)
+    if runs:
+        save_figure(run_figure(runs[-1].records, runs[-1].folder.name), folder / _CURVES)
+    text = "\n\n".join(
+        [
+            f"---\n{_metadata(folder, name, runs, results)}\n---",
+            f"# {name}",
+            MARK,
+            _summary(folder, runs),
+            *_use(folder, repo, name),
+            *_training(runs),
+            *_evaluation(results),
+        ]
+    )
+    with atomic_write(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
+    return path
+
+
+def _metadata(folder: Path, name: str, runs: Sequence[Run], results: dict[str, Any]) -> str:
+    """YAML that the Hub reads."""
+    config = _config(folder)
+    started = runs[0].init_from if runs else None
+    figures = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=task,
+            dataset_name=task,
+            metric_type=figure,
+            metric_name=f"{figure} ({content['unit']})",
+            metric_value=round(bar["value"], 4),
+        )
+        for task, content in results.items()
+        for figure, bar in content["figures"].items()
+    ]
+    data = ModelCardData(
+        model_name=name,
+        library_name="peft" if (folder / "adapter_config.json").is_file() else "transformers",
+        pipeline_tag="text-generation",
+        tags=["minnow", *([config["model_type"]] if "model_type" in config else [])],
+        base_model=started if started and _from_hub(started) else None,
+        datasets=sorted({name for run in runs for name, hub in _data(run) if hub}) or None,
+        eval_results=figures or None,
+    )
+    return str(data.to_yaml())
+
+
+def _summary(folder: Path, runs: Sequence[Run]) -> str:
+    config = _config(folder)
+    tokens = sum(run.last("tokens") or 0 for run in runs)
+    how = f"trained on {tokens:,} tokens with minnow {__version__}" if runs else f"saved by minnow {__version__}"
+    start = runs[0].init_from if runs else None
+    begin = ", from scratch" if runs and start is None else f", starting from {_public(start)}" if start else ""
+    if not config:
+        return f"An adapter, {how}{begin}."
+    shape = (
+        f"{config['num_hidden_layers']} layers of width {config['hidden_size']}, {config['num_attention_heads']} query "
+        f"and {config['num_key_value_heads']} key heads, a vocabulary of {config['vocab_size']:,}, a context of "
+        f"{config['max_position_embeddings']:,} tokens"
+    )
+    return f"A language model ({config['architectures'][0]}), {how}{begin}: {shape}."
+
+
+def _use(folder: Path, repo: str | None, name: str) -> list[str]:
+    """Commands that run the model, from the Hub or in its folder."""
+    where = repo or "."
+    heading = "## Use" if repo else "## Use\n\nIn this folder:"
+    if not (folder / "config.json").is_file():
+        return [heading, f"```\nminnow chat {where}\nminnow merge-lora {where} --out merged\n```"]
+    chat = (folder / "chat_template.jinja").is_file()
+    ask = (
+        'text = [{"role": "user", "content": "Hello!"}]\n'
+        'ids = tokenizer.apply_chat_template(text, add_generation_prompt=True, return_tensors="pt", return_dict=True)'
+        if chat
+        else 'ids = tokenizer("Once upon a time", return_tensors="pt")'
+    )
+    python = (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{where}")\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{where}")\n'
+        f"{ask}\n"
+        "print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))"
+    )
+    shell = (
+        f"vllm serve {where}\n\n"
+        f"minnow export {where} --to gguf --type q8_0 --out {name}.gguf\n"
+        f"llama-server -m {name}.gguf\n\n"
+        f"minnow export {where} --to ollama --type q8_0 --out {name}-ollama\n"
+        f"ollama create {name} -f {name}-ollama/Modelfile && ollama run {name}\n\n"
+        f"minnow {'chat' if chat else 'generate'} {where}"
+    )
+    return [heading, f"```python\n{python}\n```", f"```\n{shell}\n```"]
+
+
+def _training(runs: Sequence[Run]) -> list[str]:
+    if not runs:
+        return []
+    rows = [_stage(run) for run in runs]
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    names = [run.folder.name for run in runs]
+    table = _table(["", *names], [[c, *(row.get(c, "") for row in rows)] for c in columns])
+    recipes = [
+        f"<details><summary>{run.folder.name}: the settings</summary>\n\n```yaml\n{_recipe(run)}```\n\n</details>"
+        for run in runs
+    ]
+    return ["## Training", table, f"![Curves of {names[-1]}]({_CURVES})", *recipes]
+
+
+def _stage(run: Run) -> dict[str, str]:
+    """One row of the table of runs."""
+    training = run.config.get("training", {})
+    optim = run.config.get("optim", {})
+    rows = {
+        "data": ", ".join(name for name, _ in _data(run)),
+        "updates": f"{run.last('step') or 0:,}",
+        "tokens": f"{run.last('tokens') or 0:,}",
+        "tokens an update": f"{training['batch_tokens']:,}" if "batch_tokens" in training else "",
+        "sequence length": f"{run.config['sequence_length']:,}" if "sequence_length" in run.config else "",
+        "optimizer": str(optim.get("optimizer", "")),
+        "machine": ", ".join(str(training[key]) for key in ("device", "precision") if key in training),
+        "minutes": f"{sum(r.get('seconds') or 0 for r in run.records) / 60:.1f}",
+        "training loss": _number(run.last("loss")),
+        "held-out loss": _number(run.last("validation_loss")),
+        "held-out bits per byte": _number(run.last("bits_per_byte")),
+    }
+    return {key: value for key, value in rows.items() if value}
+
+
+def _evaluation(results: dict[str, Any]) -> list[str]:
+    if not results:
+        return []
+    rows = []
+    for task, content in results.items():
+        for figure, bar in content["figures"].items():
+            interval = f"{bar['low']:.4f} to {bar['high']:.4f}"
+            rows.append([task, figure, content["unit"], f"{bar['value']:.4f}", interval, f"{bar['rows']:,}"])
+    return ["## Evaluation", _table(["task", "figure", "unit", "value", "95% interval", "rows"], rows)]
+
+
+def _results(path: Path) -> dict[str, Any]:
+    """The tasks of a file that `minnow eval --json` wrote."""
+    return dict(json.loads(path.read_text(encoding="utf-8"))["tasks"]) if path.is_file() else {}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def _data(run: Run) -> list[tuple[str, bool]]:
+    """(name, whether it is a data set on the Hub) of what a run learnt from."""
+    paths = (run.config.get("data") or {}).get("paths") or []
+    return [_source(written) for written in paths]
+
+
+def _source(written: str) -> tuple[str, bool]:
+    path = re.sub(r"@[\d.]+$", "", written)
+    hub = _HUB_ID.fullmatch(path.partition(":")[0]) and not Path(path).suffix and not Path(path).exists()
+    # Folders of this machine are nobody's business.
+    return (path.partition(":")[0], True) if hub else (Path(path).name, False)
+
+
+def _from_hub(model: str) -> bool:
+    return bool(_HUB_ID.fullmatch(model)) and isinstance(try_to_load_from_cache(model, "config.json"), str)
+
+
+def _public(model: str) -> str:
+    return model if _from_hub(model) else Path(model).name
+
+
+def _recipe(run: Run) -> str:
+    """The settings that make the recipe, as YAML; files and folders of this machine left out."""
+    sections = {key: value for key, value in run.config.items() if isinstance(value, dict) and key != "data"}
+    plain = {key: value for key, value in run.config.items() if isinstance(value, int | float)}
+    return str(yaml.safe_dump({**plain, **sections}, sort_keys=False, allow_unicode=True))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,108 @@
+"""The model card: what it says comes from the run's files, and nothing in it names the machine."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import ModelCard
+
+from minnow.model.config import ModelConfig
+from minnow.model.pretrained import save_pretrained
+from minnow.model.transformer import CausalLM
+from minnow.report.model_card import MARK, write_model_card
+from minnow.tokenizer import train_tokenizer
+
+
+def a_run(folder: Path, *, data: str, **config: Any) -> Path:
+    """A finished run with a log of two updates and a validation."""
+    tokenizer = train_tokenizer(["the fish swims in the pond"], 288)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    model = CausalLM(ModelConfig(vocab_size=288, num_key_value_heads=1, head_dim=16, **shape))
+    save_pretrained(model, folder / "model", tokenizer)
+    settings = {
+        "run": str(folder),
+        "data": {"paths": [data], "cache_dir": "/secret/cache"},
+        "sequence_length": 128,
+        "training": {"batch_tokens": 4096, "device": "cpu", "precision": "fp32", "seed": 7},
+        "optim": {"optimizer": "muon", "matrix_lr": 0.02},
+        **config,
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    step = {"tokens_per_second": 10.0, "seconds": 30.0, "lr": 0.1, "grad_norm": 1.0, "mfu": 0.1, "memory_gb": 1.0}
+    records = [
+        {"step": 1, "loss": 5.0, "tokens": 4000, **step},
+        {"step": 2, "loss": 4.0, "tokens": 8096, **step},
+        {"step": 2, "validation_loss": 4.25, "bits_per_byte": 1.5},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return folder
+
+
+def test_a_run_and_the_one_before_it(tmp_path: Path) -> None:
+    pretrained = a_run(tmp_path / "base", data="/secret/texts/poems.jsonl")
+    run = a_run(tmp_path / "tuned", data="trl-lib/Capybara:default@2", init_from=str(pretrained))
+    bar = {"value": 0.98765, "low": 0.9, "high": 0.995, "rows": 540}
+    tasks = {"pond": {"unit": "share", "seconds": 1.0, "figures": {"exact_match/en": bar}}}
+    (run / "evaluation.json").write_text(json.dumps({"model": "x", "tasks": tasks}), encoding="utf-8")
+    path = write_model_card(run / "model")
+    assert path is not None
+    text = path.read_text(encoding="utf-8")
+
+    card = ModelCard(text)  # the Hub's own parser
+    assert card.data.library_name == "transformers"
+    assert card.data.tags == ["minnow", "qwen3"]
+    assert card.data.datasets == ["trl-lib/Capybara"]
+    assert card.data.base_model is None  # the base is on no hub
+    (result,) = card.data.eval_results
+    assert (result.dataset_name, result.metric_type, result.metric_value) == ("pond", "exact_match/en", 0.9877)
+
+    assert "trained on 16,192 tokens" in text  # two runs of 8,096
+    assert "from scratch" in text
+    assert "|  | base | tuned |" in text
+    assert "| data | poems.jsonl | trl-lib/Capybara |" in text
+    assert "| tokens an update | 4,096 | 4,096 |" in text
+    assert "| minutes | 1.0 | 1.0 |" in text  # 2 updates of 30 seconds
+    assert "| held-out bits per byte | 1.5000 | 1.5000 |" in text
+    assert "| pond | exact_match/en | share | 0.9877 | 0.9000 to 0.9950 | 540 |" in text
+    assert "matrix_lr: 0.02" in text
+    assert "secret" not in text
+    assert str(tmp_path) not in text
+    assert (run / "model" / "curves.png").stat().st_size > 1000
+    for program in (
+        "AutoModelForCausalLM",
+        "vllm serve .",
+        "llama-server -m tuned.gguf",
+        "ollama run tuned",
+        "minnow chat .",
+    ):
+        assert program in text
+
+
+def test_on_the_hub_commands_name_the_repository(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "tuned", data="x.jsonl")
+    write_model_card(run / "model", repo="somebody/fish")
+    text = (run / "model" / "README.md").read_text(encoding="utf-8")
+    assert "vllm serve somebody/fish" in text
+    assert "# fish" in text
+
+
+def test_a_card_of_somebody_else_stays(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "tuned", data="x.jsonl")
+    path = run / "model" / "README.md"
+    write_model_card(run / "model")
+    path.write_text(path.read_text(encoding="utf-8").replace(MARK, "") + "My words.", encoding="utf-8")
+    assert write_model_card(run / "model") is None
+    assert "My words." in path.read_text(encoding="utf-8")
+
+
+def test_a_model_without_a_run_claims_nothing_of_its_training(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "tuned", data="x.jsonl")
+    (run / "metrics.jsonl").unlink()
+    (run / "config.yaml").unlink()
+    text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+    assert "## Training" not in text
+    assert "scratch" not in text
+    assert "saved by minnow" in text
