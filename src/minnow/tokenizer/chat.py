@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -104,6 +104,28 @@ def render(
     if add_generation_prompt:
         writer.template(_opening(think=enable_thinking))
     return writer.rendered()
+
+
+def render_continuation(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, enable_thinking: bool = False
+) -> list[int]:
+    """Ids that follow an assistant turn's `<|im_end|>`: tool results or a user's turn, and the next assistant header.
+
+    For a dialogue kept as tokens: what the model wrote stays the ids it wrote, and is not rendered from text again
+    (which might split it otherwise). Appending gives what `render` gives for the whole, as long as no user message
+    hides reasoning before it.
+    """
+    writer = _Writer(tokenizer)
+    writer.text("\n")
+    for i, message in enumerate(messages):
+        if message.role == "tool":
+            _write_tool_result(writer, tuple(messages), i)
+        else:
+            writer.control(IM_START)
+            writer.text(f"{message.role}\n{message.content}")
+            _end(writer)
+    writer.template(_opening(think=enable_thinking))
+    return writer.rendered().ids.tolist()
 
 
 def training_examples(tokenizer: Tokenizer, conversation: Conversation) -> list[Rendered]:

@@ -1,0 +1,84 @@
+"""Which advantage, and how a phase of rollouts is used: the settings that make PPO, GRPO, SPO ... of one framework."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from minnow.config import UserError
+from minnow.objectives.policy import KLEstimator, PolicyLossConfig, RatioLevel
+
+AdvantageKind = Literal["group", "group_centred", "leave_one_out", "batch", "tracker", "gae"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CriticConfig:
+    """PPO's critic: a model of its own with one number a token."""
+
+    learning_rate: float = 1e-4
+    """Of its AdamW; the policy has its own."""
+    gamma: float = 1.0
+    """Discount of a later reward, a token."""
+    lam: float = 0.95
+    """lambda of the generalised advantage: 1 trusts the rewards, 0 the critic."""
+    value_clip: float | None = 0.2
+    """How far a value may move from the old one in a phase before its error counts in full; null: no bound."""
+    warmup_phases: int = 4
+    """Phases of rollouts on which only the critic learns, before the policy's first update."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlgorithmConfig:
+    """A policy-optimisation algorithm as choices. The presets set these."""
+
+    advantage: AdvantageKind = "group"
+    """group: reward minus the group's mean, over its deviation (GRPO); group_centred: without the deviation (Dr. GRPO);
+    leave_one_out (RLOO); batch: reward, whitened over the batch (REINFORCE++); tracker: reward minus the prompt's
+    remembered
+    value, whitened (SPO); gae: a critic's generalised advantage, whitened (PPO)."""
+    loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
+    """Ratio term, aggregation, KL term of the loss."""
+    epochs: int = 1
+    """Passes over each phase's answers."""
+    minibatches: int = 1
+    """Updates of one pass; above 1 the later ones are off-policy and the ratio matters."""
+    kl_reward_coef: float = 0.0
+    """Weight of the KL divergence to the reference, taken off the reward (of each token with gae, else of the
+    answer)."""
+    kl_reward_estimator: KLEstimator = "k1"
+    """Its estimator; k1 is unbiased and right inside a reward."""
+    drop_equal_groups: bool = False
+    """Leave out groups whose rewards are all equal and draw other prompts instead (DAPO's dynamic sampling)."""
+    max_redraws: int = 3
+    """Rounds of drawing other prompts, at most."""
+    drop_truncated: bool = False
+    """Give answers that were cut off no loss (DAPO's overlong filtering)."""
+    correction_cap: float | None = 2.0
+    """Largest weight policy / sampler of a token, where the sampler is not quite the policy; null: no correction."""
+    correction_level: RatioLevel = "token"
+    """Whether a token's weight is its own or its answer's."""
+    critic: CriticConfig = field(default_factory=CriticConfig)
+    """Only with `advantage: gae`."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "minibatches"):
+            if getattr(self, name) < 1:
+                raise UserError(f"algorithm.{name} is {getattr(self, name)}: it must be at least 1")
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the reference model's log-probabilities are used."""
+        return self.loss.kl_coef > 0 or self.kl_reward_coef > 0
+
+    @property
+    def updates_per_phase(self) -> int:
+        """Optimizer updates for each phase of rollouts."""
+        return self.epochs * self.minibatches
+
+    def check_samples(self, samples: int) -> None:
+        """UserError when the advantage needs groups and there are none."""
+        if self.advantage in ("group", "group_centred", "leave_one_out") and samples < 2:
+            raise UserError(
+                f"rollout.samples is {samples}, but algorithm.advantage {self.advantage} compares the answers to one "
+                "prompt: give at least 2"
+            )

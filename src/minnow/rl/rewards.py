@@ -1,0 +1,151 @@
+"""Rewards: weighted, added up, and logged one by one."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from minnow.config import UserError
+from minnow.rl.answers import AnswerKind, is_right
+from minnow.rl.rollouts import Trajectory
+from minnow.rl.text_rewards import format_reward, language_reward, length_reward, repetition_reward
+
+RewardFunction = Callable[[Sequence[Trajectory]], Sequence[float]]
+"""Judges finished episodes; one number each. An exception stops the run: a silent 0 would teach something false."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """What is rewarded, and how much. Every number is a weight; 0 turns a reward off."""
+
+    answer: float = 1.0
+    """1 where the last turn says what the row's reference says."""
+    answer_kind: AnswerKind = "auto"
+    """text, number (the last in the answer), maths (by the library math-verify), contains (every item of the
+    reference),
+    or auto: number where the reference is one."""
+    environment: float = 1.0
+    """What the environment itself gave, over all turns."""
+    format: float = 0.0
+    """1 for a turn that ended by itself, says something, and thought exactly if it was to think."""
+    length: float = 0.0
+    """1 for an answer of `shortest` to `longest` tokens, falling to 0 outside."""
+    shortest: int = 1
+    """Tokens of the shortest answer that `length` likes."""
+    longest: int = 256
+    """Tokens of the longest answer that `length` likes."""
+    overlong: float = 0.0
+    """-1 for an answer that was cut off (DAPO's overlong punishment)."""
+    repetition: float = 0.0
+    """Down to -1 for an answer that goes round in a loop."""
+    language: float = 0.0
+    """Share of the answer's letters in the script of the prompt, 0 to 1."""
+    json_schema: float = 0.0
+    """1 where the answer is JSON that fits the row's `schema`."""
+    functions: tuple[str, ...] = ()
+    """Python functions of yours, MODULE:FUNCTION@WEIGHT: called with the list of trajectories, return a list of
+    numbers."""
+
+
+class Rewarder:
+    """Scores trajectories: `rewards` by name, and `reward`, their weighted sum."""
+
+    def __init__(self, config: RewardConfig, *, enable_thinking: bool, more: dict[str, RewardFunction] | None = None):
+        """`more`: further rewards, such as a reward model's, each with weight 1 (give them scaled)."""
+        built_in: dict[str, tuple[float, RewardFunction]] = {
+            "answer": (config.answer, lambda items: _answers(items, config.answer_kind)),
+            "environment": (config.environment, lambda items: [item.reward for item in items]),
+            "format": (config.format, lambda items: [_format(item, enable_thinking) for item in items]),
+            "length": (
+                config.length,
+                lambda items: [length_reward(item.num_trained, config.shortest, config.longest) for item in items],
+            ),
+            "overlong": (config.overlong, lambda items: [-float(item.ending == "length") for item in items]),
+            "repetition": (config.repetition, lambda items: [repetition_reward(_said(item)) for item in items]),
+            "language": (config.language, lambda items: [_language(item) for item in items]),
+            "json_schema": (config.json_schema, lambda items: [_fits_schema(item) for item in items]),
+        }
+        self._rewards = {name: entry for name, entry in built_in.items() if entry[0]}
+        for written in config.functions:
+            name, weight, function = _load(written)
+            self._rewards[name] = (weight, function)
+        for name, function in (more or {}).items():
+            self._rewards[name] = (1.0, function)
+        if not self._rewards:
+            raise UserError("every reward has weight 0: give at least one, such as rewards.answer")
+
+    def score(self, trajectories: Sequence[Trajectory]) -> None:
+        """Fill in `rewards` and `reward`. UserError when a reward fails or is not a finite number."""
+        totals = [0.0] * len(trajectories)
+        for name, (weight, function) in self._rewards.items():
+            values = self._call(name, function, trajectories)
+            for place, (trajectory, value) in enumerate(zip(trajectories, values, strict=True)):
+                trajectory.rewards[name] = value
+                totals[place] += weight * value
+        for trajectory, total in zip(trajectories, totals, strict=True):
+            trajectory.reward = total
+
+    def _call(self, name: str, function: RewardFunction, trajectories: Sequence[Trajectory]) -> list[float]:
+        try:
+            values = [float(value) for value in function(trajectories)]
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(f"the reward {name!r} failed: {type(error).__name__}: {error}") from error
+        if len(values) != len(trajectories):
+            raise UserError(f"the reward {name!r} gave {len(values)} numbers for {len(trajectories)} answers")
+        bad = next((value for value in values if not math.isfinite(value)), None)
+        if bad is not None:
+            raise UserError(f"the reward {name!r} gave {bad}: rewards must be finite numbers")
+        return values
+
+
+def _answers(trajectories: Sequence[Trajectory], kind: AnswerKind) -> list[float]:
+    values = []
+    for trajectory in trajectories:
+        reference = trajectory.environment.prompt.reference
+        right = reference is not None and trajectory.ending != "length"
+        values.append(float(right and is_right(_said(trajectory), reference, kind)))
+    return values
+
+
+def _said(trajectory: Trajectory) -> str:
+    return trajectory.answer.content
+
+
+def _format(trajectory: Trajectory, enable_thinking: bool) -> float:
+    return format_reward(trajectory.answer, thinking=enable_thinking, ended=trajectory.ending != "length")
+
+
+def _language(trajectory: Trajectory) -> float:
+    users = [m.content for m in trajectory.environment.prompt.conversation.messages if m.role == "user"]
+    return language_reward(users[-1] if users else "", _said(trajectory))
+
+
+def _fits_schema(trajectory: Trajectory) -> float:
+    import jsonschema_rs
+
+    schema = trajectory.environment.prompt.row.get("schema")
+    if not isinstance(schema, dict):
+        raise UserError("the reward json_schema needs a `schema` object in every row of the prompts")
+    try:
+        value = json.loads(_said(trajectory))
+    except ValueError:
+        return 0.0
+    return float(jsonschema_rs.is_valid(schema, value))
+
+
+def _load(written: str) -> tuple[str, float, RewardFunction]:
+    """MODULE:FUNCTION@WEIGHT -> its name, weight and function."""
+    path, _, weight_text = written.partition("@")
+    module_name, _, function_name = path.partition(":")
+    try:
+        weight = float(weight_text or 1)
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ValueError, ImportError, AttributeError) as error:
+        wanted = "write MODULE:FUNCTION or MODULE:FUNCTION@WEIGHT"
+        raise UserError(f"rewards.functions {written!r}: {error}; {wanted}") from None
+    return path, weight, function

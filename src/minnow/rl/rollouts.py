@@ -1,0 +1,153 @@
+"""Rollouts: episodes played by the live model, in tokens from beginning to end."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+from minnow.config import UserError
+from minnow.engine import Completion, Engine, SamplingParams
+from minnow.rl.environment import Environment
+from minnow.tokenizer.chat import Message, render, render_continuation
+from minnow.tokenizer.parse import parse_assistant_ids
+
+Ending = Literal["stop", "length", "turns"]
+"""stop: the model ended its turn and the environment was done; length: cut off; turns: no turn was left."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How answers are drawn."""
+
+    prompts: int = 16
+    """Prompts of one rollout phase."""
+    samples: int = 8
+    """Answers to each prompt: the group whose mean is the baseline. 1 where no group is needed (SPO, PPO)."""
+    temperature: float = 1.0
+    """Divides the logits; the policy that is trained is the one at this temperature."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that hold this probability. Below 1 the sampler is not the policy; the
+    correction of `correction_cap` then does not make up for the tail that is never drawn."""
+    max_tokens: int = 128
+    """Longest answer of a turn, in tokens."""
+    max_turns: int = 1
+    """Most turns of the model in an episode; above 1 for environments that reply."""
+    enable_thinking: bool = False
+    """Open the think block, so that the model reasons before it answers."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts", "samples", "max_tokens", "max_turns"):
+            if getattr(self, name) < 1:
+                raise UserError(f"rollout.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.temperature <= 0:
+            raise UserError(f"rollout.temperature is {self.temperature}: it must be positive, or nothing is explored")
+
+
+@dataclass
+class Trajectory:
+    """One finished episode."""
+
+    environment: Environment
+    group: int
+    """Which prompt of the phase."""
+    ids: list[int]
+    """Everything the model read and wrote."""
+    trained: list[bool]
+    """True where the model wrote the token (the one that ended its turn included); the environment's are not its
+    doing."""
+    sampler_logprobs: list[float] = field(default_factory=list)
+    """Of the trained tokens, in order, under the distribution that they were drawn from."""
+    answers: list[Message] = field(default_factory=list)
+    """The model's turns, parsed."""
+    ending: Ending = "turns"
+    reward: float = 0.0
+    """The environment's rewards, and after scoring all of them, weighted."""
+    rewards: dict[str, float] = field(default_factory=dict)
+    """Each reward before its weight."""
+
+    @property
+    def answer(self) -> Message:
+        """The last turn."""
+        return self.answers[-1]
+
+    @property
+    def num_trained(self) -> int:
+        """Tokens that the model wrote."""
+        return len(self.sampler_logprobs)
+
+
+def play(
+    engine: Engine, environments: Sequence[Environment], groups: Sequence[int], config: RolloutConfig, *, seed: int
+) -> list[Trajectory]:
+    """Play every environment to its end, all of them side by side in the engine.
+
+    groups: which prompt each environment belongs to. Draws depend on `seed` and on an episode's place alone. An episode
+    that would outgrow the model's context ends with `length`.
+    """
+    tokenizer = engine.tokenizer
+    trajectories = []
+    for environment, group in zip(environments, groups, strict=True):
+        opening = render(
+            tokenizer, environment.reset(), add_generation_prompt=True, enable_thinking=config.enable_thinking
+        )
+        ids = opening.ids.tolist()
+        trajectories.append(Trajectory(environment, group, ids, [False] * len(ids)))
+    active = list(enumerate(trajectories))
+    context = engine.model.config.max_position_embeddings
+    for turn in range(config.max_turns):
+        outputs = engine.generate(
+            [trajectory.ids for _, trajectory in active],
+            [_sampling(config, seed, turn, place) for place, _ in active],
+        )
+        going = []
+        for (place, trajectory), output in zip(active, outputs, strict=True):
+            reply = _take_turn(engine, trajectory, output.completions[0], config)
+            if reply is None:
+                continue
+            if len(trajectory.ids) + len(reply) >= context:
+                trajectory.ending = "length"
+                continue
+            if turn + 1 < config.max_turns:
+                trajectory.ids += reply
+                trajectory.trained += [False] * len(reply)
+                going.append((place, trajectory))
+        active = going
+        if not active:
+            break
+    return trajectories
+
+
+def _sampling(config: RolloutConfig, seed: int, turn: int, place: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        max_tokens=config.max_tokens,
+        seed=zlib.crc32(f"{seed}/{turn}/{place}".encode()),
+        logprobs=True,
+    )
+
+
+def _take_turn(
+    engine: Engine, trajectory: Trajectory, completion: Completion, config: RolloutConfig
+) -> list[int] | None:
+    """Append the model's turn. Returns the ids of the environment's reply, None when the episode is over."""
+    assert completion.logprobs is not None
+    trajectory.ids += completion.ids
+    trajectory.trained += [True] * len(completion.ids)
+    trajectory.sampler_logprobs += completion.logprobs
+    answer = parse_assistant_ids(engine.tokenizer, completion.ids, thinking=config.enable_thinking)
+    trajectory.answers.append(answer)
+    if completion.finish_reason == "length":
+        trajectory.ending = "length"
+        return None
+    reply = trajectory.environment.step(answer)
+    trajectory.reward += reply.reward
+    if reply.done:
+        trajectory.ending = "stop"
+        return None
+    if completion.ids[-1] != engine.tokenizer.im_end_id:  # it ended the text, not its turn: nothing can follow
+        trajectory.ending = "stop"
+        return None
+    return render_continuation(engine.tokenizer, reply.messages, enable_thinking=config.enable_thinking)
