@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from minnow import __version__
 from minnow.config import UserError, parse_config
@@ -22,7 +23,11 @@ class Command:
 
     module: str
     help: str
+    preset: str | None = None
+    """The preset in `minnow/rl/presets` that this command stands for; "" lets `--preset NAME` choose."""
 
+
+PRESETS = Path(__file__).parent / "rl" / "presets"
 
 COMMANDS: dict[str, Command] = {
     "quickstart": Command("quickstart", "raw text to a chatting model on this machine, offline, in minutes"),
@@ -35,6 +40,12 @@ COMMANDS: dict[str, Command] = {
     "sft": Command("sft", "teach a base model to follow conversations"),
     "lora": Command("lora", "sft of small adapters beside a frozen model"),
     "merge-lora": Command("merge_lora", "an adapter and its model as one plain model"),
+    "rl": Command(
+        "rl", "let a model practise and reinforce what earns reward (--preset grpo, ppo, spo, ...)", preset=""
+    ),
+    "grpo": Command("rl", "rl with GRPO's preset: groups of answers to each prompt", preset="grpo"),
+    "ppo": Command("rl", "rl with PPO's preset: a critic values every token", preset="ppo"),
+    "spo": Command("rl", "rl with SPO's preset: one answer a prompt, values remembered", preset="spo"),
     "dpo": Command("dpo", "teach a model which of two answers is the better one (DPO and its kin)"),
     "generate": Command("generate", "continue a text"),
     "chat": Command("chat", "talk with a model in the terminal"),
@@ -81,8 +92,29 @@ def _dispatch(words: list[str]) -> int:
             return 0
         raise UserError(_unknown(words, group))
     stage = importlib.import_module(f"minnow.stages.{COMMANDS[name].module}")
-    stage.run(parse_config(stage.Config, words[len(name.split()) :], program=f"minnow {name}"))
+    arguments = words[len(name.split()) :]
+    if (preset := COMMANDS[name].preset) is not None:
+        arguments = _with_preset(arguments, preset)
+    stage.run(parse_config(stage.Config, arguments, program=f"minnow {name}"))
     return 0
+
+
+def _with_preset(arguments: list[str], preset: str) -> list[str]:
+    """Put the preset's file before the user's settings, which win over it."""
+    for place, word in enumerate(arguments):
+        if word == "--preset" or word.startswith("--preset="):
+            _, equals, value = word.partition("=")
+            taken = arguments[place + 1 : place + 2] if not equals else [value]
+            arguments = arguments[:place] + arguments[place + (1 if equals else 2) :]
+            preset = taken[0] if taken else ""
+            break
+    else:
+        if not preset:
+            return arguments
+    known = {file.stem: file for file in sorted(PRESETS.glob("*.yaml"))}
+    if preset not in known:
+        raise UserError(f"--preset {preset!r}: there is no such preset; there are {', '.join(known)}")
+    return ["--config", str(known[preset]), *arguments]
 
 
 def _command_name(words: list[str]) -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,17 +18,17 @@ from minnow.rl.experience import PackedTrajectories
 
 
 class Critic(nn.Module):
-    """The policy's backbone, copied, and a head of one number; float32 AdamW of its own.
+    """A backbone of its own, usually a copy of the policy's, and a head of one number; float32 AdamW.
 
     The value of a token is read where it is predicted: before it is known. The head starts at zero, so the first values
     are 0 and say nothing. The backbone's final norm is applied once (a peer applied it twice: bug B9).
     """
 
-    def __init__(self, policy: CausalLM, config: CriticConfig) -> None:
+    def __init__(self, backbone: CausalLM, config: CriticConfig) -> None:
         super().__init__()
         self.config = config
-        self.backbone = copy.deepcopy(policy).requires_grad_(True)
-        head = policy.head_weight
+        self.backbone = backbone
+        head = backbone.head_weight
         self.head = nn.Parameter(torch.zeros(head.shape[1], dtype=torch.float32, device=head.device))
         trained = [p for p in self.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)

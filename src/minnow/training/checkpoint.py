@@ -36,6 +36,11 @@ class Checkpoint:
         state: dict[str, Any] = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
         return state
 
+    def source_state(self) -> dict[str, Any]:
+        """Return what the source of batches wanted remembered."""
+        state: dict[str, Any] = torch.load(self.folder / "source.pt", weights_only=True)
+        return state
+
     def load(self, model: CausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
         """Copy weights and optimizer state into `model` and `optimizers`; return the loop's state."""
         load_weights(model, self.folder)
@@ -50,9 +55,14 @@ class Checkpoint:
 
 
 def save_checkpoint(
-    folder: Path, step: int, model: CausalLM, optimizers: Sequence[torch.optim.Optimizer], state: dict[str, Any]
+    folder: Path,
+    step: int,
+    model: CausalLM,
+    optimizers: Sequence[torch.optim.Optimizer],
+    state: dict[str, Any],
+    source: dict[str, Any] | None = None,
 ) -> Checkpoint:
-    """Write `folder/step-XXXXXXXX` atomically. `state` must be plain JSON."""
+    """Write `folder/step-XXXXXXXX` atomically. `state` must be plain JSON; `source` may hold tensors."""
     final = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
@@ -68,6 +78,8 @@ def save_checkpoint(
         rng = {"torch": torch.get_rng_state().tolist()}
         text = json.dumps({**state, "step": step, "rng": rng})
         (temporary / "state.json").write_text(text, encoding="utf-8")
+        if source is not None:
+            torch.save(source, temporary / "source.pt")
         for path in temporary.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())

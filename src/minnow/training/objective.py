@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -47,6 +47,19 @@ class BatchSource(Protocol[BatchT_co]):
 
     def micro_batches(self, step: int) -> Sequence[BatchT_co]:
         """Return the micro-batches of `step` (from 0)."""
+        ...
+
+
+@runtime_checkable
+class Stateful(Protocol):
+    """A BatchSource that remembers something between steps: the Trainer keeps it in checkpoints."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors, numbers, strings, lists and dicts of them."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go back to a checkpoint."""
         ...
 
 

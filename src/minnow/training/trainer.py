@@ -20,7 +20,7 @@ from minnow.training.checkpoint import list_checkpoints, prune_checkpoints, save
 from minnow.training.config import TrainingConfig
 from minnow.training.hardware import matmul_peak, peak_memory_bytes, synchronize
 from minnow.training.loss_scale import LossScale
-from minnow.training.objective import BatchSource, BatchT, Objective
+from minnow.training.objective import BatchSource, BatchT, Objective, Stateful
 from minnow.training.progress import TrainingProgress
 from minnow.training.run_folder import MetricsLog
 from minnow.training.signals import Interrupted, StopRequest, stop_requests
@@ -86,6 +86,8 @@ class Trainer(Generic[BatchT]):
         saved = found[-1].load(self.model, self.optimizers)
         self.state = LoopState(**saved["loop"])
         self.loss_scale.load_state_dict(saved["loss_scale"])
+        if isinstance(self.source, Stateful):
+            self.source.load_state_dict(found[-1].source_state())
         self.metrics.rewind(self.state.step)
         return True
 
@@ -229,7 +231,8 @@ class Trainer(Generic[BatchT]):
 
     def _save(self) -> None:
         state = {"loop": vars(self.state).copy(), "loss_scale": self.loss_scale.state_dict()}
-        save_checkpoint(self.checkpoints, self.state.step, self.model, self.optimizers, state)
+        source = self.source.state_dict() if isinstance(self.source, Stateful) else None
+        save_checkpoint(self.checkpoints, self.state.step, self.model, self.optimizers, state, source)
         prune_checkpoints(self.checkpoints, keep_last=self.config.keep_last, best_step=self.state.best_step)
 
     def _obey(self, request: StopRequest) -> None:

@@ -1,0 +1,94 @@
+"""From rewards to an advantage for every token, for each kind of baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from minnow.objectives.advantages import (
+    generalized_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+    whiten,
+)
+from minnow.rl.algorithm import AlgorithmConfig, CriticConfig
+from minnow.rl.rollouts import Trajectory
+
+PerToken = list[np.ndarray]
+"""One float32 array a trajectory, one number a trained token."""
+
+
+@dataclass
+class PhaseScores:
+    """What was computed about a phase's trajectories."""
+
+    old: PerToken
+    """Log-probabilities under the policy that played."""
+    ref: PerToken | None
+    """Log-probabilities under the reference model."""
+    penalties: PerToken
+    """KL penalty of each token, to be taken off the reward."""
+    values: PerToken = field(default_factory=list)
+    """The critic's values."""
+    advantages: PerToken = field(default_factory=list)
+    returns: PerToken = field(default_factory=list)
+    """What the critic should have said."""
+
+
+def advantages_of(
+    algorithm: AlgorithmConfig,
+    trajectories: Sequence[Trajectory],
+    scores: PhaseScores,
+    baseline: np.ndarray | None,
+) -> tuple[PerToken, PerToken]:
+    """Advantages and returns of every trained token.
+
+    baseline: with `tracker`, the expected reward of each trajectory's prompt. Groups lie together, equal in size.
+    """
+    if algorithm.advantage == "gae":
+        return _critic_advantages(algorithm.critic, trajectories, scores)
+    rewards = torch.tensor(
+        [t.reward - float(p.sum()) for t, p in zip(trajectories, scores.penalties, strict=True)], dtype=torch.float64
+    )
+    if algorithm.advantage == "tracker":
+        assert baseline is not None
+        whole = whiten(rewards - torch.from_numpy(baseline))
+    elif algorithm.advantage == "batch":
+        whole = whiten(rewards)
+    else:
+        rewards_GK = rewards.view(trajectories[-1].group + 1, -1)
+        if algorithm.advantage == "leave_one_out":
+            whole = leave_one_out_advantages(rewards_GK).flatten()
+        else:
+            whole = group_advantages(rewards_GK, scale=algorithm.advantage == "group").flatten()
+    spread = [np.full(t.num_trained, float(a), np.float32) for t, a in zip(trajectories, whole, strict=True)]
+    return spread, []
+
+
+def _critic_advantages(
+    config: CriticConfig, trajectories: Sequence[Trajectory], scores: PhaseScores
+) -> tuple[PerToken, PerToken]:
+    """GAE, whitened over all trained tokens; the reward comes with the last one, KL penalties with each."""
+    S, L = len(trajectories), max(t.num_trained for t in trajectories)
+    rewards_SL, values_SL = torch.zeros(S, L, dtype=torch.float64), torch.zeros(S, L, dtype=torch.float64)
+    lengths_S = torch.tensor([t.num_trained for t in trajectories])
+    bootstrap_S = torch.zeros(S, dtype=torch.float64)
+    for s, trajectory in enumerate(trajectories):
+        length = trajectory.num_trained
+        rewards_SL[s, :length] = -torch.from_numpy(scores.penalties[s]).double()
+        rewards_SL[s, length - 1] += trajectory.reward
+        values_SL[s, :length] = torch.from_numpy(scores.values[s]).double()
+        # A cut-off answer might have gone on: its last value stands for what was to come (bug B9 leaves it at 0).
+        bootstrap_S[s] = float(scores.values[s][-1]) if trajectory.ending == "length" else 0.0
+    advantages_SL, returns_SL = generalized_advantages(
+        rewards_SL, values_SL, lengths_S, bootstrap_S, gamma=config.gamma, lam=config.lam
+    )
+    inside_SL = torch.arange(L) < lengths_S.unsqueeze(1)
+    advantages_SL[inside_SL] = whiten(advantages_SL[inside_SL])
+    return (
+        [row[:n].float().numpy() for row, n in zip(advantages_SL, lengths_S, strict=True)],
+        [row[:n].float().numpy() for row, n in zip(returns_SL, lengths_S, strict=True)],
+    )

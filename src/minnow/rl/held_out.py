@@ -1,0 +1,40 @@
+"""How the policy does on prompts that it does not practise on, answered greedily."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from minnow.data.prompts import Prompt
+from minnow.engine import Engine
+from minnow.model.transformer import CausalLM
+from minnow.rl.environment import Environment
+from minnow.rl.rewards import Rewarder
+from minnow.rl.rollouts import RolloutConfig, play
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """An evaluation for the Trainer."""
+
+    engine: Engine
+    prompts: Sequence[Prompt]
+    make_environment: Callable[[Prompt], Environment]
+    rewarder: Rewarder
+    rollout: RolloutConfig
+
+    def __call__(self, model: CausalLM) -> dict[str, float]:
+        """Mean of every reward over the held-out prompts, and the mean length in tokens."""
+        model.eval()
+        self.engine.weights_updated()
+        greedy = replace(self.rollout, temperature=1e-6)
+        environments = [self.make_environment(prompt) for prompt in self.prompts]
+        trajectories = play(self.engine, environments, range(len(environments)), greedy, seed=0)
+        self.rewarder.score(trajectories)
+        figures = {"held_out/reward": float(np.mean([t.reward for t in trajectories]))}
+        for name in trajectories[0].rewards:
+            figures[f"held_out/{name}"] = float(np.mean([t.rewards[name] for t in trajectories]))
+        figures["held_out/length"] = float(np.mean([t.num_trained for t in trajectories]))
+        return figures

@@ -1,0 +1,174 @@
+"""`minnow rl`: let a model practise, reward it, and make what earned more likelier. PPO, GRPO, SPO ... are presets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rich.console import Console
+
+from minnow.config import UserError
+from minnow.data.prompts import Prompt, read_prompts
+from minnow.engine import Engine
+from minnow.model.lora import LoraConfig
+from minnow.model.pretrained import load_pretrained, resolve_model_folder
+from minnow.model.size import training_flops_per_token
+from minnow.model.transformer import CausalLM
+from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
+from minnow.report.run_report import write_report
+from minnow.rl.algorithm import AlgorithmConfig
+from minnow.rl.critic import Critic
+from minnow.rl.environments import ENVIRONMENTS, EnvironmentName
+from minnow.rl.experience import PolicyBatch, PolicyObjective
+from minnow.rl.figures import Watch, WatchConfig
+from minnow.rl.held_out import HeldOut
+from minnow.rl.phases import Phases, PhaseSettings
+from minnow.rl.rewards import RewardConfig, Rewarder
+from minnow.rl.rollouts import RolloutConfig
+from minnow.training.config import TrainingConfig
+from minnow.training.run_folder import MetricsLog
+from minnow.training.session import Machine, RunFolder, load_start, train, with_machine
+from minnow.training.trainer import Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Train a model by reinforcement: rollouts, rewards, policy updates. `--preset` names an algorithm (or use `minnow
+    ppo`,
+    `grpo`, `spo`)."""
+
+    run: str = "runs/rl"
+    """Run folder: config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints/, model/ and report.html go there."""
+    overwrite: bool = False
+    """Delete what is in the run folder and start anew."""
+    init_from: str
+    """Model to start from, which is the reference too: a fine-tuned model's folder, a run folder or a Hub id."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters instead of the whole model; the reference is then the model without them."""
+    prompts: tuple[str, ...]
+    """Files with what to practise on: prompt or question and answer, or conversations (see docs/rl.md)."""
+    held_out: tuple[str, ...] = ()
+    """Files of the same kind that are only asked, greedily, at validations."""
+    environment: EnvironmentName = "question"
+    """question: one answer, which the rewards judge. Others reply to tool calls over several turns."""
+    phases: int = 100
+    """Phases of rollouts; each gives algorithm.epochs x algorithm.minibatches updates."""
+    sequence_length: int = 1024
+    """Positions of a packed row; no episode is longer."""
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    """How answers are drawn."""
+    rewards: RewardConfig = field(default_factory=RewardConfig)
+    """What is rewarded."""
+    algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
+    """The algorithm; a preset fills this in."""
+    watch: WatchConfig = field(default_factory=WatchConfig)
+    """When to stop because the policy has collapsed."""
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(
+            micro_batch_tokens=8192, z_loss=0.0, compile="off", validate_every=20, save_every=20
+        )
+    )
+    """The training loop; steps, epochs and batch_tokens are not used here (see phases and rollout)."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(optimizer="adamw", matrix_lr=1e-5, weight_decay=0.0, betas=(0.9, 0.99))
+    )
+    """The policy's optimizer."""
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(shape="constant", warmup_steps=5))
+    """The learning rate over time."""
+
+
+def run(config: Config) -> None:
+    """Train, and leave the model in `RUN/model`."""
+    console = Console(stderr=True)
+    machine = Machine.choose(config.training)
+    config = with_machine(config, machine)
+    config.algorithm.check_samples(config.rollout.samples)
+    model, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
+    tokenizer.require_chat_tokens()
+    model.config.check_sequence_length(config.sequence_length)
+    if config.training.micro_batch_tokens < config.sequence_length:
+        raise UserError(
+            f"training.micro_batch_tokens is {config.training.micro_batch_tokens}: it must hold a row of "
+            f"sequence_length {config.sequence_length}"
+        )
+    prompts, held_out = read_prompts(config.prompts), read_prompts(config.held_out) if config.held_out else []
+    environment = ENVIRONMENTS[config.environment]
+    thinking = config.rollout.enable_thinking
+    rewarder = Rewarder(config.rewards, enable_thinking=thinking)
+
+    folder = RunFolder(config.run)
+    folder.open(config, overwrite=config.overwrite)
+    if folder.finished:
+        console.print(f"{folder.path} is finished; --overwrite trains it again", highlight=False)
+        return
+    steps = config.phases * config.algorithm.updates_per_phase
+    console.print(_summary(config, prompts, steps, machine), highlight=False)
+    flops = _flops(config, model)
+    machine.place(model, config.training, flops, lambda text: console.print(text, highlight=False))
+    engine = Engine(model, tokenizer)
+    source = Phases(
+        PhaseSettings(
+            algorithm=config.algorithm,
+            rollout=config.rollout,
+            sequence_length=config.sequence_length,
+            rows_per_micro_batch=config.training.micro_batch_tokens // config.sequence_length,
+            seed=config.training.seed,
+        ),
+        engine=engine,
+        reference=_reference(config, model, machine),
+        critic=_critic(config, machine),
+        prompts=prompts,
+        make_environment=environment,
+        rewarder=rewarder,
+        log=MetricsLog(folder.path / "rollouts.jsonl"),
+        watch=Watch(config.watch),
+    )
+    trainer: Trainer[PolicyBatch] = Trainer(
+        config.training,
+        folder=folder.path,
+        title="rl",
+        model=model,
+        optimizers=build_optimizers(model, config.optim),
+        schedule=config.schedule,
+        objective=PolicyObjective(
+            config.algorithm.loss, config.rollout.temperature, config.rollout.max_tokens * config.rollout.max_turns
+        ),
+        source=source,
+        total_steps=steps,
+        evaluations=[HeldOut(engine, held_out, environment, rewarder, config.rollout)] if held_out else [],
+    )
+    train(trainer, folder, tokenizer, console)
+    write_report(folder.path)
+
+
+def _summary(config: Config, prompts: list[Prompt], steps: int, machine: Machine) -> str:
+    rollout = config.rollout
+    return (
+        f"rl: {len(prompts):,} prompts; {config.phases} phases of {rollout.prompts} x {rollout.samples} answers, "
+        f"{config.algorithm.advantage} advantage, {steps} updates; {machine.device.type}, {config.training.precision}"
+    )
+
+
+def _flops(config: Config, model: CausalLM) -> float:
+    """Of the updates, with answers at half their longest."""
+    answers = config.phases * config.rollout.prompts * config.rollout.samples * config.algorithm.epochs
+    tokens = answers * config.rollout.max_tokens * config.rollout.max_turns / 2
+    return tokens * training_flops_per_token(model.config, config.rollout.max_tokens / 2)
+
+
+def _reference(config: Config, model: CausalLM, machine: Machine) -> CausalLM | None:
+    """The model as it was, in the policy's own precision (another would show as a KL divergence: bug B4)."""
+    if not config.algorithm.needs_reference:
+        return None
+    if config.lora.rank:
+        return model
+    reference = load_pretrained(resolve_model_folder(config.init_from)).requires_grad_(False).eval()
+    return machine.place(reference, config.training, 0.0, lambda text: None)
+
+
+def _critic(config: Config, machine: Machine) -> Critic | None:
+    if config.algorithm.advantage != "gae":
+        return None
+    backbone = machine.place(
+        load_pretrained(resolve_model_folder(config.init_from)), config.training, 0.0, lambda text: None
+    )
+    return Critic(backbone, config.algorithm.critic)

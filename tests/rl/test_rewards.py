@@ -1,0 +1,136 @@
+"""Rewards: right answers, text, composition, and what happens when one fails."""
+
+import pytest
+
+from minnow.config import UserError
+from minnow.data.prompts import Prompt, parse_prompt
+from minnow.data.records import RowError
+from minnow.rl.answers import is_right, last_number
+from minnow.rl.environment import SingleTurn
+from minnow.rl.rewards import RewardConfig, Rewarder
+from minnow.rl.rollouts import Trajectory
+from minnow.rl.text_rewards import format_reward, language_reward, length_reward
+from minnow.tokenizer.chat import Conversation, Message
+
+
+def episode(content, *, reference="4", ending="stop", reasoning=None, tokens=3, asked="2 + 2?", row=None):
+    prompt = Prompt(Conversation((Message("user", asked),)), reference, row or {})
+    return Trajectory(
+        SingleTurn(prompt),
+        0,
+        [1] * tokens,
+        [True] * tokens,
+        [-0.1] * tokens,
+        [Message("assistant", content, reasoning)],
+        ending,
+    )
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "kind", "right"),
+    [
+        ("It is 4.", "4", "auto", True),
+        ("2 + 2 = 4, not 5", "4", "auto", False),
+        ("1,024 fish", "1024", "number", True),
+        ("４只", "4", "auto", True),
+        ("-3", "3", "number", False),
+        ("3.50", "3.5", "number", True),
+        ("It hums.", "it hums", "text", True),
+        ("它住在湖里。", "它住在湖里", "auto", True),
+        ("It hums loudly.", "It hums", "text", False),
+        ("the lake and the hill", ["lake", "hill"], "auto", True),
+        ("the lake", ["lake", "hill"], "auto", False),
+        (r"So \boxed{\frac{1}{2}}", "0.5", "maths", True),
+        (r"So \boxed{7}", "8", "maths", False),
+    ],
+)
+def test_is_right(answer, reference, kind, right):
+    assert is_right(answer, reference, kind) is right
+
+
+def test_last_number_of_nothing():
+    assert last_number("none at all") is None
+    with pytest.raises(UserError, match="holds no number"):
+        is_right("4", "four", "number")
+
+
+def test_text_rewards():
+    said = Message("assistant", "4", "two and two")
+    assert format_reward(said, thinking=True, ended=True) == 1
+    assert format_reward(said, thinking=False, ended=True) == 0  # it thought unasked
+    assert format_reward(Message("assistant", "4"), thinking=True, ended=True) == 0
+    assert format_reward(said, thinking=True, ended=False) == 0
+    # 5 tokens of at least 10: 0.5; 150 with 100 as the longest: 2 - 1.5 = 0.5
+    assert [length_reward(n, 10, 100) for n in (5, 10, 100, 150, 300)] == [0.5, 1.0, 1.0, 0.5, 0.0]
+    assert language_reward("它住在哪里？", "它住在湖里。") == 1
+    assert language_reward("它住在哪里？", "in the lake") == 0
+    assert language_reward("Where?", "in the 湖") == pytest.approx(5 / 8)  # 5 Latin letters against 3 for a character
+    assert language_reward("2 + 2", "4") == 1
+
+
+def test_a_missing_answer_is_wrong_and_a_cut_off_one_too():
+    items = [episode("4"), episode("5"), episode("4", ending="length"), episode("4", reference=None)]
+    Rewarder(RewardConfig(), enable_thinking=False).score(items)
+    assert [item.rewards["answer"] for item in items] == [1, 0, 0, 0]
+
+
+def test_rewards_are_weighted_and_kept_one_by_one():
+    items = [episode("4"), episode("5", ending="length")]
+    items[0].reward = 0.5  # the environment's
+    config = RewardConfig(answer=2.0, environment=1.0, format=0.5, overlong=0.25)
+    Rewarder(config, enable_thinking=False).score(items)
+    assert items[0].rewards == {"answer": 1, "environment": 0.5, "format": 1, "overlong": 0}
+    assert items[0].reward == 2.0 + 0.5 + 0.5
+    assert items[1].reward == -0.25
+
+
+def test_json_schema():
+    schema = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}
+    items = [episode(text, row={"schema": schema}) for text in ('{"n": 4}', '{"n": "4"}', "4", "{")]
+    Rewarder(RewardConfig(answer=0, json_schema=1.0), enable_thinking=False).score(items)
+    assert [item.reward for item in items] == [1, 0, 0, 0]
+    with pytest.raises(UserError, match="needs a `schema`"):
+        Rewarder(RewardConfig(answer=0, json_schema=1.0), enable_thinking=False).score([episode("4")])
+
+
+def broken(trajectories):
+    raise ZeroDivisionError("oops")
+
+
+def nan(trajectories):
+    return [float("nan")] * len(trajectories)
+
+
+def constant(trajectories):
+    return [3.0] * len(trajectories)
+
+
+def test_functions_of_ones_own_and_failures_are_never_silent_zeros():
+    here = __name__
+    items = [episode("4")]
+    Rewarder(RewardConfig(functions=(f"{here}:constant@0.5",)), enable_thinking=False).score(items)
+    assert items[0].rewards[f"{here}:constant"] == 3.0
+    assert items[0].reward == 1 + 1.5
+    with pytest.raises(UserError, match=r"broken.*ZeroDivisionError: oops"):
+        Rewarder(RewardConfig(functions=(f"{here}:broken",)), enable_thinking=False).score(items)
+    with pytest.raises(UserError, match="finite"):
+        Rewarder(RewardConfig(functions=(f"{here}:nan",)), enable_thinking=False).score(items)
+    with pytest.raises(UserError, match="MODULE:FUNCTION"):
+        Rewarder(RewardConfig(functions=("nowhere:nothing",)), enable_thinking=False)
+    with pytest.raises(UserError, match="weight 0"):
+        Rewarder(RewardConfig(answer=0, environment=0), enable_thinking=False)
+
+
+def test_prompt_rows():
+    asked = parse_prompt({"question": "2 + 2?", "answer": "4", "system": "Be short."})
+    assert [m.role for m in asked.conversation.messages] == ["system", "user"]
+    assert asked.reference == "4"
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "None"}]
+    for row in ({"conversations": turns, "gt": ["3"]}, {"messages": turns[:1], "gt": ["3"]}, {"prompt": turns[:1]}):
+        prompt = parse_prompt(row)
+        assert [m.content for m in prompt.conversation.messages] == ["hi"]
+        assert prompt.reference == row.get("gt")
+    with pytest.raises(RowError, match="no `prompt`"):
+        parse_prompt({"text": "x"})
+    with pytest.raises(RowError, match="empty"):
+        parse_prompt({"prompt": " "})

@@ -1,0 +1,127 @@
+"""Rollouts are tokens from beginning to end; batches hold exactly what the model wrote."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+
+from minnow.data.prompts import Prompt
+from minnow.engine import Engine
+from minnow.rl.environment import Reply, SingleTurn
+from minnow.rl.experience import pack_trajectories, score_trajectories, trained_logprobs
+from minnow.rl.rollouts import RolloutConfig, play
+from minnow.tokenizer.chat import Conversation, Message, ToolCall, render, render_continuation
+from tests.rl.helpers import tiny
+
+
+@pytest.fixture(scope="module")
+def engine():
+    model, tokenizer = tiny()
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    return Engine(model, tokenizer)
+
+
+def prompts(count):
+    return [Prompt(Conversation((Message("user", f"say {n}"),)), str(n)) for n in range(count)]
+
+
+@dataclass
+class Echo:
+    """Replies with a tool result until it has been asked `turns` times."""
+
+    prompt: Prompt
+    turns: int
+    seen: list = field(default_factory=list)
+
+    def reset(self):
+        return self.prompt.conversation
+
+    def step(self, answer):
+        self.seen.append(answer)
+        return Reply((Message("tool", f"result {len(self.seen)}"),), done=len(self.seen) == self.turns, reward=1.0)
+
+
+def test_draws_repeat_and_do_not_depend_on_company(engine):
+    config = RolloutConfig(max_tokens=12)
+    first = play(engine, [SingleTurn(p) for p in prompts(4)], range(4), config, seed=3)
+    again = play(engine, [SingleTurn(p) for p in prompts(4)], range(4), config, seed=3)
+    alone = play(engine, [SingleTurn(prompts(1)[0])], [0], config, seed=3)
+    assert [t.ids for t in first] == [t.ids for t in again]
+    assert alone[0].ids == first[0].ids
+    other = play(engine, [SingleTurn(p) for p in prompts(4)], range(4), config, seed=4)
+    assert [t.ids for t in first] != [t.ids for t in other]
+
+
+def test_a_tool_dialogue_stays_tokens_and_its_results_are_not_trained(engine):
+    """B5: the token that ends a turn is the model's own and is trained; a tool's words are not."""
+    engine.model.head_weight.data[engine.tokenizer.im_end_id] += 0.5  # so that turns end
+    environments = [Echo(p, 3) for p in prompts(6)]
+    config = RolloutConfig(max_tokens=20, max_turns=3)
+    for trajectory, environment in zip(play(engine, environments, range(6), config, seed=0), environments, strict=True):
+        opening = render(engine.tokenizer, environment.reset(), add_generation_prompt=True).ids.tolist()
+        at = len(opening)
+        assert trajectory.ids[:at] == opening
+        assert not any(trajectory.trained[:at])
+        turns = len(trajectory.answers)
+        for turn in range(turns):
+            wrote = 0
+            while at + wrote < len(trajectory.ids) and trajectory.trained[at + wrote]:
+                wrote += 1
+            assert wrote > 0
+            at += wrote
+            if turn + 1 < turns:
+                assert trajectory.ids[at - 1] == engine.tokenizer.im_end_id
+                reply = render_continuation(engine.tokenizer, [Message("tool", f"result {turn + 1}")])
+                assert trajectory.ids[at : at + len(reply)] == reply
+                assert not any(trajectory.trained[at : at + len(reply)])
+                at += len(reply)
+        assert at == len(trajectory.ids)
+        assert trajectory.num_trained == sum(trajectory.trained)
+        if trajectory.ending == "stop" and turns == 3:
+            assert trajectory.reward == 3.0
+
+
+def test_continuation_is_what_the_template_writes(engine):
+    call = Message("assistant", "", tool_calls=(ToolCall("f", {"x": 1}), ToolCall("g", {})))
+    before = (Message("user", "hi"), call)
+    after = (Message("tool", "one <|im_end|>"), Message("tool", "two"))
+    whole = render(engine.tokenizer, Conversation((*before, *after)), add_generation_prompt=True).ids.tolist()
+    head = render(engine.tokenizer, Conversation(before)).ids.tolist()
+    newline = engine.tokenizer.encode("\n")
+    assert head[-len(newline) :] == newline
+    assert head[: -len(newline)] + render_continuation(engine.tokenizer, after) == whole
+
+
+def test_sampler_and_trainer_agree_and_packing_changes_nothing(engine):
+    """B3: the log-probabilities of the behaviour policy are those of the distribution that was sampled."""
+    config = RolloutConfig(max_tokens=16, temperature=0.7)
+    trajectories = play(engine, [SingleTurn(p) for p in prompts(8)], range(8), config, seed=0)
+    scores = {}
+    for T, rows in ((64, 8), (128, 1)):
+        packed = pack_trajectories(trajectories, range(8), T, rows)
+        assert sum(len(p.sequence_N) for p in packed) == sum(t.num_trained for t in trajectories)
+        scores[T] = score_trajectories(engine.model, packed, 8, config.temperature)
+    for n, trajectory in enumerate(trajectories):
+        np.testing.assert_allclose(scores[64][n], trajectory.sampler_logprobs, atol=1e-5)
+        np.testing.assert_allclose(scores[64][n], scores[128][n], atol=1e-5)
+
+
+def test_packed_batches_hold_the_targets_that_the_model_wrote(engine):
+    trajectories = play(engine, [SingleTurn(p) for p in prompts(5)], range(5), RolloutConfig(max_tokens=9), seed=1)
+    for part in pack_trajectories(trajectories, [4, 1, 3], 64, 2):
+        trained_BT = part.batch.weights_BT > 0
+        expected = [
+            i for n in part.trajectories for i, t in zip(trajectories[n].ids, trajectories[n].trained, strict=True) if t
+        ]
+        assert part.batch.targets_BT[trained_BT].tolist() == expected
+        values = part.flat([np.full(t.num_trained, n, np.float32) for n, t in enumerate(trajectories)])
+        assert values.tolist() == [float(n) for n in part.trajectories for _ in range(trajectories[n].num_trained)]
+        out = [np.zeros(0)] * 5
+        part.split(values, out)
+        assert all((out[n] == n).all() for n in part.trajectories)
+        logprobs = trained_logprobs(engine.model, part.batch, 1.0)
+        assert logprobs.shape == values.shape
