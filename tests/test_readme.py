@@ -57,7 +57,7 @@ def test_shown_commands_have_those_settings(page: str, command: str, monkeypatch
     module = f"minnow.stages.{cli.COMMANDS[name].module}"
     config_class = importlib.import_module(module).Config
     with contextlib.suppress(SystemExit):  # --help and --print_config stop after printing
-        parse_config(config_class, words, program=f"minnow {name}")
+        parse_config(config_class, cli.with_preset(name, words), program=f"minnow {name}")
 
 
 def test_both_readmes_show_the_same_commands_and_list_them_all() -> None:

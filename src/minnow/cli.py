@@ -92,15 +92,15 @@ def _dispatch(words: list[str]) -> int:
             return 0
         raise UserError(_unknown(words, group))
     stage = importlib.import_module(f"minnow.stages.{COMMANDS[name].module}")
-    arguments = words[len(name.split()) :]
-    if (preset := COMMANDS[name].preset) is not None:
-        arguments = _with_preset(arguments, preset)
-    stage.run(parse_config(stage.Config, arguments, program=f"minnow {name}"))
+    stage.run(parse_config(stage.Config, with_preset(name, words[len(name.split()) :]), program=f"minnow {name}"))
     return 0
 
 
-def _with_preset(arguments: list[str], preset: str) -> list[str]:
-    """Put the preset's file before the user's settings, which win over it."""
+def with_preset(name: str, arguments: list[str]) -> list[str]:
+    """Put the preset's file, if the command has one, before the user's settings, which win over it."""
+    preset = COMMANDS[name].preset
+    if preset is None:
+        return arguments
     for place, word in enumerate(arguments):
         if word == "--preset" or word.startswith("--preset="):
             _, equals, value = word.partition("=")

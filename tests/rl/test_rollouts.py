@@ -59,6 +59,7 @@ def test_draws_repeat_and_do_not_depend_on_company(engine):
 def test_a_tool_dialogue_stays_tokens_and_its_results_are_not_trained(engine):
     """B5: the token that ends a turn is the model's own and is trained; a tool's words are not."""
     engine.model.head_weight.data[engine.tokenizer.im_end_id] += 0.5  # so that turns end
+    engine.weights_updated()
     environments = [Echo(p, 3) for p in prompts(6)]
     config = RolloutConfig(max_tokens=20, max_turns=3)
     for trajectory, environment in zip(play(engine, environments, range(6), config, seed=0), environments, strict=True):
