@@ -1,0 +1,140 @@
+"""An assistant's answer taken apart while it is written: reasoning, content, tool calls.
+
+It says what `minnow.tokenizer.parse_assistant` says of the whole answer, but without waiting for its end, and a
+control token counts only where it really is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from minnow.serving.pieces import Piece
+from minnow.serving.responses import TokenLogprob
+from minnow.serving.tool_calls import CallArguments, CallBegins, ToolCallReader
+from minnow.tokenizer.special import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
+
+
+@dataclass(frozen=True)
+class Reasoning:
+    """More of the reasoning."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """More of the content, with the log-probabilities of its tokens (empty if not asked for)."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+Event = Reasoning | Content | CallBegins | CallArguments
+
+
+class _State(Enum):
+    REASONING = auto()
+    CONTENT = auto()
+    CALL = auto()
+
+
+class AssistantStream:
+    """Turns the pieces of one answer into events.
+
+    Two things must be told before the end can show them different: a `</think>` that nothing opened is text, and a
+    call that is cut off is told as far as it goes.
+
+    thinking: the prompt has opened the think block, so the answer starts inside it. tools: calls are looked
+    for; without tools the tags are text like any other.
+    """
+
+    def __init__(self, *, thinking: bool, tools: bool) -> None:
+        self._state = _State.REASONING if thinking else _State.CONTENT
+        self._tools = tools
+        self._said = {Reasoning: False, Content: False}  # whether anything but white space came
+        self._held = ""  # white space at the end, which goes if nothing follows
+        self._held_logprobs: tuple[TokenLogprob, ...] = ()
+        self._call: ToolCallReader | None = None
+        self._after_call = False  # nothing but white space came since the last call
+        self.calls = 0
+        """Calls begun so far."""
+
+    @property
+    def reasoning(self) -> bool:
+        """Whether the answer is inside its reasoning."""
+        return self._state is _State.REASONING
+
+    def push(self, piece: Piece[TokenLogprob]) -> Iterator[Event]:
+        """What the next piece tells."""
+        if self._state is _State.REASONING:
+            if piece.mark and piece.text == END_THINK:
+                self._held = ""
+                self._state = _State.CONTENT
+            elif not (piece.mark and piece.text == THINK and not self._said[Reasoning]):  # opened twice
+                yield from self._reasoning(piece.text)
+        elif self._state is _State.CONTENT:
+            if piece.mark and piece.text == THINK and not self._said[Content] and not self._said[Reasoning]:
+                self._state = _State.REASONING
+            elif piece.mark and piece.text == TOOL_CALL and self._tools:
+                self._call = ToolCallReader(self.calls)
+                self._state = _State.CALL
+            else:
+                yield from self._content(piece.text, () if piece.note is None else (piece.note,))
+        else:
+            yield from self._read_call(piece)
+
+    def finish(self) -> Iterator[Event]:
+        """What was held back, at the end of the answer."""
+        if self._call is not None and self._call.unread:  # cut off before it was a call
+            yield from self._content(TOOL_CALL + self._call.unread, ())
+        if self._state is not _State.REASONING and self._held and not self._after_call:
+            yield Content(self._held, self._held_logprobs)
+
+    def _reasoning(self, text: str) -> Iterator[Event]:
+        text = self._held + text
+        if not self._said[Reasoning]:
+            text = text.lstrip()
+        shown = text.rstrip()
+        self._held = text[len(shown) :]
+        if shown:
+            self._said[Reasoning] = True
+            yield Reasoning(shown)
+
+    def _content(self, text: str, logprobs: tuple[TokenLogprob, ...]) -> Iterator[Event]:
+        text, logprobs = self._held + text, self._held_logprobs + logprobs
+        self._held, self._held_logprobs = "", ()
+        if not self._said[Content]:
+            text = text.lstrip()  # the template's own line breaks
+            if not text:
+                return
+        self._after_call = self._after_call and not text.strip()
+        # The template puts a line break before a call and between two calls; it is content only if more follows.
+        if (self._tools and text.endswith("\n")) or self._after_call:
+            self._held, self._held_logprobs = text, logprobs
+            return
+        self._said[Content] = True
+        yield Content(text, logprobs)
+
+    def _read_call(self, piece: Piece[TokenLogprob]) -> Iterator[Event]:
+        assert self._call is not None
+        if not (piece.mark and piece.text == END_TOOL_CALL):
+            yield from self._count(self._call.push(piece.text))
+            return
+        yield from self._count(self._call.end())
+        unread, self._call = self._call.unread, None
+        self._state = _State.CONTENT
+        if unread:  # no valid call: it stays as it was written
+            yield from self._content(TOOL_CALL + unread + END_TOOL_CALL, ())
+
+    def _count(self, events: Iterator[CallBegins | CallArguments]) -> Iterator[Event]:
+        for event in events:
+            if isinstance(event, CallBegins):
+                held = "" if self._after_call else self._held.removesuffix("\n" if not self.calls else "")
+                if held:
+                    yield Content(held, self._held_logprobs)
+                self._held, self._held_logprobs = "", ()
+                self.calls += 1
+                self._after_call = True
+            yield event

@@ -1,0 +1,66 @@
+"""A chat request to the conversation that the model reads. What people wrote is text and never a control token."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from minnow.serving.errors import APIError
+from minnow.serving.requests import ChatBody, ChatMessage, MessageToolCall, Tool
+from minnow.tokenizer import Conversation, Message, Tokenizer, ToolCall, render
+
+
+def chat_prompt_ids(tokenizer: Tokenizer, body: ChatBody) -> list[int]:
+    """Token ids of the conversation, with the next assistant turn open. APIError where a message makes no sense."""
+    messages = tuple(_message(message, f"messages.{i}") for i, message in enumerate(body.messages))
+    conversation = Conversation(messages, tools=tuple(map(tool_schema, body.usable_tools)))
+    rendered = render(tokenizer, conversation, add_generation_prompt=True, enable_thinking=body.thinking)
+    return list(rendered.ids.tolist())
+
+
+def tool_schema(tool: Tool) -> dict[str, Any]:
+    """The tool as the template shows it to the model: what the client sent, without what it left out."""
+    return tool.model_dump(exclude_unset=True, exclude={"function": {"strict"}})
+
+
+def require_fit(prompt_ids: Sequence[int], context: int, param: str) -> None:
+    """APIError 400 that names both lengths when the prompt leaves no room for an answer."""
+    if len(prompt_ids) >= context:
+        raise APIError(
+            400,
+            f"This model's maximum context length is {context} tokens, prompt and answer together. However, your "
+            f"prompt has {len(prompt_ids)} tokens. Please shorten it.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def _message(message: ChatMessage, where: str) -> Message:
+    if message.content is None:
+        if message.role != "assistant":
+            raise APIError(400, f"Invalid value for '{where}.content': it is missing", param="messages")
+        content = ""
+    elif isinstance(message.content, str):
+        content = message.content
+    else:
+        content = "".join(part.text for part in message.content)
+    assistant = message.role == "assistant"
+    calls = (message.tool_calls or []) if assistant else []
+    return Message(
+        role="system" if message.role == "developer" else message.role,
+        content=content,
+        reasoning_content=message.reasoning_content if assistant else None,
+        tool_calls=tuple(_tool_call(call, f"{where}.tool_calls.{i}") for i, call in enumerate(calls)),
+    )
+
+
+def _tool_call(call: MessageToolCall, where: str) -> ToolCall:
+    try:
+        arguments = json.loads(call.function.arguments or "{}")
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        name = f"{where}.function.arguments"
+        raise APIError(400, f"Invalid value for '{name}': it is not the text of a JSON object", param="messages")
+    return ToolCall(call.function.name, arguments)

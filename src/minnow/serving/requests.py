@@ -1,0 +1,269 @@
+"""What clients may send: OpenAI's fields, and the few that vLLM's clients add.
+
+Unknown fields are errors, as at OpenAI: a misspelt option that did nothing would be worse. Fields that only mean
+something at OpenAI's own service are accepted and have no effect (`_Body`).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+TokenIds = Annotated[list[_TokenId], Field(min_length=1)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    model: str
+    """A name that /v1/models lists."""
+    user: str | None = None
+    """Accepted, without effect; so are the fields below it."""
+    metadata: dict[str, Any] | None = None
+    store: bool | None = None
+    service_tier: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+
+
+class StreamOptions(BaseModel):
+    """What a stream holds besides the answer."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    include_usage: bool = False
+    """End with a chunk that counts the tokens."""
+    include_obfuscation: bool | None = None
+    """Accepted, without effect."""
+
+
+class GenerationBody(_Body):
+    """What chat and text completions have in common."""
+
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    n: int | None = Field(None, ge=1)
+    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=4)] | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    presence_penalty: float | None = Field(None, ge=-2, le=2)
+    frequency_penalty: float | None = Field(None, ge=-2, le=2)
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    # vLLM's additions
+    top_k: int | None = Field(None, ge=-1, description="0 and -1 turn it off")
+    min_p: float | None = Field(None, ge=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    min_tokens: int | None = Field(None, ge=0)
+    stop_token_ids: list[_TokenId] | None = Field(None, max_length=1000)
+    ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+
+    @model_validator(mode="after")
+    def _stream_options_need_a_stream(self) -> GenerationBody:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed when stream is true")
+        return self
+
+
+# --- Chat -----------------------------------------------------------------------------------------
+
+
+class _Part(BaseModel):
+    """Structures inside a body; clients send back what servers sent them, so unknown fields are left out."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class TextPart(_Part):
+    """A piece of a message's content; text is the only kind so far."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(_Part):
+    """What an assistant called earlier."""
+
+    name: str
+    arguments: str
+    """A JSON object, as text."""
+
+
+class MessageToolCall(_Part):
+    """A call in an assistant's earlier message."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ChatMessage(_Part):
+    """One message of the conversation."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[TextPart] | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+class Function(_Part):
+    """A function that the model may call."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of its arguments."""
+    strict: bool | None = None
+    """Accepted, without effect: arguments always follow the schema."""
+
+
+class Tool(_Part):
+    """Something the model may use; functions are the only kind."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    type: Literal["function"]
+    function: Function
+
+
+class FunctionName(_Part):
+    """A function of `tools`."""
+
+    name: str
+
+
+class NamedToolChoice(_Part):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class TextFormat(_Part):
+    """No constraint."""
+
+    type: Literal["text"]
+
+
+class JsonObjectFormat(_Part):
+    """Any JSON object."""
+
+    type: Literal["json_object"]
+
+
+class JsonSchema(_Part):
+    """A named JSON schema."""
+
+    name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+    """Accepted, without effect: answers always follow the schema."""
+
+
+class JsonSchemaFormat(_Part):
+    """JSON that follows a schema."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
+
+
+class ChatTemplateKwargs(BaseModel):
+    """Switches of the chat template."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    enable_thinking: bool = False
+    """Let the model reason before it answers."""
+
+
+class ChatBody(GenerationBody):
+    """POST /v1/chat/completions."""
+
+    messages: list[ChatMessage] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    tools: list[Tool] | None = Field(None, max_length=128)
+    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    """Anything but none lets the model reason; `chat_template_kwargs` wins."""
+    chat_template_kwargs: ChatTemplateKwargs | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> ChatBody:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is only allowed when logprobs is true")
+        names = [tool.function.name for tool in self.tools or ()]
+        if len(set(names)) < len(names):
+            raise ValueError("two functions of tools have the same name")
+        if self.tool_choice in ("auto", "required") and not names:
+            raise ValueError("tool_choice is only allowed when tools are given")
+        if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
+            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among the tools")
+        return self
+
+    @property
+    def thinking(self) -> bool:
+        """Whether the model reasons before it answers."""
+        if self.chat_template_kwargs is not None:
+            return self.chat_template_kwargs.enable_thinking
+        return self.reasoning_effort not in (None, "none")
+
+    @property
+    def usable_tools(self) -> list[Tool]:
+        """The tools that may be called: none of them with tool_choice none."""
+        return [] if self.tool_choice == "none" else self.tools or []
+
+
+# --- The other endpoints --------------------------------------------------------------------------
+
+Texts = str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+
+
+class CompletionBody(GenerationBody):
+    """POST /v1/completions. A text is read as the start of a document; token ids are taken as they are."""
+
+    prompt: Texts
+    logprobs: int | None = Field(None, ge=0, le=5)
+    best_of: int | None = Field(None, ge=1, description="only equal to n")
+    echo: Literal[False] | None = None
+    suffix: None = None
+
+    @model_validator(mode="after")
+    def _no_best_of(self) -> CompletionBody:
+        if self.best_of is not None and self.best_of != (self.n or 1):
+            raise ValueError("best_of other than n is not supported")
+        return self
+
+
+class EmbeddingBody(_Body):
+    """POST /v1/embeddings."""
+
+    input: Texts
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: None = Field(None, description="not supported: a vector has the model's hidden size")
+
+
+class ReloadBody(BaseModel):
+    """POST /admin/reload."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    model: str
+    """A name that /v1/models lists."""
+    folder: str | None = None
+    """Model or run folder on the server to read the weights from; by default the one the model came from."""

@@ -1,0 +1,99 @@
+"""A tool call read while it is written: its name at once, its arguments piece by piece."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from minnow.serving.responses import new_id
+from minnow.tokenizer import parse_assistant
+from minnow.tokenizer.special import END_TOOL_CALL, TOOL_CALL
+
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
+
+
+@dataclass(frozen=True)
+class CallBegins:
+    """Call number `index` is to the function `name`."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """More of the arguments' JSON."""
+
+    index: int
+    text: str
+
+
+class ToolCallReader:
+    """Reads what stands between `<tool_call>` and `</tool_call>`."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._head = ""
+        self._depth = 0
+        self._in_string = self._escaped = False
+        self._complete = False
+        self.begun = False
+        """Whether the name is known and has been told."""
+
+    @property
+    def unread(self) -> str:
+        """The text so far, as long as it has not begun to be a call."""
+        return "" if self.begun else self._head
+
+    def push(self, text: str) -> Iterator[CallBegins | CallArguments]:
+        """What the next piece of text tells."""
+        if self.begun:
+            yield from self._arguments(text)
+            return
+        self._head += text
+        match = _HEAD.match(self._head)
+        if match is None:
+            return
+        yield from self._begin(json.loads(match[1]))
+        yield from self._arguments(self._head[match.end() :])
+
+    def end(self) -> Iterator[CallBegins | CallArguments]:
+        """`</tool_call>` has come: a call written in an unusual order is told whole."""
+        if self.begun:
+            return
+        for call in parse_assistant(f"{TOOL_CALL}{self._head}{END_TOOL_CALL}").tool_calls:
+            yield from self._begin(call.name)
+            yield CallArguments(self._index, json.dumps(call.arguments, ensure_ascii=False))
+
+    def _begin(self, name: str) -> Iterator[CallBegins]:
+        self.begun = True
+        yield CallBegins(self._index, new_id("call_"), name)
+
+    def _arguments(self, text: str) -> Iterator[CallArguments]:
+        """The part of `text` that belongs to the arguments' object."""
+        for place, character in enumerate(text):
+            if self._complete:
+                text = text[:place]
+                break
+            self._step(character)
+        if text:
+            yield CallArguments(self._index, text)
+
+    def _step(self, character: str) -> None:
+        if self._in_string:
+            if self._escaped:
+                self._escaped = False
+            elif character == "\\":
+                self._escaped = True
+            elif character == '"':
+                self._in_string = False
+        elif character == '"':
+            self._in_string = True
+        elif character in "{[":
+            self._depth += 1
+        elif character in "}]":
+            self._depth -= 1
+            self._complete = self._depth == 0

@@ -1,0 +1,143 @@
+"""Answers taken apart token by token, against the parser of whole answers."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minnow.engine.stop_strings import StopStrings
+from minnow.serving.assistant import AssistantStream, Content, Event, Reasoning
+from minnow.serving.pieces import PieceStream
+from minnow.serving.tool_calls import CallArguments, CallBegins
+from minnow.tokenizer import StreamDecoder, Tokenizer, parse_assistant_ids, train_tokenizer
+
+MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["the little minnow swims in the pond. 小鱼在池塘里游泳。"] * 10, 320)
+
+
+def ids_of(script: str) -> list[int]:
+    """`§<think>§` is the control token, `<think>` the text."""
+    ids: list[int] = []
+    for i, part in enumerate(script.split("§")):
+        ids += [tokenizer().special_ids[part]] if i % 2 else tokenizer().encode(part)
+    return ids
+
+
+def stream(ids: list[int], *, thinking: bool = False, tools: bool = True, stop: tuple[str, ...] = ()) -> list[Event]:
+    """What the server makes of deltas such as the engine gives."""
+    decoder, stops = StreamDecoder(tokenizer(), skip_special_tokens=True), StopStrings(stop)
+    pieces: PieceStream = PieceStream(tokenizer())
+    assistant = AssistantStream(thinking=thinking, tools=tools)
+    events: list[Event] = []
+    for index in ids:
+        text = stops.push(decoder.push(index))
+        last = stops.found
+        for piece in pieces.push([index], [None], text):
+            events += assistant.push(piece)
+        if last:
+            break
+    else:
+        for piece in pieces.push([], [], stops.finish()):
+            events += assistant.push(piece)
+    return [*events, *assistant.finish()]
+
+
+def joined(events: list[Event]) -> tuple[str, str, list[tuple[str, str]]]:
+    """(reasoning, content, [(name, arguments)])."""
+    calls: list[tuple[str, str]] = []
+    for event in events:
+        if isinstance(event, CallBegins):
+            assert event.index == len(calls)
+            calls.append((event.name, ""))
+        elif isinstance(event, CallArguments):
+            assert event.index == len(calls) - 1
+            calls[-1] = (calls[-1][0], calls[-1][1] + event.text)
+    reasoning = "".join(event.text for event in events if isinstance(event, Reasoning))
+    content = "".join(event.text for event in events if isinstance(event, Content))
+    return reasoning, content, calls
+
+
+CALL = '§<tool_call>§\n{"name": "add", "arguments": {"a": [1, {"b": "}\\"小"}], "c": 2}}\n§</tool_call>§'
+ARGUMENTS = '{"a": [1, {"b": "}\\"小"}], "c": 2}'
+
+
+def test_reasoning_content_and_calls_come_apart() -> None:
+    script = f"\nI think 小鱼\n§</think>§\n\nLook:\n{CALL}\n{CALL}"
+    events = stream(ids_of(script), thinking=True)
+    assert joined(events) == ("I think 小鱼", "Look:", [("add", ARGUMENTS)] * 2)
+    # Arguments stream: they come in many pieces, after the name.
+    assert sum(isinstance(event, CallArguments) for event in events) > 10
+    ids = [event.id for event in events if isinstance(event, CallBegins)]
+    assert len(set(ids)) == 2
+    assert all(i.startswith("call_") for i in ids)
+
+
+def test_text_that_spells_a_tag_is_text() -> None:
+    script = '<think>x</think><tool_call>{"name": "f", "arguments": {}}</tool_call>'
+    assert joined(stream(ids_of(script))) == ("", script, [])
+
+
+def test_without_tools_a_call_is_text() -> None:
+    reasoning, content, calls = joined(stream(ids_of(f"a\n{CALL}"), tools=False))
+    assert calls == []
+    assert content == f"a\n{CALL}".replace("§", "")
+    assert reasoning == ""
+
+
+def test_a_call_that_is_cut_off_is_told_as_far_as_it_goes() -> None:
+    assert joined(stream(ids_of('§<tool_call>§\n{"name": "f", "arguments": {"a": 1'))) == ("", "", [("f", '{"a": 1')])
+    assert joined(stream(ids_of('x\n§<tool_call>§\n{"name": "f"'))) == ("", 'x\n<tool_call>\n{"name": "f"', [])
+
+
+def test_odd_calls_are_read_whole_and_broken_ones_stay() -> None:
+    odd = '§<tool_call>§{"arguments": {"a": 1}, "name": "f"}§</tool_call>§'
+    assert joined(stream(ids_of(odd))) == ("", "", [("f", '{"a": 1}')])
+    broken = "x\n§<tool_call>§{nonsense}§</tool_call>§ y"
+    assert joined(stream(ids_of(broken))) == ("", broken.replace("§", ""), [])
+
+
+@pytest.mark.parametrize("stop", ["k>", "<think>", "/think>\n", ">\n\n", "pond"])
+def test_stop_strings_that_overlap_tags(stop: str) -> None:
+    """Text that the engine holds back for a stop string still finds its token."""
+    ids = ids_of("\nhm\n§</think>§\n\nthe pond.")
+    decoder = StreamDecoder(tokenizer(), skip_special_tokens=True)
+    whole = "".join(decoder.push(i) for i in ids)
+    kept = whole.split(stop)[0]
+    reasoning, _, answer = kept.partition("</think>")
+    if "</think>" not in kept:
+        reasoning = kept.split("<")[0]  # half a control token is nothing
+    said, content, _ = joined(stream(ids, thinking=True, stop=(stop,)))
+    assert (said, content) == (reasoning.strip(), answer.lstrip())
+
+
+_TEXTS = st.sampled_from(["", " ", "\n", "hello", "小鱼 ", "a\n", "\n\nb", "{}", '{"name": "f", "arguments": {"x": 1}}'])
+_CALLS = st.sampled_from([
+    '§<tool_call>§\n{"name": "f", "arguments": {"x": "}"}}\n§</tool_call>§',
+    '§<tool_call>§{"name": "g", "arguments": {}}§</tool_call>§',
+    '§<tool_call>§{"name": 3, "arguments": {}}§</tool_call>§',
+])  # fmt: skip
+
+
+@given(st.booleans(), st.lists(_TEXTS, max_size=3), st.lists(st.one_of(_TEXTS, _CALLS), max_size=6))
+@settings(max_examples=300, deadline=None)
+def test_equals_the_parser_of_whole_answers(thinking: bool, thoughts: list[str], said: list[str]) -> None:
+    script = "".join(thoughts) + "§</think>§" + "".join(said) if thinking else "".join(said)
+    ids = ids_of(script)
+    message = parse_assistant_ids(tokenizer(), ids, thinking=thinking)
+    reasoning, content, calls = joined(stream(ids, thinking=thinking))
+    assert reasoning == (message.reasoning_content or "")
+    assert [(name, json.loads(arguments)) for name, arguments in calls] == [
+        (call.name, call.arguments) for call in message.tool_calls
+    ]
+    if content.count("<tool_call>"):  # white space around a broken call stays here and goes there
+        assert "".join(content.split()) == "".join(message.content.split())
+    else:
+        assert content == message.content
