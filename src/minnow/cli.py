@@ -49,6 +49,7 @@ COMMANDS: dict[str, Command] = {
     "dpo": Command("dpo", "teach a model which of two answers is the better one (DPO and its kin)"),
     "generate": Command("generate", "continue a text"),
     "chat": Command("chat", "talk with a model in the terminal"),
+    "serve": Command("serve", "models behind OpenAI's API, streaming, many clients at once"),
     "eval": Command("eval", "score a model on tasks, with error bars"),
     "export": Command("export", "a model for llama.cpp, ollama or ONNX runtimes, or onto the Hugging Face Hub"),
     "report": Command("report", "write a run's report: curves, settings, samples"),

@@ -118,7 +118,9 @@ def test_stop_strings_that_overlap_tags(stop: str) -> None:
     assert (said, content) == (reasoning.strip(), answer.lstrip())
 
 
-_TEXTS = st.sampled_from(["", " ", "\n", "hello", "小鱼 ", "a\n", "\n\nb", "{}", '{"name": "f", "arguments": {"x": 1}}'])
+_TEXTS = st.sampled_from(
+    ["", " ", "\n", "hello", "小鱼 ", "a\n", "\n\nb", "{}", '{"name": "f", "arguments": {"x": 1}}']
+)
 _CALLS = st.sampled_from([
     '§<tool_call>§\n{"name": "f", "arguments": {"x": "}"}}\n§</tool_call>§',
     '§<tool_call>§{"name": "g", "arguments": {}}§</tool_call>§',

@@ -179,7 +179,9 @@ class AsyncEngine:
             if self._closing:
                 raise ClosedError("the engine takes no more requests")
             if self._in_flight + samples > self.max_answers:
-                raise QueueFullError(f"{self._in_flight} answers are under way or waiting, of {self.max_answers} at most")
+                raise QueueFullError(
+                    f"{self._in_flight} answers are under way or waiting, of {self.max_answers} at most"
+                )
             self._in_flight += samples
 
     def _release(self, samples: int) -> None:

@@ -103,11 +103,17 @@ class AssistantStream:
             yield Reasoning(shown)
 
     def _content(self, text: str, logprobs: tuple[TokenLogprob, ...]) -> Iterator[Event]:
+        if not text and not logprobs:
+            return
         text, logprobs = self._held + text, self._held_logprobs + logprobs
         self._held, self._held_logprobs = "", ()
         if not self._said[Content]:
+            blank = text.isspace()
             text = text.lstrip()  # the template's own line breaks
-            if not text:
+            if blank:
+                return
+            if not text:  # the first part of a character that takes several tokens
+                self._held_logprobs = logprobs
                 return
         self._after_call = self._after_call and not text.strip()
         # The template puts a line break before a call and between two calls; it is content only if more follows.

@@ -44,7 +44,8 @@ class PieceStream(Generic[T]):
             if index in self._marks:
                 if rest := self._decoder.finish():
                     self._queue.append(Piece(rest, False, None))
-                self._queue.append(Piece(self._decoder.push(index), True, note))
+                if mark := self._decoder.push(index):  # tokens that are never shown make no piece
+                    self._queue.append(Piece(mark, True, note))
             else:
                 # A model's vocabulary may be padded beyond the tokenizer's, with tokens that stand for nothing.
                 own = self._decoder.push(index) if index < self._vocab_size else ""

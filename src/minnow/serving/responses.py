@@ -1,12 +1,17 @@
-"""What the server answers, field by field as OpenAI does; plain dicts at run time, checked by mypy, shown in OpenAPI."""
+"""What the server answers, field by field as OpenAI does: plain dicts that mypy checks and OpenAPI shows."""
 
 from __future__ import annotations
 
 import secrets
 import time
-from typing import Any, Literal
+from typing import Literal, NotRequired
 
-from typing_extensions import NotRequired, TypedDict
+from typing_extensions import TypedDict
+
+from minnow import __version__
+
+FINGERPRINT = f"minnow-{__version__}"
+"""What stands in `system_fingerprint`."""
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
@@ -39,7 +44,7 @@ class Usage(TypedDict):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: NotRequired[PromptTokensDetails]
+    prompt_tokens_details: PromptTokensDetails
     completion_tokens_details: NotRequired[CompletionTokensDetails]
 
 
@@ -245,9 +250,11 @@ class Health(TypedDict):
     status: Literal["ok", "draining"]
 
 
-def usage(prompt_tokens: int, completion_tokens: int, **details: Any) -> Usage:
-    """A `Usage` with its sum; `details` are its optional fields."""
-    total = prompt_tokens + completion_tokens
-    return Usage(
-        prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=total, **details
-    )
+def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+    """A `Usage` with its sum."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": cached_tokens},
+    }

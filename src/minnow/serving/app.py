@@ -1,0 +1,99 @@
+"""The application: OpenAI's endpoints over minnow's engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Collection, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from minnow import __version__
+from minnow.serving import admin, chat, completions, embeddings
+from minnow.serving.config import ServingConfig
+from minnow.serving.errors import install_handlers
+from minnow.serving.metrics import Metrics
+from minnow.serving.models import Models, ServedModel
+from minnow.serving.security import Guard
+from minnow.serving.state import ServerState
+
+
+def create_app(
+    models: Sequence[ServedModel], config: ServingConfig, *, hosts: Collection[str] | None = None
+) -> FastAPI:
+    """The server for `models`, whose engines it closes in the end.
+
+    hosts: names that clients may call it by; None for any. The web chat, or anything else, may be mounted at
+    `/` afterwards: the API's routes come first, and the guard stands before whatever is mounted.
+    """
+    metrics = Metrics()
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
+        yield
+        for model in models:
+            await model.engine.drain(0)
+            model.engine.close()
+
+    app = FastAPI(
+        title="minnow",
+        version=__version__,
+        summary="OpenAI's API for models that minnow trained",
+        lifespan=lifespan,
+        # Their pages load scripts from elsewhere; /openapi.json stays.
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.minnow = ServerState(models=Models(models, metrics), config=config, metrics=metrics)
+    install_handlers(app)
+    for module in (chat, completions, embeddings, admin):
+        app.include_router(module.router)
+    app.add_middleware(Guard, api_key=config.api_key, hosts=hosts, max_body_bytes=int(config.max_body_mib * 2**20))
+    if config.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["Authorization", "Content-Type"],
+        )
+    app.add_middleware(_CountRequests, metrics=metrics, paths=frozenset(_paths(app)))
+    _describe_errors_as_they_are(app)
+    return app
+
+
+class _CountRequests:
+    """Counts requests by path and status; paths that are none of ours are one."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, paths: Collection[str]) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._paths = paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"] if scope["path"] in self._paths else "other"
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.requests.labels(path, message["status"]).inc()
+            await send(message)
+
+        await self._app(scope, receive, counted)
+
+
+def _paths(app: FastAPI) -> list[str]:
+    return list(app.openapi()["paths"])
+
+
+def _describe_errors_as_they_are(app: FastAPI) -> None:
+    """Take FastAPI's own 422 out of the description: what is not valid gets a 400 in OpenAI's schema."""
+    described: dict[str, Any] = app.openapi()
+    for operations in described["paths"].values():
+        for operation in operations.values():
+            operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        described["components"]["schemas"].pop(name, None)

@@ -1,0 +1,90 @@
+"""POST /v1/completions: texts or token ids continued."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+from starlette.responses import Response
+
+from minnow.engine import Delta
+from minnow.serving.completion_answer import CompletionAnswer
+from minnow.serving.connection import EventStream, unless_client_leaves
+from minnow.serving.models import Generation, ServedModel
+from minnow.serving.prompts import require_fit
+from minnow.serving.requests import CompletionBody, Texts
+from minnow.serving.responses import Completion
+from minnow.serving.sampling import sampling_params
+from minnow.serving.state import documented, state_of
+
+router = APIRouter(prefix="/v1", tags=["completions"])
+
+DEFAULT_MAX_TOKENS = 16
+"""OpenAI's, where the request names none."""
+
+
+@router.post("/completions", response_model=None, responses=documented(Completion, stream=True))
+async def create_completion(body: CompletionBody, request: Request) -> Response:
+    """Continue one or several prompts, whole or as server-sent events."""
+    state = state_of(request)
+    model = state.models.get(body.model)
+    prompts = await asyncio.to_thread(prompt_ids, model, body.prompt, "prompt")
+    params = sampling_params(
+        body,
+        state.config,
+        max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
+        prompts=len(prompts),
+        logprobs=body.logprobs is not None,
+        top_logprobs=body.logprobs or 0,
+    )
+    generations: list[Generation] = []
+
+    def close() -> None:
+        for generation in generations:
+            generation.close()
+
+    try:
+        for prompt in prompts:
+            generations.append(await state.models.submit(model, prompt, params))
+    except BaseException:
+        close()
+        raise
+    answer = CompletionAnswer(model, body, prompts, _merged(generations), close)
+    if body.stream:
+        return EventStream(answer.chunks(), close)
+    return JSONResponse(await unless_client_leaves(request, answer.whole()))
+
+
+def prompt_ids(model: ServedModel, given: Texts, param: str) -> list[list[int]]:
+    """Token ids of every text of a request. APIError 400 for one that does not fit the context."""
+    several = isinstance(given, list) and not isinstance(given[0], int)
+    texts: Sequence[Any] = given if several else [given]
+    prompts = [model.engine.engine.prompt_ids(text) for text in texts]
+    for prompt in prompts:
+        require_fit(prompt, model.context, param)
+    return prompts
+
+
+async def _merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:
+    """(prompt number, delta) of all generations as they come."""
+    if len(generations) == 1:
+        async for delta in generations[0]:
+            yield 0, delta
+        return
+    waiting = {asyncio.ensure_future(anext(generation)): i for i, generation in enumerate(generations)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for future in done:
+                number = waiting.pop(future)
+                try:
+                    yield number, future.result()
+                except StopAsyncIteration:
+                    continue
+                waiting[asyncio.ensure_future(anext(generations[number]))] = number
+    finally:
+        for future in waiting:
+            future.cancel()

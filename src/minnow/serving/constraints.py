@@ -1,0 +1,105 @@
+"""What an answer must look like: `response_format`, `tools` and `tool_choice` as a grammar for llguidance.
+
+The grammar is Lark text in llguidance's dialect: `%json` holds a JSON schema, `<[8]>` is token 8. JSON is written as
+the chat template writes it (`json.dumps`, no free white space), which is what models are trained on, and keeps a weak
+model from filling the context with blanks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from llguidance import LLMatcher
+
+from minnow.serving.errors import APIError
+from minnow.serving.requests import (
+    ChatBody,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    NamedToolChoice,
+    ResponseFormat,
+    Tool,
+)
+from minnow.tokenizer import Tokenizer
+from minnow.tokenizer.special import END_THINK, END_TOOL_CALL, TOOL_CALL
+
+_WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def answer_grammar(tokenizer: Tokenizer, body: ChatBody) -> str | None:
+    """The grammar of the answer from the end of the prompt on; None where anything goes.
+
+    APIError 400 where a schema is not valid or cannot be obeyed.
+    """
+    tools = body.usable_tools
+    schema = _schema(body.response_format)
+    if not tools and schema is None:
+        return None
+    try:
+        rules = _rules(tokenizer, body, tools, schema)
+    except RecursionError:
+        raise APIError(400, "a JSON schema is nested too deeply") from None
+    error = LLMatcher.validate_grammar(rules)
+    if error:
+        param = "response_format" if schema is not None else "tools"
+        reason = error.strip().splitlines()[0]
+        raise APIError(400, f"A JSON schema of '{param}' cannot be followed: {reason}", param=param)
+    return rules
+
+
+def _rules(tokenizer: Tokenizer, body: ChatBody, tools: list[Tool], schema: dict[str, Any] | None) -> str:
+    token = {mark: f"<[{tokenizer.special_ids[mark]}]>" for mark in (END_THINK, TOOL_CALL, END_TOOL_CALL)}
+    content = "TEXT" if schema is None else f"%json {_json(schema)}"
+    choice = body.tool_choice
+    if isinstance(choice, NamedToolChoice):
+        tools = [tool for tool in tools if tool.function.name == choice.function.name]
+    one_only = body.parallel_tool_calls is False or isinstance(choice, NamedToolChoice)
+    calls = "call" if one_only else 'call ("\\n" call)*'
+    if not tools:
+        answer = "content"
+    elif choice == "required" or isinstance(choice, NamedToolChoice):
+        answer = calls
+    elif schema is None:
+        answer = f"content ({calls})?"
+    else:
+        answer = f"content | {calls}"
+    lines = [
+        f'start: TEXT {token[END_THINK]} "\\n\\n" answer' if body.thinking else "start: answer",
+        f"answer: {answer}",
+        f"content: {content}",
+        "TEXT: /(.|\\n)*/",
+    ]
+    if tools:
+        names = " | ".join(f"tool_{i}" for i in range(len(tools)))
+        lines.append(f'call: {token[TOOL_CALL]} "\\n" ({names}) "\\n" {token[END_TOOL_CALL]}')
+        for i, tool in enumerate(tools):
+            head = _json(f'{{"name": "{tool.function.name}", "arguments": ')
+            lines.append(f'tool_{i}: {head} %json {_json(_arguments(tool))} "}}"')
+    return "\n".join(lines) + "\n"
+
+
+def _schema(response_format: ResponseFormat | None) -> dict[str, Any] | None:
+    if isinstance(response_format, JsonObjectFormat):
+        return _written({"type": "object"})
+    if isinstance(response_format, JsonSchemaFormat):
+        return _written(response_format.json_schema.schema_)
+    return None
+
+
+def _arguments(tool: Tool) -> dict[str, Any]:
+    """The schema of a call's arguments: an object, with the properties that are named and no others."""
+    parameters = tool.function.parameters or {}
+    schema: dict[str, Any] = {"type": "object", **parameters}
+    if "properties" in schema:
+        schema.setdefault("additionalProperties", False)
+    return _written(schema)
+
+
+def _written(schema: Mapping[str, Any]) -> dict[str, Any]:
+    return {**schema, "x-guidance": _WRITING}
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=True)

@@ -1,0 +1,87 @@
+"""POST /v1/embeddings: the mean of the last layer's hidden states over a text's tokens, at unit length.
+
+A language model is not trained for this; the vectors of a small one tell topics apart and little more.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from fastapi import APIRouter, Request
+from torch import Tensor
+
+from minnow.engine import Engine
+from minnow.model.attention import PackedAttention
+from minnow.serving.completions import prompt_ids
+from minnow.serving.connection import unless_client_leaves
+from minnow.serving.errors import APIError
+from minnow.serving.models import ServedModel
+from minnow.serving.requests import EmbeddingBody
+from minnow.serving.responses import Embedding, Embeddings
+from minnow.serving.state import documented, state_of
+
+router = APIRouter(prefix="/v1", tags=["embeddings"])
+
+TOKENS_PER_STEP = 4096
+"""Tokens read between two steps of generation."""
+MAX_TEXTS = 2048
+
+
+@router.post("/embeddings", response_model=None, responses=documented(Embeddings))
+async def create_embeddings(body: EmbeddingBody, request: Request) -> Embeddings:
+    """Mean-pooled hidden states of one or several texts."""
+    model = state_of(request).models.get(body.model)
+    texts = await asyncio.to_thread(prompt_ids, model, body.input, "input")
+    if len(texts) > MAX_TEXTS:
+        raise APIError(400, f"{len(texts)} texts in one request; at most {MAX_TEXTS}", param="input")
+    vectors_ND = await unless_client_leaves(request, _embed(model, texts))
+    as_base64 = body.encoding_format == "base64"
+    tokens = sum(map(len, texts))
+    return {
+        "object": "list",
+        "data": [_item(i, vector_D, as_base64) for i, vector_D in enumerate(vectors_ND)],
+        "model": body.model,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+    }
+
+
+async def _embed(model: ServedModel, texts: Sequence[list[int]]) -> Tensor:
+    parts = []
+    for group in _groups(texts):
+        parts.append(await model.engine.call(partial(mean_hidden, texts=group)))
+    return torch.cat(parts)
+
+
+def _groups(texts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
+    """The texts in their order, in groups of about `TOKENS_PER_STEP` tokens."""
+    group: list[list[int]] = []
+    for text in texts:
+        if group and sum(map(len, group)) + len(text) > TOKENS_PER_STEP:
+            yield group
+            group = []
+        group.append(text)
+    yield group
+
+
+@torch.no_grad()
+def mean_hidden(engine: Engine, texts: Sequence[list[int]]) -> Tensor:
+    """Unit vectors fp32 [N, D] on the CPU: the mean of the hidden states after the last norm over a text's tokens."""
+    device = engine.model.head_weight.device
+    lengths = [len(text) for text in texts]
+    tokens_T = torch.tensor([token for text in texts for token in text], device=device)
+    positions_T = torch.cat([torch.arange(length) for length in lengths]).to(device)
+    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+    hidden_TD = engine.model(tokens_T[None], positions_T[None], PackedAttention(borders, device))[0].float()
+    means_ND = torch.stack([part_TD.mean(0) for part_TD in hidden_TD.split(lengths)])
+    return torch.nn.functional.normalize(means_ND, dim=-1).cpu()
+
+
+def _item(index: int, vector_D: Tensor, as_base64: bool) -> Embedding:
+    if as_base64:
+        encoded = base64.b64encode(vector_D.numpy().tobytes()).decode()
+        return {"object": "embedding", "index": index, "embedding": encoded}
+    return {"object": "embedding", "index": index, "embedding": vector_D.tolist()}

@@ -1,0 +1,151 @@
+"""The models of one server, and answers from them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+from minnow.config import UserError
+from minnow.engine import Delta, Engine, SamplingParams
+from minnow.engine.async_engine import Answer, AsyncEngine, ClosedError, QueueFullError
+from minnow.model.pretrained import load_pretrained, resolve_model_folder
+from minnow.serving.errors import APIError
+from minnow.serving.metrics import Metrics
+from minnow.serving.responses import ModelCard, now
+from minnow.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServedModel:
+    """One model by its name."""
+
+    name: str
+    folder: Path
+    """Where its weights came from."""
+    engine: AsyncEngine
+    created: int = field(default_factory=now)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer, safe to use in any thread."""
+        return self.engine.engine.tokenizer
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.engine.engine.model.config.max_position_embeddings
+
+    @property
+    def card(self) -> ModelCard:
+        """What /v1/models says."""
+        return {
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "minnow",
+            "max_model_len": self.context,
+        }
+
+    async def reload(self, folder: str | Path) -> None:
+        """Take the weights of another folder of the same shape and tokenizer; answers under way go on with them.
+
+        UserError where they do not fit; the model stays as it was then.
+        """
+
+        def load(engine: Engine) -> dict:
+            found = resolve_model_folder(folder)
+            fresh = load_pretrained(found, dtype=engine.model.compute_dtype, device=engine.model.head_weight.device)
+            if fresh.config != engine.model.config:
+                raise UserError(f"{folder}: its config.json differs from the served model's: start a server for it")
+            if Tokenizer.from_pretrained(found).fingerprint != engine.tokenizer.fingerprint:
+                raise UserError(f"{folder}: its tokenizer differs from the served model's: start a server for it")
+            return fresh.state_dict()
+
+        weights = await asyncio.to_thread(load, self.engine.engine)
+
+        def swap(engine: Engine) -> None:
+            engine.model.load_state_dict(weights)
+            engine.weights_updated()
+
+        await self.engine.call(swap)
+
+
+class Models:
+    """All models of a server."""
+
+    def __init__(self, models: Iterable[ServedModel], metrics: Metrics) -> None:
+        self._models = {model.name: model for model in models}
+        self.metrics = metrics
+        for model in self._models.values():
+            metrics.watch_in_flight(model.name, partial(getattr, model.engine, "in_flight"))
+
+    def __iter__(self) -> Iterator[ServedModel]:
+        return iter(self._models.values())
+
+    def get(self, name: str) -> ServedModel:
+        """The model of that name; APIError 404."""
+        if name not in self._models:
+            raise APIError(
+                404,
+                f"The model `{name}` does not exist. Served here: {', '.join(self._models)}",
+                param="model",
+                code="model_not_found",
+            )
+        return self._models[name]
+
+    async def submit(self, model: ServedModel, prompt_ids: Sequence[int], params: SamplingParams) -> Generation:
+        """Start an answer. APIError 429 when the queue is full, 503 when the server drains; UserError."""
+        try:
+            answer = await model.engine.submit(prompt_ids, params)
+        except QueueFullError as error:
+            # About the time in which a place becomes free; nobody knows better before the answers end.
+            raise APIError(
+                429, f"The server is busy: {error}. Try again.", code="queue_full", headers={"Retry-After": "1"}
+            ) from error
+        except ClosedError as error:
+            raise APIError(
+                503, "The server is shutting down.", code="shutting_down", headers={"Retry-After": "10"}
+            ) from error
+        return Generation(answer, model.name, self.metrics)
+
+
+class Generation:
+    """An `Answer` that is counted in the metrics: iterate for its deltas, close it in the end."""
+
+    def __init__(self, answer: Answer, model: str, metrics: Metrics) -> None:
+        self._answer = answer
+        self._model = model
+        self._metrics = metrics
+        self._start = time.perf_counter()
+        self._tokens = 0
+        self._finished = False
+        self._closed = False
+
+    def __aiter__(self) -> Generation:
+        return self
+
+    async def __anext__(self) -> Delta:
+        delta = await anext(self._answer)
+        if not self._tokens:
+            self._metrics.first_token_seconds.labels(self._model).observe(time.perf_counter() - self._start)
+        self._tokens += 1
+        if delta.usage is not None:
+            self._finished = True
+            self._metrics.prompt_tokens.labels(self._model).inc(delta.usage.prompt_tokens)
+            self._metrics.cached_tokens.labels(self._model).inc(delta.usage.cached_tokens)
+            self._metrics.request_seconds.labels(self._model).observe(time.perf_counter() - self._start)
+        return delta
+
+    def close(self) -> None:
+        """Abort what is left; may be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        self._answer.close()
+        self._metrics.generated_tokens.labels(self._model).inc(self._tokens)
+        if not self._finished:
+            self._metrics.aborted.labels(self._model).inc()

@@ -1,0 +1,52 @@
+"""A request's options as the engine's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from minnow.engine import SamplingParams
+from minnow.serving.config import ServingConfig
+from minnow.serving.errors import APIError
+from minnow.serving.requests import GenerationBody
+
+
+def sampling_params(
+    body: GenerationBody, config: ServingConfig, *, max_tokens: int | None, prompts: int = 1, **more: Any
+) -> SamplingParams:
+    """`more` are fields of `SamplingParams`. APIError or UserError (both 400) for what does not go together."""
+    n = body.n or 1
+    if prompts * n > config.max_samples:
+        raise APIError(
+            400, f"{prompts} prompts x n = {prompts * n} answers; this server gives {config.max_samples}", param="n"
+        )
+    limit = config.max_answer_tokens
+    if limit is not None:
+        max_tokens = limit if max_tokens is None else min(max_tokens, limit)
+    given: dict[str, Any] = {
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "min_p": body.min_p,
+        "repetition_penalty": body.repetition_penalty,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "stop_token_ids": body.stop_token_ids,
+        "min_tokens": body.min_tokens,
+        "ignore_eos": body.ignore_eos,
+    }
+    return SamplingParams(
+        **{name: value for name, value in given.items() if value is not None},
+        top_k=max(body.top_k or 0, 0),
+        n=n,
+        seed=None if body.seed is None else body.seed % 2**64,
+        stop=body.stop or (),
+        logit_bias=_logit_bias(body.logit_bias or {}),
+        max_tokens=max_tokens,
+        **more,
+    )
+
+
+def _logit_bias(given: dict[str, float]) -> dict[int, float]:
+    try:
+        return {int(token): bias for token, bias in given.items()}
+    except ValueError:
+        raise APIError(400, "the keys of logit_bias must be token ids", param="logit_bias") from None

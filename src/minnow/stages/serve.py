@@ -1,0 +1,118 @@
+"""`minnow serve`: models behind OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import uvicorn
+from fastapi import FastAPI
+
+from minnow.config import UserError
+from minnow.engine import Engine
+from minnow.engine.async_engine import AsyncEngine
+from minnow.model.pretrained import resolve_model_folder
+from minnow.serving import ServedModel, ServingConfig, create_app
+from minnow.serving.security import LOOPBACK
+from minnow.training.hardware import DeviceName, Precision, choose_device, choose_precision
+
+_LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(ServingConfig):
+    """Serve models over OpenAI's API: chat, completions, embeddings.
+
+    A model is called by its folder's name (a run's by the run's); NAME=MODEL calls it otherwise.
+    """
+
+    models: tuple[str, ...] = field(metadata={"positional": True})
+    """Model folders, run folders or Hub ids, each alone or as NAME=MODEL."""
+    host: str = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 is every network the machine is in and needs an API key."""
+    port: int = 8000
+    """TCP port; 0 takes a free one."""
+    insecure: bool = False
+    """Listen beyond this machine without an API key all the same."""
+    device: DeviceName = "auto"
+    """Where to run; auto takes a GPU where there is one."""
+    precision: Precision = "auto"
+    """Number format of weights and arithmetic; auto is bf16 where the hardware has it, else fp32."""
+
+
+def run(config: Config) -> None:
+    """Serve until SIGTERM or Ctrl-C, then let the answers under way finish."""
+    config = replace(config, api_key=config.api_key or os.environ.get("MINNOW_API_KEY") or None)
+    local = config.host in _LOCAL
+    if not local and config.api_key is None and not config.insecure:
+        raise UserError(
+            f"--host {config.host} lets others in: set MINNOW_API_KEY (or --api_key), or --insecure true if anybody may"
+        )
+    named = name_models(config.models)
+    listening = _listen(config.host, config.port)
+    app = build_app(config, named, local=local)
+    address, port = listening.getsockname()[:2]
+    shown = f"[{address}]" if ":" in address else address
+    print(f"serving {', '.join(named)} at http://{shown}:{port}/v1", flush=True)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            server_header=False,
+            timeout_graceful_shutdown=config.drain_seconds,
+        )
+    )
+    asyncio.run(server.serve(sockets=[listening]))
+
+
+def name_models(models: Sequence[str]) -> dict[str, Path]:
+    """Name -> model folder of what the command line names. UserError for two of one name, and where nothing is."""
+    named: dict[str, Path] = {}
+    for given in models:
+        name, equals, model = given.partition("=")
+        folder = resolve_model_folder(model if equals else given)
+        if not equals:
+            path = Path(given).resolve()
+            in_run = path.name == "model" and path.parent.name  # runs/NAME/model is the model of run NAME
+            name = (path.parent.name if in_run else path.name) if Path(given).exists() else given
+        if not name:
+            raise UserError(f"{given}: a model needs a name before the =")
+        if name in named:
+            raise UserError(f"two models are called {name}: write OTHER_NAME={given}")
+        named[name] = folder
+    if not named:
+        raise UserError("no model to serve: minnow serve MODEL")
+    return named
+
+
+def build_app(config: Config, named: dict[str, Path], *, local: bool) -> FastAPI:
+    """Load the models and put the application together."""
+    device = choose_device(config.device)
+    dtype = choose_precision(config.precision, device)
+    models = [
+        ServedModel(
+            name=name,
+            folder=folder,
+            engine=AsyncEngine(
+                Engine.from_pretrained(folder, dtype=dtype, device=device), max_answers=config.max_answers
+            ),
+        )
+        for name, folder in named.items()
+    ]
+    return create_app(models, config, hosts=LOOPBACK if local and config.api_key is None else None)
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket at that address, taken before the models load. UserError where it cannot be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind((host, port))
+    except OSError as error:
+        raise UserError(f"cannot listen at {host} port {port} ({error.strerror}): choose another --port") from error
+    return listening

@@ -1,0 +1,253 @@
+"""Bad requests, full queues, clients that leave, servers that stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from minnow.serving import ServingConfig, chat
+
+from ..stages.stage_helpers import save_random_model
+from .serving_helpers import Running, serving, wait_until
+
+ASK: list[Any] = [{"role": "user", "content": "hi"}]
+CHAT = {"model": "noise", "messages": ASK, "max_tokens": 4}
+LONG = {"model": "noise", "messages": ASK, "max_tokens": 4000, "ignore_eos": True}
+
+WRONG_SCHEMA = {"name": "x", "schema": {"type": 5}}
+
+
+def error_of(answer: httpx.Response) -> dict[str, Any]:
+    body = answer.json()
+    assert list(body) == ["error"]
+    assert list(body["error"]) == ["message", "type", "param", "code"]
+    assert answer.headers["content-type"] == "application/json"
+    return body["error"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"n": 0}, "n"),
+        ({"n": 10**6}, "n"),
+        ({"n": True}, "n"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"seed": 10**40}, "seed"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": [""]}, None),
+        ({"messages": []}, "messages"),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages"),
+        ({"messages": [{"role": "user"}]}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+        ({"top_logprobs": 2}, None),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logit_bias": {"fish": 1}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, None),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"min_tokens": 5}, None),
+        ({"temprature": 1}, "temprature"),
+        ({"stream_options": {"include_usage": True}}, None),
+        ({"tool_choice": "auto"}, None),
+        ({"tools": [{"type": "function", "function": {"name": "not a name"}}]}, "tools"),
+        ({"response_format": {"type": "xml"}}, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": WRONG_SCHEMA}}, "response_format"),
+        ({"model": None}, "model"),
+        ({"\ud800": 1}, None),
+    ],
+)  # fmt: skip
+def test_bad_requests_are_400_in_openais_schema(running: Running, changes: dict[str, Any], param: str | None) -> None:
+    answer = httpx.post(
+        f"{running.url}/v1/chat/completions",
+        content=json.dumps(CHAT | changes),
+        headers={"Content-Type": "application/json"},
+    )
+    error = error_of(answer)
+    assert answer.status_code == 400, answer.text
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"[" * 100_000, b'{"model": ' + b"9" * 5000 + b"}", b"NaN"]
+)
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "embeddings"])
+def test_what_is_no_request_is_4xx(running: Running, body: bytes, path: str) -> None:
+    answer = httpx.post(f"{running.url}/v1/{path}", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400
+    error_of(answer)
+
+
+def test_a_form_and_a_plain_text_are_no_json(running: Running) -> None:
+    """Else any web page could send requests from a visitor's browser without asking (CORS lets plain text through)."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded"):
+        answer = httpx.post(
+            f"{running.url}/v1/chat/completions", content=json.dumps(CHAT), headers={"Content-Type": kind}
+        )
+        assert answer.status_code == 400
+        error_of(answer)
+
+
+def test_numbers_that_json_has_not(running: Running) -> None:
+    body = json.dumps(CHAT | {"temperature": float("nan")})
+    answer = httpx.post(
+        f"{running.url}/v1/chat/completions", content=body, headers={"Content-Type": "application/json"}
+    )
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == "temperature"
+
+
+def test_half_a_surrogate_pair_is_no_failure(running: Running) -> None:
+    url, headers = f"{running.url}/v1/chat/completions", {"Content-Type": "application/json"}
+    unknown = httpx.post(url, content=json.dumps(CHAT | {"model": "\ud800"}), headers=headers)
+    assert unknown.status_code == 404
+    assert "\ufffd" in error_of(unknown)["message"]
+    said = json.dumps(CHAT | {"messages": [{"role": "user", "content": "\ud800"}]})
+    assert httpx.post(url, content=said, headers=headers).status_code == 200
+
+
+def test_unknown_paths_and_methods(running: Running) -> None:
+    for method, path, status in (("GET", "/v1/nothing", 404), ("GET", "/v1/chat/completions", 405)):
+        answer = httpx.request(method, running.url + path)
+        assert answer.status_code == status
+        assert path in error_of(answer)["message"]
+
+
+def test_a_prompt_too_long_names_both_lengths(client: openai.OpenAI, running: Running) -> None:
+    ids = [5] * 300
+    with pytest.raises(openai.BadRequestError, match=r"256 tokens.*300 tokens") as raised:
+        client.completions.create(model="noise", prompt=ids)
+    assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "prompt")
+    with pytest.raises(openai.BadRequestError, match="256 tokens") as raised:
+        client.chat.completions.create(model="noise", messages=[{"role": "user", "content": "x" * 10_000}])
+    assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "messages")
+    with pytest.raises(openai.BadRequestError, match="256 tokens"):
+        client.embeddings.create(model="noise", input=ids)
+
+
+def test_a_full_queue_is_429_and_a_large_body_413(tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path / "m", context=4096)
+    config = ServingConfig(max_answers=2, max_body_mib=0.01, max_samples=4)
+    with serving({"noise": folder}, config) as running:
+        url = f"{running.url}/v1/chat/completions"
+        with httpx.stream("POST", url, json=LONG | {"stream": True, "n": 2}) as answer:
+            assert answer.status_code == 200
+            refused = httpx.post(url, json=CHAT)
+            assert refused.status_code == 429
+            assert refused.headers["retry-after"] == "1"
+            assert error_of(refused)["type"] == "rate_limit_error"
+        wait_until(lambda: running.engines["noise"].in_flight == 0)
+        assert httpx.post(url, json=CHAT).status_code == 200  # the places are free again
+        for kind in ({"content": b"x" * 20_000}, {"content": iter([b"x" * 6000] * 4)}):  # with a length, and chunked
+            large = httpx.post(url, headers={"Content-Type": "application/json"}, **kind)
+            assert large.status_code == 413
+            error_of(large)
+        many = httpx.post(f"{running.url}/v1/completions", json={"model": "noise", "prompt": ["x"] * 5})
+        assert many.status_code == 400
+        assert "5 prompts" in error_of(many)["message"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_frees_its_place(tmp_path: Path, stream: bool) -> None:
+    folder = save_random_model(tmp_path / "m", context=20_000)
+    with serving({"noise": folder}) as running:
+        engine = running.engines["noise"]
+        body = json.dumps(LONG | {"max_tokens": 19_000, "stream": stream}).encode()
+        with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as connection:
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            wait_until(lambda: engine.in_flight == 1)
+            if stream:
+                assert b"200 OK" in connection.recv(1000)
+        wait_until(lambda: engine.in_flight == 0)
+        wait_until(lambda: not engine.engine.has_work)
+        assert 'minnow_aborted_requests_total{model="noise"} 1.0' in httpx.get(f"{running.url}/metrics").text
+
+
+def test_the_loop_answers_while_others_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokenising and generation are in other threads: /health never waits for them."""
+
+    def slowly(method: Callable[..., Any]) -> Callable[..., Any]:
+        def slow(*arguments: Any) -> Any:
+            time.sleep(2)
+            return method(*arguments)
+
+        return slow
+
+    with serving({"noise": save_random_model(tmp_path / "m")}) as running, httpx.Client() as client:
+        engine = running.engines["noise"].engine
+        body = CHAT | {"max_tokens": 1}
+        for target, name in ((chat, "chat_prompt_ids"), (engine, "step")):
+            with monkeypatch.context() as patch:
+                patch.setattr(target, name, slowly(getattr(target, name)))
+                asking = threading.Thread(
+                    target=httpx.post,
+                    args=(f"{running.url}/v1/chat/completions",),
+                    kwargs={"json": body, "timeout": 60},
+                )
+                asking.start()
+                longest, answers = 0.0, 0
+                while asking.is_alive():
+                    start = time.perf_counter()
+                    client.get(f"{running.url}/health")
+                    longest = max(longest, time.perf_counter() - start)
+                    answers += 1
+            assert longest < 1.5, name
+            assert answers > 5
+
+
+def test_a_broken_engine_is_a_500_that_tells_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving({"noise": save_random_model(tmp_path / "m")}) as running:
+        engine = running.engines["noise"].engine
+        step = engine.step
+        monkeypatch.setattr(engine, "step", lambda: 1 // 0)
+        answer = httpx.post(f"{running.url}/v1/chat/completions", json=CHAT)
+        assert answer.status_code == 500
+        assert "division" not in error_of(answer)["message"]
+        streamed = httpx.post(f"{running.url}/v1/chat/completions", json=CHAT | {"stream": True})
+        last = streamed.text.strip().split("\n\n")[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+        monkeypatch.setattr(engine, "step", step)
+        assert httpx.post(f"{running.url}/v1/chat/completions", json=CHAT).status_code == 200
+
+
+def test_metrics_count(tmp_path: Path) -> None:
+    with serving({"noise": save_random_model(tmp_path / "m")}) as running:
+        body = CHAT | {"max_tokens": 5, "ignore_eos": True}
+        usage = httpx.post(f"{running.url}/v1/chat/completions", json=body).json()["usage"]
+        httpx.get(f"{running.url}/v1/unknown")
+        text = httpx.get(f"{running.url}/metrics").text
+        assert 'minnow_generated_tokens_total{model="noise"} 5.0' in text
+        assert f'minnow_prompt_tokens_total{{model="noise"}} {usage["prompt_tokens"]}.0' in text
+        assert 'minnow_requests_total{path="/v1/chat/completions",status="200"} 1.0' in text
+        assert 'minnow_requests_total{path="other",status="404"} 1.0' in text
+        assert 'minnow_answers_in_flight{model="noise"} 0.0' in text
+        assert 'minnow_time_to_first_token_seconds_count{model="noise"} 1.0' in text
+
+
+def test_an_asynchronous_client_that_is_cancelled(tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path / "m", context=20_000)
+    with serving({"noise": folder}) as running:
+
+        async def leave() -> None:
+            client = running.async_client()
+            extra = {"ignore_eos": True}
+            asking = client.chat.completions.create(model="noise", messages=ASK, max_tokens=19_000, extra_body=extra)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(asking, 0.3)
+
+        asyncio.run(leave())
+        wait_until(lambda: running.engines["noise"].in_flight == 0)
