@@ -69,7 +69,7 @@ def serving(
         listening.close()
 
 
-def wait_until(condition: Any, seconds: float = 5.0) -> None:
+def wait_until(condition: Any, seconds: float = 30.0) -> None:
     """Wait for something another thread does."""
     end = time.monotonic() + seconds
     while not condition():
