@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import math
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import httpx
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from minnow.model.attention import CausalAttention
+from minnow.serving.connection import EventStream
 
 from .serving_helpers import Running
 
@@ -66,6 +68,20 @@ def test_a_stream_is_openais_event_by_event(running: Running) -> None:
     assert all(chunk["usage"] is None for chunk in chunks[:-1])
     assert counts["choices"] == []
     assert counts["usage"]["completion_tokens"] >= len(middle)
+
+
+def test_no_character_of_an_answer_ends_a_line() -> None:
+    """A client that splits at Unicode's line ends, as httpx does, must not cut an event in two."""
+
+    async def events() -> AsyncGenerator[list[dict[str, str]], None]:
+        yield [{"content": "a\x85b\u2028c\u2029d\x1ce\x0bf小"}]
+
+    async def body() -> str:
+        return b"".join([line async for line in EventStream(events(), lambda: None).body_iterator]).decode()
+
+    first, *rest = asyncio.run(body()).splitlines()
+    assert rest == ["", "data: [DONE]", ""]
+    assert json.loads(first.removeprefix("data: ")) == {"content": "a\x85b\u2028c\u2029d\x1ce\x0bf小"}
 
 
 def test_without_asking_there_is_no_usage_in_a_stream(client: openai.OpenAI) -> None:

@@ -49,8 +49,13 @@ async def _lines(events: AsyncGenerator[list[Mapping[str, Any]], None]) -> Async
     yield b"data: [DONE]\n\n"
 
 
+# Line ends to Unicode but not to JSON, which leaves them as they are: many clients split lines there.
+_LINE_ENDS = {ord(character): f"\\u{ord(character):04x}" for character in "\x85\u2028\u2029"}
+
+
 def _line(event: Mapping[str, Any]) -> bytes:
-    return b"data: " + json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    text = json.dumps(event, ensure_ascii=False, separators=(",", ":")).translate(_LINE_ENDS)
+    return b"data: " + text.encode() + b"\n\n"
 
 
 async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, R]) -> R:
