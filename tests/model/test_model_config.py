@@ -64,13 +64,32 @@ def test_parameter_count_of_other_shapes():
         assert parameter_count(config) == sum(p.numel() for p in CausalLM(config).parameters())
 
 
-def test_published_sizes():
-    """Millions of parameters as their authors publish them."""
-    published = {"26m-minimind2": 25.83, "64m": 63.9, "104m": 104.0}
-    for name, millions in published.items():
-        assert parameter_count(PRESETS[name]) / 1e6 == pytest.approx(millions, abs=0.05)
-    assert 1.6e9 < parameter_count(PRESETS["1.7b"]) < 1.8e9
-    assert 4e6 < parameter_count(PRESETS["5m"]) < 6e6
+# Embedding + layers x (attention + MLP + norms) + last norm, from the authors' own descriptions.
+PUBLISHED = {
+    # MiniMind2-Small: 25.83M. q and o 512 x 512, k and v 512 x 128.
+    "26m-minimind2": 6400 * 512 + 8 * (2 * 512 * 512 + 2 * 512 * 128 + 3 * 512 * 1408 + 2 * 512) + 512,
+    # MiniMind2, and VerMind's: 104.0M. 8 heads of 96, 2 of them with keys.
+    "104m": 6400 * 768 + 16 * (2 * 768 * 768 + 2 * 768 * 192 + 3 * 768 * 2048 + 2 * 768) + 768,
+    # minimind-3: 63.9M. 4 heads with keys, and the norms of queries and keys.
+    "64m": 6400 * 768 + 8 * (2 * 768 * 768 + 2 * 768 * 384 + 3 * 768 * 2432 + 2 * 768 + 2 * 96) + 768,
+    # mini-llm: 171M. 2 x 1,024 x 4,096 = 8.389M weights of an MLP there, 3 x 1,024 x 2,736 = 8.405M here.
+    "171m": 32_000 * 1024
+    + 12 * (2 * 1024 * 1024 + 2 * 1024 * 512 + 3 * 1024 * 2736 + (1024 + 2 * 512) + 2 * 1024)
+    + 1024,
+    # VelocityLM: about 1.7B. As many heads with keys as with queries.
+    "1.7b": 50_257 * 2048 + 24 * (4 * 2048 * 2048 + 3 * 2048 * 8192 + 2 * 2048) + 2048,
+}
+STATED = {"26m-minimind2": (25.83, 2), "104m": (104.0, 1), "64m": (63.9, 1), "171m": (171, 0), "1.7b": (1700, -2)}
+
+
+@pytest.mark.parametrize("name", sorted(PUBLISHED))
+def test_published_models_have_their_size(name):
+    """To the parameter, and to the digits in which their authors state it; built without memory for the weights."""
+    with torch.device("meta"):
+        built = sum(parameter.numel() for parameter in CausalLM(PRESETS[name]).parameters())
+    assert built == parameter_count(PRESETS[name]) == PUBLISHED[name]
+    stated, digits = STATED[name]
+    assert round(built / 1e6, digits) == stated
 
 
 def test_flops_by_hand():

@@ -46,6 +46,19 @@ PRESETS: dict[str, ModelConfig] = {
         rms_norm_eps=1e-5,
         max_position_embeddings=2048,
     ),
+    # mini-llm's dense model as a Qwen2: its plain MLP of width 4,096 becomes a gated one of as many weights, for no
+    # class has the plain one, and its heads of 16 turn in halves.
+    "171m": ModelConfig(
+        vocab_size=32_000,
+        hidden_size=1024,
+        intermediate_size=2736,
+        num_hidden_layers=12,
+        num_attention_heads=64,
+        num_key_value_heads=32,
+        head_dim=16,
+        qk_norm=False,
+        attention_bias=True,
+    ),
     "1.7b": ModelConfig(  # VelocityLM, over GPT-2's vocabulary
         vocab_size=50257,
         hidden_size=2048,

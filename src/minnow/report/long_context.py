@@ -12,8 +12,8 @@ from minnow.report.plots import BLUE, ORANGE
 Bars = Mapping[str, Mapping[str, float]]
 """Figures by name, READING/POSITIONS, each with value, low and high."""
 
-GREY = "#777777"
-COLOURS = {"in pieces": GREY, "as it is": ORANGE, "yarn": BLUE}
+GREY, GREEN = "#777777", "#3c8d40"
+COLOURS = {"in pieces": GREY, "as it is": ORANGE, "yarn": BLUE, "after training": GREEN}
 
 
 def long_context_figure(bits: Bars, facts: Bars, trained: int, title: str) -> Figure:
