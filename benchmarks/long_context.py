@@ -68,7 +68,11 @@ def train(work: Path, steps: int) -> None:
     base = pretrain.Config(
         run=str(work / "trained"),
         tokenizer=str(work / "tokenizer"),
-        data=DataConfig(paths=(str(work / "train.jsonl"),), cache_dir=str(work / "cache")),
+        data=DataConfig(
+            paths=(str(work / "train.jsonl"),),
+            validation_paths=(str(work / "held_out.jsonl"),),
+            cache_dir=str(work / "cache"),
+        ),
         sequence_length=TRAINED,
         model=SHAPE,
         training=training,

@@ -19,10 +19,11 @@ COLOURS = {"in pieces": GREY, "as it is": ORANGE, "yarn": BLUE, "after training"
 def long_context_figure(bits: Bars, facts: Bars, trained: int, title: str) -> Figure:
     """Bits per byte by position and, where there are hidden facts, the share of them found by length.
 
+    Without the figures' intervals: these tell how texts differ, and all curves are of the same texts.
     trained: the trained length in tokens, drawn as a line across.
     """
     figure = Figure(figsize=(11 if facts else 6, 4.2), layout="constrained")
-    figure.suptitle(title)
+    figure.suptitle(title, fontsize="medium")
     panels = figure.subplots(1, 2 if facts else 1, squeeze=False)[0]
     _curves(panels[0], bits, trained)
     panels[0].set(title="bits per byte by position", xlabel="position, tokens", ylabel="bits per byte")
@@ -44,10 +45,7 @@ def _curves(axes: Axes, bars: Bars, trained: int) -> None:
             by_reading.setdefault(reading, []).append((sum(ends) / len(ends), bar))
     for reading, points in by_reading.items():
         places = [place for place, _ in points]
-        colour = COLOURS[reading]
-        axes.plot(places, [bar["value"] for _, bar in points], color=colour, marker=".", label=reading)
-        low, high = ([bar[end] for _, bar in points] for end in ("low", "high"))
-        axes.fill_between(places, low, high, color=colour, alpha=0.15, lw=0)
+        axes.plot(places, [bar["value"] for _, bar in points], color=COLOURS[reading], marker=".", label=reading)
     axes.axvline(trained, color="black", lw=0.8, ls="--", label="trained length")
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
