@@ -38,6 +38,8 @@ class EncodeOptions:
     """Weight of each source in the mixture."""
     sides: tuple[Side, ...]
     """For each source: split by hash, or all to one side."""
+    tag_weight: float = 1.0
+    """Loss weight of the tags of an assistant's turn."""
     threshold: int = 0
     """A document whose 64-bit hash lies below this is validation."""
 
@@ -90,7 +92,7 @@ def encode(batch: RawBatch, options: EncodeOptions, tokenizer: Tokenizer, *, num
         repeats = np.ones(len(kept), np.int64)
     elif options.kind == "sft":
         conversations: list[Conversation] = [example for example, _, _ in kept]  # type: ignore[misc]
-        repeats = _encode_conversations(found, conversations, tokenizer, options.sequence_length)
+        repeats = _encode_conversations(found, conversations, tokenizer, options)
     else:
         pairs: list[PreferencePair] = [example for example, _, _ in kept]  # type: ignore[misc]
         repeats = _encode_pairs(found, pairs, tokenizer, options.sequence_length)
@@ -149,14 +151,15 @@ def _encode_documents(found: Encoded, documents: list[Document], tokenizer: Toke
 
 
 def _encode_conversations(
-    found: Encoded, conversations: list[Conversation], tokenizer: Tokenizer, sequence_length: int
+    found: Encoded, conversations: list[Conversation], tokenizer: Tokenizer, options: EncodeOptions
 ) -> np.ndarray:
     """Returns how many documents each conversation became."""
     pieces_of_all: list[Piece] = []
     repeats = []
+    sequence_length = options.sequence_length
     for conversation in conversations:
         num_pieces = 0
-        for rendered in training_examples(tokenizer, conversation):
+        for rendered in training_examples(tokenizer, conversation, tag_weight=options.tag_weight):
             pieces, long_turns = cut_conversation(rendered, sequence_length)
             if len(rendered.ids) > sequence_length + 1:
                 found.counts["cut_conversations"] += 1

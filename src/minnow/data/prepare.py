@@ -49,6 +49,9 @@ class DataConfig:
     """stop: list the bad rows and do nothing; skip: leave them out and count them."""
     cache_dir: str = "~/.cache/minnow/data"
     """Folder for tokenised data, reused as long as data, tokenizer and options stay the same."""
+    tag_weight: float = 1.0
+    """Conversations: loss weight of the tags of an assistant's turn (<think>, </think>, <tool_call>, </tool_call>);
+    the other words of the turn have 1."""
     workers: int | None = None
     """Processes that tokenise; 0 = this process. Default: one a core, none for small inputs."""
 
@@ -147,6 +150,8 @@ def prepare(
     """
     if not 0 <= config.validation_fraction <= 0.5:
         raise UserError(f"validation_fraction is {config.validation_fraction}: it must lie between 0 and 0.5")
+    if not 0 <= config.tag_weight <= 1000:
+        raise UserError(f"data.tag_weight is {config.tag_weight}: it must lie between 0 and 1000")
     if kind != "pretrain":
         tokenizer.require_chat_tokens()
     sources, sides = _sources(config)
@@ -158,6 +163,7 @@ def prepare(
         "validation_fraction": config.validation_fraction,
         "sides": sides,
         "on_bad_row": config.on_bad_row,
+        "tag_weight": config.tag_weight if kind == "sft" else None,
     }
     cache = Path(config.cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
@@ -165,7 +171,9 @@ def prepare(
     if not (folder / "meta.json").exists():
         with _lock(folder.with_suffix(".lock")):
             if not (folder / "meta.json").exists():  # another process may have been faster
-                options = EncodeOptions(kind, sequence_length, tuple(s.weight for s in sources), sides)
+                options = EncodeOptions(
+                    kind, sequence_length, tuple(s.weight for s in sources), sides, config.tag_weight
+                )
                 _Preparation(config, sources, options, tokenizer, folder, settings, progress).run()
     meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
     report = PrepareReport(**{**meta["report"], "bad_rows": tuple(meta["report"]["bad_rows"])})

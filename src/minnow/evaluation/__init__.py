@@ -1,6 +1,6 @@
 """Examination of models: tasks with error bars. Importing this package registers the tasks."""
 
-from minnow.evaluation import bits_per_byte, long_context, pond
+from minnow.evaluation import arithmetic, bits_per_byte, identity, long_context, pond
 from minnow.evaluation.evaluate import TaskResult, evaluate
 from minnow.evaluation.registry import GenerationTask, Score, Subject, Task, TaskOptions, make_tasks, register
 
@@ -11,8 +11,10 @@ __all__ = [
     "Task",
     "TaskOptions",
     "TaskResult",
+    "arithmetic",
     "bits_per_byte",
     "evaluate",
+    "identity",
     "long_context",
     "make_tasks",
     "pond",

@@ -18,11 +18,21 @@ from typing import Any
 import numpy as np
 
 from minnow.config import UserError
-from minnow.tokenizer.special import CHAT_TOKENS, END_THINK, IM_END, IM_START, THINK
+from minnow.tokenizer.special import (
+    CHAT_TOKENS,
+    END_THINK,
+    END_TOOL_CALL,
+    IM_END,
+    IM_START,
+    THINK,
+    TOOL_CALL,
+)
 from minnow.tokenizer.tokenizer import Tokenizer
 
 ROLES = ("system", "user", "assistant", "tool")
 
+_TAGS = frozenset((THINK, END_THINK, TOOL_CALL, END_TOOL_CALL))
+"""What structures an assistant's turn."""
 _CONTROL = re.compile("(" + "|".join(map(re.escape, CHAT_TOKENS)) + ")")
 
 _TOOLS_BEFORE = (
@@ -128,21 +138,26 @@ def render_continuation(
     return writer.rendered().ids.tolist()
 
 
-def training_examples(tokenizer: Tokenizer, conversation: Conversation) -> list[Rendered]:
+def training_examples(tokenizer: Tokenizer, conversation: Conversation, *, tag_weight: float = 1.0) -> list[Rendered]:
     """The conversation as examples in which every assistant turn is trained once, in the form it is served in.
 
     A user message hides the reasoning before it, so a conversation with reasoning ahead of its last user
     message becomes one example per user turn; the turns before that one are its prompt and carry no loss.
     Any other is one example.
+
+    `tag_weight` is the loss weight of the tags that structure a trained turn (think, /think, tool_call, /tool_call),
+    known by where they stand in the message: the same words in anybody's text are text.
     """
     messages = conversation.messages
     users = [i for i, message in enumerate(messages) if message.role == "user"]
     if not any(_reasoning(message) for message in messages[: users[-1] if users else 0]):
-        return [render(tokenizer, conversation)]
+        writer = _Writer(tokenizer, tag_weight)
+        _write(writer, conversation, trained=range(len(messages)))
+        return [writer.rendered()]
     examples = []
     for start, end in zip([0, *users], [*users, len(messages)], strict=True):
         if any(message.role == "assistant" for message in messages[start:end]):
-            writer = _Writer(tokenizer)
+            writer = _Writer(tokenizer, tag_weight)
             turn = Conversation(messages[:end], conversation.tools)
             _write(writer, turn, trained=range(start, end))
             examples.append(writer.rendered())
@@ -159,9 +174,9 @@ class _Writer:
     """Collects control tokens and text; text between two control tokens is encoded as one, as a tokenizer
     would."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, tag_weight: float = 1.0) -> None:
         tokenizer.require_chat_tokens()
-        self._tokenizer = tokenizer
+        self._tokenizer, self._tag_weight = tokenizer, tag_weight
         self._between = _between(tokenizer)
         self._ids: list[int] = []
         self._weights: list[float] = []
@@ -172,7 +187,7 @@ class _Writer:
     def control(self, token: str, weight: float = 0.0) -> None:
         self.flush()
         self._ids.append(self._tokenizer.special_ids[token])
-        self._weights.append(weight)
+        self._weights.append(weight * self._tag_weight if token in _TAGS else weight)
 
     def text(self, text: str, weight: float = 0.0) -> None:
         self._text.append(text)

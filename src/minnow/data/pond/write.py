@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from minnow.config import UserError
+from minnow.data.pond.arithmetic import arithmetic_conversations
+from minnow.data.pond.identity import identity_conversations
 from minnow.data.pond.long_texts import long_documents
 from minnow.data.pond.questions import Question, Wording, conversations, question_documents, questions
 from minnow.data.pond.relations import LANGUAGES, RELATIONS
@@ -94,9 +96,9 @@ def write_pond(
 ) -> dict[str, int]:
     """Write the pond's files into a new folder, all or nothing; returns the rows of each file.
 
-    `world.json`; `pretrain.jsonl` and `validation.jsonl` ({"text", "language", "kind"}); `sft.jsonl`
-    ({"messages"}); `questions.jsonl` (the fields of `Question`); with `long_texts`, that many of about
-    `long_characters` in `long.jsonl`. Raises UserError when the folder holds something else.
+    `world.json`; `pretrain.jsonl` and `validation.jsonl` ({"text", "language", "kind"}); `sft.jsonl`, `identity.jsonl`
+    and `arithmetic.jsonl` ({"messages"}); `questions.jsonl` (the fields of `Question`); with `long_texts`, that many of
+    about `long_characters` in `long.jsonl`. Raises UserError when the folder holds something else.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "world.json").exists():
@@ -106,6 +108,8 @@ def write_pond(
         "pretrain.jsonl": map(_document_row, pretraining_documents(world, mentions=mentions)),
         "validation.jsonl": map(_document_row, validation_documents(world)),
         "sft.jsonl": map(_conversation_row, sft_conversations(world, conversation_count)),
+        "arithmetic.jsonl": map(_conversation_row, arithmetic_conversations(world, conversation_count // 2)),
+        "identity.jsonl": map(_conversation_row, identity_conversations(world, conversation_count // 4)),
         "questions.jsonl": map(dataclasses.asdict, all_questions(world)),
     }
     if long_texts:
@@ -136,7 +140,13 @@ def _document_row(document: PondDocument) -> dict[str, Any]:
 
 
 def _conversation_row(conversation: Conversation) -> dict[str, Any]:
-    return {"messages": [{"role": message.role, "content": message.content} for message in conversation.messages]}
+    messages = []
+    for message in conversation.messages:
+        row = {"role": message.role, "content": message.content}
+        if message.reasoning_content is not None:
+            row["reasoning_content"] = message.reasoning_content
+        messages.append(row)
+    return {"messages": messages}
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
