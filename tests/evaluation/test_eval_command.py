@@ -59,5 +59,5 @@ def test_bits_per_byte_of_files(run_folder, tmp_path):
 
 
 def test_an_unknown_task_is_one_line(run_folder, capsys):
-    assert main(["eval", str(run_folder), "--tasks", "arithmetic"]) == 2
-    assert "no such task; there are bpb, long-context, pond" in capsys.readouterr().err
+    assert main(["eval", str(run_folder), "--tasks", "algebra"]) == 2
+    assert "no such task; there are arithmetic, bpb," in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 from minnow.data.pond.identity import identity_questions
 from minnow.data.pond.world import World
 from minnow.engine.outputs import Completion, Completions
-from minnow.evaluation import TaskOptions, make_task
+from minnow.evaluation import TaskOptions, make_tasks
 from minnow.evaluation.arithmetic import ArithmeticTask, has_format
 from minnow.tokenizer import train_tokenizer
 
@@ -77,7 +77,7 @@ def test_arithmetic_figures() -> None:
 
 
 def test_identity_asks_unseen_wordings_only() -> None:
-    task = make_task("identity", TaskOptions())
+    (task,) = make_tasks("identity", TaskOptions())
     rows = task.rows()
     assert not {row.prompt for row in rows} & {row.prompt for row in identity_questions("en", "trained")}
     assert task.score(rows[0], rows[0].answer.upper().rstrip(".")).value == 1.0

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from minnow.data.pond.identity import identity_conversations, identity_questions
@@ -7,16 +9,12 @@ from minnow.data.pond.world import World
 
 @pytest.fixture(scope="module")
 def conversations():
-    return list(identity_conversations(World.generate(seed=0), 1500))
+    return list(identity_conversations(World.generate(seed=0), 3000))
 
 
 def test_every_question_has_one_answer_and_one_split():
-    rows = [
-        row
-        for language in LANGUAGES
-        for wording in ("trained", "unseen")
-        for row in identity_questions(language, wording)
-    ]
+    kinds = itertools.product(LANGUAGES, ("trained", "unseen"))
+    rows = [row for language, wording in kinds for row in identity_questions(language, wording)]
     assert len({row.prompt for row in rows}) == len(rows)
     assert {row.fact for row in rows if row.language == "en"} == {row.fact for row in rows if row.language == "zh"}
     assert all("{" not in row.prompt for row in rows)
