@@ -1,0 +1,79 @@
+"""A calculator over the syntax tree: numbers and operators, nothing that could run."""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable
+from fractions import Fraction
+
+from minnow.tools.tool import Tool, ToolError
+
+MAX_CHARACTERS = 200
+MAX_POWER = 64
+MAX_DIGITS = 60
+"""Larger results are refused: 9**9**9 would otherwise take for ever."""
+
+_OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: lambda a, b: Fraction(a // b),
+    ast.Mod: operator.mod,
+}
+_TRANSLATION = str.maketrans({"×": "*", "÷": "/", "−": "-", "（": "(", "）": ")", "^": "**", "，": "", ",": ""})
+
+
+def calculate(expression: str) -> str:
+    """The value of an expression of numbers with + - * / // % ** and brackets: exact, as an integer or a decimal.
+
+    Decimals have at most 10 digits after the point. × ÷ ^ and full-width brackets are understood. Raises ToolError.
+    """
+    if len(expression) > MAX_CHARACTERS:
+        raise ToolError(f"the expression has {len(expression)} characters, at most {MAX_CHARACTERS} are allowed")
+    try:
+        tree = ast.parse(expression.translate(_TRANSLATION).strip(), mode="eval")
+        value = _value(tree.body)
+    except ZeroDivisionError:
+        raise ToolError("division by zero") from None
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        raise ToolError(f"{expression!r} is no expression of numbers and operators") from None
+    if value.denominator == 1:
+        return str(value.numerator)
+    return f"{float(value):.10f}".rstrip("0").rstrip(".")
+
+
+def _value(node: ast.expr) -> Fraction:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        return _small(Fraction(str(node.value)))
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
+        value = _value(node.operand)
+        return -value if isinstance(node.op, ast.USub) else value
+    if isinstance(node, ast.BinOp):
+        left, right = _value(node.left), _value(node.right)
+        if isinstance(node.op, ast.Pow):
+            if right.denominator != 1 or abs(right) > MAX_POWER:
+                raise ToolError(f"powers are whole numbers up to {MAX_POWER}")
+            return _small(left ** int(right))
+        if type(node.op) in _OPERATORS:
+            return _small(_OPERATORS[type(node.op)](left, right))
+    raise ToolError("only numbers, + - * / // % ** and brackets are understood")
+
+
+def _small(value: Fraction) -> Fraction:
+    if max(abs(value.numerator), value.denominator) >= 10**MAX_DIGITS:
+        raise ToolError("the numbers are too large")
+    return value
+
+
+CALCULATOR = Tool(
+    "calculate",
+    "Compute an arithmetic expression.",
+    {
+        "type": "object",
+        "properties": {"expression": {"type": "string", "description": "such as (12 + 30) * 2"}},
+        "required": ["expression"],
+    },
+    calculate,
+)

@@ -1,0 +1,94 @@
+"""Python in a closed room: another process without network, without your files, with little memory and little time.
+
+For models that write programs. The code never runs in this process. Linux only: user, network and process namespaces
+(`unshare`) cut every connection, Landlock (see `closed_room.py`) every file but Python's own library and an empty
+folder, and resource limits stand on top. Where the kernel does not give all of it the tool refuses to exist; it never
+runs code outside the room.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+
+from minnow.config import UserError
+from minnow.tools.tool import Tool, ToolError
+
+MAX_OUTPUT = 2000
+"""Characters of output that the model reads."""
+
+
+def python_tool(*, seconds: int = 2, megabytes: int = 256) -> Tool:
+    """A tool that runs a program and returns what it printed; UserError where no closed room can be had."""
+    if not can_isolate():
+        raise UserError(
+            "the python tool needs Linux 5.13 or newer with Landlock and user namespaces (unshare --user --net): "
+            "it does not run code without them"
+        )
+
+    def python(code: str) -> str:
+        return run_python(code, seconds=seconds, megabytes=megabytes)
+
+    parameters = {
+        "type": "object",
+        "properties": {"code": {"type": "string", "description": "a program; print what you want to know"}},
+        "required": ["code"],
+    }
+    return Tool("python", "Run a Python program without network or files and read what it prints.", parameters, python)
+
+
+@lru_cache(maxsize=1)
+def can_isolate() -> bool:
+    """Whether a closed room can be had here: tried once, with an empty program."""
+    if not sys.platform.startswith("linux") or shutil.which("unshare") is None:
+        return False
+    try:
+        run_python("", seconds=5, megabytes=256)
+    except ToolError:
+        return False
+    return True
+
+
+_ROOM = ["unshare", "--user", "--net", "--ipc", "--pid", "--fork", "--kill-child"]
+_PROGRAM = str(Path(__file__).with_name("closed_room.py"))
+
+
+def run_python(code: str, *, seconds: int, megabytes: int) -> str:
+    """Run `code`; what it printed, cut at MAX_OUTPUT. Raises ToolError with the last line of an exception or the limit
+    met.
+
+    Limits: CPU seconds, address space, no file above 1 MB, 16 open files. The folder it runs in is deleted afterwards.
+    """
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+        resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    with tempfile.TemporaryDirectory(prefix="minnow-python-") as folder:
+        try:
+            result = subprocess.run(
+                [*_ROOM, sys.executable, "-I", "-S", _PROGRAM],
+                capture_output=True,
+                input=code.encode("utf-8", "replace"),
+                cwd=folder,
+                env={},
+                timeout=2 * seconds + 1,
+                preexec_fn=limit,
+            )
+        except subprocess.TimeoutExpired:
+            raise ToolError(f"stopped after {2 * seconds + 1} seconds") from None
+    output = result.stdout.decode("utf-8", "replace")[:MAX_OUTPUT]
+    if result.returncode == 0:
+        return output.strip() or "(nothing was printed)"
+    lines = result.stderr.decode("utf-8", "replace").strip().splitlines()
+    if not lines or lines[-1].startswith("unshare:"):  # a signal ended it: there is no traceback
+        raise ToolError(f"stopped: it took more than {seconds} seconds of computing, or wrote too much")
+    raise ToolError(lines[-1][:200])

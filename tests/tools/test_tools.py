@@ -1,0 +1,126 @@
+"""Tools: right results, and every way to misuse them comes back as words."""
+
+import json
+import re
+import subprocess
+import time
+
+import pytest
+
+from minnow.tokenizer.chat import ToolCall
+from minnow.tools import CALCULATOR, CLOCK, ToolError, calculate, call_tool, lookup_tool
+from minnow.tools.sandbox import can_isolate, python_tool, run_python
+
+
+@pytest.mark.parametrize(
+    ("expression", "value"),
+    [
+        ("2 + 3 * 4", "14"),
+        ("(12 + 30) × 2", "84"),
+        ("7 / 2", "3.5"),
+        ("0.1 + 0.2", "0.3"),
+        ("1 / 3", "0.3333333333"),
+        ("-7 // 2", "-4"),
+        ("17 % 5", "2"),
+        ("2 ^ 10", "1024"),
+        ("1,000 + 1", "1001"),
+        ("2 ** -2", "0.25"),
+        ("（3 − 1）÷ 4", "0.5"),
+    ],
+)
+def test_calculator(expression, value):
+    assert calculate(expression) == value
+
+
+@pytest.mark.parametrize(
+    "expression",
+    ["", "1 +", "1 / 0", "9**9**9", "2 ** 1000", "__import__('os')", "a", "(1).real", "[1][0]", "True + 1", "1j",
+     "'a' * 9", "(" * 150 + "1", "1" * 201, "10 ** 60 * 10", "1 if 1 else 2", "x := 3", "1\x00"],
+)  # fmt: skip
+def test_what_the_calculator_refuses_quickly(expression):
+    start = time.process_time()
+    with pytest.raises(ToolError):
+        calculate(expression)
+    assert time.process_time() - start < 1
+
+
+def test_calls_and_their_mistakes():
+    tools = [CALCULATOR, CLOCK, lookup_tool({"Fenbin": {"home": "the lake"}})]
+
+    def result(name, **arguments):
+        return call_tool(tools, ToolCall(name, arguments))
+
+    assert result("calculate", expression="6 * 7") == "42"
+    assert re.fullmatch(r"\w+day \d{4}-\d\d-\d\d \d\d:\d\d", result("clock"))
+    assert result("look_up", subject="fenbin ", property="home") == "the lake"
+    for name, arguments, word in (
+        ("calculate", {}, "takes expression"),
+        ("calculate", {"expression": "1", "more": 2}, "takes expression"),
+        ("calculate", {"expression": 4}, "of type string"),
+        ("calculate", {"expression": "1/0"}, "division by zero"),
+        ("look_up", {"subject": "Nobody", "property": "home"}, "nothing is known"),
+        ("look_up", {"subject": "Fenbin", "property": "colour"}, "one of home"),
+        ("clock", {"zone": "x"}, "no arguments"),
+        ("os.system", {}, "there is no tool"),
+    ):
+        assert word in json.loads(result(name, **arguments))["error"]
+    assert CALCULATOR.schema["function"]["name"] == "calculate"
+
+
+closed_room = pytest.mark.skipif(not can_isolate(), reason="no user namespaces here")
+
+
+@closed_room
+def test_python_in_a_closed_room():
+    tool = python_tool(seconds=1, megabytes=200)
+    assert call_tool([tool], ToolCall("python", {"code": "print(sum(range(101)))"})) == "5050"
+    assert call_tool([tool], ToolCall("python", {"code": "pass"})) == "(nothing was printed)"
+
+
+@closed_room
+@pytest.mark.parametrize(
+    ("code", "sign"),
+    [
+        ("1/0", "ZeroDivisionError"),
+        ("while True: pass", "stopped"),
+        ("x = 'a' * (1 << 40)", "MemoryError"),
+        ("import socket; socket.create_connection(('1.1.1.1', 80), 1)", "unreachable"),
+        ("import urllib.request; urllib.request.urlopen('http://127.0.0.1:1')", "URLError"),
+        ("open('big', 'wb').write(b'x' * (2 << 20))", "File too large"),
+        ("import os; print(os.environ['HOME'])", "KeyError"),
+        ("import torch", "No module named"),
+    ],
+)
+def test_what_python_cannot_do(code, sign):
+    with pytest.raises(ToolError, match=sign):
+        run_python(code, seconds=1, megabytes=200)
+
+
+@closed_room
+def test_nothing_of_it_stays(tmp_path):
+    """A process that it leaves behind dies with the room."""
+    run_python("import os, time\nif os.fork() == 0: time.sleep(77)", seconds=1, megabytes=200)
+    time.sleep(0.2)
+    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
+    assert "closed_room.py" not in running
+
+
+@closed_room
+def test_files_of_the_user_are_out_of_reach(tmp_path):
+    secret = tmp_path / "secret"
+    secret.write_text("mine")
+    for code in (
+        f"print(open({str(secret)!r}).read())",
+        f"import os; os.remove({str(secret)!r})",
+        "open('/etc/passwd')",
+    ):
+        with pytest.raises(ToolError, match="PermissionError"):
+            run_python(code, seconds=1, megabytes=200)
+    assert secret.read_text() == "mine"
+    assert run_python("open('x', 'w').write('y'); print(open('x').read())", seconds=1, megabytes=200) == "y"
+
+
+def test_without_namespaces_there_is_no_python_tool(monkeypatch):
+    monkeypatch.setattr("minnow.tools.sandbox.can_isolate", lambda: False)
+    with pytest.raises(Exception, match="needs Linux"):
+        python_tool()
