@@ -1,13 +1,101 @@
-"""The environments by name."""
+"""The environments by name: a question, tools that are really called, and a little game."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
+from minnow.config import UserError
+from minnow.data.pond.relations import LANGUAGES, RELATIONS
+from minnow.data.pond.write import load_world
 from minnow.data.prompts import Prompt
-from minnow.rl.environment import Environment, SingleTurn
+from minnow.rl.environment import Environment, Reply, SingleTurn
+from minnow.tokenizer.chat import Conversation, Message
+from minnow.tools import CALCULATOR, Tool, ToolError, call_tool, lookup_tool
+from minnow.tools.sandbox import python_tool
 
-EnvironmentName = Literal["question"]
+EnvironmentName = Literal["question", "calculator", "look_up", "python", "guess"]
 
-ENVIRONMENTS: dict[EnvironmentName, Callable[[Prompt], Environment]] = {"question": SingleTurn}
+
+@dataclass
+class ToolUse:
+    """A question and tools: every call is answered, and a turn without a call ends the episode. Rewards judge its
+    answer."""
+
+    prompt: Prompt
+    tools: Sequence[Tool]
+
+    def reset(self) -> Conversation:
+        """Return the prompt with the tools described."""
+        return Conversation(self.prompt.conversation.messages, tuple(tool.schema for tool in self.tools))
+
+    def step(self, answer: Message) -> Reply:
+        """Call what is to be called; mistakes come back as words."""
+        if not answer.tool_calls:
+            return Reply(done=True)
+        return Reply(tuple(Message("tool", call_tool(self.tools, call)) for call in answer.tool_calls))
+
+
+class GuessNumber:
+    """A little game: find a number from 1 to `highest` (the row's `highest`, else 15) with the tool `guess`.
+
+    The prompt's reference is the number; without one it is drawn from the prompt's text. Finding it earns 1.
+    """
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self.highest = int(prompt.row.get("highest", 15))
+        if prompt.reference is None:
+            self.secret = random.Random(str(prompt.conversation.messages)).randint(1, self.highest)
+        else:
+            self.secret = int(prompt.reference)
+        parameters = {"type": "object", "properties": {"number": {"type": "integer"}}, "required": ["number"]}
+        self.tool = Tool("guess", f"Guess the number from 1 to {self.highest}.", parameters, self._guess)
+        self.found = False
+
+    def reset(self) -> Conversation:
+        """Return the prompt with the tool described."""
+        self.found = False
+        return Conversation(self.prompt.conversation.messages, (self.tool.schema,))
+
+    def step(self, answer: Message) -> Reply:
+        """Say higher or lower; the first call of a turn counts."""
+        if not answer.tool_calls:
+            return Reply(done=True)
+        result = call_tool([self.tool], answer.tool_calls[0])
+        return Reply((Message("tool", result),), done=self.found, reward=float(self.found))
+
+    def _guess(self, number: int) -> str:
+        if not 1 <= number <= self.highest:
+            raise ToolError(f"the number is from 1 to {self.highest}")
+        self.found = number == self.secret
+        return "found" if self.found else "higher" if self.secret > number else "lower"
+
+
+def environment_maker(name: EnvironmentName, *, pond: str | None) -> Callable[[Prompt], Environment]:
+    """The function that makes an episode of a prompt. `pond`: folder with the world that `look_up` knows."""
+    if name == "question":
+        return SingleTurn
+    if name == "guess":
+        return GuessNumber
+    if name == "calculator":
+        tools = [CALCULATOR]
+    elif name == "python":
+        tools = [python_tool()]
+    else:
+        if pond is None:
+            raise UserError("environment look_up needs the world it looks things up in: say --pond DIR")
+        tools = [lookup_tool(_facts(Path(pond)), description="Look up a fact about a creature.")]
+    return lambda prompt: ToolUse(prompt, tools)
+
+
+def _facts(folder: Path) -> dict[str, dict[str, str]]:
+    """Every creature's facts, under its English and its Chinese name, in that language."""
+    return {
+        creature.name(language): {relation: creature.fact(relation, language) for relation in RELATIONS}
+        for creature in load_world(folder).creatures
+        for language in LANGUAGES
+    }

@@ -17,7 +17,7 @@ from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
 from minnow.report.run_report import write_report
 from minnow.rl.algorithm import AlgorithmConfig
 from minnow.rl.critic import Critic
-from minnow.rl.environments import ENVIRONMENTS, EnvironmentName
+from minnow.rl.environments import EnvironmentName, environment_maker
 from minnow.rl.experience import PolicyBatch, PolicyObjective
 from minnow.rl.figures import Watch, WatchConfig
 from minnow.rl.held_out import HeldOut
@@ -49,7 +49,11 @@ class Config:
     held_out: tuple[str, ...] = ()
     """Files of the same kind that are only asked, greedily, at validations."""
     environment: EnvironmentName = "question"
-    """question: one answer, which the rewards judge. Others reply to tool calls over several turns."""
+    """question: one answer, which the rewards judge. Over several turns (rollout.max_turns): calculator, look_up (in a
+    pond),
+    python (in a closed room), guess (a game)."""
+    pond: str | None = None
+    """Folder of the world that the environment look_up knows."""
     phases: int = 100
     """Phases of rollouts; each gives algorithm.epochs x algorithm.minibatches updates."""
     sequence_length: int = 1024
@@ -91,7 +95,9 @@ def run(config: Config) -> None:
             f"sequence_length {config.sequence_length}"
         )
     prompts, held_out = read_prompts(config.prompts), read_prompts(config.held_out) if config.held_out else []
-    environment = ENVIRONMENTS[config.environment]
+    environment = environment_maker(config.environment, pond=config.pond)
+    if config.environment != "question" and config.rollout.max_turns < 2:
+        raise UserError(f"environment {config.environment} replies to the model: give rollout.max_turns of at least 2")
     thinking = config.rollout.enable_thinking
     rewarder = Rewarder(config.rewards, enable_thinking=thinking)
 
