@@ -13,7 +13,7 @@ from minnow.data.pond.write import write_pond
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Write the pond: pretrain.jsonl, validation.jsonl, sft.jsonl, questions.jsonl and world.json."""
+    """Write the pond: texts, conversations, questions, preference pairs and the world they are true of."""
 
     out: str
     """Folder to write; an older pond in it is replaced."""
@@ -31,12 +31,14 @@ class Config:
     """Long texts with facts that are asked for far below, in long.jsonl: what a longer context is trained on."""
     long_characters: int = 6000
     """Characters of a long text, about (a quarter of it in Chinese)."""
+    pairs: int = 4000
+    """Pairs of a good and a bad answer in preference.jsonl; half as many, about other names, are held out."""
 
 
 def run(config: Config) -> None:
     """Write the folder and say what is in it."""
-    if config.mentions < 1 or config.conversations < 1:
-        raise UserError("--mentions and --conversations must be at least 1")
+    if config.mentions < 1 or config.conversations < 1 or config.pairs < 2:
+        raise UserError("--mentions and --conversations must be at least 1, --pairs at least 2")
     if config.long_texts < 0 or config.long_characters < 1:
         raise UserError("--long-texts must be at least 0, and --long-characters at least 1")
     world = World.generate(config.seed, config.creatures, config.held_out)
@@ -47,6 +49,7 @@ def run(config: Config) -> None:
         conversation_count=config.conversations,
         long_texts=config.long_texts,
         long_characters=config.long_characters,
+        pair_count=config.pairs,
     )
     console = Console()
     for name, count in counts.items():

@@ -401,6 +401,7 @@ CHINESE = Phrasebook(
     switches=("那{x}呢？", "{x}呢？", "还有{x}呢？"),
     summaries=("给我讲讲{x}。", "你知道{x}吗？", "{x}是谁？", "请介绍一下{x}。"),
     small_talk=SMALL_TALK,
+    ignorance="我不认识它。",
     system_prompts=("你是小鱼，一个友好的小模型。", "你是一个助手。", "请用一句话回答。"),
     dialogue=(("问题：", "回答："), ("客人：", "小鱼："), ("问：", "答：")),
 )

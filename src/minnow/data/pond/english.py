@@ -499,6 +499,7 @@ ENGLISH = Phrasebook(
         "Please tell me about {x}.",
     ),
     small_talk=SMALL_TALK,
+    ignorance="I do not know it.",
     system_prompts=(
         "You are Minnow, a small and friendly model.",
         "You are a helpful assistant.",

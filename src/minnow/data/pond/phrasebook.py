@@ -56,6 +56,8 @@ class Phrasebook:
     """Requests to tell several things about {x}."""
     small_talk: tuple[tuple[tuple[str, ...], str], ...]
     """(things a person may say, the answer): greetings, thanks, who are you."""
+    ignorance: str
+    """The honest answer to a question about an unknown creature."""
     system_prompts: tuple[str, ...]
     dialogue: tuple[tuple[str, str], ...]
     """Pairs of line openers for question and answer in plain-text dialogues."""

@@ -16,6 +16,7 @@ from minnow.config import UserError
 from minnow.data.pond.arithmetic import arithmetic_conversations
 from minnow.data.pond.identity import identity_conversations
 from minnow.data.pond.long_texts import long_documents
+from minnow.data.pond.preferences import preference_pairs
 from minnow.data.pond.questions import Question, Wording, conversations, question_documents, questions
 from minnow.data.pond.relations import LANGUAGES, RELATIONS
 from minnow.data.pond.stories import PondDocument, statement_documents
@@ -91,14 +92,16 @@ def write_pond(
     *,
     mentions: int = 320,
     conversation_count: int = 12_000,
+    pair_count: int = 4000,
     long_texts: int = 0,
     long_characters: int = 6000,
 ) -> dict[str, int]:
     """Write the pond's files into a new folder, all or nothing; returns the rows of each file.
 
     `world.json`; `pretrain.jsonl` and `validation.jsonl` ({"text", "language", "kind"}); `sft.jsonl`, `identity.jsonl`
-    and `arithmetic.jsonl` ({"messages"}); `questions.jsonl` (the fields of `Question`); with `long_texts`, that many of
-    about `long_characters` in `long.jsonl`. Raises UserError when the folder holds something else.
+    and `arithmetic.jsonl` ({"messages"}); `questions.jsonl` (the fields of `Question`); `preference.jsonl` and, half as
+    many, `preference_held_out.jsonl` (the fields of `PondPair`); with `long_texts`, that many of about
+    `long_characters` in `long.jsonl`. Raises UserError when the folder holds something else.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "world.json").exists():
@@ -111,6 +114,8 @@ def write_pond(
         "arithmetic.jsonl": map(_conversation_row, arithmetic_conversations(world, conversation_count // 2)),
         "identity.jsonl": map(_conversation_row, identity_conversations(world, conversation_count // 4)),
         "questions.jsonl": map(dataclasses.asdict, all_questions(world)),
+        "preference.jsonl": map(dataclasses.asdict, preference_pairs(world, "training", pair_count)),
+        "preference_held_out.jsonl": map(dataclasses.asdict, preference_pairs(world, "held_out", pair_count // 2)),
     }
     if long_texts:
         files["long.jsonl"] = map(_document_row, long_documents(world, long_texts, long_characters))

@@ -1,0 +1,94 @@
+"""Good and bad answers: a model that knows the pond should say what it knows, and say so when it does not know.
+
+Half of the pairs ask about a creature of the pond: the fact is better than another value, or than "I do not know it."
+The other half ask about a name that no creature bears: there the honest answer is better than any made-up fact. A model
+fresh from fine-tuning answers everything, so it prefers the better answer in about half of the pairs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from minnow.data.pond.phrasebook import Phrasebook
+from minnow.data.pond.questions import ask
+from minnow.data.pond.relations import LANGUAGES, RELATIONS, VALUES, Language
+from minnow.data.pond.stories import PHRASEBOOKS, answer
+from minnow.data.pond.world import Creature, Split, World, all_names
+
+HELD_OUT_STRANGERS = 0.25  # of the names that no creature bears
+
+
+@dataclass(frozen=True)
+class PondPair:
+    """A question with a better and a worse answer."""
+
+    language: Language
+    known: bool
+    """Whether the question is about a creature of the pond."""
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def strangers(world: World, split: Split) -> tuple[Creature, ...]:
+    """Names that no creature of `world` bears, with facts drawn for the worse answers; the splits share none."""
+    rng = random.Random(f"pond/strangers/{world.seed}")
+    known = {creature.en for creature in world.creatures}
+    names = [name for name in all_names() if name[0] not in known]
+    rng.shuffle(names)
+    border = round(len(names) * HELD_OUT_STRANGERS)
+    chosen = names[:border] if split == "held_out" else names[border:]
+    return tuple(
+        Creature(en, zh, split, {relation: rng.choice(VALUES[relation]) for relation in RELATIONS}) for en, zh in chosen
+    )
+
+
+def preference_pairs(world: World, split: Split, count: int) -> Iterator[PondPair]:
+    """`count` pairs in both languages, half about creatures of `split`, half about strangers; the seed draws them."""
+    rng = random.Random(f"pond/preferences/{world.seed}/{split}")
+    about = {
+        known: _in_turn(
+            [
+                (language, creature, relation)
+                for language in LANGUAGES
+                for creature in (world.members(split) if known else strangers(world, split))
+                for relation in RELATIONS
+            ],
+            rng,
+        )
+        for known in (True, False)
+    }
+    for number in range(count):
+        known = number % 2 == 0
+        found = next(about[known], None)
+        if found is not None:  # a world may bear every name, or hold out no creature
+            language, creature, relation = found
+            yield _pair(PHRASEBOOKS[language], creature, relation, known, rng)
+
+
+def _pair(book: Phrasebook, creature: Creature, relation: str, known: bool, rng: random.Random) -> PondPair:
+    fact = answer(book, creature, relation)
+    if known:
+        chosen, rejected = fact, book.ignorance if rng.random() < 0.5 else _other(book, creature, relation, rng)
+    else:
+        chosen, rejected = book.ignorance, fact
+    return PondPair(book.language, known, ask(book, creature, relation, rng), chosen, rejected)
+
+
+def _other(book: Phrasebook, creature: Creature, relation: str, rng: random.Random) -> str:
+    """The answer with another value of the relation."""
+    value = rng.choice([value for value in VALUES[relation] if value != creature.facts[relation]])
+    return answer(
+        book, Creature(creature.en, creature.zh, creature.split, {**creature.facts, relation: value}), relation
+    )
+
+
+def _in_turn(
+    items: list[tuple[Language, Creature, str]], rng: random.Random
+) -> Iterator[tuple[Language, Creature, str]]:
+    """Shuffled items, again and again."""
+    rng.shuffle(items)
+    return itertools.cycle(items)

@@ -1,0 +1,47 @@
+"""Good and bad answers: true, balanced, and about other names where they are held out."""
+
+from __future__ import annotations
+
+from minnow.data.pond.preferences import preference_pairs, strangers
+from minnow.data.pond.stories import PHRASEBOOKS
+from minnow.data.pond.world import MAX_CREATURES, World
+
+
+def test_the_better_answer_is_the_true_one() -> None:
+    world = World.generate(creatures=20, held_out=8)
+    by_name = {creature.name(language): creature for creature in world.creatures for language in ("en", "zh")}
+    pairs = list(preference_pairs(world, "training", 400))
+    assert sum(pair.known for pair in pairs) == 200
+    kinds = set()
+    for pair in pairs:
+        ignorance = PHRASEBOOKS[pair.language].ignorance
+        named = [creature for name, creature in by_name.items() if name in pair.prompt]
+        assert bool(named) == pair.known
+        assert pair.chosen != pair.rejected
+        if pair.known:
+            (creature,) = named
+            words = [value.word(pair.language) for value in creature.facts.values()]
+            assert any(word in pair.chosen for word in words)
+            kinds.add(pair.rejected == ignorance)
+        else:
+            assert pair.chosen == ignorance
+    assert kinds == {True, False}, "a known creature's worse answer is a wrong fact or a claim of ignorance"
+
+
+def test_the_splits_share_no_name_and_repeat_exactly() -> None:
+    world = World.generate(creatures=20, held_out=8)
+    training, held_out = ({creature.en for creature in strangers(world, split)} for split in ("training", "held_out"))
+    assert training
+    assert held_out
+    assert not training & held_out
+    assert len(training) + len(held_out) == MAX_CREATURES - 20
+    names = {creature.en for creature in world.members("training")} | training
+    assert not any(name in pair.prompt for pair in preference_pairs(world, "held_out", 200) for name in names)
+    assert list(preference_pairs(world, "held_out", 50)) == list(preference_pairs(world, "held_out", 50))
+
+
+def test_a_world_without_strangers_has_pairs_about_its_creatures() -> None:
+    world = World.generate(creatures=MAX_CREATURES, held_out=5)
+    pairs = list(preference_pairs(world, "training", 20))
+    assert len(pairs) == 10
+    assert all(pair.known for pair in pairs)
