@@ -47,6 +47,7 @@ COMMANDS: dict[str, Command] = {
     "ppo": Command("rl", "rl with PPO's preset: a critic values every token", preset="ppo"),
     "spo": Command("rl", "rl with SPO's preset: one answer a prompt, values remembered", preset="spo"),
     "dpo": Command("dpo", "teach a model which of two answers is the better one (DPO and its kin)"),
+    "reward": Command("reward", "make a model that judges answers from one that writes them"),
     "generate": Command("generate", "continue a text"),
     "chat": Command("chat", "talk with a model in the terminal"),
     "serve": Command("serve", "models behind OpenAI's API, streaming, many clients at once"),

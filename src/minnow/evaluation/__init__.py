@@ -1,6 +1,6 @@
 """Examination of models: tasks with error bars. Importing this package registers the tasks."""
 
-from minnow.evaluation import arithmetic, bits_per_byte, identity, long_context, pond
+from minnow.evaluation import arithmetic, bits_per_byte, identity, judge, long_context, pond, preference
 from minnow.evaluation.evaluate import TaskResult, evaluate
 from minnow.evaluation.registry import GenerationTask, Score, Subject, Task, TaskOptions, make_tasks, register
 
@@ -15,8 +15,10 @@ __all__ = [
     "bits_per_byte",
     "evaluate",
     "identity",
+    "judge",
     "long_context",
     "make_tasks",
     "pond",
+    "preference",
     "register",
 ]

@@ -112,6 +112,10 @@ class TaskOptions:
     """A folder that `minnow data pond` wrote."""
     texts: tuple[str, ...] = ()
     """Text files to measure bits per byte on."""
+    pairs: tuple[str, ...] = ()
+    """Files of preference pairs."""
+    judge: str | None = None
+    """A reward model's folder."""
     context: int | None = None
     """Longest text of long-context, in tokens."""
 

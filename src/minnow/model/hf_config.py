@@ -95,6 +95,7 @@ def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
     """Read the content of a config.json; UserError, naming `where`, for what this decoder does not
     compute."""
     model_type, name = content.get("model_type"), (content.get("architectures") or ["none named"])[0]
+    name = name.replace("ForSequenceClassification", "ForCausalLM")  # a reward model: the same decoder, another head
     if model_type not in _DEFAULT_POSITIONS or name not in (*_MODEL_TYPES, "none named"):
         raise UserError(
             f"{where}: architecture {name} (model_type {model_type!r}) is not supported; "

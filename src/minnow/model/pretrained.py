@@ -20,6 +20,7 @@ from minnow.model.adapter import attach_adapter, base_of, is_adapter, load_adapt
 from minnow.model.config import ModelConfig
 from minnow.model.hf_config import architecture, from_hf_config, to_hf_config
 from minnow.model.lora import merge_lora
+from minnow.model.reward_model import RewardModel, classification_config, is_classification
 from minnow.model.stacking import stack_experts, unstack_experts
 from minnow.model.transformer import CausalLM
 
@@ -68,7 +69,10 @@ def _write_model(model: CausalLM, folder: Path, tokenizer: Tokenizer | None, dty
     stored = model.head_weight.dtype if dtype is None else dtype
     token_ids = _token_ids(tokenizer)
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
-    _write_json(folder / "config.json", to_hf_config(model.config, stored, token_ids))
+    content = to_hf_config(model.config, stored, token_ids)
+    if isinstance(model, RewardModel):
+        content = classification_config(content)
+    _write_json(folder / "config.json", content)
     if tokenizer is not None:
         stops = [tokenizer.end_of_text_id]
         if tokenizer.has_chat_tokens:
@@ -94,6 +98,8 @@ def load_pretrained(
             parameter.data = parameter.data.to(dtype or parameter.dtype)  # the routers' biases stay fp32
         model.compute_dtype = model.head_weight.dtype
         return model
+    if is_reward_model(folder):
+        raise UserError(f"{folder}: a reward model, which writes nothing (use it with minnow eval --judge)")
     config = read_config(folder)
     weights = stack_experts(_read_weights(folder))
     if architecture(config) == "Glm4MoeForCausalLM" and _is_tied(weights):
@@ -101,12 +107,41 @@ def load_pretrained(
         config = dataclasses.replace(config, tie_word_embeddings=True)
     with torch.device("meta"):
         model = CausalLM(config)
+    _fill(model, weights, folder, dtype, device)
+    return model
+
+
+def load_reward_model(
+    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> RewardModel:
+    """Read a sequence-classification folder with one label (ours or anybody's) whose decoder is one of ours."""
+    folder = resolve_model_folder(folder)
+    if not is_reward_model(folder):
+        raise UserError(f"{folder}: a language model, not a reward model (minnow reward makes one of it)")
+    with torch.device("meta"):
+        model = RewardModel(read_config(folder))
+    weights = stack_experts(_read_weights(folder))
+    weights.pop("lm_head.weight", None)  # some writers leave it in
+    _fill(model, weights, folder, dtype, device)
+    return model
+
+
+def is_reward_model(folder: Path) -> bool:
+    """Whether a resolved folder holds a sequence-classification model."""
+    if is_adapter(folder):
+        return False
+    return is_classification(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+
+
+def _fill(
+    model: CausalLM, weights: dict[str, Tensor], folder: Path, dtype: torch.dtype | None, device: torch.device | str
+) -> None:
+    """Check the weights against a model made on "meta" and put them into it."""
     _drop_duplicates(model, weights)
     _check_weights(model, weights, folder)
     weights = {name: tensor.to(device, _stored_dtype(name, tensor, dtype)) for name, tensor in weights.items()}
     model.load_state_dict(weights, assign=True)
     model.compute_dtype = model.head_weight.dtype
-    return model
 
 
 def load_with_adapter(folder: str | Path, base: str | Path | None = None) -> CausalLM:
@@ -124,7 +159,8 @@ def load_weights(model: CausalLM, folder: str | Path) -> None:
     if model.adapter is not None:
         load_adapter_weights(model, Path(folder))
     else:
-        model.load_state_dict(load_pretrained(folder, dtype=model.head_weight.dtype).state_dict())
+        load = load_reward_model if isinstance(model, RewardModel) else load_pretrained
+        model.load_state_dict(load(folder, dtype=model.head_weight.dtype).state_dict())
 
 
 def read_config(folder: str | Path) -> ModelConfig:

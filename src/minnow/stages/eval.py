@@ -27,11 +27,17 @@ class Config(ContextConfig):
     """Model folder, run folder or Hub id."""
     tasks: tuple[str, ...] = ("pond", "bpb")
     """What to examine: pond (held-out questions, exact match), bpb (bits per byte), long-context (bits per byte by
-    position and hidden facts, beyond the trained length)."""
+    position and hidden facts, beyond the trained length), preference (is the better answer of a pair the likelier
+    one), judge (the marks that --judge gives)."""
     pond: str | None = None
     """Pond folder that the model was trained on; by default the one beside the model or in its run folder."""
     text: tuple[str, ...] = ()
     """Texts for bpb (one figure per file or folder) and long-context: jsonl, parquet, txt; by default the pond's."""
+    pairs: tuple[str, ...] = ()
+    """Preference pairs for preference and judge, one figure per file; by default held-out ones of the pond."""
+    judge: str | None = None
+    """Reward model that judges the model's answers: a folder of minnow reward, or any with one label that transformers
+    loads. It adds the task judge."""
     context: int | None = None
     """Tokens of the texts of long-context; by default 4 times the trained length."""
     plot: str | None = None
@@ -61,9 +67,12 @@ def run(config: Config) -> None:
         subject=Subject(model, tokenizer),
         pond=None if config.pond is None else Path(config.pond),
         texts=config.text,
+        pairs=config.pairs,
+        judge=config.judge,
         context=config.context,
     )
-    tasks = [task for name in config.tasks for task in make_tasks(name, options)]
+    names = config.tasks if config.judge is None or "judge" in config.tasks else (*config.tasks, "judge")
+    tasks = [task for name in names for task in make_tasks(name, options)]
     results = evaluate(model, tokenizer, tasks, max_rows=config.max_rows)
     show(results, Console())
     if config.json is not None:

@@ -1,0 +1,163 @@
+"""The task `judge`: a reward model gives marks to the model's answers; and how far it can be trusted with pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from minnow.config import UserError
+from minnow.engine.sampling import SamplingParams
+from minnow.evaluation.bits_per_byte import packed_hidden
+from minnow.evaluation.preference import LabelledPair, PairTask, groups, in_pairs, labelled_pairs, shown, win
+from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, register
+from minnow.evaluation.statistics import Interval, bootstrap_ratio
+from minnow.model.pretrained import is_reward_model, load_reward_model, resolve_model_folder
+from minnow.model.reward_model import RewardModel
+from minnow.tokenizer.chat import Conversation, Message, render
+from minnow.tokenizer.tokenizer import Tokenizer
+
+MAX_TOKENS = 256
+
+
+class Judge(Protocol):
+    """Gives a conversation one number: the greater, the better its last answer."""
+
+    def __call__(self, conversations: Sequence[Conversation]) -> list[float]:
+        """Judge each conversation."""
+        ...
+
+
+class RewardModelJudge:
+    """A reward model with our decoder, read in packed batches."""
+
+    def __init__(self, model: RewardModel, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    @torch.no_grad()
+    def __call__(self, conversations: Sequence[Conversation]) -> list[float]:
+        """The reward at each conversation's last token."""
+        rewards: list[float] = []
+        for group in groups(conversations):
+            texts = [render(self.tokenizer, conversation).ids.tolist() for conversation in group]
+            hidden_ND = packed_hidden(self.model, texts)
+            last = torch.tensor([len(text) for text in texts], device=hidden_ND.device).cumsum(0) - 1
+            rewards += self.model.rewards(hidden_ND[last]).tolist()
+        return rewards
+
+
+class TransformersJudge:
+    """Any sequence-classification model with one label that transformers can load, no code of its own run."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        try:
+            self.model = AutoModelForSequenceClassification.from_pretrained(folder).to(device).eval()
+            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(f"{folder}: transformers cannot load it as a reward model: {error}") from error
+        if self.model.config.num_labels != 1:
+            raise UserError(f"{folder}: it gives {self.model.config.num_labels} numbers, a reward model gives one")
+        if self.tokenizer.chat_template is None:
+            raise UserError(f"{folder}: its tokenizer has no chat template, so it cannot read conversations")
+
+    @torch.no_grad()
+    def __call__(self, conversations: Sequence[Conversation]) -> list[float]:
+        """The model's only logit, one conversation at a time: models differ in how they take padding."""
+        rewards = []
+        for conversation in conversations:
+            messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(self.model.device)
+            rewards.append(float(self.model(**inputs).logits[0, 0]))
+        return rewards
+
+
+def load_judge(model: str | Path, device: torch.device) -> Judge:
+    """The reward model in a folder, a run folder or on the Hub; read by us where the decoder is ours."""
+    folder = resolve_model_folder(model)
+    if not is_reward_model(folder):
+        raise UserError(f"--judge {model}: not a sequence-classification model (minnow reward trains one)")
+    try:
+        reward_model = load_reward_model(folder, device=device)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        tokenizer.require_chat_tokens()
+    except UserError:  # another decoder or template than ours
+        return TransformersJudge(folder, device)
+    return RewardModelJudge(reward_model, tokenizer)
+
+
+class JudgeAccuracy(PairTask):
+    """Share of pairs that the judge itself gets right: how far the figures below it can be trusted."""
+
+    name = "judge_accuracy"
+
+    def __init__(self, pairs: Sequence[LabelledPair], judge: Judge) -> None:
+        super().__init__(pairs)
+        self.judge = judge
+
+    def score_rows(self, subject: Subject, rows: Sequence[LabelledPair]) -> list[Score]:
+        """Judge both answers of each pair."""
+        both = [
+            Conversation((*row.pair.prompt, *answer), row.pair.tools)
+            for row in rows
+            for answer in (row.pair.chosen, row.pair.rejected)
+        ]
+        return [
+            Score(win(chosen, rejected), details=shown(row) | {"chosen_reward": chosen, "rejected_reward": rejected})
+            for row, (chosen, rejected) in zip(rows, in_pairs(self.judge(both)), strict=True)
+        ]
+
+
+class JudgedAnswers(PairTask):
+    """Mean reward of the model's own answers to the pairs' prompts, in the judge's unit."""
+
+    name = "judged_reward"
+    unit = "reward"
+
+    def __init__(self, pairs: Sequence[LabelledPair], judge: Judge) -> None:
+        super().__init__(pairs)
+        self.judge = judge
+
+    def score_rows(self, subject: Subject, rows: Sequence[LabelledPair]) -> list[Score]:
+        """Let the model answer greedily, and judge."""
+        answers = _answers(subject, rows)
+        rewards = self.judge(
+            [
+                Conversation((*row.pair.prompt, Message("assistant", answer)), row.pair.tools)
+                for row, answer in zip(rows, answers, strict=True)
+            ]
+        )
+        return [
+            Score(reward, details=shown(row) | {"answer": answer})
+            for row, answer, reward in zip(rows, answers, rewards, strict=True)
+        ]
+
+    def error_bar(self, scores: Sequence[Score]) -> Interval:
+        """Bootstrap over prompts."""
+        return bootstrap_ratio([score.value for score in scores], [1.0] * len(scores))
+
+
+def _answers(subject: Subject, rows: Sequence[LabelledPair]) -> list[str]:
+    prompts = [
+        render(
+            subject.tokenizer, Conversation(row.pair.prompt, row.pair.tools), add_generation_prompt=True
+        ).ids.tolist()
+        for row in rows
+    ]
+    results = subject.engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS))
+    return [result.completions[0].text for result in results]
+
+
+@register("judge")
+def make(options: TaskOptions) -> list[Task[Any]]:
+    """The judge's own accuracy on the pairs, then its marks for the model's answers to their prompts."""
+    if options.judge is None:
+        raise UserError("--tasks judge: say which reward model judges, with --judge")
+    device = torch.device("cpu") if options.subject is None else options.subject.model.head_weight.device
+    judge = load_judge(options.judge, device)
+    pairs = labelled_pairs(options)
+    return [JudgeAccuracy(pairs, judge), JudgedAnswers(pairs, judge)]

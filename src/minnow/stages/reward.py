@@ -1,0 +1,68 @@
+"""`minnow reward`: make a model that judges answers from one that writes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+
+from minnow.config import UserError
+from minnow.data.batches import Batch
+from minnow.model.reward_model import RewardModel
+from minnow.optim import OptimConfig, ScheduleConfig
+from minnow.report.plots import save_figure
+from minnow.report.reliability import expected_calibration_error, reliability, reliability_figure
+from minnow.stages.language_model import LanguageModelConfig, Lesson, PackedData, held_out_batches, run_lesson
+from minnow.training.config import TrainingConfig
+from minnow.training.reward import RewardLossConfig, RewardModeling, reward_margins
+from minnow.training.session import load_start
+from minnow.training.validation import ObjectiveValidation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(LanguageModelConfig):
+    """Train a reward model on pairs of a better and a worse answer."""
+
+    run: str = "runs/reward"
+    """Run folder: config.yaml, metrics.jsonl, checkpoints/, model/, reliability.png and report.html go there."""
+    init_from: str
+    """Model whose decoder judges: a fine-tuned model's folder, a run folder or a Hub id."""
+    loss: RewardLossConfig = field(default_factory=RewardLossConfig)
+    """The loss."""
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(batch_tokens=16_384, z_loss=0.0))
+    """The training loop."""
+    optim: OptimConfig = field(
+        default_factory=lambda: OptimConfig(optimizer="adamw", matrix_lr=1e-4, embedding_lr=1e-3, betas=(0.9, 0.99))
+    )
+    """The optimizer. The new head learns at embedding_lr."""
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(shape="linear", warmup_steps=10))
+    """The learning rate over time."""
+
+
+def run(config: Config) -> None:
+    """Train, leave the model in `RUN/model` and say how far its confidence can be trusted."""
+    if config.lora.rank:
+        raise UserError("--lora.rank: a reward model trains whole, adapters have no place for its head")
+    console = Console(stderr=True)
+    start, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
+    tokenizer.require_chat_tokens()
+    start.config.check_sequence_length(config.sequence_length)
+    model = RewardModel.from_language_model(start)
+    held_out: list[Batch] = []
+
+    def lesson(packed: PackedData) -> Lesson[Batch]:
+        objective = RewardModeling(config.loss)
+        held_out.extend(held_out_batches(packed.validation, config))
+        validation = ObjectiveValidation(objective, held_out, model.score.weight.device) if held_out else None
+        return Lesson(packed.train, objective, validation)
+
+    run_lesson(config, tokenizer, model, "reward", "preference", console, lesson)
+    if held_out:
+        bins = reliability(reward_margins(model, held_out))
+        save_figure(reliability_figure(bins, Path(config.run).name), Path(config.run) / "reliability.png")
+        console.print(
+            f"held-out pairs: expected calibration error {expected_calibration_error(bins):.1%}, see "
+            f"{config.run}/reliability.png",
+            highlight=False,
+        )

@@ -1,0 +1,194 @@
+"""Reward models: learnt from pairs, read by transformers, read from transformers, used as judges."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from minnow.config import UserError
+from minnow.data.prepare import DataConfig
+from minnow.evaluation.judge import RewardModelJudge, TransformersJudge, load_judge
+from minnow.model.config import ModelConfig
+from minnow.model.init import InitConfig
+from minnow.model.pretrained import load_pretrained, load_reward_model, save_pretrained
+from minnow.model.reward_model import RewardModel
+from minnow.model.transformer import CausalLM
+from minnow.objectives.reward import bradley_terry_loss
+from minnow.optim import OptimConfig
+from minnow.report.reliability import expected_calibration_error, reliability
+from minnow.stages import eval as eval_stage
+from minnow.stages import reward
+from minnow.tokenizer import Conversation, Message, Tokenizer, train_tokenizer
+from minnow.training.config import TrainingConfig
+
+CPU = torch.device("cpu")
+TALKS = [
+    Conversation((Message("user", f"fish {i}"), Message("assistant", answer)))
+    for i in range(5)
+    for answer in ("yes gladly", "no")
+]
+
+
+def shape(**changes: object) -> ModelConfig:
+    settings = {
+        "vocab_size": 320,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "max_position_embeddings": 1024,
+    }
+    return ModelConfig(**(settings | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(["yes no gladly maybe fish 0123456789"] * 20, 320)
+
+
+@pytest.fixture
+def trained(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    """The run folder of a reward model that was taught to like "yes gladly"."""
+    # A fresh decoder's layers add nothing: its last token has read nothing, and a head at zero could not move it.
+    start = CausalLM(shape(), InitConfig(zero_output_projections=False))
+    save_pretrained(start, tmp_path / "start", tokenizer)
+    rows = [{"prompt": f"fish {i}", "chosen": "yes gladly", "rejected": "no"} for i in range(40)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    reward.run(
+        reward.Config(
+            run=str(tmp_path / "run"),
+            init_from=str(tmp_path / "start"),
+            data=DataConfig(paths=(str(tmp_path / "pairs.jsonl"),), cache_dir=str(tmp_path), validation_fraction=0.2),
+            sequence_length=128,
+            training=TrainingConfig(steps=20, batch_tokens=512, device="cpu", precision="fp32", compile="off"),
+            optim=OptimConfig(optimizer="adamw", matrix_lr=1e-3, embedding_lr=3e-3),
+        )
+    )
+    return tmp_path / "run"
+
+
+def test_a_run_learns_and_transformers_reads_the_same_rewards(trained: Path, tokenizer: Tokenizer) -> None:
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-3), "the head starts at zero"
+    assert lines[-1]["validation_accuracy"] == 1.0
+    assert (trained / "reliability.png").stat().st_size > 1000
+    theirs = AutoModelForSequenceClassification.from_pretrained(trained / "model").eval()
+    assert type(theirs).__name__ == "Qwen3ForSequenceClassification"
+    their_tokenizer = AutoTokenizer.from_pretrained(trained / "model")
+    judge = load_judge(trained, CPU)
+    assert isinstance(judge, RewardModelJudge)
+    rewards = judge(TALKS)
+    for talk, ours in zip(TALKS, rewards, strict=True):
+        messages = [{"role": m.role, "content": m.content} for m in talk.messages]
+        text = their_tokenizer.apply_chat_template(messages, tokenize=False)
+        inputs = their_tokenizer(text, add_special_tokens=False, return_tensors="pt")
+        with torch.no_grad():
+            assert float(theirs(**inputs).logits) == pytest.approx(ours, abs=1e-4)
+    assert min(rewards[::2]) > max(rewards[1::2])
+    assert TransformersJudge(trained / "model", CPU)(TALKS) == pytest.approx(rewards, abs=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"qk_norm": False, "attention_bias": True}])
+def test_what_transformers_writes_is_read(tmp_path: Path, tokenizer: Tokenizer, changes: dict) -> None:
+    """Qwen3, Llama and Qwen2 classifiers with a head of their own, written by transformers."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    save_pretrained(RewardModel(shape(**changes)), tmp_path / "ours", tokenizer)
+    torch.manual_seed(0)
+    theirs = AutoModelForSequenceClassification.from_config(AutoConfig.from_pretrained(tmp_path / "ours")).eval()
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokenizer.save_pretrained(tmp_path / "theirs")
+    judge = load_judge(tmp_path / "theirs", CPU)
+    assert isinstance(judge, RewardModelJudge)
+    expected = TransformersJudge(tmp_path / "theirs", CPU)(TALKS)
+    assert max(map(abs, expected)) > 1e-3
+    assert judge(TALKS) == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_reward_model_is_not_taken_for_a_language_model(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    save_pretrained(RewardModel(shape()), tmp_path / "judge", tokenizer)
+    save_pretrained(CausalLM(shape()), tmp_path / "writer", tokenizer)
+    with pytest.raises(UserError, match="a reward model, which writes nothing"):
+        load_pretrained(tmp_path / "judge")
+    with pytest.raises(UserError, match="not a reward model"):
+        load_reward_model(tmp_path / "writer")
+    with pytest.raises(UserError, match="--judge"):
+        load_judge(tmp_path / "writer", CPU)
+
+
+def test_eval_with_a_judge(trained: Path, tmp_path: Path) -> None:
+    eval_stage.run(
+        eval_stage.Config(
+            model=str(tmp_path / "start"),
+            tasks=("preference",),
+            pairs=(str(tmp_path / "pairs.jsonl"),),
+            judge=str(trained),
+            device="cpu",
+            max_rows=6,
+            json=str(tmp_path / "figures.json"),
+        )
+    )
+    tasks = json.loads((tmp_path / "figures.json").read_text())["tasks"]
+    assert tasks["judge_accuracy"]["figures"]["judge_accuracy/pairs.jsonl"]["value"] == 1.0
+    assert 0 <= tasks["preference"]["figures"]["preference/pairs.jsonl"]["value"] <= 1
+    assert tasks["judged_reward"]["figures"]["judged_reward/pairs.jsonl"]["rows"] == 6
+
+
+@pytest.mark.parametrize(("margin", "centering"), [(0.0, 0.0), (0.7, 0.0), (0.0, 0.01), (0.5, 0.02)])
+def test_bradley_terry_beside_trl(margin: float, centering: float) -> None:
+    from trl import RewardTrainer
+
+    class Accelerator:
+        def gather_for_metrics(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+        gather = gather_for_metrics
+
+    rewards = torch.tensor([0.3, -1.0, 2.0, 0.1, 0.4, -2.0], requires_grad=True)
+
+    class Model:
+        training = True
+
+        def __call__(self, **_: object) -> SimpleNamespace:
+            return SimpleNamespace(logits=rewards.unsqueeze(1))
+
+    model = Model()
+    trainer = SimpleNamespace(
+        model=model,
+        args=SimpleNamespace(center_rewards_coefficient=centering or None),
+        accelerator=Accelerator(),
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    inputs = {"attention_mask": torch.ones(6, 2), "margin": torch.full((3,), margin)}
+    expected = RewardTrainer.compute_loss(trainer, model, inputs)
+    (expected_gradient,) = torch.autograd.grad(expected, rewards)
+    found = bradley_terry_loss(rewards[:3], rewards[3:], margin, centering).mean()
+    (gradient,) = torch.autograd.grad(found, rewards)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
+def test_reliability_by_hand() -> None:
+    """Margins of log 3: confidence 0.75. Three of four right: calibrated. Two of four: 25 points too sure."""
+    log3 = 1.0986123
+    calibrated = reliability([log3, log3, log3, -log3])
+    assert len(calibrated) == 1
+    assert calibrated[0].confidence == pytest.approx(0.75, abs=1e-6)
+    assert expected_calibration_error(calibrated) == pytest.approx(0.0, abs=1e-6)
+    assert expected_calibration_error(reliability([log3, log3, -log3, -log3])) == pytest.approx(0.25, abs=1e-6)
+    assert reliability([0.0])[0].accuracy == 0.5, "a tie is half right"
+    assert reliability([1e6])[0].confidence == 1.0
