@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engine_helpers import tiny_tokenizer
@@ -19,9 +20,21 @@ from transformers.generation.logits_process import (
 
 from minnow.config import UserError
 from minnow.engine.counter_random import sample_key, uniforms
-from minnow.engine.sampler import adjust, sample, sampling_distribution
+from minnow.engine.sampler import Sampled, Sampler, Wishes, adjust, filtered_logits
 from minnow.engine.sampling import SamplingParams
 from minnow.engine.sequence import Request, Sequence
+
+
+def sample(logits: torch.Tensor, rows: list[Sequence]) -> Sampled:
+    return Sampler()(logits, rows)
+
+
+def sampling_distribution(logits: torch.Tensor, rows: list[Sequence]) -> torch.Tensor:
+    return filtered_logits(logits, Wishes(rows)).log_softmax(-1)
+
+
+def adjusted(logits: torch.Tensor, row: Sequence) -> torch.Tensor:
+    return adjust(logits, [row], Wishes([row]))
 
 
 def make_row(
@@ -102,14 +115,14 @@ def test_repetition_penalty_equals_transformers_also_for_negative_logits() -> No
     prompt, said = [3, 4, 5, 4], [6, 7, 6]
     expected = RepetitionPenaltyLogitsProcessor(1.5)(torch.tensor([prompt + said]), logits.clone())
     before = logits.clone()
-    got = adjust(logits, [make_row(prompt, said, repetition_penalty=1.5)])
+    got = adjusted(logits, make_row(prompt, said, repetition_penalty=1.5))
     torch.testing.assert_close(got, expected)
     torch.testing.assert_close(logits, before)  # the argument is left alone: raw log-probabilities need it
 
 
 def test_presence_and_frequency_penalties_by_hand() -> None:
     logits = torch.zeros(1, 10)
-    got = adjust(logits, [make_row([3, 3], [6, 7, 6], presence_penalty=0.5, frequency_penalty=0.25)])
+    got = adjusted(logits, make_row([3, 3], [6, 7, 6], presence_penalty=0.5, frequency_penalty=0.25))
     # Only the answer counts: 6 twice: 0.5 + 2 * 0.25 = 1; 7 once: 0.5 + 0.25 = 0.75; the prompt's 3 not at
     # all.
     assert got[0].tolist() == [0, 0, 0, 0, 0, 0, -1.0, -0.75, 0, 0]
@@ -148,7 +161,7 @@ def test_frequencies_match_the_distribution(options: dict[str, Any]) -> None:
 
 def test_uniforms_are_uniform_and_depend_on_every_argument() -> None:
     keys = [sample_key(seed, index) for seed in range(100) for index in range(10)]
-    numbers = uniforms([key for key in keys for _ in range(20)], [step for _ in keys for step in range(20)])
+    numbers = uniforms(np.repeat(np.array(keys, dtype=np.uint64), 20), [step for _ in keys for step in range(20)])
     assert len(set(numbers.tolist())) == numbers.size  # 20,000 of 2**40: no two equal
     assert abs(numbers.mean() - 0.5) < 4 * math.sqrt(1 / 12 / numbers.size)
     assert numbers.min() >= 0
@@ -156,7 +169,7 @@ def test_uniforms_are_uniform_and_depend_on_every_argument() -> None:
     by_step = numbers.reshape(-1, 20) - 0.5
     neighbours = (by_step[:, 1:] * by_step[:, :-1]).mean()
     assert abs(neighbours) < 4 / 12 / math.sqrt(numbers.size)
-    assert uniforms([sample_key(2**64 - 1, 0)], [10**6]).shape == (1,)
+    assert uniforms(np.array([sample_key(2**64 - 1, 0)], dtype=np.uint64), [10**6]).shape == (1,)
 
 
 @pytest.mark.parametrize(

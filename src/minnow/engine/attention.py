@@ -21,46 +21,28 @@ class DecodeAttention:
     """One new token for each of the window's first B rows; row b attends to its earlier tokens and itself.
 
     positions_B: the new tokens' places, which are the lengths of what came before. slots_B: where they stand in
-    the blocks. mask_B11T, additive, bars what lies beyond a row's own length; None where all have the same.
-    Made of tensors only, so that a whole decode step can be compiled.
+    the blocks. mask_B11T: added to the scores of the rows' first T places, 0 or -inf. Made of tensors only, so
+    that a whole decode step can be compiled.
     """
 
-    def __init__(
-        self,
-        cache: PagedCache,
-        window: Window,
-        positions_B: Tensor,
-        slots_B: Tensor,
-        reach: int,
-        mask_B11T: Tensor | None,
-    ):
+    def __init__(self, cache: PagedCache, window: Window, positions_B: Tensor, slots_B: Tensor, mask_B11T: Tensor):
         self._cache, self._window = cache, window
         self._rows_B = torch.arange(positions_B.shape[0], device=positions_B.device)
-        self._positions_B, self._slots_B = positions_B, slots_B
-        self._reach, self._mask_B11T = reach, mask_B11T
+        self._positions_B, self._slots_B, self._mask_B11T = positions_B, slots_B, mask_B11T
 
     def __call__(self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
         """T is 1."""
-        rows = q_BTHd.shape[0]
+        rows, reach = q_BTHd.shape[0], self._mask_B11T.shape[3]
         k_BKd, v_BKd = k_BTKd[:, 0], v_BTKd[:, 0]
         self._cache.write(layer, self._slots_B, k_BKd, v_BKd)
         keys, values = self._window.keys[layer], self._window.values[layer]
         keys[self._rows_B, self._positions_B] = k_BKd
         values[self._rows_B, self._positions_B] = v_BKd
-        k_BKTd = keys[:rows, : self._reach].transpose(1, 2)
-        v_BKTd = values[:rows, : self._reach].transpose(1, 2)
+        k_BKTd, v_BKTd = keys[:rows, :reach].transpose(1, 2), values[:rows, :reach].transpose(1, 2)
         # The G query heads that share a key head stand as G queries of that head: no key is repeated.
         q_BKGd = q_BTHd.view(rows, k_BKTd.shape[1], -1, q_BTHd.shape[-1])
         out_BKGd = F.scaled_dot_product_attention(q_BKGd, k_BKTd, v_BKTd, attn_mask=self._mask_B11T)
         return out_BKGd.reshape(q_BTHd.shape)
-
-
-def decode_mask(positions_B: Tensor, reach: int, dtype: torch.dtype) -> Tensor:
-    """[B, 1, 1, reach]: 0 up to a row's own place, -inf beyond. Every row sees itself at least."""
-    beyond_BT = torch.arange(reach, device=positions_B.device) > positions_B[:, None]
-    return torch.zeros(beyond_BT.shape, dtype=dtype, device=positions_B.device).masked_fill_(beyond_BT, -torch.inf)[
-        :, None, None
-    ]
 
 
 class MixedAttention:

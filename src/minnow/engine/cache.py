@@ -72,7 +72,7 @@ class Window:
 
     def __init__(self, config: ModelConfig, rows: int, dtype: torch.dtype, device: torch.device):
         shape = (rows, config.max_position_embeddings, config.num_key_value_heads, config.head_dim)
-        self.rows = rows
+        self.length = config.max_position_embeddings
         self.keys = [_lazy_zeros(shape, dtype, device) for _ in range(config.num_hidden_layers)]
         self.values = [_lazy_zeros(shape, dtype, device) for _ in range(config.num_hidden_layers)]
         self._owners: list[Sequence] = []

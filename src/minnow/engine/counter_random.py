@@ -24,12 +24,10 @@ def sample_key(seed: int, index: int) -> int:
     return int(_mix(np.array([(first + (index + 1) * _GOLDEN) & _MASK], dtype=np.uint64))[0])
 
 
-def uniforms(keys: Sequence[int], steps: Sequence[int]) -> np.ndarray:
-    """One number in [0, 1) for each (key, step): float64 [B], 40 random bits each.
+def uniforms(keys: np.ndarray, steps: Sequence[int]) -> np.ndarray:
+    """One number in [0, 1) for each (key, step): float64 [B], 40 random bits each. keys: uint64.
 
     40 bits, so that the number times a float64 total never rounds up to the total.
     """
-    counters = np.array(
-        [(key + (step + 1) * _GOLDEN) & _MASK for key, step in zip(keys, steps, strict=True)], dtype=np.uint64
-    )
+    counters = keys + (np.array(steps, dtype=np.uint64) + np.uint64(1)) * np.uint64(_GOLDEN)  # modulo 2**64
     return (_mix(counters) >> np.uint64(24)).astype(np.float64) * 2.0**-40

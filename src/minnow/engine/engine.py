@@ -8,16 +8,18 @@ from collections import deque
 from collections.abc import Generator
 from collections.abc import Sequence as Listing
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from minnow.config import UserError
 from minnow.engine.blocks import BlockManager
 from minnow.engine.cache import PagedCache, Window, bytes_per_token
+from minnow.engine.compiled import CompiledDecode
 from minnow.engine.outputs import Completions, Delta
-from minnow.engine.runner import Runner
-from minnow.engine.sampler import sample
+from minnow.engine.packed import PackedModel, can_pack
+from minnow.engine.runner import Decoder, Runner
+from minnow.engine.sampler import Sampler
 from minnow.engine.sampling import SamplingParams
 from minnow.engine.scheduler import Scheduler
 from minnow.engine.sequence import Request, Sequence
@@ -40,6 +42,8 @@ class Engine:
     max_rows: most sequences decoded at once. max_step_tokens: most tokens in one forward pass; longer prompts
     are read in pieces. block_size: tokens in a block of the cache. cache_bytes: memory for keys and values,
     which bounds the rows too; None takes half of the GPU's free memory or a quarter of the machine's.
+    frozen: run a packed copy of the weights, for speed where they do not change; `weights_updated` has it made
+    anew. compile: compile the frozen copy's decode step; takes a C++ compiler and, at its first use, about a minute.
     """
 
     def __init__(
@@ -51,6 +55,8 @@ class Engine:
         max_step_tokens: int = 8192,
         block_size: int = 16,
         cache_bytes: int | None = None,
+        frozen: bool = False,
+        compile: bool = False,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -58,7 +64,10 @@ class Engine:
         self._max_step_tokens = max_step_tokens
         self._block_size = block_size
         self._cache_bytes = cache_bytes
+        self._frozen, self._compile = frozen, compile
+        self._packed: PackedModel | None = None
         self._made: Parts | None = None
+        self._sampler = Sampler()
         self._next_id = 0
         self._requests: dict[int, Request] = {}
         self._mail: dict[int, deque[Delta]] = {}
@@ -66,11 +75,20 @@ class Engine:
 
     @classmethod
     def from_pretrained(
-        cls, model: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+        cls,
+        model: str | Path,
+        *,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
+        **settings: Any,
     ) -> Engine:
-        """Load MODEL (a model folder, a run folder or a Hub id) and its tokenizer; dtype None keeps what is stored."""
+        """Load MODEL (a model folder, a run folder or a Hub id) and its tokenizer; dtype None keeps what is stored.
+
+        settings: those of the engine itself.
+        """
         folder = resolve_model_folder(model)
-        return cls(load_pretrained(folder, dtype=dtype, device=device), Tokenizer.from_pretrained(folder))
+        tokenizer = Tokenizer.from_pretrained(folder)
+        return cls(load_pretrained(folder, dtype=dtype, device=device), tokenizer, **settings)
 
     def generate(
         self, prompts: Listing[Prompt], params: SamplingParams | Listing[SamplingParams] | None = None
@@ -145,6 +163,7 @@ class Engine:
         if self._made is not None:
             self._made.scheduler.forget()
             self._made.runner.forget()
+        self._packed = None
 
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The prompt as the model will read it."""
@@ -220,7 +239,7 @@ class Engine:
     def _step(self) -> list[tuple[Sequence, Delta]]:
         scheduler, runner = self._parts()
         plan = scheduler.schedule()
-        read, logits_RV = runner.run(self.model, plan)
+        read, logits_RV = runner.run(self._decoder(), plan)
         for chunk in plan.chunks:
             scheduler.computed(chunk)
         if not read:  # only pieces of prompts
@@ -230,13 +249,24 @@ class Engine:
         if len(rows) > len(read):
             logits_RV = logits_RV[torch.tensor([place for _, place in rows], device=logits_RV.device)]
         sequences = [row for row, _ in rows]
-        sampled = sample(logits_RV, sequences)
+        sampled = self._sampler(logits_RV, sequences)
         deltas = []
         for place, (sequence, token) in enumerate(zip(sequences, sampled.ids, strict=True)):
             deltas.append((sequence, sequence.append(token, *sampled.logprobs_of(place, sequence.params))))
             if sequence.finish_reason is not None:
                 scheduler.finish(sequence)
         return deltas
+
+    def _decoder(self) -> Decoder:
+        """What runs: the model itself, or the packed copy of a frozen engine."""
+        if not self._frozen or not can_pack(self.model):
+            return self.model
+        if self._packed is None:
+            self._packed = PackedModel(self.model)
+            if self._compile:
+                runner = self._parts().runner
+                runner.compiled = CompiledDecode(self._packed, runner.cache, runner.window)
+        return self._packed
 
     def _parts(self) -> Parts:
         """Scheduler and runner, made when first needed: until then the model may change its device."""

@@ -3,78 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from minnow.model.attention import Attention
-from minnow.model.config import ModelConfig
 from minnow.model.rope import rotary_tables, rotate
 from minnow.model.transformer import MLP, CausalLM, DecoderLayer, Linear
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """Weights of one layer: q, k and v stand in one matrix, gate and up in another."""
-
-    input_norm: Tensor
-    qkv: Tensor
-    qkv_bias: Tensor | None
-    q_norm: Tensor | None
-    k_norm: Tensor | None
-    out: Tensor
-    out_bias: Tensor | None
-    mlp_norm: Tensor
-    gate_up: Tensor
-    gate_up_bias: Tensor | None
-    down: Tensor
-    down_bias: Tensor | None
-
-
 def can_pack(model: CausalLM) -> bool:
-    """Whether every layer is of plain products: adapters and experts are run as they are."""
+    """Whether every layer is of plain products: what an adapter or experts changed is run as it is."""
     layers = [cast(DecoderLayer, layer) for layer in model.model.layers]
     return all(
-        type(layer.mlp) is MLP
-        and all(type(m) is Linear for m in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.gate_proj))
+        type(layer.mlp) is MLP and all(type(m) is Linear for m in (*_qkv(layer), layer.self_attn.o_proj, *_mlp(layer)))
         for layer in layers
     )
 
 
-class PackedModel:
+class PackedModel(nn.Module):
     """The same function as the model it was made from, as long as that one's weights do not change.
 
-    Everything is in `compute_dtype`. Seven products a layer become four, which matters where a step is short:
-    for one token of a 26M model the products take less time than calling them.
+    Everything is in `compute_dtype`; weights that need no change of form are shared with the model. Seven products
+    a layer become four, which matters where a step is short: for one token of a 26M model, calling the products
+    takes longer than they take.
     """
 
     def __init__(self, model: CausalLM):
-        config: ModelConfig = model.config
-        self.config = config
+        super().__init__()
+        self.config = config = model.config
         self.compute_dtype = dtype = model.compute_dtype
         with torch.no_grad():
-            self.embedding = model.model.embed_tokens.weight.detach().to(dtype)
-            self.head_weight = model.head_weight.detach().to(dtype)
-            self.norm = model.model.norm.weight.detach().float()
-            self._layers = [_pack(cast(DecoderLayer, layer), dtype) for layer in model.model.layers]
+            self.embedding = _frozen(model.model.embed_tokens.weight, dtype)
+            self.head_weight = _frozen(model.head_weight, dtype)
+            self.norm = _frozen(model.model.norm.weight, torch.float32)
+            self.layers = nn.ModuleList(_PackedLayer(cast(DecoderLayer, layer), dtype) for layer in model.model.layers)
             places_T = torch.arange(config.max_position_embeddings, device=self.head_weight.device)
-            cos, sin = rotary_tables(places_T[None], config.head_dim, config.rope_theta, config.rope_scaling)
-            self._cos_Td, self._sin_Td = cos[0], sin[0]
+            cos_T, sin_T = rotary_tables(places_T[None], config.head_dim, config.rope_theta, config.rope_scaling)
+            self.cos_T, self.sin_T = cos_T[0], sin_T[0]
 
-    def __call__(self, tokens_BT: Tensor, positions_BT: Tensor, attention: Attention) -> Tensor:
+    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attention: Attention) -> Tensor:
         """Hidden states [B, T, D] after the final norm, as `CausalLM.forward` gives them."""
         config = self.config
-        cos, sin = self._cos_Td[positions_BT], self._sin_Td[positions_BT]
-        heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+        heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        cos, sin = self.cos_T[positions_BT], self.sin_T[positions_BT]
         x = F.embedding(tokens_BT, self.embedding)
-        for index, layer in enumerate(self._layers):
-            qkv = F.linear(self._rms(x, layer.input_norm), layer.qkv, layer.qkv_bias).unflatten(
-                -1, (-1, config.head_dim)
-            )
-            q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=-2)
+        for index, module in enumerate(self.layers):
+            layer = cast(_PackedLayer, module)
+            qkv = F.linear(self._rms(x, layer.input_norm), layer.qkv, layer.qkv_bias)
+            q, k, v = qkv.unflatten(-1, (-1, config.head_dim)).split(heads, dim=-2)
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = self._rms(q, layer.q_norm), self._rms(k, layer.k_norm)
             attended = attention(index, rotate(q, cos, sin), rotate(k, cos, sin), v)
@@ -91,26 +70,40 @@ class PackedModel:
         return F.rms_norm(x.float(), weight.shape, weight, self.config.rms_norm_eps).to(x.dtype)
 
 
-def _pack(layer: DecoderLayer, dtype: torch.dtype) -> _Layer:
-    attention, mlp = layer.self_attn, cast(MLP, layer.mlp)
-    qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
-    return _Layer(
-        input_norm=layer.input_layernorm.weight.float(),
-        qkv=torch.cat([p.weight for p in qkv]).to(dtype),
-        qkv_bias=_stack([p.bias for p in qkv], dtype),
-        q_norm=None if attention.q_norm is None else attention.q_norm.weight.float(),
-        k_norm=None if attention.k_norm is None else attention.k_norm.weight.float(),
-        out=attention.o_proj.weight.to(dtype),
-        out_bias=_stack([attention.o_proj.bias], dtype),
-        mlp_norm=layer.post_attention_layernorm.weight.float(),
-        gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).to(dtype),
-        gate_up_bias=_stack([mlp.gate_proj.bias, mlp.up_proj.bias], dtype),
-        down=mlp.down_proj.weight.to(dtype),
-        down_bias=_stack([mlp.down_proj.bias], dtype),
-    )
+class _PackedLayer(nn.Module):
+    """Weights of one layer: q, k and v stand in one matrix, gate and up in another."""
+
+    def __init__(self, layer: DecoderLayer, dtype: torch.dtype):
+        super().__init__()
+        attention, mlp = layer.self_attn, cast(MLP, layer.mlp)
+        self.input_norm = _frozen(layer.input_layernorm.weight, torch.float32)
+        self.qkv = _frozen(torch.cat([p.weight for p in _qkv(layer)]), dtype)
+        self.qkv_bias = _frozen_bias(_qkv(layer), dtype)
+        self.q_norm = None if attention.q_norm is None else _frozen(attention.q_norm.weight, torch.float32)
+        self.k_norm = None if attention.k_norm is None else _frozen(attention.k_norm.weight, torch.float32)
+        self.out = _frozen(attention.o_proj.weight, dtype)
+        self.out_bias = _frozen_bias([attention.o_proj], dtype)
+        self.mlp_norm = _frozen(layer.post_attention_layernorm.weight, torch.float32)
+        self.gate_up = _frozen(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), dtype)
+        self.gate_up_bias = _frozen_bias([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = _frozen(mlp.down_proj.weight, dtype)
+        self.down_bias = _frozen_bias([mlp.down_proj], dtype)
 
 
-def _stack(parts: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
-    """One under the other; None for biases that are not there."""
-    there = [part for part in parts if part is not None]
-    return torch.cat(there).to(dtype) if there else None
+def _qkv(layer: DecoderLayer) -> tuple[nn.Linear, ...]:
+    return layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj
+
+
+def _mlp(layer: DecoderLayer) -> tuple[nn.Linear, ...]:
+    mlp = cast(MLP, layer.mlp)
+    return mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+
+def _frozen(weight: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter and not a buffer: torch.compile takes a module's frozen parameters for constants."""
+    return nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+
+
+def _frozen_bias(linears: Sequence[nn.Linear], dtype: torch.dtype) -> nn.Parameter | None:
+    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
+    return _frozen(torch.cat(biases), dtype) if biases else None

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence as Rows
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from minnow.engine.counter_random import uniforms
 from minnow.engine.outputs import TopLogprobs
+from minnow.engine.penalties import Penalties
 from minnow.engine.sampling import SamplingParams
 from minnow.engine.sequence import Sequence
 
@@ -28,43 +30,75 @@ class Sampled:
 
     def logprobs_of(self, row: int, params: SamplingParams) -> tuple[float | None, float | None, TopLogprobs | None]:
         """What a row asked for of (sampling, raw, top) log-probabilities; None for the rest."""
-        chosen: tuple[float | None, float | None] = (None, None)
-        if params.logprobs:
-            assert self.logprobs is not None
-            assert self.raw_logprobs is not None
-            chosen = self.logprobs[row], self.raw_logprobs[row]
-        return *chosen, self.top_logprobs[row][
-            : params.top_logprobs
-        ] if self.top_logprobs and params.top_logprobs else None
+        logprob, raw, top = None, None, None
+        if params.logprobs and self.logprobs is not None and self.raw_logprobs is not None:
+            logprob, raw = self.logprobs[row], self.raw_logprobs[row]
+        if params.top_logprobs and self.top_logprobs is not None:
+            top = self.top_logprobs[row][: params.top_logprobs]
+        return logprob, raw, top
 
 
-def sample(logits_BV: Tensor, rows: Rows[Sequence]) -> Sampled:
-    """Draw each row's next token from its own sampling distribution.
+class Sampler:
+    """Draws; keeps the rows' wishes as tensors while the rows stay the same."""
 
-    logits_BV: float32, any device; not changed. A row's token depends on its logits, its parameters, its
-    tokens so far and its random stream only.
-    """
-    adjusted_BV = adjust(logits_BV, rows)
-    greedy_B = adjusted_BV.argmax(-1)
-    sampling_logprobs_BV = None
-    if any(row.params.temperature > 0 for row in rows):
-        sampling_logprobs_BV = sampling_distribution(adjusted_BV, rows)
-        drawn_B = draw(sampling_logprobs_BV, rows)
-        random_B = torch.tensor([row.params.temperature > 0 for row in rows], device=logits_BV.device)
-        ids_B = torch.where(random_B, drawn_B, greedy_B)
+    def __init__(self) -> None:
+        self._rows: list[Sequence] = []
+        self._wishes: Wishes | None = None
+
+    def __call__(self, logits_BV: Tensor, rows: list[Sequence]) -> Sampled:
+        """Draw each row's next token from its own sampling distribution.
+
+        logits_BV: float32, any device; not changed. A row's token depends on its logits, its parameters, its
+        tokens so far and its random stream only.
+        """
+        if self._wishes is None or rows != self._rows:
+            self._rows, self._wishes = list(rows), Wishes(rows, logits_BV.device)
+        return _sample(logits_BV, rows, self._wishes)
+
+
+class Wishes:
+    """The parameters of B rows, side by side. None stands for what no row asks for."""
+
+    def __init__(self, rows: Rows[Sequence], device: torch.device | str = "cpu"):
+        params = [row.params for row in rows]
+
+        def column(values: list[float]) -> Tensor:
+            return torch.tensor(values, device=device)[:, None]
+
+        self.keys = np.array([row.key for row in rows], dtype=np.uint64)
+        self.greedy = all(p.temperature == 0 for p in params)
+        self.random_B = torch.tensor([p.temperature > 0 for p in params], device=device)
+        self.temperatures_B1 = column([p.temperature or 1.0 for p in params])
+        self.min_p_B1 = column([p.min_p for p in params]) if any(p.min_p > 0 for p in params) else None
+        filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
+        self.filtered_F = torch.tensor(filtered, device=device) if filtered else None
+        self.top_k_F = torch.tensor([params[i].top_k for i in filtered], device=device)
+        self.top_p_F = torch.tensor([params[i].top_p for i in filtered], dtype=torch.float64, device=device)
+        self.adjusted = [i for i, p in enumerate(params) if p.has_penalties or p.logit_bias or p.min_tokens]
+        self.logprobs = any(p.logprobs for p in params)
+        self.top_logprobs = max(p.top_logprobs for p in params)
+
+
+def _sample(logits_BV: Tensor, rows: Rows[Sequence], wishes: Wishes) -> Sampled:
+    adjusted_BV = adjust(logits_BV, rows, wishes)
+    scaled_BV = None
+    if wishes.greedy:
+        ids_B = adjusted_BV.argmax(-1)
     else:
-        ids_B = greedy_B
+        scaled_BV = filtered_logits(adjusted_BV, wishes)
+        drawn_B = _draw(scaled_BV, wishes.keys, [len(row.ids) for row in rows])
+        ids_B = torch.where(wishes.random_B, drawn_B, adjusted_BV.argmax(-1))
     ids = ids_B.tolist()
-    top = max(row.params.top_logprobs for row in rows)
-    if not top and not any(row.params.logprobs for row in rows):
+    if not (wishes.logprobs or wishes.top_logprobs):
         return Sampled(ids, None, None, None)
     raw_BV = torch.log_softmax(logits_BV, -1)
     raw_B = raw_BV.gather(1, ids_B[:, None])[:, 0]
-    likeliest = likeliest_tokens(raw_BV, top) if top else None
-    if sampling_logprobs_BV is None:
+    likeliest = likeliest_tokens(raw_BV, wishes.top_logprobs) if wishes.top_logprobs else None
+    if scaled_BV is None:
         logprobs = [0.0] * len(ids)  # a greedy choice is certain
     else:
-        logprobs = torch.where(random_B, sampling_logprobs_BV.gather(1, ids_B[:, None])[:, 0], 0.0).tolist()
+        chosen_B = scaled_BV.gather(1, ids_B[:, None])[:, 0] - scaled_BV.logsumexp(-1)
+        logprobs = torch.where(wishes.random_B, chosen_B, 0.0).tolist()
     return Sampled(ids, logprobs, raw_B.tolist(), likeliest)
 
 
@@ -74,55 +108,39 @@ def likeliest_tokens(logprobs_BV: Tensor, count: int) -> list[TopLogprobs]:
     return [list(zip(*row, strict=True)) for row in zip(tokens_BC.tolist(), values_BC.tolist(), strict=True)]
 
 
-def adjust(logits_BV: Tensor, rows: Rows[Sequence]) -> Tensor:
+def adjust(logits_BV: Tensor, rows: Rows[Sequence], wishes: Wishes) -> Tensor:
     """Logits after penalties, bias and barred tokens; the argument itself when no row has any."""
-    if not any(row.params.has_penalties or row.params.logit_bias or row.barred_ids for row in rows):
+    if not wishes.adjusted:
         return logits_BV
     adjusted_BV = logits_BV.clone()
-    for row, logits_V in zip(rows, adjusted_BV, strict=True):
+    device = logits_BV.device
+    for i in wishes.adjusted:
+        row, logits_V = rows[i], adjusted_BV[i]
         if row.params.has_penalties:
-            _penalise(logits_V, row)
+            if row.penalties is None:
+                row.penalties = Penalties(row.params, row.request.prompt_ids, len(logits_V), device)
+            row.penalties.apply(logits_V, row.ids)
         if row.params.logit_bias:
-            biased = torch.tensor(list(row.params.logit_bias), device=logits_V.device)
-            logits_V[biased] += torch.tensor(list(row.params.logit_bias.values()), device=logits_V.device)
-        if row.barred_ids:
-            logits_V[torch.tensor(list(row.barred_ids), device=logits_V.device)] = -torch.inf
+            bias = row.params.logit_bias
+            logits_V[torch.tensor(list(bias), device=device)] += torch.tensor(list(bias.values()), device=device)
+        if len(row.ids) < row.params.min_tokens:
+            logits_V[torch.tensor(list(row.request.end_ids), device=device)] = -torch.inf
     return adjusted_BV
 
 
-def _penalise(logits_V: Tensor, row: Sequence) -> None:
-    """In place. Repetition as in CTRL (arXiv 1909.05858), over prompt and answer; the other two over the
-    answer."""
-    params = row.params
-    if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted(row.seen_ids), device=logits_V.device)
-        logits = logits_V[seen]
-        # Dividing a negative logit would make the token likelier.
-        logits_V[seen] = torch.where(logits > 0, logits / params.repetition_penalty, logits * params.repetition_penalty)
-    if row.counts:
-        said = torch.tensor(list(row.counts), device=logits_V.device)
-        counts = torch.tensor(list(row.counts.values()), dtype=logits_V.dtype, device=logits_V.device)
-        logits_V[said] -= params.presence_penalty + params.frequency_penalty * counts
-
-
-def sampling_distribution(logits_BV: Tensor, rows: Rows[Sequence]) -> Tensor:
-    """Log-probabilities [B, V] that rows are sampled from; -inf where filtered out. Greedy rows:
+def filtered_logits(logits_BV: Tensor, wishes: Wishes) -> Tensor:
+    """Logits [B, V], 0 the largest, whose softmax rows are sampled from; -inf where filtered out. Greedy rows:
     temperature 1."""
-    temperatures_B = logits_BV.new_tensor([row.params.temperature or 1.0 for row in rows])
     # The maximum goes first: a tiny temperature then gives 0 and -inf, never inf - inf.
-    scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)) / temperatures_B[:, None]
-    filtered = [i for i, row in enumerate(rows) if row.params.top_k > 0 or row.params.top_p < 1]
-    if filtered:
-        which = torch.tensor(filtered, device=logits_BV.device)
-        top_k_B = torch.tensor([rows[i].params.top_k for i in filtered], device=logits_BV.device)
-        top_p_B = torch.tensor([rows[i].params.top_p for i in filtered], dtype=torch.float64, device=logits_BV.device)
-        part_BV = scaled_BV[which]
-        scaled_BV[which] = part_BV.masked_fill(~kept_tokens(part_BV, top_k_B, top_p_B), -torch.inf)
-    if any(row.params.min_p > 0 for row in rows):
-        min_p_B = logits_BV.new_tensor([row.params.min_p for row in rows])
+    scaled_BV = (logits_BV - logits_BV.amax(-1, keepdim=True)).div_(wishes.temperatures_B1)
+    if wishes.filtered_F is not None:
+        part_FV = scaled_BV[wishes.filtered_F]
+        kept_FV = kept_tokens(part_FV, wishes.top_k_F, wishes.top_p_F)
+        scaled_BV[wishes.filtered_F] = part_FV.masked_fill(~kept_FV, -torch.inf)
+    if wishes.min_p_B1 is not None:
         # The likeliest token has scaled logit 0, so exp(scaled) is the ratio to its probability.
-        scaled_BV = scaled_BV.masked_fill(scaled_BV.exp() < min_p_B[:, None], -torch.inf)
-    return torch.log_softmax(scaled_BV, -1)
+        scaled_BV = scaled_BV.masked_fill(scaled_BV.exp() < wishes.min_p_B1, -torch.inf)
+    return scaled_BV
 
 
 def kept_tokens(scaled_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
@@ -137,7 +155,7 @@ def kept_tokens(scaled_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
         values_BC, tokens_BC = scaled_BV.topk(candidates)
         in_k_BC = torch.arange(candidates, device=k_B.device) < k_B[:, None]
         probabilities_BC = values_BC.double().exp() * in_k_BC
-        total_B = torch.where(has_k_B, probabilities_BC.sum(-1), scaled_BV.double().exp().sum(-1))
+        total_B = torch.where(has_k_B, probabilities_BC.sum(-1), scaled_BV.exp().sum(-1, dtype=torch.float64))
         probabilities_BC /= total_B[:, None]
         up_to_BC = probabilities_BC.cumsum(-1)
         # A token stays while those likelier than it do not reach top_p by themselves.
@@ -147,11 +165,10 @@ def kept_tokens(scaled_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
         candidates = vocab_size
 
 
-def draw(logprobs_BV: Tensor, rows: Rows[Sequence]) -> Tensor:
+def _draw(scaled_BV: Tensor, keys: np.ndarray, steps: list[int]) -> Tensor:
     """Token ids [B] by inverting the cumulative distribution at each row's own random number."""
-    numbers = uniforms([row.key for row in rows], [len(row.ids) for row in rows])
-    cumulative_BV = logprobs_BV.double().exp().cumsum(-1)
-    targets_B = torch.from_numpy(numbers).to(logprobs_BV.device) * cumulative_BV[:, -1]
+    cumulative_BV = scaled_BV.exp().cumsum(-1, dtype=torch.float64)
+    targets_B = torch.from_numpy(uniforms(keys, steps)).to(scaled_BV.device) * cumulative_BV[:, -1]
     # right: the first token whose cumulative probability exceeds the target; it has a positive probability
     # itself.
     return torch.searchsorted(cumulative_BV, targets_B[:, None], right=True)[:, 0]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 
 from minnow.engine.counter_random import sample_key
 from minnow.engine.outputs import Completion, Delta, FinishReason, TopLogprobs, Usage
+from minnow.engine.penalties import Penalties
 from minnow.engine.sampling import SamplingParams
 from minnow.engine.stop_strings import StopStrings
 from minnow.tokenizer.stream import StreamDecoder
@@ -57,7 +57,7 @@ class Sequence:
         """The answer."""
         self.tokens = list(request.prompt_ids)
         """Prompt and answer together."""
-        self.counts: Counter[int] = Counter()
+        self.penalties: Penalties | None = None
         self.finish_reason: FinishReason | None = None
 
         self.blocks: list[int] = []
@@ -80,16 +80,6 @@ class Sequence:
         """Prompt and answer together."""
         return len(self.tokens)
 
-    @property
-    def seen_ids(self) -> set[int]:
-        """Every token of the prompt and the answer."""
-        return set(self.tokens)
-
-    @property
-    def barred_ids(self) -> frozenset[int]:
-        """Tokens that may not come next."""
-        return self.request.end_ids if len(self.ids) < self.params.min_tokens else frozenset()
-
     def take_followers(self) -> list[Sequence]:
         """The request's other samples, once: when its first sample has read the prompt."""
         return self.request.samples[1:] if self.index == 0 and not self.ids else []
@@ -109,8 +99,6 @@ class Sequence:
         """Take the next token and say what it adds; sets `finish_reason` when it is the last one."""
         self.ids.append(token)
         self.tokens.append(token)
-        if self.params.has_penalties:
-            self.counts[token] += 1
         may_stop = len(self.ids) >= self.params.min_tokens
         ends = token in self.request.end_ids
         # A model's vocabulary may be padded beyond the tokenizer's, with tokens that stand for nothing.

@@ -1,0 +1,79 @@
+"""The frozen copy computes the same function; the compiled step too; new weights drop both."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from engine_helpers import random_prompts, tiny_model, tiny_tokenizer
+
+from minnow.engine import Engine, SamplingParams
+from minnow.engine.packed import PackedModel, can_pack
+from minnow.model.attention import CausalAttention
+
+SHAPES = [{}, {"tie_word_embeddings": False}, {"qk_norm": False, "attention_bias": True}]
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_hidden_states_and_logits_are_the_models(changes: dict[str, Any]) -> None:
+    model = tiny_model(1, **changes)
+    packed = PackedModel(model)
+    tokens = torch.tensor(random_prompts(1, 2)).repeat(2, 1)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+    with torch.no_grad():
+        ours, theirs = (m(tokens, positions, CausalAttention()) for m in (packed, model))
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(packed.logits(ours), model.logits(theirs), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("changes", SHAPES)
+def test_a_frozen_engine_gives_the_same_tokens(changes: dict[str, Any]) -> None:
+    prompts, params = random_prompts(10, 3), SamplingParams(seed=1, n=2, max_tokens=20)
+    outputs = [
+        Engine(tiny_model(3, **changes), tiny_tokenizer(), frozen=frozen).generate(prompts, params)
+        for frozen in (False, True)
+    ]
+    assert [[c.ids for c in o.completions] for o in outputs[0]] == [[c.ids for c in o.completions] for o in outputs[1]]
+
+
+def test_new_weights_are_frozen_anew() -> None:
+    model, other = tiny_model(4), tiny_model(5)
+    engine = Engine(model, tiny_tokenizer(), frozen=True)
+    params = SamplingParams(temperature=0.0, max_tokens=12)
+    before = engine.generate([[5, 6]], params)[0].completions[0].ids
+    model.load_state_dict(other.state_dict())
+    engine.weights_updated()
+    after = engine.generate([[5, 6]], params)[0].completions[0].ids
+    assert after != before
+    assert after == Engine(other, tiny_tokenizer()).generate([[5, 6]], params)[0].completions[0].ids
+
+
+def test_a_model_with_other_parts_is_not_packed() -> None:
+    class Adapted(torch.nn.Linear):
+        pass
+
+    model = tiny_model(6)
+    assert can_pack(model)
+    model.model.layers[1].mlp.up_proj = Adapted(32, 64, bias=False)
+    assert not can_pack(model)
+    engine = Engine(model, tiny_tokenizer(), frozen=True)
+    assert engine.generate([[5]], SamplingParams(max_tokens=2))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_the_compiled_step_gives_the_same_tokens() -> None:
+    prompts, params = random_prompts(6, 7), SamplingParams(seed=2, n=2, max_tokens=40, ignore_eos=True)
+    plain = Engine(tiny_model(7), tiny_tokenizer()).generate(prompts, params)
+    engine = Engine(tiny_model(7), tiny_tokenizer(), frozen=True, compile=True)
+    compiled = engine.generate(prompts, params)
+    assert [[c.ids for c in o.completions] for o in compiled] == [[c.ids for c in o.completions] for o in plain]
+    single = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
+    expected = Engine(tiny_model(7), tiny_tokenizer()).generate(prompts[:1], single)[0].completions[0].ids
+    assert engine.generate(prompts[:1], single)[0].completions[0].ids == expected
+    other = tiny_model(8)  # constants of the old weights must not live on
+    engine.model.load_state_dict(other.state_dict())
+    engine.weights_updated()
+    expected = Engine(other, tiny_tokenizer()).generate(prompts[:1], single)[0].completions[0].ids
+    assert engine.generate(prompts[:1], single)[0].completions[0].ids == expected
