@@ -55,6 +55,7 @@ COMMANDS: dict[str, Command] = {
     "export": Command("export", "a model for llama.cpp, ollama or ONNX runtimes, or onto the Hugging Face Hub"),
     "report": Command("report", "write a run's report: curves, settings, samples"),
     "plan": Command("plan", "parameters, FLOPs, memory and time of a configuration; starts nothing"),
+    "bench generate": Command("bench_generate", "generation speed beside transformers.generate, one stream and many"),
     "bench train": Command("bench_train", "training speed beside transformers' own model, same shape and batch"),
 }
 

@@ -165,6 +165,10 @@ class Engine:
             self._made.runner.forget()
         self._packed = None
 
+    def forget_prefixes(self) -> None:
+        """Let no later prompt find what earlier ones left in the cache."""
+        self._parts().scheduler.blocks.forget_contents()
+
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The prompt as the model will read it."""
         if isinstance(prompt, str):
