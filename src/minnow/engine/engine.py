@@ -7,6 +7,7 @@ import secrets
 from collections import deque
 from collections.abc import Generator
 from collections.abc import Sequence as Listing
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from minnow.config import UserError
 from minnow.engine.blocks import BlockManager
 from minnow.engine.cache import PagedCache, Window, bytes_per_token
 from minnow.engine.compiled import CompiledDecode
+from minnow.engine.grammar import Grammars
 from minnow.engine.outputs import Completions, Delta
 from minnow.engine.packed import PackedModel, can_pack
 from minnow.engine.runner import Decoder, Runner
@@ -65,7 +67,7 @@ class Engine:
         self._block_size = block_size
         self._cache_bytes = cache_bytes
         self._frozen, self._compile = frozen, compile
-        self._packed: PackedModel | None = None
+        self._running: Decoder | None = None
         self._made: Parts | None = None
         self._sampler = Sampler()
         self._next_id = 0
@@ -163,7 +165,7 @@ class Engine:
         if self._made is not None:
             self._made.scheduler.forget()
             self._made.runner.forget()
-        self._packed = None
+        self._running = None
 
     def forget_prefixes(self) -> None:
         """Let no later prompt find what earlier ones left in the cache."""
@@ -186,9 +188,6 @@ class Engine:
                 "answer together: shorten the prompt"
             )
         room = context - len(ids)
-        ends = {self.tokenizer.end_of_text_id}
-        if self.tokenizer.has_chat_tokens:
-            ends.add(self.tokenizer.im_end_id)
         vocab_size = self.model.config.vocab_size
         for name, tokens in (
             ("the prompt", ids),
@@ -205,10 +204,23 @@ class Engine:
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            end_ids=frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else ends),
+            end_ids=frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self._end_ids),
         )
-        request.samples.extend(Sequence(request, index, self.tokenizer) for index in range(params.n))
+        constraint = None if params.grammar is None else self._grammars.constraint(params.grammar)
+        request.samples.extend(
+            Sequence(request, index, self.tokenizer, constraint and constraint.copy()) for index in range(params.n)
+        )
         return request
+
+    @property
+    def _end_ids(self) -> list[int]:
+        """Tokens with which a turn or a document ends, the more usual one first."""
+        turn = [self.tokenizer.im_end_id] if self.tokenizer.has_chat_tokens else []
+        return [*turn, self.tokenizer.end_of_text_id]
+
+    @cached_property
+    def _grammars(self) -> Grammars:
+        return Grammars(self.tokenizer, self.model.config.vocab_size, self._end_ids)
 
     def _submit(self, request: Request) -> Request:
         self._requests[request.id] = request
@@ -263,14 +275,14 @@ class Engine:
 
     def _decoder(self) -> Decoder:
         """What runs: the model itself, or the packed copy of a frozen engine."""
-        if not self._frozen or not can_pack(self.model):
-            return self.model
-        if self._packed is None:
-            self._packed = PackedModel(self.model)
-            if self._compile:
-                runner = self._parts().runner
-                runner.compiled = CompiledDecode(self._packed, runner.cache, runner.window)
-        return self._packed
+        if self._running is None:
+            self._running = self.model
+            if self._frozen and can_pack(self.model):
+                self._running = packed = PackedModel(self.model)
+                if self._compile:
+                    runner = self._parts().runner
+                    runner.compiled = CompiledDecode(packed, runner.cache, runner.window)
+        return self._running
 
     def _parts(self) -> Parts:
         """Scheduler and runner, made when first needed: until then the model may change its device."""

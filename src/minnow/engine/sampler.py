@@ -74,7 +74,9 @@ class Wishes:
         self.filtered_F = torch.tensor(filtered, device=device) if filtered else None
         self.top_k_F = torch.tensor([params[i].top_k for i in filtered], device=device)
         self.top_p_F = torch.tensor([params[i].top_p for i in filtered], dtype=torch.float64, device=device)
-        self.adjusted = [i for i, p in enumerate(params) if p.has_penalties or p.logit_bias or p.min_tokens]
+        self.adjusted = [
+            i for i, p in enumerate(params) if p.has_penalties or p.logit_bias or p.min_tokens or p.grammar is not None
+        ]
         self.logprobs = any(p.logprobs for p in params)
         self.top_logprobs = max(p.top_logprobs for p in params)
 
@@ -125,6 +127,8 @@ def adjust(logits_BV: Tensor, rows: Rows[Sequence], wishes: Wishes) -> Tensor:
             logits_V[torch.tensor(list(bias), device=device)] += torch.tensor(list(bias.values()), device=device)
         if len(row.ids) < row.params.min_tokens:
             logits_V[torch.tensor(list(row.request.end_ids), device=device)] = -torch.inf
+        if row.constraint is not None:
+            logits_V.masked_fill_(~row.constraint.allowed(len(logits_V), device), -torch.inf)
     return adjusted_BV
 
 

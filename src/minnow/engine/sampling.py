@@ -56,6 +56,7 @@ class SamplingParams(SamplingOptions):
     """How to continue one prompt.
 
     The sampling distribution is: logits -> penalties -> logit_bias -> end tokens barred before `min_tokens`
+    -> tokens that the grammar bars
     -> temperature -> top_k -> top_p -> min_p, in transformers' order. Random numbers depend on the seed, the
     sample's index and the token's index only, so an answer does not depend on what else is in the batch;
     equal prompts with equal seeds give equal answers.
@@ -73,6 +74,8 @@ class SamplingParams(SamplingOptions):
     """Go on after end-of-text and end-of-turn tokens."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these tokens."""
+    grammar: str | None = None
+    """The answer obeys this grammar (see `minnow.engine.grammar`) and ends where nothing can follow."""
     logprobs: bool = False
     """Return the log-probability of every generated token, under the sampling distribution and under the
     raw one."""
@@ -94,6 +97,9 @@ class SamplingParams(SamplingOptions):
             self.min_tokens,
             f"at most max_tokens ({self.max_tokens})",
         )
+        _require(all(map(math.isfinite, self.logit_bias.values())), "logit_bias", self.logit_bias, "finite numbers")
+        if self.grammar is not None and (self.min_tokens or self.ignore_eos):
+            raise UserError("an answer with a grammar ends where the grammar does: leave out min_tokens and ignore_eos")
         _require(all(self.stop), "stop", list(self.stop), "strings of at least one character")
 
     @property

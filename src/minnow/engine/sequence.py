@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from minnow.engine.counter_random import sample_key
+from minnow.engine.grammar import Constraint
 from minnow.engine.outputs import Completion, Delta, FinishReason, TopLogprobs, Usage
 from minnow.engine.penalties import Penalties
 from minnow.engine.sampling import SamplingParams
@@ -46,7 +47,7 @@ class Request:
 class Sequence:
     """The tokens of one sample so far, what decides its next one, and where it stands in the cache."""
 
-    def __init__(self, request: Request, index: int, tokenizer: Tokenizer):
+    def __init__(self, request: Request, index: int, tokenizer: Tokenizer, constraint: Constraint | None = None):
         self.request = request
         self.index = index
         self.params = request.params
@@ -58,6 +59,7 @@ class Sequence:
         self.tokens = list(request.prompt_ids)
         """Prompt and answer together."""
         self.penalties: Penalties | None = None
+        self.constraint = constraint
         self.finish_reason: FinishReason | None = None
 
         self.blocks: list[int] = []
@@ -104,6 +106,9 @@ class Sequence:
         # A model's vocabulary may be padded beyond the tokenizer's, with tokens that stand for nothing.
         silent = ends or token >= self._vocab_size
         text = "" if silent else self._stops.push(self._decoder.push(token), may_stop=may_stop)
+        if self.constraint is not None:
+            self.constraint.accept(token)
+            ends = ends or self.constraint.complete
         if ends or self._stops.found:
             self.finish_reason = "stop"
         elif len(self.ids) >= self.request.max_tokens:

@@ -16,6 +16,8 @@ class StopStrings:
 
     def push(self, text: str, *, may_stop: bool = True) -> str:
         """The text that became certain with this piece."""
+        if not self._stop:
+            return text
         self._held += text
         if not may_stop:
             return self._release(len(self._held))

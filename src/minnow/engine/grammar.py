@@ -1,0 +1,117 @@
+"""Answers that obey a grammar: JSON schemas, regular expressions and tool calls, through llguidance.
+
+A grammar is text in llguidance's form of Lark: `%json` holds a JSON schema, `<[8]>` is the token 8. The functions
+here write the usual ones. JSON is written as the chat template writes it, with one blank after a comma and a colon
+and none elsewhere: so models are trained, and a weak one cannot fill its context with blanks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minnow.config import UserError
+from minnow.tokenizer.special import END_TOOL_CALL, TOOL_CALL
+from minnow.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+_WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+def json_grammar(schema: Mapping[str, Any] | None = None) -> str:
+    """JSON that obeys a JSON schema; without one, any JSON object."""
+    return f"start: %json {_schema(schema or {'type': 'object'})}\n"
+
+
+def regex_grammar(pattern: str) -> str:
+    """Text that a regular expression (Rust's syntax, no look-around) matches as a whole."""
+    return f"start: TEXT\nTEXT: /{pattern.replace('/', chr(92) + '/')}/\n"
+
+
+def tool_call_grammar(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> str:
+    """One call of one of the tools or more, as the chat template writes them.
+
+    tools: {"name": ..., "parameters": JSON schema of the arguments} each.
+    """
+    begin, end = (f"<[{tokenizer.special_ids[mark]}]>" for mark in (TOOL_CALL, END_TOOL_CALL))
+    names = " | ".join(f"tool_{number}" for number in range(len(tools)))
+    lines = ['start: call ("\\n" call)*', f'call: {begin} "\\n" ({names}) "\\n" {end}']
+    for number, tool in enumerate(tools):
+        head = json.dumps(f'{{"name": {json.dumps(tool["name"])}, "arguments": ')
+        lines.append(f'tool_{number}: {head} %json {_schema(tool.get("parameters") or {"type": "object"})} "}}"')
+    return "\n".join(lines) + "\n"
+
+
+def _schema(schema: Mapping[str, Any]) -> str:
+    return json.dumps({**schema, "x-guidance": _WRITING})
+
+
+class Grammars:
+    """Compiles grammars for one tokenizer. UserError where llguidance is not installed."""
+
+    def __init__(self, tokenizer: Tokenizer, vocab_size: int, end_ids: Sequence[int]):
+        try:
+            import llguidance
+        except ImportError as error:
+            raise UserError("constrained answers need llguidance: pip install 'minnow[serve]'") from error
+        self._make = llguidance.LLMatcher
+        self._tokenizer = llguidance.LLTokenizer(
+            llguidance.TokenizerWrapper(_Vocabulary(tokenizer, end_ids[0])), n_vocab=vocab_size, eos_token=list(end_ids)
+        )
+
+    def constraint(self, grammar: str) -> Constraint:
+        """The state before the first token. UserError where the grammar is not valid or too large."""
+        matcher = self._make(self._tokenizer, grammar)
+        if matcher.is_error():
+            reason = matcher.get_error().strip().splitlines()[0]
+            raise UserError(f"the answer's grammar (or JSON schema) cannot be followed: {reason}")
+        return Constraint(matcher)
+
+
+class Constraint:
+    """Where one answer stands in its grammar."""
+
+    def __init__(self, matcher: LLMatcher):
+        self._matcher = matcher
+
+    def copy(self) -> Constraint:
+        """The same state, to go its own way."""
+        return Constraint(self._matcher.deep_copy())
+
+    def allowed(self, vocab_size: int, device: torch.device) -> Tensor:
+        """Tokens that may come next: bool [V]. The end tokens are among them where the answer may end."""
+        bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        allowed_V = np.unpackbits(bits, bitorder="little", count=vocab_size).astype(bool)
+        return torch.from_numpy(allowed_V).to(device)
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with this token, which was allowed."""
+        taken = self._matcher.consume_token(token)
+        assert taken, self._matcher.get_error()
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing can follow."""
+        return bool(self._matcher.is_stopped())
+
+
+class _Vocabulary:
+    """What llguidance asks of a tokenizer."""
+
+    def __init__(self, tokenizer: Tokenizer, end_id: int):
+        self._tokenizer = tokenizer
+        self.eos_token_id = end_id
+        self.bos_token_id = None
+        self.special_token_ids = sorted(tokenizer.special_ids.values())
+        names = {index: name.encode() for name, index in tokenizer.special_ids.items()}
+        self.tokens = [names.get(index, string) for index, string in enumerate(tokenizer.byte_strings)]
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self._tokenizer.encode(text.decode() if isinstance(text, bytes) else text)
