@@ -56,7 +56,7 @@ def extend_context(config: ModelConfig, kind: Literal["yarn", "linear", "ntk"], 
         return dataclasses.replace(config, rope_theta=theta, max_position_embeddings=longest)
     scaling = RopeScaling(
         type=kind,
-        factor=factor,
+        factor=float(factor),  # readers warn of an integer
         original_max_position_embeddings=trained,
         attention_factor=yarn_attention_factor(factor) if kind == "yarn" else 1.0,
     )
