@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minnow import cli
-from minnow.config import parse_config
+from minnow.config import UserError, parse_config
 from minnow.data.prepare import DataConfig
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import save_pretrained
@@ -106,6 +106,16 @@ def test_the_probe_gives_a_time() -> None:
 def test_init_from_gives_the_shape(tmp_path: Path) -> None:
     save_pretrained(CausalLM(SHAPE), tmp_path / "model")
     assert plan(model=ModelConfig(), init_from=str(tmp_path / "model")).parameters == plan().parameters
+
+
+def test_a_stretched_context_can_be_planned(tmp_path: Path) -> None:
+    save_pretrained(CausalLM(SHAPE), tmp_path / "model")
+    trained = SHAPE.max_position_embeddings
+    more = {"init_from": str(tmp_path / "model"), "sequence_length": 2 * trained, "probe_seconds": 0.01}
+    more["training"] = TrainingConfig(**{**vars(TRAINING), "batch_tokens": 4 * trained})
+    with pytest.raises(UserError, match="--rope-scaling yarn"):
+        plan(**more)
+    assert plan(**more, rope_scaling="yarn").speed is not None
 
 
 def test_prints_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -168,7 +168,7 @@ class HiddenFacts(Task[HiddenFactRow]):
 
     def __init__(self, subject: Subject, world: World, context: int) -> None:
         config, tokenizer = subject.model.config, subject.tokenizer
-        whole = [reading for reading in readings(config, context) if reading.length == context]
+        _, *whole = readings(config, context)
         lengths = [context]
         while lengths[-1] // 2 >= max(MIN_TOKENS, trained_length(config) // 4):
             lengths.append(lengths[-1] // 2)

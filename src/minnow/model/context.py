@@ -30,6 +30,12 @@ class ContextConfig:
             return config
         return extend_context(config, self.rope_scaling, self.factor or factor)
 
+    def extend_for(self, config: ModelConfig, sequence_length: int) -> ModelConfig:
+        """The shape for training on rows of `sequence_length`; UserError where they are too long for it."""
+        extended = self.extend(config, factor=sequence_length / config.max_position_embeddings)
+        extended.check_sequence_length(sequence_length)
+        return extended
+
 
 def extend_context(config: ModelConfig, kind: Literal["yarn", "linear", "ntk"], factor: float) -> ModelConfig:
     """The shape for sequences up to `factor` times the trained length.

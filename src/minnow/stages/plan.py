@@ -153,8 +153,7 @@ def _shape(config: Config) -> ModelConfig:
         shape = read_config(resolve_model_folder(config.init_from))
     except UserError as error:
         raise UserError(f"{error} (give --init_from null and a shape with --model.* instead)") from None
-    shape.check_sequence_length(config.sequence_length)
-    return shape
+    return config.extend_for(shape, config.sequence_length)
 
 
 def _tokens(config: Config, parameters: int) -> tuple[int, str]:

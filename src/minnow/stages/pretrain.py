@@ -43,8 +43,7 @@ def run(config: Config) -> None:
             raise UserError(
                 f"--tokenizer has {tokenizer.vocab_size} tokens, {config.init_from} only {model.config.vocab_size}"
             )
-        model.config = config.extend(model.config, factor=config.sequence_length / model.config.max_position_embeddings)
-        model.config.check_sequence_length(config.sequence_length)
+        model.config = config.extend_for(model.config, config.sequence_length)
         config = dataclasses.replace(config, model=model.config)
     else:
         if config.rope_scaling is not None:

@@ -82,7 +82,7 @@ class _Writer:
                 relations = self.rng.sample(RELATIONS, self.rng.randint(1, 3))
                 met += [(stranger, relation) for relation in relations]
                 paragraph = self.book.space.join(_fact(self.book, stranger, name, self.rng) for name in relations)
-            elif kind < 0.65 and met:
+            elif kind < 0.9 and met:
                 question, reply = _question(self.book, *self.rng.choice(met), self.rng)
                 paragraph = question + reply
             else:
