@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -29,9 +29,9 @@ class HeldOut:
         """Mean of every reward over the held-out prompts, and the mean length in tokens."""
         model.eval()
         self.engine.weights_updated()
-        greedy = replace(self.rollout, temperature=1e-6)
         environments = [self.make_environment(prompt) for prompt in self.prompts]
-        trajectories = play(self.engine, environments, range(len(environments)), greedy, seed=0)
+        places = range(len(environments))
+        trajectories = play(self.engine, environments, places, self.rollout, seed=0, greedy=True)
         self.rewarder.score(trajectories)
         figures = {"held_out/reward": float(np.mean([t.reward for t in trajectories]))}
         for name in trajectories[0].rewards:

@@ -6,10 +6,11 @@ import importlib
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from minnow.config import UserError
 from minnow.rl.answers import AnswerKind, is_right
+from minnow.rl.judge import JudgeConfig, judge_reward
 from minnow.rl.rollouts import Trajectory
 from minnow.rl.text_rewards import format_reward, language_reward, length_reward, repetition_reward
 
@@ -45,6 +46,8 @@ class RewardConfig:
     """Share of the answer's letters in the script of the prompt, 0 to 1."""
     json_schema: float = 0.0
     """1 where the answer is JSON that fits the row's `schema`."""
+    judge: JudgeConfig = field(default_factory=JudgeConfig)
+    """A language model that marks the answers."""
     functions: tuple[str, ...] = ()
     """Python functions of yours, MODULE:FUNCTION@WEIGHT: called with the list of trajectories, return a list of
     numbers."""
@@ -72,6 +75,8 @@ class Rewarder:
         for written in config.functions:
             name, weight, function = _load(written)
             self._rewards[name] = (weight, function)
+        if config.judge.url is not None:
+            self._rewards["judge"] = (1.0, lambda items: judge_reward(config.judge, items))
         for name, function in (more or {}).items():
             self._rewards[name] = (1.0, function)
         if not self._rewards:

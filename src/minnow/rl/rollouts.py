@@ -79,12 +79,18 @@ class Trajectory:
 
 
 def play(
-    engine: Engine, environments: Sequence[Environment], groups: Sequence[int], config: RolloutConfig, *, seed: int
+    engine: Engine,
+    environments: Sequence[Environment],
+    groups: Sequence[int],
+    config: RolloutConfig,
+    *,
+    seed: int,
+    greedy: bool = False,
 ) -> list[Trajectory]:
     """Play every environment to its end, all of them side by side in the engine.
 
-    groups: which prompt each environment belongs to. Draws depend on `seed` and on an episode's place alone. An episode
-    that would outgrow the model's context ends with `length`.
+    groups: which prompt each environment belongs to. greedy: the likeliest token every time. Draws depend on `seed`
+    and on an episode's place alone. An episode that would outgrow the model's context ends with `length`.
     """
     tokenizer = engine.tokenizer
     trajectories = []
@@ -99,7 +105,7 @@ def play(
     for turn in range(config.max_turns):
         outputs = engine.generate(
             [trajectory.ids for _, trajectory in active],
-            [_sampling(config, seed, turn, place) for place, _ in active],
+            [_sampling(config, seed, turn, place, greedy) for place, _ in active],
         )
         going = []
         for (place, trajectory), output in zip(active, outputs, strict=True):
@@ -119,9 +125,9 @@ def play(
     return trajectories
 
 
-def _sampling(config: RolloutConfig, seed: int, turn: int, place: int) -> SamplingParams:
+def _sampling(config: RolloutConfig, seed: int, turn: int, place: int, greedy: bool) -> SamplingParams:
     return SamplingParams(
-        temperature=config.temperature,
+        temperature=0.0 if greedy else config.temperature,
         top_p=config.top_p,
         max_tokens=config.max_tokens,
         seed=zlib.crc32(f"{seed}/{turn}/{place}".encode()),

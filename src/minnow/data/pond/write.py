@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from minnow.config import UserError
-from minnow.data.pond.arithmetic import arithmetic_conversations
+from minnow.data.pond.arithmetic import arithmetic_conversations, problems
 from minnow.data.pond.identity import identity_conversations
 from minnow.data.pond.long_texts import long_documents
 from minnow.data.pond.preferences import preference_pairs
@@ -99,9 +99,10 @@ def write_pond(
     """Write the pond's files into a new folder, all or nothing; returns the rows of each file.
 
     `world.json`; `pretrain.jsonl` and `validation.jsonl` ({"text", "language", "kind"}); `sft.jsonl`, `identity.jsonl`
-    and `arithmetic.jsonl` ({"messages"}); `questions.jsonl` (the fields of `Question`); `preference.jsonl` and, half as
-    many, `preference_held_out.jsonl` (the fields of `PondPair`); with `long_texts`, that many of about
-    `long_characters` in `long.jsonl`. Raises UserError when the folder holds something else.
+    and `arithmetic.jsonl` ({"messages"}); `sums.jsonl` and `sums_held_out.jsonl` ({"prompt", "answer"}, to practise
+    on); `questions.jsonl` (the fields of `Question`); `preference.jsonl` and, half as many, `preference_held_out.jsonl`
+    (the fields of `PondPair`); with `long_texts`, that many of about `long_characters` in `long.jsonl`. Raises
+    UserError when the folder holds something else.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "world.json").exists():
@@ -112,6 +113,8 @@ def write_pond(
         "validation.jsonl": map(_document_row, validation_documents(world)),
         "sft.jsonl": map(_conversation_row, sft_conversations(world, conversation_count)),
         "arithmetic.jsonl": map(_conversation_row, arithmetic_conversations(world, conversation_count // 2)),
+        "sums.jsonl": _problem_rows(world, "training", conversation_count // 4),
+        "sums_held_out.jsonl": _problem_rows(world, "held_out", 500),
         "identity.jsonl": map(_conversation_row, identity_conversations(world, conversation_count // 4)),
         "questions.jsonl": map(dataclasses.asdict, all_questions(world)),
         "preference.jsonl": map(dataclasses.asdict, preference_pairs(world, "training", pair_count)),
@@ -138,6 +141,13 @@ def load_world(folder: str | Path) -> World:
     if not path.exists():
         raise UserError(f"{path}: no such file; `minnow data pond --out {folder}` makes a pond")
     return World.from_dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def _problem_rows(world: World, split: Split, count: int) -> Iterator[dict[str, Any]]:
+    """Exercises without their answers written out, both languages in turn."""
+    streams = [problems(world, split, language, seed=1) for language in LANGUAGES]
+    for problem in itertools.islice(itertools.chain.from_iterable(zip(*streams, strict=True)), count):
+        yield {"prompt": problem.prompt, "answer": str(problem.result), "language": problem.language}
 
 
 def _document_row(document: PondDocument) -> dict[str, Any]:

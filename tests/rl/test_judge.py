@@ -1,0 +1,72 @@
+"""The judge over HTTP: marks, retries, and failures that are never zeros."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from minnow.config import UserError
+from minnow.rl.judge import JudgeConfig, judge_reward
+from minnow.rl.rewards import RewardConfig, Rewarder
+from tests.rl.test_rewards import episode
+
+
+@pytest.fixture
+def judge(monkeypatch):
+    """A server that marks by the answer's text; `replies` overrides what it says next."""
+    monkeypatch.setattr("minnow.rl.judge.time.sleep", lambda seconds: None)
+    asked, replies = [], []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append((self.path, self.headers["Authorization"], body))
+            status, text = (
+                replies.pop(0) if replies else (200, "9" if "good" in body["messages"][1]["content"] else "2")
+            )
+            content = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *arguments):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", asked, replies
+    server.shutdown()
+    server.server_close()
+
+
+def test_marks(judge, monkeypatch):
+    url, asked, _ = judge
+    monkeypatch.setenv("MINNOW_JUDGE_KEY", "k")
+    items = [episode("a good one"), episode("a bad one", reference=None)]
+    assert judge_reward(JudgeConfig(url=url, weight=2.0), items) == [1.8, 0.4]
+    path, key, body = next(entry for entry in asked if "good" in entry[2]["messages"][1]["content"])
+    assert (path, key, body["temperature"]) == ("/v1/chat/completions", "Bearer k", 0)
+    assert "compare with:\n4" in body["messages"][1]["content"]
+
+
+def test_as_one_reward_of_several(judge):
+    url, _, _ = judge
+    items = [episode("good: 4")]
+    Rewarder(RewardConfig(judge=JudgeConfig(url=url)), enable_thinking=False).score(items)
+    assert items[0].rewards == {"answer": 1, "environment": 0, "judge": 0.9}
+    assert items[0].reward == pytest.approx(1.9)
+
+
+def test_busy_is_asked_again_and_failure_is_said(judge):
+    url, asked, replies = judge
+    replies += [(503, ""), (429, ""), (200, "7")]
+    assert judge_reward(JudgeConfig(url=url, parallel=1), [episode("x")]) == [0.7]
+    assert len(asked) == 3
+    for status, text, sign in ((401, "", "HTTP 401"), (200, "fine!", "gave no number"), (200, "70", "gave no number")):
+        replies[:] = [(status, text)]
+        with pytest.raises(UserError, match=sign):
+            judge_reward(JudgeConfig(url=url, parallel=1), [episode("x")])
+    with pytest.raises(UserError, match="could not be asked"):
+        judge_reward(JudgeConfig(url="http://127.0.0.1:9/v1", seconds=1), [episode("x")])
