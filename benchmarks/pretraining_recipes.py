@@ -24,7 +24,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from minnow.data.batches import Batch, PackedDataset
+from minnow.data.batches import Batch, PackedDataset, Share
 from minnow.data.prepare import DataConfig, prepare
 from minnow.data.readers import read_texts
 from minnow.data.shards import Shards
@@ -52,7 +52,8 @@ class PaddedRows:
     def __init__(self, shards: Shards, seed: int, rows: int, micro_rows: int) -> None:
         self.shards, self.seed, self.rows, self.micro_rows = shards, seed, rows, micro_rows
 
-    def micro_batches(self, step: int) -> list[Batch]:
+    def micro_batches(self, step: int, share: Share) -> list[Batch]:
+        assert share.world_size == 1
         places = torch.arange(step * self.rows, (step + 1) * self.rows)
         documents = self.shards.num_documents
         order = permutation(documents, self.seed, int(places[0]) // documents)

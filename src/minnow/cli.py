@@ -95,7 +95,12 @@ def _dispatch(words: list[str]) -> int:
             return 0
         raise UserError(_unknown(words, group))
     stage = importlib.import_module(f"minnow.stages.{COMMANDS[name].module}")
-    stage.run(parse_config(stage.Config, with_preset(name, words[len(name.split()) :]), program=f"minnow {name}"))
+    config = parse_config(stage.Config, with_preset(name, words[len(name.split()) :]), program=f"minnow {name}")
+    if hasattr(config, "run") and hasattr(config, "training"):  # it trains: in one process or in several
+        from minnow.training.launch import run_stage
+
+        return run_stage(lambda: stage.run(config), words, config.training)
+    stage.run(config)
     return 0
 
 

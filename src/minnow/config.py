@@ -157,6 +157,8 @@ class _CommandLine:
     def _read_option(self, word: str, words: list[str]) -> None:
         flag, has_value, value = word.partition("=")
         key = "help" if flag == "-h" else flag.removeprefix("--").replace("-", "_")
+        if key not in self.settings and f"training.{key}" in self.settings:
+            key = f"training.{key}"  # --nproc 2, --steps 100: the loop's settings go by their own names
         if key in ("help", "print_config") and not has_value:
             setattr(self, key, True)
         elif key == "config":

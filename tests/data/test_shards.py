@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minnow.config import UserError
-from minnow.data.batches import PackedDataset, global_batch_rows, rank_share
+from minnow.data.batches import PackedDataset, Share, global_batch_rows
 from minnow.data.packing import pack
 from minnow.data.shard_writer import ShardWriter, finish_folder
 from minnow.data.shards import Shards
@@ -210,6 +210,6 @@ def test_batches_are_a_pure_function_of_seed_and_step():
 def test_ranks_share_a_batch():
     rows = np.arange(10)
     for world_size in (1, 2, 3, 4):
-        shares = [rank_share(rows, rank, world_size) for rank in range(world_size)]
+        shares = [Share(rank, world_size).of(rows) for rank in range(world_size)]
         assert np.concatenate(shares).tolist() == rows.tolist()
         assert max(map(len, shares)) - min(map(len, shares)) <= 1

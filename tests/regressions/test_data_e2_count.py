@@ -4,7 +4,7 @@ micro-batches and ranks does not depend on how the rows are dealt out."""
 import numpy as np
 import pytest
 
-from minnow.data.batches import PackedDataset, global_batch_rows, rank_share
+from minnow.data.batches import PackedDataset, Share, global_batch_rows
 from minnow.data.shard_writer import ShardWriter, finish_folder
 from minnow.data.shards import Shards
 
@@ -24,7 +24,7 @@ def test_the_count_of_a_global_batch_does_not_depend_on_its_division(tmp_path, w
     whole = dataset.batch(rows)
     parts = [
         dataset.batch(share[i : i + micro])
-        for share in (rank_share(rows, rank, world_size) for rank in range(world_size))
+        for share in (Share(rank, world_size).of(rows) for rank in range(world_size))
         for i in range(0, len(share), micro)
     ]
     assert sum(float(part.weights_BT.sum()) for part in parts) == float(whole.weights_BT.sum())

@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from minnow.data.batches import Batch
+from minnow.data.batches import Batch, Share
 from minnow.model.config import ModelConfig
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
 from minnow.training.config import TrainingConfig
 from minnow.training.objective import LanguageModeling
+from minnow.training.parallel import parallelise
 from minnow.training.probe import random_batch
 from minnow.training.trainer import Trainer
 from minnow.training.validation import LanguageModelValidation
@@ -54,26 +56,36 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
 
 
 class RandomSource:
-    """A pure function of the step; the global batch is cut into `pieces` micro-batches."""
+    """A pure function of the step; the global batch of 8 rows is cut into `pieces` micro-batches."""
 
     def __init__(self, pieces: int = 1) -> None:
         self.pieces = pieces
 
-    def micro_batches(self, step: int) -> list[Batch]:
+    def micro_batches(self, step: int, share: Share) -> list[Batch]:
         batch = masked_batch(step)
-        size = 8 // self.pieces
-        return [rows_of(batch, start, start + size) for start in range(0, 8, size)]
+        parts = share.cut(np.arange(8), max(1, 8 // self.pieces))
+        return [rows_of(batch, int(part[0]), int(part[-1]) + 1) for part in parts]
 
 
-def make_trainer(folder: Path, *, steps: int = 12, source: RandomSource | None = None, **settings: object) -> Trainer:
+def make_trainer(
+    folder: Path,
+    *,
+    steps: int = 12,
+    source: RandomSource | None = None,
+    model: CausalLM | None = None,
+    optim: OptimConfig | None = None,
+    **settings: object,
+) -> Trainer:
     settings = {"validate_every": 4, "save_every": 3, "seed": 1} | settings
-    model = CausalLM(SHAPE, seed=1)
+    if model is None:
+        model = CausalLM(SHAPE, seed=1)
+        parallelise(model, settings.get("parallel", "auto"), torch.device("cpu"))  # type: ignore[arg-type]
     return Trainer(
         TrainingConfig(**settings),  # type: ignore[arg-type]
         folder=folder,
         title="test",
         model=model,
-        optimizers=build_optimizers(model, OptimConfig()),
+        optimizers=build_optimizers(model, optim or OptimConfig()),
         schedule=ScheduleConfig(warmup_steps=2),
         objective=LanguageModeling(z_loss=1e-4),
         source=source or RandomSource(),

@@ -43,7 +43,7 @@ def test_sigkill_at_random_moments_changes_nothing(tmp_path: Path) -> None:
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'src'}"},
         )
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"

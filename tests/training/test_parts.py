@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from minnow.config import UserError
+from minnow.data.batches import Share
 from minnow.training.hardware import choose_device, choose_precision, matmul_peak
 from minnow.training.loss_scale import LossScale
 from minnow.training.run_folder import MetricsLog
@@ -67,10 +68,10 @@ def test_fp16_overflow_skips_the_step_for_all_optimizers(tmp_path: Path) -> None
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_save_and_give_the_conventional_exit_code(tmp_path: Path, number: int, code: int) -> None:
     class Signalling(RandomSource):
-        def micro_batches(self, step: int) -> list:
+        def micro_batches(self, step: int, share: Share) -> list:
             if step == 5:
                 os.kill(os.getpid(), number)
-            return super().micro_batches(step)
+            return super().micro_batches(step, share)
 
     trainer = make_trainer(tmp_path)
     trainer.source = Signalling()

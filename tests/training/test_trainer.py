@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from minnow.data.batches import Share
 from minnow.training.checkpoint import list_checkpoints
 from minnow.training.trainer import NonFiniteLossError, Trainer
 
@@ -45,7 +46,7 @@ def test_cutting_the_batch_into_micro_batches_changes_nothing(tmp_path: Path, pi
 
 def test_the_loss_is_the_sum_over_all_tokens_by_their_count(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, source=RandomSource(4), z_loss=0.0)
-    batches = trainer.source.micro_batches(0)
+    batches = trainer.source.micro_batches(0, Share())
     with torch.no_grad():
         outputs = [trainer.objective(trainer.model, batch) for batch in batches]
     total = sum(float(output.loss_sum) for output in outputs)
@@ -79,10 +80,10 @@ class StopAt(RandomSource):
         super().__init__()
         self.step = step
 
-    def micro_batches(self, step: int) -> list:
+    def micro_batches(self, step: int, share: Share) -> list:
         if step == self.step:
             raise KeyboardInterrupt
-        return super().micro_batches(step)
+        return super().micro_batches(step, share)
 
 
 def test_metrics_have_physical_units(tmp_path: Path) -> None:
@@ -105,8 +106,8 @@ def test_metrics_have_physical_units(tmp_path: Path) -> None:
 class PoisonSource(RandomSource):
     """Makes one weight of the batch infinite."""
 
-    def micro_batches(self, step: int) -> list:
-        batches = super().micro_batches(step)
+    def micro_batches(self, step: int, share: Share) -> list:
+        batches = super().micro_batches(step, share)
         if step == 2:
             batches[0].weights_BT[0, 0] = math.inf
         return batches
@@ -125,8 +126,8 @@ def test_nan_guard_names_step_and_documents_and_spares_the_weights(tmp_path: Pat
 
 def test_clipping(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, clip_norm=0.01)
-    trainer.source.micro_batches(0)
-    for batch in trainer.source.micro_batches(0):
+    trainer.source.micro_batches(0, Share())
+    for batch in trainer.source.micro_batches(0, Share()):
         (trainer.objective(trainer.model, batch).loss_sum / trainer.objective.count(batch)).backward()
     norm = trainer._clip_gradients()
     after = torch.nn.utils.get_total_norm([p.grad for p in trainer.parameters if p.grad is not None])
@@ -152,8 +153,8 @@ def test_patience_stops_early_and_the_best_checkpoint_survives(tmp_path: Path) -
 class OneBatch(RandomSource):
     """The same batch at every step."""
 
-    def micro_batches(self, step: int) -> list:
-        return super().micro_batches(0)
+    def micro_batches(self, step: int, share: Share) -> list:
+        return super().micro_batches(0, share)
 
 
 def test_checkpoints_are_pruned_and_hold_a_model_others_read(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minnow.config import UserError
 from minnow.data.packing import PackPlan, pack, pack_groups
 from minnow.data.shards import Shards
 from minnow.data.shuffle import permutation
@@ -159,9 +160,32 @@ def global_batch_rows(seed: int, step: int, rows_per_batch: int, num_rows: int) 
     )
 
 
-def rank_share(rows: np.ndarray, rank: int, world_size: int) -> np.ndarray:
-    """Return rank's contiguous part of the global batch; together the ranks hold each row once, in order.
+@dataclass(frozen=True)
+class Share:
+    """One process's part of each global batch."""
 
-    Shares differ by at most one row when `world_size` does not divide the batch.
-    """
-    return np.array_split(rows, world_size)[rank]
+    rank: int = 0
+    """Which process, from 0."""
+    world_size: int = 1
+    """How many there are."""
+
+    def of(self, rows: np.ndarray) -> np.ndarray:
+        """Return this process's contiguous part; together the parts hold each row once, in order.
+
+        They differ by at most one row where `world_size` does not divide the batch.
+        """
+        return np.array_split(rows, self.world_size)[self.rank]
+
+    def cut(self, rows: np.ndarray, rows_per_micro_batch: int) -> list[np.ndarray]:
+        """Cut this process's part into micro-batches of at most that many rows: as many as every other process has.
+
+        All processes meet in every backward pass, so none may have one less. UserError where no cut is even.
+        """
+        largest = -(-len(rows) // self.world_size)
+        pieces = -(-largest // rows_per_micro_batch)
+        if pieces > len(rows) // self.world_size:
+            raise UserError(
+                f"{len(rows)} rows a batch, {rows_per_micro_batch} at a time, cannot be shared evenly by "
+                f"{self.world_size} processes: make training.batch_tokens a multiple of sequence_length x processes"
+            )
+        return np.array_split(self.of(rows), pieces)

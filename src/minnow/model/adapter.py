@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minnow.config import UserError
 from minnow.model.lora import Adapter, LoraConfig, linear_names, lora_layers, replace_linear
+from minnow.model.slices import whole
 from minnow.model.transformer import CausalLM, Linear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -40,10 +41,15 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def write_adapter(model: CausalLM, folder: Path) -> None:
-    """Write the adapters of `model`, and nothing else of it, into an existing folder."""
+def adapter_weights(model: CausalLM) -> dict[str, Tensor]:
+    """The adapters of `model`, by PEFT's names, on the CPU."""
+    parameters = _adapter_parameters(model).items()
+    return {_PREFIX + name: whole(parameter).detach().cpu().contiguous() for name, parameter in parameters}
+
+
+def write_adapter(model: CausalLM, weights: dict[str, Tensor], folder: Path) -> None:
+    """Write `weights`, the adapters of `model`, and nothing else of it, into an existing folder."""
     assert model.adapter is not None
-    weights = {_PREFIX + name: p.detach().cpu().contiguous() for name, p in _adapter_parameters(model).items()}
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
     text = json.dumps(_to_peft(model, model.adapter), indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")

@@ -16,11 +16,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minnow.config import UserError
-from minnow.model.adapter import attach_adapter, base_of, is_adapter, load_adapter_weights, write_adapter
+from minnow.model.adapter import (
+    adapter_weights,
+    attach_adapter,
+    base_of,
+    is_adapter,
+    load_adapter_weights,
+    write_adapter,
+)
 from minnow.model.config import ModelConfig
 from minnow.model.hf_config import architecture, from_hf_config, to_hf_config
 from minnow.model.lora import merge_lora
 from minnow.model.reward_model import RewardModel, classification_config, is_classification
+from minnow.model.slices import whole, writes
 from minnow.model.stacking import stack_experts, unstack_experts
 from minnow.model.transformer import CausalLM
 
@@ -44,10 +52,17 @@ def save_pretrained(
     """Write `model` to `folder`, whole or not at all; an older folder there is replaced.
 
     Of a model with adapters only those are written, in PEFT's files: the frozen base stays where it is.
+    Of a model in slices (FSDP2) every process must call it: the slices are gathered, and the first process writes.
     dtype: of the stored weights; None keeps the parameters' own. With a tokenizer, its files are written
     too and the ids at which `transformers.generate` starts, stops and pads.
     """
     folder = Path(folder)
+    if model.adapter is not None:
+        weights = adapter_weights(model)
+    else:
+        weights = _stored_weights(model, dtype)
+    if not writes():
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our id
@@ -56,16 +71,21 @@ def save_pretrained(
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
         if model.adapter is not None:
-            write_adapter(model, temporary)
+            write_adapter(model, weights, temporary)
         else:
-            _write_model(model, temporary, tokenizer, dtype)
+            _write_model(model, weights, temporary, tokenizer, dtype)
         _replace_folder(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_model(model: CausalLM, folder: Path, tokenizer: Tokenizer | None, dtype: torch.dtype | None) -> None:
-    weights = _stored_weights(model, dtype)
+def _write_model(
+    model: CausalLM,
+    weights: dict[str, Tensor],
+    folder: Path,
+    tokenizer: Tokenizer | None,
+    dtype: torch.dtype | None,
+) -> None:
     stored = model.head_weight.dtype if dtype is None else dtype
     token_ids = _token_ids(tokenizer)
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
@@ -249,7 +269,7 @@ def _stored_weights(model: CausalLM, dtype: torch.dtype | None) -> dict[str, Ten
     """The tensors of model.safetensors: experts one by one, without what serves training only."""
     weights = {
         name: tensor.detach().to("cpu", _stored_dtype(name, tensor, dtype)).contiguous()
-        for name, tensor in unstack_experts(model.state_dict()).items()
+        for name, tensor in unstack_experts({k: whole(v) for k, v in model.state_dict().items()}).items()
         if not name.endswith(TRAINING_ONLY)
     }
     if architecture(model.config) == "Glm4MoeForCausalLM" and model.lm_head is None:

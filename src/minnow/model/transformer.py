@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -89,6 +90,7 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
+        self.index = index
         self.self_attn = SelfAttention(config)
         if config.is_sparse(index):
             self.mlp = _moe(config)
@@ -96,6 +98,23 @@ class DecoderLayer(nn.Module):
             self.mlp = MLP(config, config.intermediate_size)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        x_BTD: Tensor,
+        attend: Callable[..., Tensor],
+        cos: Tensor,
+        sin: Tensor,
+        parts: _LayerParts,
+        routing: Routing | None,
+    ) -> tuple[Tensor, Decisions | None]:
+        """x [B, T, D] -> the same, and what the router decided, if there is one. `attend` takes (q, k, v)."""
+        attended_BTHd = attend(*parts.before_attention(self, x_BTD, cos, sin))
+        if not isinstance(self.mlp, MoE):
+            return parts.after_attention(self, x_BTD, attended_BTHd), None
+        x_BTD, normed_BTD = parts.before_experts(self, x_BTD, attended_BTHd)
+        routed_BTD, decisions = self.mlp(normed_BTD, self.index, routing)
+        return x_BTD + routed_BTD, decisions
 
 
 def _moe(config: ModelConfig) -> MoE:
@@ -201,13 +220,7 @@ class CausalLM(nn.Module):
         routing = self.routing if torch.is_grad_enabled() else None
 
         def run_layer(index: int, x: Tensor) -> tuple[Tensor, Decisions | None]:
-            layer = cast(DecoderLayer, self.model.layers[index])
-            attended_BTHd = attention(index, *parts.before_attention(layer, x, cos, sin))
-            if not isinstance(layer.mlp, MoE):
-                return parts.after_attention(layer, x, attended_BTHd), None
-            x, normed_BTD = parts.before_experts(layer, x, attended_BTHd)
-            routed_BTD, decisions = layer.mlp(normed_BTD, index, routing)
-            return x + routed_BTD, decisions
+            return self.model.layers[index](x, partial(attention, index), cos, sin, parts, routing)
 
         mode = self.gradient_checkpointing if torch.is_grad_enabled() else "off"
         if mode == "selective" and self._compiled:

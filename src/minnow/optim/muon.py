@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from minnow.model.slices import local
 from minnow.optim.newton_schulz import Polynomial, fast_dtype, orthogonalise
+from minnow.optim.slices import on_whole_matrices
 
 UpdateScale = Literal["original", "match_rms_adamw"]
 
@@ -109,16 +113,27 @@ def _update(params: list[Tensor], buffers: list[Tensor], momentum: float, group:
 
 
 def _update_stack(params: list[Tensor], buffers: list[Tensor], momentum: float, group: dict[str, Any]) -> None:
-    """Take the step of one batch of same-shape matrices."""
-    grads = [p.grad for p in params if p.grad is not None]
+    """Take the step of one batch of same-shape matrices; of sliced ones (FSDP2), of the slices held here."""
+    first = params[0]
+    grads = [local(p.grad) for p in params if p.grad is not None]
+    params, buffers = [local(p) for p in params], [local(buffer) for buffer in buffers]
     torch._foreach_lerp_(buffers, grads, 1 - momentum)
     counts = [p.shape[0] if p.ndim == 3 else 1 for p in params]
     update_BMN = params[0].new_empty(sum(counts), *params[0].shape[-2:])
     for grad, buffer, out_EMN in zip(grads, buffers, update_BMN.split(counts), strict=True):
         torch.lerp(grad, buffer, momentum, out=out_EMN.view(grad.shape))  # Nesterov, straight to its place
-    dtype = group["orthogonalise_dtype"] or fast_dtype(params[0])
-    update_BMN = orthogonalise(update_BMN, group["polynomial"], group["newton_schulz_steps"], dtype)
-    lr, scale = group["lr"], scale_of(params[0], group["update_scale"])
+    orthogonal = partial(
+        orthogonalise,
+        polynomial=group["polynomial"],
+        steps=group["newton_schulz_steps"],
+        dtype=group["orthogonalise_dtype"] or fast_dtype(first),
+    )
+    # A slice of a stack of experts is some whole experts; a slice of a matrix is some rows of it.
+    if isinstance(first, DTensor) and first.ndim == 2:
+        update_BMN = on_whole_matrices(orthogonal, update_BMN, first)
+    elif update_BMN.numel():
+        update_BMN = orthogonal(update_BMN)
+    lr, scale = group["lr"], scale_of(first, group["update_scale"])
     for p, update_EMN in zip(params, update_BMN.split(counts), strict=True):
         p.mul_(1 - lr * group["weight_decay"]).add_(update_EMN.view(p.shape), alpha=-lr * scale)
 

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from minnow.data.batches import global_batch_rows
+from minnow.config import UserError
+from minnow.data.batches import Share, global_batch_rows
 from minnow.data.prompts import Prompt
 from minnow.engine import Engine
 from minnow.model.lora import adapters_off
@@ -80,8 +81,10 @@ class Phases:
         assert (reference is not None) == algorithm.needs_reference
         self.previous: dict[int, tuple[list[int], list[bool], np.ndarray]] = {}  # SPO: each prompt's last answer
 
-    def micro_batches(self, step: int) -> Sequence[PolicyBatch]:
+    def micro_batches(self, step: int, share: Share) -> Sequence[PolicyBatch]:
         """Return the step's minibatch, in micro-batches."""
+        if share.world_size > 1:
+            raise UserError("reinforcement learning runs in one process: leave out --nproc and torchrun")
         phase, update = divmod(step, self.settings.algorithm.updates_per_phase)
         if phase != self.phase:
             if self.phase < 0:

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal
 
+import numpy as np
 from rich.console import Console
 
 from minnow.config import UserError
-from minnow.data.batches import Batch, PackedDataset
+from minnow.data.batches import Batch, PackedDataset, Share
 from minnow.data.encoding import Kind
 from minnow.data.prepare import DataConfig, PreparedData, prepare
 from minnow.model.lora import LoraConfig
@@ -24,6 +25,7 @@ from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
 from minnow.report.run_report import write_report
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
+from minnow.training.distribution import first_goes_first, is_first, rank, world_size
 from minnow.training.objective import BatchT, LanguageModeling, Objective, PackedBatches, Rows
 from minnow.training.session import Machine, RunFolder, train, with_machine
 from minnow.training.trainer import Trainer
@@ -133,7 +135,9 @@ def run_lesson(
     config = with_machine(config, machine)
     # Everything a user may have got wrong comes before the run folder is touched.
     rows_per_batch, rows_per_micro_batch = config.training.rows_per_batch(config.sequence_length)
-    packed = pack_data(config, tokenizer, kind)
+    Share(rank(), world_size()).cut(np.arange(rows_per_batch), rows_per_micro_batch)
+    with first_goes_first():
+        packed = pack_data(config, tokenizer, kind)
     for warning in packed.prepared.report.warnings():
         console.print(f"note: {warning}", highlight=False)
     if not packed.train.num_rows:
@@ -167,5 +171,6 @@ def run_lesson(
         validation=lesson.validation,
     )
     train(trainer, run, tokenizer, console)
-    write_report(run.path)
+    if is_first():
+        write_report(run.path)
     return run.model_folder

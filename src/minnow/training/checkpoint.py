@@ -20,8 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minnow.model.pretrained import load_weights, save_pretrained
+from minnow.model.slices import whole
 from minnow.model.transformer import CausalLM
 from minnow.optim import load_named_state, named_state
+from minnow.training.distribution import is_first
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,20 @@ def save_checkpoint(
     source: dict[str, Any] | None = None,
 ) -> Checkpoint:
     """Write `folder/step-XXXXXXXX` atomically. `state` must be plain JSON; `source` may hold tensors."""
+    tensors = {
+        f"{name}:{entry}": whole(tensor).cpu().contiguous()
+        for name, entries in named_state(optimizers).items()
+        for entry, tensor in entries.items()
+    }
     final = folder / f"step-{step:08d}"
+    if not is_first():
+        save_pretrained(model, final)
+        return Checkpoint(final, step)
     temporary = folder / f".step-{step:08d}.{os.getpid()}.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         save_pretrained(model, temporary)
-        tensors = {
-            f"{name}:{entry}": tensor.contiguous()
-            for name, entries in named_state(optimizers).items()
-            for entry, tensor in entries.items()
-        }
         save_file(tensors, temporary / "optimizers.safetensors")
         rng = {"torch": torch.get_rng_state().tolist()}
         text = json.dumps({**state, "step": step, "rng": rng})

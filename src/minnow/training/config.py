@@ -9,6 +9,8 @@ from minnow.config import UserError
 from minnow.model.checkpointing import GradientCheckpointing
 from minnow.training.hardware import DeviceName, Precision
 
+Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -37,6 +39,13 @@ class TrainingConfig:
     gradient_checkpointing: GradientCheckpointing = "off"
     """Compute again in the backward pass instead of keeping: full keeps each layer's input (least memory, about a third
     more time), selective also the results of matrix products and attention (half the memory, hardly slower)."""
+    nproc: int = 1
+    """Processes on this machine, one a GPU; more than one are started by torchrun. Under torchrun itself: ignored."""
+    parallel: Parallel = "auto"
+    """Several processes: ddp keeps the whole model on each, fsdp a slice of it, hsdp a sliced copy on each host; auto
+    is ddp where half of the memory holds weights, gradients and averages."""
+    restarts: int = 0
+    """With nproc: how often all processes start again, from the last checkpoint, when one has died."""
     log_every: int = 1
     """Updates between lines in metrics.jsonl."""
     validate_every: int = 100
@@ -51,7 +60,7 @@ class TrainingConfig:
     """Stop when this many validations in a row bring no better loss, and keep the best model; 0 never stops early."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_tokens", "micro_batch_tokens", "log_every", "keep_last"):
+        for name in ("batch_tokens", "micro_batch_tokens", "nproc", "log_every", "keep_last"):
             if getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}: it must be at least 1")
         if self.steps is None and self.epochs <= 0:

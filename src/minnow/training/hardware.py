@@ -20,7 +20,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def choose_device(name: DeviceName) -> torch.device:
-    """Return the device called `name`; `auto` takes CUDA, else MPS, else the CPU. UserError if it is not there."""
+    """Return the device called `name`; `auto` takes CUDA, else MPS, else the CPU. UserError if it is not there.
+
+    On CUDA it is the current one: each process under torchrun has chosen its own before.
+    """
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
         return torch.device(next(device for device, there in available.items() if there))

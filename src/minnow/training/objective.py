@@ -9,7 +9,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from torch import Tensor
 
-from minnow.data.batches import Batch, global_batch_rows
+from minnow.data.batches import Batch, Share, global_batch_rows
 from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import linear_cross_entropy
@@ -43,10 +43,10 @@ class Objective(Protocol[BatchT_contra]):
 
 
 class BatchSource(Protocol[BatchT_co]):
-    """Gives the global batch of a step, already cut into micro-batches: a pure function of the step."""
+    """Gives a process's share of a step's global batch, cut into micro-batches: a pure function of both."""
 
-    def micro_batches(self, step: int) -> Sequence[BatchT_co]:
-        """Return the micro-batches of `step` (from 0)."""
+    def micro_batches(self, step: int, share: Share) -> Sequence[BatchT_co]:
+        """Return the micro-batches of `step` (from 0); as many for every share (`Share.cut` sees to it)."""
         ...
 
 
@@ -109,10 +109,7 @@ class PackedBatches(Generic[BatchT]):
     rows_per_batch: int
     rows_per_micro_batch: int
 
-    def micro_batches(self, step: int) -> list[BatchT]:
-        """Return the step's rows, `rows_per_micro_batch` at a time."""
+    def micro_batches(self, step: int, share: Share) -> list[BatchT]:
+        """Return the share's rows, at most `rows_per_micro_batch` at a time."""
         rows = global_batch_rows(self.seed, step, self.rows_per_batch, self.dataset.num_rows)
-        return [
-            self.dataset.batch(rows[start : start + self.rows_per_micro_batch])
-            for start in range(0, len(rows), self.rows_per_micro_batch)
-        ]
+        return [self.dataset.batch(part) for part in share.cut(rows, self.rows_per_micro_batch)]

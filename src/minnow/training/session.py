@@ -20,7 +20,9 @@ from minnow.model.pretrained import is_model_folder, load_pretrained, resolve_mo
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
+from minnow.training.distribution import first_goes_first, from_first, is_first
 from minnow.training.hardware import choose_device, choose_precision, has_cpp_compiler, matmul_peak
+from minnow.training.parallel import parallelise
 from minnow.training.signals import Interrupted
 from minnow.training.trainer import Trainer
 
@@ -30,6 +32,9 @@ Say = Callable[[str], None]
 # torch.compile costs about a minute on a CPU and gives about a third more speed: it pays after some minutes.
 COMPILE_PAYS_AFTER_SECONDS = 240.0
 ASSUMED_FLOP_UTILISATION = 0.25
+
+# Settings that do not change what is learnt: a run may be continued with other ones.
+MAY_CHANGE = {"run", "overwrite", "training.nproc", "training.parallel", "training.restarts"}
 
 
 @dataclass(frozen=True)
@@ -46,15 +51,16 @@ class Machine:
         return cls(device, choose_precision(config.precision, device))
 
     def place(self, model: CausalLM, config: TrainingConfig, total_flops: float, say: Say) -> CausalLM:
-        """Move `model` to the device, set its compute dtype, compile it if that pays.
+        """Put `model` on its device or devices, set its compute dtype, compile it if that pays.
 
         What is trained is held in fp32; frozen matrices need no master and are held in the compute dtype.
         """
-        model.to(self.device, torch.float32)
+        model.to(torch.float32)
         for parameter in model.parameters():
             if not parameter.requires_grad and parameter.ndim > 1:
                 parameter.data = parameter.data.to(self.dtype)
         model.compute_dtype = self.dtype
+        parallelise(model, config.parallel, self.device)
         model.gradient_checkpointing = config.gradient_checkpointing
         if self._compile(config, total_flops, say):
             model.compile_backbone()
@@ -82,8 +88,8 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        """Whether the final model is there: it is the last thing a run writes."""
-        return is_model_folder(self.model_folder)
+        """Whether the final model is there: it is the last thing a run writes. All processes ask together."""
+        return from_first(is_model_folder(self.model_folder))
 
     def clear(self, made_by: str) -> None:
         """Delete the folder, if a file called `made_by` shows that it is a run: a mistyped --run costs nothing."""
@@ -97,6 +103,11 @@ class RunFolder:
 
     def claim_data(self, key: str) -> None:
         """Remember which prepared data the run learns from; refuse to continue it on other data."""
+        with first_goes_first():
+            if is_first():
+                self._claim_data(key)
+
+    def _claim_data(self, key: str) -> None:
         file = self.path / "data.key"
         if not file.exists():
             with atomic_write(file) as temporary:
@@ -108,14 +119,22 @@ class RunFolder:
             )
 
     def open(self, config: Any, *, overwrite: bool) -> None:
-        """Create the folder with `config.yaml`, or check that what is in it belongs to the same configuration."""
+        """Create the folder with `config.yaml`, or check that what is in it belongs to the same configuration.
+
+        How many processes share the work may change from one start to the next: the batches stay the same.
+        """
+        with first_goes_first():
+            if is_first():
+                self._open(config, overwrite)
+
+    def _open(self, config: Any, overwrite: bool) -> None:
         if overwrite:
             self.clear("config.yaml")
         text = config_to_yaml(config)
         if self.config_file.exists():
             before = _flatten(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
             now = _flatten(yaml.safe_load(text))
-            changed = [k for k in now | before if now.get(k) != before.get(k) and k not in ("run", "overwrite")]
+            changed = [k for k in now | before if now.get(k) != before.get(k) and k not in MAY_CHANGE]
             if changed:
                 shown = "; ".join(f"{k}: {before.get(k)!r} there, {now.get(k)!r} now" for k in changed[:5])
                 raise UserError(

@@ -12,15 +12,18 @@ from typing import Any, Generic
 import torch
 
 from minnow.config import UserError
-from minnow.data.batches import Batch
+from minnow.data.batches import Batch, Share
 from minnow.model.size import training_flops_per_token
+from minnow.model.slices import whole
 from minnow.model.transformer import CausalLM
 from minnow.optim import ScheduleConfig, learning_rate_factor, set_learning_rates
 from minnow.training.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
 from minnow.training.config import TrainingConfig
+from minnow.training.distribution import gather, is_first, largest_over_ranks, rank, sum_over_ranks, world_size
 from minnow.training.hardware import matmul_peak, peak_memory_bytes, synchronize
 from minnow.training.loss_scale import LossScale
-from minnow.training.objective import BatchSource, BatchT, Objective, Stateful
+from minnow.training.objective import BatchSource, BatchT, Objective, ObjectiveOutput, Stateful
+from minnow.training.parallel import sync_gradients
 from minnow.training.progress import TrainingProgress
 from minnow.training.run_folder import MetricsLog
 from minnow.training.signals import Interrupted, StopRequest, stop_requests
@@ -45,7 +48,9 @@ class LoopState:
 class Trainer(Generic[BatchT]):
     """Owns accumulation, precision, clipping, schedule, checkpoints, validation, logging and stopping.
 
-    model: on its device, `compute_dtype` and compilation already chosen by the stage.
+    With several processes, each runs one of these: they share out the batches and take every decision together.
+
+    model: on its device and over the processes, `compute_dtype` and compilation already chosen by the stage.
     validation: held-out figures, `validation_loss` among them: the best model has the least of it; None without data.
     evaluations: further functions of the model, called at each validation; their figures go into its metrics line.
     """
@@ -73,7 +78,9 @@ class Trainer(Generic[BatchT]):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.loss_scale = LossScale(model.compute_dtype)
         self.state = LoopState()
-        folder.mkdir(parents=True, exist_ok=True)
+        self.share = Share(rank(), world_size())
+        if is_first():
+            folder.mkdir(parents=True, exist_ok=True)
         self.metrics = MetricsLog(folder / "metrics.jsonl")
         self.checkpoints = folder / "checkpoints"
 
@@ -81,14 +88,16 @@ class Trainer(Generic[BatchT]):
         """Continue from the newest checkpoint, if there is one: bit for bit as if the run had not been stopped."""
         found = list_checkpoints(self.checkpoints)
         if not found:
-            self.metrics.path.unlink(missing_ok=True)
+            if is_first():
+                self.metrics.path.unlink(missing_ok=True)
             return False
         saved = found[-1].load(self.model, self.optimizers)
         self.state = LoopState(**saved["loop"])
         self.loss_scale.load_state_dict(saved["loss_scale"])
         if isinstance(self.source, Stateful):
             self.source.load_state_dict(found[-1].source_state())
-        self.metrics.rewind(self.state.step)
+        if is_first():
+            self.metrics.rewind(self.state.step)
         return True
 
     def fit(self) -> None:
@@ -103,7 +112,7 @@ class Trainer(Generic[BatchT]):
                 record = self._timed_step(peak)
                 progress.update(self.state.step, f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tok/s")
                 if self.state.step % self.config.log_every == 0 or self.state.step == self.total_steps:
-                    self.metrics.append(record)
+                    self._log(record)
                 if self._validation_due():
                     self._save()
                     self._obey(request)
@@ -122,21 +131,28 @@ class Trainer(Generic[BatchT]):
     def train_step(self) -> dict[str, float]:
         """One update. The loss is the sum over the global batch divided by its count, however it is cut up.
 
-        mean = sum_m loss_sum_m / sum_m count_m, so each micro-batch's backward pass starts from loss_sum_m / count with
-        the count of the *whole* batch; dividing by micro-batch counts and averaging would weight tokens unequally.
+        mean = sum_m loss_sum_m / sum_m count_m over the micro-batches m of all processes, so each backward pass starts
+        from loss_sum_m / count with the count of the *whole* batch; dividing by micro-batch counts and averaging would
+        weight tokens unequally.
         """
-        batches = self.source.micro_batches(self.state.step)
-        count = sum(self.objective.count(batch) for batch in batches)
+        batches = self.source.micro_batches(self.state.step, self.share)
+        count, tokens, flops = sum_over_ranks(
+            [
+                sum(self.objective.count(batch) for batch in batches),
+                sum(batch.num_real_tokens for batch in batches),
+                sum(self._flops(batch) for batch in batches),
+            ]
+        )
         if count == 0:
             raise UserError(f"step {self.state.step}: nothing in the batch is supervised; check the data's loss mask")
-        sums: dict[str, float] = {}
-        for batch in batches:
+        outputs = []
+        for index, batch in enumerate(batches):
+            sync_gradients(self.model, last=index == len(batches) - 1)
             output = self.objective(self.model, batch.to(self.device))
             (output.loss_sum * (self.loss_scale.scale / count)).backward()
-            for name, value in {"loss": output.loss_sum, **output.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach())
-        figures = {name: value / count for name, value in sums.items()}
-        figures["flops"] = sum(self._flops(batch) for batch in batches)
+            outputs.append(output)
+        figures = {name: value / count for name, value in _total(outputs).items()}
+        figures["flops"] = flops
         if not math.isfinite(figures["loss"]):
             raise self._non_finite("loss", figures["loss"], batches)
         figures["grad_norm"] = self._clip_gradients()
@@ -152,7 +168,7 @@ class Trainer(Generic[BatchT]):
         self.loss_scale.update(overflow=not finite)
         figures["lr"] = self.optimizers[0].param_groups[0]["lr"]
         self.state.step += 1
-        self.state.tokens += sum(batch.num_real_tokens for batch in batches)
+        self.state.tokens += int(tokens)
         return figures
 
     def _flops(self, batch: Batch) -> float:
@@ -164,7 +180,7 @@ class Trainer(Generic[BatchT]):
     def _clip_gradients(self) -> float:
         """Undo the loss scale and clip to `clip_norm`; return the norm before clipping."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(grads)) / self.loss_scale.scale
+        norm = float(whole(torch.nn.utils.get_total_norm(grads))) / self.loss_scale.scale
         too_long = self.config.clip_norm / (norm + 1e-6) if self.config.clip_norm else 1.0
         coefficient = min(1.0, too_long) / self.loss_scale.scale
         if math.isfinite(norm) and coefficient != 1.0:
@@ -172,7 +188,8 @@ class Trainer(Generic[BatchT]):
         return norm
 
     def _non_finite(self, what: str, value: float, batches: Sequence[Batch]) -> NonFiniteLossError:
-        documents = sorted({document for batch in batches for row in batch.document_ids for document in row})
+        here = {document for batch in batches for row in batch.document_ids for document in row}
+        documents = sorted(set().union(*gather(here)))
         shown = ", ".join(map(str, documents[:20])) + (" ..." if len(documents) > 20 else "")
         return NonFiniteLossError(
             f"step {self.state.step}: {what} is {value}; the weights were left as they were before this step. "
@@ -193,7 +210,7 @@ class Trainer(Generic[BatchT]):
             **figures,
             "tokens": self.state.tokens,
             "tokens_per_second": rate,
-            "mfu": flops_per_second / peak,
+            "mfu": flops_per_second / (peak * world_size()),
             "memory_gb": peak_memory_bytes(self.device) / 1e9,
             "eta_seconds": seconds * (self.total_steps - self.state.step),
             "seconds": seconds,
@@ -220,28 +237,43 @@ class Trainer(Generic[BatchT]):
         for evaluation in self.evaluations:
             record |= evaluation(self.model)
         if len(record) > 1:
-            self.metrics.append(record)
+            self._log(record)
             shown = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "step")
             progress.say(f"step {self.state.step}: {shown}")
         self.model.train()
-        prune_checkpoints(self.checkpoints, keep_last=self.config.keep_last, best_step=self.state.best_step)
+        if is_first():
+            prune_checkpoints(self.checkpoints, keep_last=self.config.keep_last, best_step=self.state.best_step)
         if not patient:
             progress.say(f"stopped early: no better validation loss since step {self.state.best_step}")
         return patient
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if is_first():
+            self.metrics.append(record)
 
     def _save(self) -> None:
         state = {"loop": vars(self.state).copy(), "loss_scale": self.loss_scale.state_dict()}
         source = self.source.state_dict() if isinstance(self.source, Stateful) else None
         save_checkpoint(self.checkpoints, self.state.step, self.model, self.optimizers, state, source)
-        prune_checkpoints(self.checkpoints, keep_last=self.config.keep_last, best_step=self.state.best_step)
+        if is_first():
+            prune_checkpoints(self.checkpoints, keep_last=self.config.keep_last, best_step=self.state.best_step)
 
     def _obey(self, request: StopRequest) -> None:
-        if request.signal_number is None:
+        # A signal reaches the processes at different moments; they stop after the same step.
+        number = int(largest_over_ranks(request.signal_number or 0))
+        if not number:
             return
         saved = list_checkpoints(self.checkpoints)
         if not saved or saved[-1].step != self.state.step:
             self._save()
         raise Interrupted(
-            request.signal_number,
+            number,
             f"stopped at step {self.state.step}; run the same command again to continue from there",
         )
+
+
+def _total(outputs: Sequence[ObjectiveOutput]) -> dict[str, float]:
+    """Add up loss and metrics over micro-batches and processes; read from the device once."""
+    names = ["loss", *outputs[0].metrics]
+    table = torch.stack([torch.stack([o.loss_sum, *o.metrics.values()]).detach() for o in outputs]).tolist()
+    return dict(zip(names, sum_over_ranks([math.fsum(column) for column in zip(*table, strict=True)]), strict=True))

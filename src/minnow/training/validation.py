@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic
 
@@ -14,6 +14,7 @@ from minnow.data.batches import Batch
 from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import bits_per_byte, token_logprobs
+from minnow.training.distribution import rank, sum_over_ranks, world_size
 from minnow.training.objective import BatchT, Objective
 
 Evaluation = Callable[[CausalLM], dict[str, float]]
@@ -31,7 +32,7 @@ class Validation:
 
 
 def validate(model: CausalLM, batches: Sequence[Batch], token_bytes: np.ndarray, device: torch.device) -> Validation:
-    """Score `model` on `batches`.
+    """Score `model` on `batches`, which are the same on every process: each scores its part.
 
     `token_bytes` is int32 [vocab], the bytes each token stands for. Special tokens stand for none: they count in the
     loss and not in bits per byte, so that the figure compares across tokenizers.
@@ -41,18 +42,21 @@ def validate(model: CausalLM, batches: Sequence[Batch], token_bytes: np.ndarray,
     was_training = model.training
     model.eval()
     with torch.no_grad():
-        for batch in batches:
+        for batch, is_mine in _my_part(batches):
             batch = batch.to(device)
             hidden_BTD = model(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens, device))
             supervised_BT = batch.weights_BT > 0
             targets_N, weights_N = batch.targets_BT[supervised_BT], batch.weights_BT[supervised_BT]
             nll_N = -token_logprobs(hidden_BTD[supervised_BT], model.head_weight, targets_N).double()
+            if not is_mine:
+                continue
             bytes_N = bytes_of_token[targets_N]
             nats += float((nll_N * weights_N).sum())
             weight += float(weights_N.sum())
             text_nats += float(nll_N[bytes_N > 0].sum())
             text_bytes += float(bytes_N.sum())
     model.train(was_training)
+    nats, weight, text_nats, text_bytes = sum_over_ranks([nats, weight, text_nats, text_bytes])
     return Validation(
         loss=nats / weight if weight else math.nan,
         bits_per_byte=bits_per_byte(text_nats, text_bytes) if text_bytes else math.nan,
@@ -87,10 +91,21 @@ class ObjectiveValidation(Generic[BatchT]):
         was_training = model.training
         model.eval()
         sums: dict[str, float] = {}
-        for batch in self.batches:
+        for batch, is_mine in _my_part(self.batches):
             output = self.objective(model, batch.to(self.device))
             for name, value in {"loss": output.loss_sum, **output.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + float(value)
+                sums[name] = sums.get(name, 0.0) + is_mine * float(value)
         model.train(was_training)
         count = sum(self.objective.count(batch) for batch in self.batches)
-        return {f"validation_{name}": value / count for name, value in sums.items()}
+        totals = sum_over_ranks(list(sums.values()))
+        return {f"validation_{name}": total / count for name, total in zip(sums, totals, strict=True)}
+
+
+def _my_part(batches: Sequence[BatchT]) -> Iterator[tuple[BatchT, bool]]:
+    """Yield every `world_size`-th batch; a process that has one less runs its last once more, for company's sake.
+
+    Slices of a sharded model are gathered in each forward pass, so all processes must make the same number of them.
+    """
+    for start in range(0, len(batches), world_size()):
+        index = start + rank()
+        yield batches[min(index, len(batches) - 1)], index < len(batches)

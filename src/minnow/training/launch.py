@@ -1,0 +1,72 @@
+"""Starting the processes of a run: `--nproc N` is torchrun on this machine, in one word."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import uuid
+from collections.abc import Callable, Sequence
+
+from minnow.config import UserError
+from minnow.training.config import TrainingConfig
+from minnow.training.distribution import first_to_say, in_torchrun, only_first_speaks, process_group
+from minnow.training.hardware import choose_device
+
+# What a SIGTERM leaves for the last checkpoint before torchrun kills; its own default is 30 seconds.
+SHUTDOWN_SECONDS = 600
+
+
+def run_stage(work: Callable[[], None], words: Sequence[str], training: TrainingConfig) -> int:
+    """Do `work` here, or in `training.nproc` processes that read the same `words`; return the exit code.
+
+    Under torchrun this process is one of those: it joins the others, and only the first one prints.
+    """
+    if not in_torchrun():
+        if training.nproc > 1:
+            return launch(words, training.nproc, training.restarts)
+        work()
+        return 0
+    device = choose_device(training.device)
+    with only_first_speaks(), process_group(cuda=device.type == "cuda"):
+        try:
+            work()
+        except UserError as error:
+            if first_to_say(str(error)):
+                raise
+            raise SystemExit(2) from None
+    return 0
+
+
+def launch(words: Sequence[str], processes: int, restarts: int) -> int:
+    """Start `minnow WORDS` in several processes on this machine by torch's elastic agent; return their exit code.
+
+    A process that dies takes the others with it, and all start again, from the last checkpoint, up to `restarts`
+    times. A signal is passed on to them: 128 + its number comes back once they have saved.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    # The agent's own account of a failure is a page for a cluster's log; the processes have said what is wrong.
+    logging.getLogger("torch.distributed").setLevel(logging.WARNING if restarts else logging.CRITICAL)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=restarts,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "minnow", *words)
+    except ChildFailedError as failed:
+        code = failed.get_first_failure()[1].exitcode
+        return 128 - code if code < 0 else code
+    except SignalException as stopped:
+        return 128 + int(stopped.sigval)
+    return 0
