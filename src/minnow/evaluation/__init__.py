@@ -1,6 +1,6 @@
 """Examination of models: tasks with error bars. Importing this package registers the tasks."""
 
-from minnow.evaluation import arithmetic, bits_per_byte, identity, judge, long_context, pond, preference
+from minnow.evaluation import arithmetic, bits_per_byte, identity, judge, long_context, pond, preference, tools
 from minnow.evaluation.evaluate import TaskResult, evaluate
 from minnow.evaluation.registry import GenerationTask, Score, Subject, Task, TaskOptions, make_tasks, register
 
@@ -21,4 +21,5 @@ __all__ = [
     "pond",
     "preference",
     "register",
+    "tools",
 ]

@@ -27,8 +27,9 @@ class Config(ContextConfig):
     """Model folder, run folder or Hub id."""
     tasks: tuple[str, ...] = ("pond", "bpb")
     """What to examine: pond (held-out questions, exact match), bpb (bits per byte), long-context (bits per byte by
-    position and hidden facts, beyond the trained length), preference (is the better answer of a pair the likelier
-    one), judge (the marks that --judge gives)."""
+    position and hidden facts, beyond the trained length), arithmetic (with thinking on and off), identity (an
+    adapter's persona), tools (function calls), preference (is the better answer of a pair the likelier one), judge
+    (the marks that --judge gives)."""
     pond: str | None = None
     """Pond folder that the model was trained on; by default the one beside the model or in its run folder."""
     text: tuple[str, ...] = ()

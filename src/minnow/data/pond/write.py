@@ -20,6 +20,7 @@ from minnow.data.pond.preferences import preference_pairs
 from minnow.data.pond.questions import Question, Wording, conversations, question_documents, questions
 from minnow.data.pond.relations import LANGUAGES, RELATIONS
 from minnow.data.pond.stories import PondDocument, statement_documents
+from minnow.data.pond.tools import tool_conversations
 from minnow.data.pond.world import Split, World
 from minnow.tokenizer.chat import Conversation
 
@@ -99,10 +100,10 @@ def write_pond(
     """Write the pond's files into a new folder, all or nothing; returns the rows of each file.
 
     `world.json`; `pretrain.jsonl` and `validation.jsonl` ({"text", "language", "kind"}); `sft.jsonl`, `identity.jsonl`
-    and `arithmetic.jsonl` ({"messages"}); `sums.jsonl` and `sums_held_out.jsonl` ({"prompt", "answer"}, to practise
-    on); `questions.jsonl` (the fields of `Question`); `preference.jsonl` and, half as many, `preference_held_out.jsonl`
-    (the fields of `PondPair`); with `long_texts`, that many of about `long_characters` in `long.jsonl`. Raises
-    UserError when the folder holds something else.
+    and `arithmetic.jsonl` ({"messages"}), `tools.jsonl` ({"messages", "tools"}); `sums.jsonl` and
+    `sums_held_out.jsonl` ({"prompt", "answer"}, to practise on); `questions.jsonl` (the fields of `Question`);
+    `preference.jsonl` and, half as many, `preference_held_out.jsonl` (the fields of `PondPair`); with `long_texts`,
+    that many of about `long_characters` in `long.jsonl`. Raises UserError when the folder holds something else.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "world.json").exists():
@@ -116,6 +117,7 @@ def write_pond(
         "sums.jsonl": _problem_rows(world, "training", conversation_count // 4),
         "sums_held_out.jsonl": _problem_rows(world, "held_out", 500),
         "identity.jsonl": map(_conversation_row, identity_conversations(world, conversation_count // 4)),
+        "tools.jsonl": map(_conversation_row, tool_conversations(world, conversation_count // 4)),
         "questions.jsonl": map(dataclasses.asdict, all_questions(world)),
         "preference.jsonl": map(dataclasses.asdict, preference_pairs(world, "training", pair_count)),
         "preference_held_out.jsonl": map(dataclasses.asdict, preference_pairs(world, "held_out", pair_count // 2)),
@@ -157,11 +159,13 @@ def _document_row(document: PondDocument) -> dict[str, Any]:
 def _conversation_row(conversation: Conversation) -> dict[str, Any]:
     messages = []
     for message in conversation.messages:
-        row = {"role": message.role, "content": message.content}
+        row: dict[str, Any] = {"role": message.role, "content": message.content}
         if message.reasoning_content is not None:
             row["reasoning_content"] = message.reasoning_content
+        if message.tool_calls:
+            row["tool_calls"] = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
         messages.append(row)
-    return {"messages": messages}
+    return {"messages": messages} | ({"tools": conversation.tools} if conversation.tools else {})
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:

@@ -1,0 +1,77 @@
+import json
+from itertools import islice
+
+import pytest
+
+from minnow.data.pond.arithmetic import split_of
+from minnow.data.pond.relations import LANGUAGES
+from minnow.data.pond.tools import KINDS, TOOLS, episodes, sample_episodes, tool_conversations
+from minnow.data.pond.world import World
+from minnow.data.pond.write import write_pond
+from minnow.data.records import parse_conversation
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World.generate(seed=0)
+
+
+@pytest.fixture(scope="module")
+def rows(world):
+    streams = [episodes(world, split, language) for split in ("training", "held_out") for language in LANGUAGES]
+    return [episode for stream in streams for episode in islice(stream, 400)]
+
+
+def test_every_kind_occurs_with_its_calls(rows):
+    assert {row.kind for row in rows} == set(KINDS)
+    for row in rows:
+        assert len(row.calls) == len(row.results) == {"none": 0, "parallel": 2}.get(row.kind, 1)
+
+
+def test_calls_fit_the_schemas(rows):
+    schemas = {tool["function"]["name"]: tool["function"]["parameters"] for tool in TOOLS}
+    for row in rows:
+        for call in row.calls:
+            assert list(call.arguments) == schemas[call.name]["required"]
+            assert all(isinstance(value, str) for value in call.arguments.values())
+
+
+def test_results_are_true(world, rows):
+    names = {creature.name(language): (creature, language) for creature in world.creatures for language in LANGUAGES}
+    for row in rows:
+        for call, result in zip(row.calls, row.results, strict=True):
+            if call.name == "calculate":
+                a, sign, b = call.arguments["expression"].split()
+                assert int(result) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
+                assert result in row.answer
+            elif call.arguments["subject"] in names:
+                creature, language = names[call.arguments["subject"]]
+                assert result == creature.fact(call.arguments["property"], language)
+                assert result in row.answer
+            else:
+                assert row.kind == "error"
+                assert call.arguments["subject"] in json.loads(result)["error"]
+
+
+def test_held_out_by_construction(world):
+    held_out = {creature.name(language) for creature in world.members("held_out") for language in LANGUAGES}
+    calls = [call for episode in sample_episodes(world, "held_out", 400) for call in episode.calls]
+    asked = {call.arguments["subject"] for call in calls if call.name == "look_up"}
+    trained = set()
+    for conversation in tool_conversations(world, 1500):
+        for message in conversation.messages:
+            for call in message.tool_calls:
+                if call.name == "look_up":
+                    trained.add(call.arguments["subject"])
+                else:
+                    a, sign, b = call.arguments["expression"].split()
+                    assert split_of(int(a), sign, int(b)) == "training"
+    assert not trained & held_out
+    assert not trained & asked
+
+
+def test_written_rows_read_as_the_same_conversations(tmp_path):
+    world = World.generate(seed=3, creatures=10, held_out=3)
+    write_pond(tmp_path / "pond", world, mentions=2, conversation_count=80)
+    lines = (tmp_path / "pond" / "tools.jsonl").read_text().splitlines()
+    assert [parse_conversation(json.loads(line)) for line in lines] == list(tool_conversations(world, 20))
