@@ -100,5 +100,16 @@ def test_trains_at_a_tiny_setting(size: str, data: Path, tmp_path: Path, monkeyp
     assert (tmp_path / f"runs/sft-{size}/model/model.safetensors").exists()
 
 
+def test_a_context_is_lengthened_at_a_tiny_setting(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder, words = RECIPES[0].parent, f"--data.cache_dir {tmp_path}/cache --data.paths {data}/texts.jsonl".split()
+    pretrain = f"--config {folder}/pretrain-64m.yaml --tokenizer {data}/tokenizer {TRAINING} {SHAPE}"
+    assert cli.main(["pretrain", *pretrain.split(), *words]) == 0
+    longer = f"--config {folder}/pretrain-64m-long.yaml {TRAINING.replace('_length 64', '_length 256')}"
+    assert cli.main(["pretrain", *longer.split(), *words]) == 0
+    content = json.loads((tmp_path / "runs/pretrain-64m-long/model/config.json").read_text())
+    assert (content["max_position_embeddings"], content["rope_parameters"]["factor"]) == (256, 4.0)
+
+
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
