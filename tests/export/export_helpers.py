@@ -11,6 +11,7 @@ import torch
 
 from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig, RopeScaling
+from minnow.model.experts_config import ExpertsConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer import Tokenizer, train_tokenizer
@@ -47,6 +48,40 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3 linear": {"rope_scaling": RopeScaling(type="linear", factor=2.0, original_max_position_embeddings=32)},
 }
 
+EXPERTS: dict[str, dict[str, Any]] = {
+    "qwen3 moe": {"experts": ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)},
+    "qwen3 moe, one expert a token": {
+        "experts": ExpertsConfig(num_experts=4, num_experts_per_tok=1, moe_intermediate_size=32)
+    },
+    "qwen3 moe, first layer dense": {
+        "experts": ExpertsConfig(num_experts=4, moe_intermediate_size=32, first_k_dense_replace=1)
+    },
+    "glm4 moe": {
+        "experts": ExpertsConfig(
+            num_experts=4,
+            moe_intermediate_size=32,
+            scoring="sigmoid",
+            n_shared_experts=1,
+            first_k_dense_replace=1,
+            routed_scaling_factor=1.5,
+        ),
+        "tie_word_embeddings": False,
+    },
+    "glm4 moe with biases, without qk norm": {
+        "experts": ExpertsConfig(num_experts=4, moe_intermediate_size=32, scoring="sigmoid", n_shared_experts=1),
+        "tie_word_embeddings": False,
+        "qk_norm": False,
+        "attention_bias": True,
+    },
+    "glm4 moe, groups": {
+        "experts": ExpertsConfig(
+            num_experts=8, moe_intermediate_size=32, scoring="sigmoid", n_shared_experts=2, n_group=4, topk_group=2
+        ),
+        "tie_word_embeddings": False,
+    },
+}
+ARCHITECTURES |= EXPERTS
+
 
 @functools.cache
 def small_tokenizer() -> Tokenizer:
@@ -69,7 +104,7 @@ def tiny_model(tmp_path: Path, *, tokenizer: Tokenizer | None = None, seed: int 
     model = CausalLM(ModelConfig(**(shape | changes)))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in [*model.parameters(), *model.buffers()]:  # the selection bias is a buffer
             low, high = (0.5, 1.5) if parameter.ndim == 1 else (-0.25, 0.25)
             parameter.copy_(torch.empty(parameter.shape).uniform_(low, high, generator=generator))
     folder = tmp_path / "run" / "model"

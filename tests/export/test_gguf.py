@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from export_helpers import ARCHITECTURES, MIXED, reference_logits, small_tokenizer, tiny_model
+from export_helpers import ARCHITECTURES, EXPERTS, MIXED, reference_logits, small_tokenizer, tiny_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, decoders, models, pre_tokenizers
 
@@ -30,7 +30,10 @@ def fields(path: Path) -> dict[str, Any]:
     return {name: field.contents() for name, field in gguf.GGUFReader(path).fields.items()}
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+READ_BY_TRANSFORMERS = [name for name in ARCHITECTURES if name == "qwen3 moe" or name not in EXPERTS]
+
+
+@pytest.mark.parametrize("name", READ_BY_TRANSFORMERS)
 def test_transformers_reads_the_file_as_the_same_model(name: str, tmp_path: Path) -> None:
     """Names and layouts (Llama's turned rows) of all weights: an independent reader gives minnow's logits.
 

@@ -18,7 +18,8 @@ IDS = [0, 5, 300, 7, 7, 120, 33, 250, 1, 90, 60]
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tiny_model(tmp_path_factory.mktemp("onnx"))
+    # A base of its own: nothing that another test computed can stand in for what the export leaves behind.
+    folder = tiny_model(tmp_path_factory.mktemp("onnx"), rope_theta=12_345.0)
     assert cli.main(["export", str(folder), "--to", "onnx"]) == 0
     return folder, folder / "onnx" / "model.onnx"
 

@@ -88,10 +88,10 @@ def write_gguf(folder: Path, path: Path, type: GgufType = "f16", *, thinking: bo
 def tensor_type(name: str, tensor: Tensor, type: GgufType) -> Quantization:
     """Number format of one tensor in a file of `type`.
 
-    Vectors (norms, biases) stay f32, as llama.cpp demands. Quantised files keep the embedding and the head at q8_0:
-    they pay most for fewer bits, the embedding of a small model above all, which is its head too.
+    Vectors (norms, biases) and routers stay f32, as llama.cpp demands. Quantised files keep the embedding and the head
+    at q8_0: they pay most for fewer bits, the embedding of a small model above all, which is its head too.
     """
-    if tensor.dim() == 1:
+    if tensor.dim() == 1 or name.endswith(".ffn_gate_inp.weight"):
         return Quantization.F32
     wanted = Quantization[type.upper()]
     if not type.startswith("q"):

@@ -6,8 +6,11 @@ The model's own forward pass runs behind its attention seam; nothing of it is wr
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from minnow.model.moe import Experts, MoE
+from minnow.model.rope import rotary_frequencies
 from minnow.model.transformer import CausalLM
 
 
@@ -20,6 +23,12 @@ class OnnxDecoder(nn.Module):
     def __init__(self, model: CausalLM) -> None:
         super().__init__()
         self.model = model
+        config = model.config
+        # Made now: what a tracer makes are stand-ins without numbers, and this function remembers its results.
+        rotary_frequencies(config.head_dim, config.rope_theta, config.rope_scaling, torch.device("cpu"))
+        for layer in model.model.layers:
+            if isinstance(layer.mlp, MoE):
+                layer.mlp.experts = _EveryExpert(layer.mlp.experts)  # type: ignore[assignment]
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
@@ -80,3 +89,21 @@ class _AppendingAttention:
         scores = scores.masked_fill(~self._mask_B11TS, float("-inf"))
         out_BKGTd = scores.softmax(-1) @ v_BKSd.unsqueeze(2)
         return out_BKGTd.flatten(1, 2).transpose(1, 2)
+
+
+class _EveryExpert(nn.Module):
+    """Routed experts as a fixed graph: all work on every token, and those not chosen weigh 0.
+
+    A graph cannot sort tokens by expert into products of sizes that depend on the data.
+    """
+
+    def __init__(self, experts: Experts) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = experts.gate_proj, experts.up_proj, experts.down_proj
+
+    def forward(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
+        """As `Experts.forward`."""
+        weights_NE = x_ND.new_zeros(x_ND.shape[0], len(self.gate_proj)).scatter(1, experts_Nk, weights_Nk)
+        gate_ENF, up_ENF = x_ND @ self.gate_proj.transpose(1, 2), x_ND @ self.up_proj.transpose(1, 2)
+        out_END = (F.silu(gate_ENF) * up_ENF) @ self.down_proj.transpose(1, 2)
+        return (out_END * weights_NE.T.unsqueeze(-1)).sum(0)
