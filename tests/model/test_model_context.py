@@ -46,8 +46,10 @@ trained = st.builds(
 def test_linear_and_yarn_are_theirs(config, factor, kind):
     """Factor and trained length alone given: the rest is what transformers takes for itself."""
     stretched = extend_context(config, kind, factor)
-    assert stretched.max_position_embeddings == round(factor * config.max_position_embeddings)
-    rope = {"rope_type": kind, "rope_theta": config.rope_theta, "factor": factor}
+    longest, trained_length = stretched.max_position_embeddings, config.max_position_embeddings
+    assert longest == round(factor * trained_length)
+    assert stretched.rope_scaling.factor == longest / trained_length  # transformers 4 computes it so
+    rope = {"rope_type": kind, "rope_theta": config.rope_theta, "factor": longest / trained_length}
     if kind == "yarn":
         rope["original_max_position_embeddings"] = config.max_position_embeddings
     for ours, theirs in zip(our_tables(stretched, 300), their_tables(config, rope, 300), strict=True):

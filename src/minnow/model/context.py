@@ -60,9 +60,11 @@ def extend_context(config: ModelConfig, kind: Literal["yarn", "linear", "ntk"], 
             raise UserError("--rope-scaling ntk needs a head_dim of at least 4")
         theta = config.rope_theta * factor ** (config.head_dim / (config.head_dim - 2))
         return dataclasses.replace(config, rope_theta=theta, max_position_embeddings=longest)
+    # Of whole tokens: transformers 4 takes the ratio of the two lengths, 5 the factor, and both are to be right.
+    factor = longest / trained
     scaling = RopeScaling(
         type=kind,
-        factor=float(factor),  # readers warn of an integer
+        factor=factor,
         original_max_position_embeddings=trained,
         attention_factor=yarn_attention_factor(factor) if kind == "yarn" else 1.0,
     )
