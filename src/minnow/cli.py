@@ -48,6 +48,8 @@ COMMANDS: dict[str, Command] = {
     "spo": Command("rl", "rl with SPO's preset: one answer a prompt, values remembered", preset="spo"),
     "dpo": Command("dpo", "teach a model which of two answers is the better one (DPO and its kin)"),
     "reward": Command("reward", "make a model that judges answers from one that writes them"),
+    "distill": Command("distill", "train a student beside a teacher with the same tokenizer"),
+    "distill generate": Command("distill_generate", "write an SFT file of a teacher's answers"),
     "generate": Command("generate", "continue a text"),
     "chat": Command("chat", "talk with a model in the terminal"),
     "serve": Command("serve", "models behind OpenAI's API, streaming, many clients at once"),

@@ -17,10 +17,10 @@ from minnow.objectives.preference import (
     PreferenceLossConfig,
     answer_sums,
     length_weights,
-    log1mexp,
     odds_ratio_loss,
     preference_loss,
 )
+from minnow.objectives.stable import log1mexp
 
 # Four answers (two pairs: TRL puts both chosen first) of 3, 5, 4 and 6 tokens behind a prompt of 3.
 LENGTHS = torch.tensor([3, 5, 4, 6])

@@ -16,7 +16,6 @@ Notation: P pairs, N answer tokens of all 2P answers in order (chosen, rejected,
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minnow.config import UserError
+from minnow.objectives.stable import log1mexp
 
 LossName = Literal["dpo", "robust", "hinge", "ipo", "simpo", "orpo", "kto"]
 
@@ -157,15 +157,6 @@ def kto_loss(ratios_A: Tensor, desirable_A: Tensor, kl: Tensor, beta: float, wei
     sign_A = torch.where(desirable_A, 1.0, -1.0)
     weight_A = torch.where(desirable_A, weights[0], weights[1])
     return weight_A * torch.sigmoid(-beta * sign_A * (ratios_A - kl))
-
-
-def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - e^x) for x < 0, exact near 0 and far from it (Mächler 2012); x = 0 counts as the next number below."""
-    x = x.clamp(max=-torch.finfo(x.dtype).tiny)
-    near_zero = x > -math.log(2)
-    # torch.where computes both branches; the one not taken gets a harmless argument, or its gradient would be NaN.
-    expm1 = torch.log(-torch.expm1(torch.where(near_zero, x, -1.0)))
-    return torch.where(near_zero, expm1, torch.log1p(-torch.exp(torch.where(near_zero, -1.0, x))))
 
 
 def preference_loss(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from rich.console import Console
 
@@ -30,9 +31,17 @@ class Config(LanguageModelConfig, ContextConfig):
     """Continue pretraining this model (model folder, run folder or Hub id) instead of starting from random weights."""
 
 
+ConfigT = TypeVar("ConfigT", bound=Config)
+
+
 def run(config: Config) -> None:
     """Train, and leave the model in `RUN/model`."""
-    console = Console(stderr=True)
+    config, model, tokenizer = start(config)
+    run_language_model(config, tokenizer, model, "pretrain", Console(stderr=True))
+
+
+def start(config: ConfigT) -> tuple[ConfigT, CausalLM, Tokenizer]:
+    """The model to train, continued or new, and its tokenizer; the config comes back with the model's shape."""
     if config.init_from is not None:
         if config.lora.rank and config.rope_scaling is not None:
             raise UserError("--rope-scaling changes the model, and an adapter is saved without it: train it whole")
@@ -61,4 +70,4 @@ def run(config: Config) -> None:
         )
         config = dataclasses.replace(config, model=shape)
         model = CausalLM(shape, seed=config.training.seed)
-    run_language_model(config, tokenizer, model, "pretrain", console)
+    return config, model, tokenizer

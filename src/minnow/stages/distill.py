@@ -1,0 +1,75 @@
+"""`minnow distill`: a student learns from a teacher's distribution over the next token, not from the token alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from minnow.config import UserError
+from minnow.data.batches import Batch
+from minnow.model.pretrained import load_pretrained, resolve_model_folder
+from minnow.objectives.distillation import DistillationLossConfig
+from minnow.stages import pretrain
+from minnow.stages.language_model import Lesson, PackedData, held_out_batches, run_lesson
+from minnow.tokenizer import Tokenizer
+from minnow.training.distillation import Distillation, teacher_store
+from minnow.training.objective import Rows
+from minnow.training.validation import LanguageModelValidation
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(pretrain.Config):
+    """Train a student, new (model.*) or trained (init_from), on data beside a teacher with the same tokenizer."""
+
+    run: str = "runs/distill"
+    """Run folder: config.yaml, metrics.jsonl, checkpoints/, model/ and report.html go there."""
+    teacher: str
+    """Model to learn from: a model folder, a run folder or a Hub id; dense or with experts, of any size."""
+    kind: Literal["pretrain", "sft"] = "sft"
+    """pretrain: rows are texts; sft: rows are conversations, learnt where the assistant speaks."""
+    loss: DistillationLossConfig = field(default_factory=DistillationLossConfig)
+    """The loss."""
+
+
+def run(config: Config) -> None:
+    """Train, and leave the student in `RUN/model`."""
+    folder = resolve_model_folder(config.teacher)
+    if config.init_from is None and config.tokenizer is None:
+        config = dataclasses.replace(config, tokenizer=str(folder))
+    config, student, tokenizer = pretrain.start(config)
+    if Tokenizer.from_pretrained(folder).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"--teacher {config.teacher} has another tokenizer than the student: their tokens do not compare "
+            "(to learn from its answers instead: minnow distill generate)"
+        )
+    teacher = load_pretrained(folder).requires_grad_(False).eval()
+    teacher.config.check_sequence_length(config.sequence_length)
+    _, rows_at_once = config.training.rows_per_batch(config.sequence_length)
+    cache = Path(config.data.cache_dir).expanduser()
+
+    def lesson(packed: PackedData) -> Lesson[Batch]:
+        device = student.head_weight.device
+        teacher.to(device, student.compute_dtype)
+        teacher.compute_dtype = student.compute_dtype
+        rows: Rows[Batch] = packed.train
+        if config.loss.top_k:
+            key = f"{packed.prepared.folder.name}/{config.sequence_length}/{config.training.seed}"
+            rows = teacher_store(
+                teacher,
+                packed.train,
+                cache,
+                key,
+                config.loss,
+                vocab_size=tokenizer.vocab_size,
+                rows_at_once=rows_at_once,
+            )
+        held_out = held_out_batches(packed.validation, config)
+        validation = LanguageModelValidation(held_out, tokenizer.token_bytes(), device) if held_out else None
+        objective = Distillation(config.loss, None if config.loss.top_k else teacher, tokenizer.vocab_size)
+        return Lesson(rows, objective, validation)
+
+    run_lesson(config, tokenizer, student, "distill", config.kind, Console(stderr=True), lesson)

@@ -1,0 +1,163 @@
+# ruff: noqa: N815 (fields carry their shape)
+"""The objective of distillation on packed rows, and the store of what a teacher said about them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minnow.data.batches import Batch, PackedDataset
+from minnow.model.attention import PackedAttention
+from minnow.model.transformer import CausalLM
+from minnow.objectives.distillation import CHUNK_SIZE, DistillationLossConfig, TeacherChunk, linear_distillation
+from minnow.training.objective import ObjectiveOutput
+from minnow.training.reference import weights_fingerprint
+
+
+@dataclass(frozen=True)
+class TaughtBatch(Batch):
+    """Rows with the teacher's most likely next tokens."""
+
+    teacher_ids_BTK: Tensor
+    """int32."""
+    teacher_logprobs_BTK: Tensor
+    """float16: their log-probabilities at the run's temperature."""
+
+
+@dataclass(frozen=True)
+class TaughtRows:
+    """Packed rows with what `teacher_store` kept about them."""
+
+    dataset: PackedDataset
+    ids_RTK: np.ndarray
+    logprobs_RTK: np.ndarray
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one epoch."""
+        return self.dataset.num_rows
+
+    def batch(self, row_indices: Sequence[int] | np.ndarray) -> TaughtBatch:
+        """Read rows, in the order given."""
+        rows = np.asarray(row_indices, dtype=np.int64)
+        return TaughtBatch(
+            **vars(self.dataset.batch(rows)),
+            teacher_ids_BTK=torch.from_numpy(self.ids_RTK[rows].astype(np.int32)),
+            teacher_logprobs_BTK=torch.from_numpy(self.logprobs_RTK[rows]),
+        )
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """Cross-entropy and divergence from a teacher over the weighted targets."""
+
+    loss: DistillationLossConfig
+    teacher: CausalLM | None
+    """On the student's device; None where the batches bring what it said."""
+    vocab_size: int
+    """Tokens of the tokenizer that both share."""
+
+    def count(self, batch: Batch) -> float:
+        """Sum of the targets' weights."""
+        return float(batch.weights_BT.sum())
+
+    def __call__(self, model: CausalLM, batch: Batch) -> ObjectiveOutput:
+        """Return the weighted loss of one packed micro-batch, and its two parts."""
+        attention = PackedAttention(batch.cu_seqlens, batch.tokens_BT.device)
+        supervised_BT = batch.weights_BT > 0
+        hidden_BTD = model(batch.tokens_BT, batch.positions_BT, attention)
+        found = linear_distillation(
+            self.loss,
+            hidden_BTD[supervised_BT],
+            model.head_weight,
+            batch.targets_BT[supervised_BT],
+            batch.weights_BT[supervised_BT],
+            self._teacher_of(batch, attention, supervised_BT),
+            vocab_size=self.vocab_size,
+        )
+        return ObjectiveOutput(found.loss_sum, {"nll": found.nll_sum, "divergence": found.divergence_sum})
+
+    def _teacher_of(self, batch: Batch, attention: PackedAttention, supervised_BT: Tensor) -> TeacherChunk:
+        if isinstance(batch, TaughtBatch):
+            ids_NK = batch.teacher_ids_BTK[supervised_BT].long()
+            logprobs_NK = batch.teacher_logprobs_BTK[supervised_BT].float()
+            return lambda chunk: (logprobs_NK[chunk], ids_NK[chunk])
+        assert self.teacher is not None
+        teacher, temperature = self.teacher, self.loss.temperature
+        with torch.no_grad():
+            hidden_ND = teacher(batch.tokens_BT, batch.positions_BT, attention)[supervised_BT]
+        return lambda chunk: (soft_logprobs(teacher, hidden_ND[chunk], temperature, self.vocab_size), None)
+
+
+def soft_logprobs(teacher: CausalLM, hidden_ND: Tensor, temperature: float, vocab_size: int) -> Tensor:
+    """The teacher's log-probabilities at a temperature over the tokens that the tokenizer has: [N, vocab_size]."""
+    return torch.log_softmax(teacher.logits(hidden_ND)[:, :vocab_size] / temperature, dim=1)
+
+
+def teacher_store(
+    teacher: CausalLM,
+    dataset: PackedDataset,
+    cache: Path,
+    data_key: str,
+    config: DistillationLossConfig,
+    *,
+    vocab_size: int,
+    rows_at_once: int,
+) -> TaughtRows:
+    """Ask the teacher about every row once, or open what it said the last time: arrays mapped from disk.
+
+    A position takes k x 4 bytes (6 above a vocabulary of 65,536). data_key stands for the documents and how they are
+    packed; the folder's name hashes it with the teacher's weights, k and the temperature.
+    """
+    key = [weights_fingerprint(teacher), str(teacher.compute_dtype), data_key, config.top_k, config.temperature]
+    folder = cache / f"teacher-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}"
+    if not folder.exists():
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        try:
+            _ask(teacher, dataset, temporary, config, vocab_size, rows_at_once)
+            os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    ids, logprobs = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "logprobs"))
+    return TaughtRows(dataset, ids, logprobs)
+
+
+@torch.no_grad()
+def _ask(
+    teacher: CausalLM,
+    dataset: PackedDataset,
+    folder: Path,
+    config: DistillationLossConfig,
+    vocab_size: int,
+    rows_at_once: int,
+) -> None:
+    device = teacher.head_weight.device
+    k = min(config.top_k, vocab_size)
+    shape = (dataset.num_rows, dataset.sequence_length, k)
+    ids_dtype = np.uint16 if vocab_size <= 1 << 16 else np.int32
+    ids = np.lib.format.open_memmap(folder / "ids.npy", mode="w+", dtype=ids_dtype, shape=shape)
+    logprobs = np.lib.format.open_memmap(folder / "logprobs.npy", mode="w+", dtype=np.float16, shape=shape)
+    teacher.eval()
+    for start in range(0, dataset.num_rows, rows_at_once):
+        rows = slice(start, min(start + rows_at_once, dataset.num_rows))
+        batch = dataset.batch(range(rows.start, rows.stop)).to(device)
+        hidden_BTD = teacher(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens, device))
+        parts = [
+            soft_logprobs(teacher, chunk_CD, config.temperature, vocab_size).topk(k, dim=1)
+            for chunk_CD in hidden_BTD.flatten(0, 1).split(CHUNK_SIZE)
+        ]
+        ids[rows] = torch.cat([part.indices for part in parts]).view(-1, *shape[1:]).cpu().numpy()
+        logprobs[rows] = torch.cat([part.values for part in parts]).view(-1, *shape[1:]).cpu().numpy()
+    ids.flush()
+    logprobs.flush()
