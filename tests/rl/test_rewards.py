@@ -1,16 +1,24 @@
 """Rewards: right answers, text, composition, and what happens when one fails."""
 
+import math
+from dataclasses import replace
+
 import pytest
+import torch
 
 from minnow.config import UserError
 from minnow.data.prompts import Prompt, parse_prompt
 from minnow.data.records import RowError
+from minnow.evaluation.judge import RewardModelJudge
+from minnow.model.pretrained import save_pretrained
+from minnow.model.reward_model import RewardModel
 from minnow.rl.answers import is_right, last_number
 from minnow.rl.environment import SingleTurn
 from minnow.rl.rewards import RewardConfig, Rewarder
 from minnow.rl.rollouts import Trajectory
 from minnow.rl.text_rewards import format_reward, language_reward, length_reward
 from minnow.tokenizer.chat import Conversation, Message
+from tests.rl.helpers import tiny
 
 
 def episode(content, *, reference="4", ending="stop", reasoning=None, tokens=3, asked="2 + 2?", row=None):
@@ -134,3 +142,28 @@ def test_prompt_rows():
         parse_prompt({"text": "x"})
     with pytest.raises(RowError, match="empty"):
         parse_prompt({"prompt": " "})
+
+
+def test_a_reward_model_reads_prompt_and_last_answer(tmp_path):
+    model, tokenizer = tiny()
+    reward_model = RewardModel(model.config, seed=1)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in reward_model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    save_pretrained(reward_model, tmp_path / "rm", tokenizer=tokenizer)
+    items = [episode("yes"), episode("no, never")]
+    config = RewardConfig(answer=0, environment=0, reward_model=str(tmp_path / "rm"), reward_model_weight=2.0)
+    Rewarder(config, enable_thinking=False).score(items)
+    judge = RewardModelJudge(reward_model, tokenizer)
+    for item in items:
+        (expected,) = judge([Conversation((*item.environment.prompt.conversation.messages, item.answer))])
+        assert item.rewards["reward_model"] == pytest.approx(expected, abs=1e-5)
+        assert item.reward == pytest.approx(2 * expected, abs=1e-5)
+    raw = [item.rewards["reward_model"] for item in items]
+    assert raw[0] != raw[1]
+    Rewarder(replace(config, reward_model_squash=True), enable_thinking=False).score(items)
+    assert [item.rewards["reward_model"] for item in items] == pytest.approx([1 / (1 + math.exp(-r)) for r in raw])
+    save_pretrained(model, tmp_path / "lm", tokenizer=tokenizer)
+    with pytest.raises(UserError, match="not a sequence-classification model"):
+        Rewarder(replace(config, reward_model=str(tmp_path / "lm")), enable_thinking=False)

@@ -8,11 +8,15 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import torch
+
 from minnow.config import UserError
+from minnow.evaluation.judge import Judge, load_judge
 from minnow.rl.answers import AnswerKind, is_right
 from minnow.rl.judge import JudgeConfig, judge_reward
 from minnow.rl.rollouts import Trajectory
 from minnow.rl.text_rewards import format_reward, language_reward, length_reward, repetition_reward
+from minnow.tokenizer.chat import Conversation
 
 RewardFunction = Callable[[Sequence[Trajectory]], Sequence[float]]
 """Judges finished episodes; one number each. An exception stops the run: a silent 0 would teach something false."""
@@ -46,6 +50,12 @@ class RewardConfig:
     """Share of the answer's letters in the script of the prompt, 0 to 1."""
     json_schema: float = 0.0
     """1 where the answer is JSON that fits the row's `schema`."""
+    reward_model: str | None = None
+    """A reward model (folder, run folder or Hub id; `minnow reward` trains one) that reads prompt and last answer."""
+    reward_model_weight: float = 1.0
+    """Weight of its number."""
+    reward_model_squash: bool = False
+    """Take the sigmoid of its number: 0 to 1, as SPO needs."""
     judge: JudgeConfig = field(default_factory=JudgeConfig)
     """A language model that marks the answers."""
     functions: tuple[str, ...] = ()
@@ -56,8 +66,8 @@ class RewardConfig:
 class Rewarder:
     """Scores trajectories: `rewards` by name, and `reward`, their weighted sum."""
 
-    def __init__(self, config: RewardConfig, *, enable_thinking: bool, more: dict[str, RewardFunction] | None = None):
-        """`more`: further rewards, such as a reward model's, each with weight 1 (give them scaled)."""
+    def __init__(self, config: RewardConfig, *, enable_thinking: bool, device: torch.device | str = "cpu") -> None:
+        """`device`: where a reward model is put. UserError for a function or a model that cannot be loaded."""
         built_in: dict[str, tuple[float, RewardFunction]] = {
             "answer": (config.answer, lambda items: _answers(items, config.answer_kind)),
             "environment": (config.environment, lambda items: [item.reward for item in items]),
@@ -77,8 +87,10 @@ class Rewarder:
             self._rewards[name] = (weight, function)
         if config.judge.url is not None:
             self._rewards["judge"] = (1.0, lambda items: judge_reward(config.judge, items))
-        for name, function in (more or {}).items():
-            self._rewards[name] = (1.0, function)
+        if config.reward_model is not None:
+            judge = load_judge(config.reward_model, torch.device(device))
+            squash = config.reward_model_squash
+            self._rewards["reward_model"] = (config.reward_model_weight, lambda items: _marks(items, judge, squash))
         if not self._rewards:
             raise UserError("every reward has weight 0: give at least one, such as rewards.answer")
 
@@ -106,6 +118,15 @@ class Rewarder:
         if bad is not None:
             raise UserError(f"the reward {name!r} gave {bad}: rewards must be finite numbers")
         return values
+
+
+def _marks(trajectories: Sequence[Trajectory], judge: Judge, squash: bool) -> list[float]:
+    conversations = []
+    for trajectory in trajectories:
+        prompt = trajectory.environment.prompt.conversation
+        conversations.append(Conversation((*prompt.messages, trajectory.answer), prompt.tools))
+    marks = judge(conversations)
+    return [1 / (1 + math.exp(-mark)) for mark in marks] if squash else marks
 
 
 def _answers(trajectories: Sequence[Trajectory], kind: AnswerKind) -> list[float]:

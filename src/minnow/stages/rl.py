@@ -99,7 +99,7 @@ def run(config: Config) -> None:
     if config.environment != "question" and config.rollout.max_turns < 2:
         raise UserError(f"environment {config.environment} replies to the model: give rollout.max_turns of at least 2")
     thinking = config.rollout.enable_thinking
-    rewarder = Rewarder(config.rewards, enable_thinking=thinking)
+    rewarder = Rewarder(config.rewards, enable_thinking=thinking, device=machine.device)
 
     folder = RunFolder(config.run)
     folder.open(config, overwrite=config.overwrite)
