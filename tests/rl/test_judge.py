@@ -15,7 +15,7 @@ from tests.rl.test_rewards import episode
 @pytest.fixture
 def judge(monkeypatch):
     """A server that marks by the answer's text; `replies` overrides what it says next."""
-    monkeypatch.setattr("minnow.rl.judge.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("minnow.rl.http.time.sleep", lambda seconds: None)
     asked, replies = [], []
 
     class Handler(BaseHTTPRequestHandler):

@@ -8,18 +8,17 @@ from dataclasses import dataclass
 import numpy as np
 
 from minnow.data.prompts import Prompt
-from minnow.engine import Engine
 from minnow.model.transformer import CausalLM
 from minnow.rl.environment import Environment
 from minnow.rl.rewards import Rewarder
-from minnow.rl.rollouts import RolloutConfig, play
+from minnow.rl.rollouts import RolloutConfig, RolloutEngine, play
 
 
 @dataclass(frozen=True)
 class HeldOut:
     """An evaluation for the Trainer."""
 
-    engine: Engine
+    engine: RolloutEngine
     prompts: Sequence[Prompt]
     make_environment: Callable[[Prompt], Environment]
     rewarder: Rewarder

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 from minnow.config import UserError
+from minnow.rl.http import post_json
 from minnow.rl.rollouts import Trajectory
 
 _INSTRUCTION = (
@@ -20,7 +18,6 @@ _INSTRUCTION = (
     "complete), and nothing else."
 )
 _SCORE = re.compile(r"\d+(?:\.\d+)?")
-_ATTEMPTS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,28 +58,10 @@ def _mark(config: JudgeConfig, trajectory: Trajectory) -> float:
     return float(found[0]) / 10
 
 
-def _ask(config: JudgeConfig, body: dict) -> str:
-    """The reply's text; busy or broken servers are asked again, with a growing pause."""
-    request = urllib.request.Request(
-        f"{str(config.url).rstrip('/')}/chat/completions",
-        data=json.dumps(body).encode(),
-        headers={
-            "Content-Type": "application/json",
-            "Authorization": f"Bearer {os.environ.get('MINNOW_JUDGE_KEY', '')}",
-        },
-    )
-    problem = ""
-    for attempt in range(_ATTEMPTS):
-        if attempt:
-            time.sleep(0.5 * 2**attempt)
-        try:
-            with urllib.request.urlopen(request, timeout=config.seconds) as response:
-                content: str = json.load(response)["choices"][0]["message"]["content"] or ""
-                return content
-        except urllib.error.HTTPError as error:
-            problem = f"HTTP {error.code}: {error.read(200).decode('utf-8', 'replace')}"
-            if error.code < 500 and error.code != 429:
-                break
-        except (OSError, KeyError, IndexError, ValueError) as error:
-            problem = f"{type(error).__name__}: {error}"
-    raise UserError(f"the judge at {config.url} could not be asked ({problem})")
+def _ask(config: JudgeConfig, body: dict[str, Any]) -> str:
+    url = f"{str(config.url).rstrip('/')}/chat/completions"
+    reply = post_json(url, body, key=os.environ.get("MINNOW_JUDGE_KEY", ""), seconds=config.seconds)
+    try:
+        return str(reply["choices"][0]["message"]["content"] or "")
+    except (KeyError, IndexError, TypeError):
+        raise UserError(f"the judge at {url} replied without an answer") from None

@@ -15,7 +15,6 @@ import torch
 from minnow.config import UserError
 from minnow.data.batches import Share, global_batch_rows
 from minnow.data.prompts import Prompt
-from minnow.engine import Engine
 from minnow.model.lora import adapters_off
 from minnow.model.transformer import CausalLM
 from minnow.objectives.policy import kl_divergence, sampler_correction
@@ -26,7 +25,7 @@ from minnow.rl.environment import Environment
 from minnow.rl.experience import PackedTrajectories, PolicyBatch, pack_trajectories, score_trajectories
 from minnow.rl.figures import phase_figures
 from minnow.rl.rewards import Rewarder
-from minnow.rl.rollouts import RolloutConfig, Trajectory, play
+from minnow.rl.rollouts import RolloutConfig, RolloutEngine, Trajectory, play
 from minnow.rl.value_tracker import ValueTracker
 from minnow.training.run_folder import MetricsLog
 
@@ -56,7 +55,7 @@ class Phases:
         self,
         settings: PhaseSettings,
         *,
-        engine: Engine,
+        engine: RolloutEngine,
         reference: CausalLM | None,
         critic: Critic | None,
         prompts: Sequence[Prompt],

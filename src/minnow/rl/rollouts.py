@@ -5,16 +5,33 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 from minnow.config import UserError
-from minnow.engine import Completion, Engine, SamplingParams
+from minnow.engine import Completion, Completions, SamplingParams
+from minnow.model.transformer import CausalLM
 from minnow.rl.environment import Environment
+from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.chat import Message, render, render_continuation
 from minnow.tokenizer.parse import parse_assistant_ids
 
 Ending = Literal["stop", "length", "turns"]
 """stop: the model ended its turn and the environment was done; length: cut off; turns: no turn was left."""
+
+
+class RolloutEngine(Protocol):
+    """What plays: the Engine around the live model, or a server."""
+
+    model: CausalLM
+    tokenizer: Tokenizer
+
+    def generate(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[Completions]:
+        """Continue every prompt, with log-probabilities of the distribution that was sampled."""
+        ...
+
+    def weights_updated(self) -> None:
+        """The model has changed."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +96,7 @@ class Trajectory:
 
 
 def play(
-    engine: Engine,
+    engine: RolloutEngine,
     environments: Sequence[Environment],
     groups: Sequence[int],
     config: RolloutConfig,
@@ -136,7 +153,7 @@ def _sampling(config: RolloutConfig, seed: int, turn: int, place: int, greedy: b
 
 
 def _take_turn(
-    engine: Engine, trajectory: Trajectory, completion: Completion, config: RolloutConfig
+    engine: RolloutEngine, trajectory: Trajectory, completion: Completion, config: RolloutConfig
 ) -> list[int] | None:
     """Append the model's turn. Returns the ids of the environment's reply, None when the episode is over."""
     assert completion.logprobs is not None

@@ -48,6 +48,10 @@ class _Choice:
         self._texts.append(delta.text)
         if self._body.logprobs is None:
             return
+        if self._body.return_token_ids:  # for programs: one log-probability for each id, those without text too
+            self._add_logprob(delta)
+            self._length += len(delta.text)
+            return
         for piece in self._pieces.push([delta.id], [delta], delta.text):
             if piece.note is not None:
                 self._add_logprob(piece.note)

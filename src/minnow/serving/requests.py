@@ -60,7 +60,7 @@ class GenerationBody(_Body):
     min_tokens: int | None = Field(None, ge=0)
     stop_token_ids: list[_TokenId] | None = Field(None, max_length=1000)
     ignore_eos: bool | None = None
-    return_token_ids: bool | None = None
+    return_token_ids: bool | None = Field(None, description="log-probabilities then come one for each id")
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> GenerationBody:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rich.console import Console
 
@@ -22,8 +23,10 @@ from minnow.rl.experience import PolicyBatch, PolicyObjective
 from minnow.rl.figures import Watch, WatchConfig
 from minnow.rl.held_out import HeldOut
 from minnow.rl.phases import Phases, PhaseSettings
+from minnow.rl.remote_engine import RemoteEngine, RemoteEngineConfig
 from minnow.rl.rewards import RewardConfig, Rewarder
-from minnow.rl.rollouts import RolloutConfig
+from minnow.rl.rollouts import RolloutConfig, RolloutEngine
+from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.run_folder import MetricsLog
 from minnow.training.session import Machine, RunFolder, load_start, train, with_machine
@@ -60,6 +63,8 @@ class Config:
     """Positions of a packed row; no episode is longer."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How answers are drawn."""
+    rollout_engine: RemoteEngineConfig = field(default_factory=RemoteEngineConfig)
+    """A server that plays the policy, instead of the engine in this process."""
     rewards: RewardConfig = field(default_factory=RewardConfig)
     """What is rewarded."""
     algorithm: AlgorithmConfig = field(default_factory=AlgorithmConfig)
@@ -110,7 +115,7 @@ def run(config: Config) -> None:
     console.print(_summary(config, prompts, steps, machine), highlight=False)
     flops = _flops(config, model)
     machine.place(model, config.training, flops, lambda text: console.print(text, highlight=False))
-    engine = Engine(model, tokenizer)
+    engine = _engine(config, model, tokenizer)
     source = Phases(
         PhaseSettings(
             algorithm=config.algorithm,
@@ -152,6 +157,12 @@ def _summary(config: Config, prompts: list[Prompt], steps: int, machine: Machine
         f"rl: {len(prompts):,} prompts; {config.phases} phases of {rollout.prompts} x {rollout.samples} answers, "
         f"{config.algorithm.advantage} advantage, {steps} updates; {machine.device.type}, {config.training.precision}"
     )
+
+
+def _engine(config: Config, model: CausalLM, tokenizer: Tokenizer) -> RolloutEngine:
+    if config.rollout_engine.url is None:
+        return Engine(model, tokenizer)
+    return RemoteEngine(config.rollout_engine, model, tokenizer, Path(config.run) / "policy")
 
 
 def _flops(config: Config, model: CausalLM) -> float:

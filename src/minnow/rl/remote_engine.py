@@ -1,0 +1,103 @@
+"""Rollouts from another process or machine: any OpenAI-compatible server that takes token ids and gives
+log-probabilities.
+
+Such as `minnow serve` or vLLM. The policy is trained here and played there: at the beginning of each phase its weights
+are saved into a folder that both can see, and the server is asked to load them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minnow.config import UserError
+from minnow.engine import Completion, Completions, SamplingParams
+from minnow.model.pretrained import save_pretrained
+from minnow.model.transformer import CausalLM
+from minnow.rl.http import post_json
+from minnow.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteEngineConfig:
+    """A server that plays the policy."""
+
+    url: str | None = None
+    """Base address, such as http://127.0.0.1:8000/v1; null: the engine in this process. The key is read from
+    MINNOW_ROLLOUT_KEY."""
+    model: str = "policy"
+    """The policy's name on the server."""
+    folder: str | None = None
+    """Folder, seen by both, that the weights are pushed through. Default: RUN/policy."""
+    reload_path: str = "/admin/reload"
+    """Where the server is told to load the folder, from the root of its address."""
+    parallel: int = 64
+    """Requests under way at once."""
+    seconds: float = 600.0
+    """Longest wait for one answer."""
+
+
+class RemoteEngine:
+    """`generate` and `weights_updated` of an Engine, over HTTP."""
+
+    def __init__(self, config: RemoteEngineConfig, model: CausalLM, tokenizer: Tokenizer, folder: Path) -> None:
+        """`folder`: where the weights go, unless the config names one."""
+        assert config.url is not None
+        self.config, self.model, self.tokenizer = config, model, tokenizer
+        self.folder = Path(config.folder or folder)
+        self._base = config.url.rstrip("/")
+        self._key = os.environ.get("MINNOW_ROLLOUT_KEY", "")
+
+    def weights_updated(self) -> None:
+        """Push the policy's weights."""
+        save_pretrained(self.model, self.folder, tokenizer=self.tokenizer)
+        body = {"model": self.config.model, "folder": str(self.folder.resolve())}
+        root = self._base.removesuffix("/v1")
+        post_json(f"{root}{self.config.reload_path}", body, key=self._key, seconds=self.config.seconds)
+
+    def generate(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[Completions]:
+        """Answer every prompt. UserError for sampling that the server's log-probabilities do not describe."""
+        for wanted in params:
+            if wanted.temperature not in (0.0, 1.0) or wanted.top_p != 1 or wanted.top_k or wanted.min_p:
+                raise UserError(
+                    "a server gives log-probabilities of the unchanged distribution: with rollout_engine.url use "
+                    "rollout.temperature 1 and rollout.top_p 1"
+                )
+        with ThreadPoolExecutor(self.config.parallel) as pool:
+            return list(pool.map(self._one, prompts, params))
+
+    def _one(self, prompt: list[int], params: SamplingParams) -> Completions:
+        body = {
+            "model": self.config.model,
+            "prompt": prompt,
+            "max_tokens": params.max_tokens,
+            "temperature": params.temperature,
+            "seed": params.seed,
+            "logprobs": 0,
+            "return_token_ids": True,
+        }
+        reply = post_json(f"{self._base}/completions", body, key=self._key, seconds=self.config.seconds)
+        return Completions(prompt_ids=prompt, completions=(self._completion(reply),), seed=params.seed or 0)
+
+    def _completion(self, reply: Any) -> Completion:
+        try:
+            choice = reply["choices"][0]
+            ids, logprobs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
+            if len(ids) != len(logprobs) or None in logprobs:
+                raise KeyError("a log-probability for each token id")
+            return Completion(
+                ids=ids,
+                text=choice["text"],
+                finish_reason="length" if choice["finish_reason"] == "length" else "stop",
+                logprobs=logprobs,
+                raw_logprobs=logprobs,
+            )
+        except (KeyError, IndexError, TypeError) as error:
+            raise UserError(
+                f"{self._base}: the reply lacks {error}; rollouts need token ids and log-probabilities "
+                "(return_token_ids, logprobs)"
+            ) from None

@@ -1,0 +1,75 @@
+"""Rollouts from our own server equal those of the engine in this process, and follow its weights."""
+
+import json
+
+import pytest
+import torch
+
+from minnow.cli import main
+from minnow.config import UserError
+from minnow.engine import Engine, SamplingParams
+from minnow.model.pretrained import load_pretrained
+from minnow.rl.remote_engine import RemoteEngine, RemoteEngineConfig
+from minnow.serving import ServingConfig
+from minnow.tokenizer import Tokenizer
+from tests.rl.helpers import saved, write_prompts
+from tests.serving.serving_helpers import serving
+
+
+@pytest.fixture
+def remote(tmp_path, monkeypatch):
+    monkeypatch.setenv("MINNOW_ROLLOUT_KEY", "k")
+    folder = saved(tmp_path / "start")
+    with serving({"policy": folder}, ServingConfig(api_key="k")) as running:
+        yield folder, running
+
+
+def test_the_same_seeds_give_the_same_answers_and_weights_are_pushed(remote, tmp_path):
+    folder, running = remote
+    model, tokenizer = load_pretrained(folder), Tokenizer.from_pretrained(folder)
+    engine = RemoteEngine(RemoteEngineConfig(url=f"{running.url}/v1"), model, tokenizer, tmp_path / "policy")
+    local = Engine(model, tokenizer)
+    prompts = [[5, 6, 7], [8, 9], [10] * 20]
+    params = [SamplingParams(max_tokens=8, seed=n, logprobs=True) for n in range(3)]
+
+    def check():
+        for here, there in zip(local.generate(prompts, params), engine.generate(prompts, params), strict=True):
+            (mine,), (theirs,) = here.completions, there.completions
+            assert theirs.ids == mine.ids
+            assert theirs.finish_reason == mine.finish_reason
+            assert theirs.logprobs == pytest.approx(mine.logprobs, abs=1e-5)
+
+    check()
+    before = [c.completions[0].ids for c in engine.generate(prompts, params)]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    engine.weights_updated()
+    local.weights_updated()
+    check()
+    assert before != [c.completions[0].ids for c in engine.generate(prompts, params)]
+    with pytest.raises(UserError, match="temperature 1"):
+        engine.generate(prompts, [SamplingParams(temperature=0.5)] * 3)
+
+
+def test_a_run_with_a_server(remote, tmp_path):
+    folder, running = remote
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    words = (
+        f"grpo --init_from {folder} --prompts {prompts} --run {tmp_path}/run --phases 2 --rollout.prompts 2 "
+        f"--rollout.samples 2 --rollout.max_tokens 6 --sequence_length 64 --training.micro_batch_tokens 128 "
+        f"--rollout_engine.url {running.url}/v1 --rewards.length 1 --optim.matrix_lr 0.01 --training.device cpu"
+    )
+    assert main(words.split()) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    assert len(lines) == 2
+    assert all(line["sampler_mismatch_max"] < 1e-4 for line in lines)  # the second phase played the new weights
+
+
+def test_a_server_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.setattr("minnow.rl.http.time.sleep", lambda seconds: None)
+    folder = saved(tmp_path / "start")
+    config = RemoteEngineConfig(url="http://127.0.0.1:9/v1")
+    engine = RemoteEngine(config, load_pretrained(folder), Tokenizer.from_pretrained(folder), tmp_path / "policy")
+    with pytest.raises(UserError, match="could not be asked"):
+        engine.weights_updated()
