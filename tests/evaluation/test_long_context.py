@@ -155,6 +155,8 @@ def test_what_is_missing_is_said(subject, texts, tmp_path):
         LongTexts(subject, texts, 4096)
     with pytest.raises(UserError, match="no pond beside the model"):
         make_tasks("long-context", TaskOptions(subject=subject, model_folder=tmp_path))
+    with pytest.raises(UserError, match="--context 8 is too short"):
+        make_tasks("long-context", TaskOptions(subject=subject, context=8))
 
 
 def test_minnow_eval_long_context(subject, world, texts, tmp_path, monkeypatch, capsys):

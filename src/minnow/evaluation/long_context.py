@@ -224,6 +224,8 @@ def make(options: TaskOptions) -> list[Task[Any]]:
     if options.subject is None:
         raise ValueError("long-context needs TaskOptions.subject: its rows depend on the model's trained length")
     context = options.context or BEYOND * trained_length(options.subject.model.config)
+    if context < MIN_TOKENS:
+        raise UserError(f"--context {context} is too short to tell anything: give at least {MIN_TOKENS} tokens")
     try:
         world = find_world(options)
     except UserError:
