@@ -60,6 +60,7 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
         ({"min_tokens": 5}, None),
         ({"temprature": 1}, "temprature"),
+        ({"repetition_penalty": 5e-324}, "repetition_penalty"),
         ({"stream_options": {"include_usage": True}}, None),
         ({"tool_choice": "auto"}, None),
         ({"tools": [{"type": "function", "function": {"name": "not a name"}}]}, "tools"),
@@ -117,6 +118,14 @@ def test_half_a_surrogate_pair_is_no_failure(running: Running) -> None:
     assert "\ufffd" in error_of(unknown)["message"]
     said = json.dumps(CHAT | {"messages": [{"role": "user", "content": "\ud800"}]})
     assert httpx.post(url, content=said, headers=headers).status_code == 200
+
+
+def test_a_temperature_that_only_a_double_can_hold(running: Running) -> None:
+    greedy, tiny = (
+        httpx.post(f"{running.url}/v1/chat/completions", json=CHAT | {"temperature": temperature}).json()
+        for temperature in (0, 5e-324)
+    )
+    assert tiny["choices"] == greedy["choices"]
 
 
 def test_unknown_paths_and_methods(running: Running) -> None:
@@ -251,3 +260,10 @@ def test_an_asynchronous_client_that_is_cancelled(tmp_path: Path) -> None:
 
         asyncio.run(leave())
         wait_until(lambda: running.engines["noise"].in_flight == 0)
+
+
+def test_tokens_beyond_the_vocabulary(running: Running) -> None:
+    for path, field in (("completions", "prompt"), ("embeddings", "input")):
+        answer = httpx.post(f"{running.url}/v1/{path}", json={"model": "noise", field: [[5], [320]]})
+        assert answer.status_code == 400
+        assert "320 is not in the vocabulary, 0 to 319" in error_of(answer)["message"]

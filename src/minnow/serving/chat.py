@@ -12,7 +12,6 @@ from minnow.engine import SamplingParams
 from minnow.serving.chat_answer import ChatAnswer
 from minnow.serving.connection import EventStream, unless_client_leaves
 from minnow.serving.constraints import answer_grammar
-from minnow.serving.errors import APIError
 from minnow.serving.models import ServedModel
 from minnow.serving.prompts import chat_prompt_ids, require_fit
 from minnow.serving.requests import ChatBody
@@ -40,14 +39,12 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
 def _prepare(state: ServerState, model: ServedModel, body: ChatBody) -> tuple[list[int], SamplingParams]:
     prompt_ids = chat_prompt_ids(model.tokenizer, body)
     require_fit(prompt_ids, model.context, "messages")
-    grammar = answer_grammar(model.tokenizer, body)
-    if grammar is not None:
-        raise APIError(400, "This server does not constrain answers yet: leave out tools and response_format.")
     params = sampling_params(
         body,
         state.config,
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         logprobs=bool(body.logprobs),
         top_logprobs=body.top_logprobs or 0,
+        grammar=answer_grammar(model.tokenizer, body),
     )
     return prompt_ids, params

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from minnow.engine import Delta
 from minnow.serving.completion_answer import CompletionAnswer
 from minnow.serving.connection import EventStream, unless_client_leaves
+from minnow.serving.errors import APIError
 from minnow.serving.models import Generation, ServedModel
 from minnow.serving.prompts import require_fit
 from minnow.serving.requests import CompletionBody, Texts
@@ -59,12 +60,16 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
 
 
 def prompt_ids(model: ServedModel, given: Texts, param: str) -> list[list[int]]:
-    """Token ids of every text of a request. APIError 400 for one that does not fit the context."""
+    """Token ids of every text of a request. APIError 400 for one that does not fit the context or the vocabulary."""
     several = isinstance(given, list) and not isinstance(given[0], int)
     texts: Sequence[Any] = given if several else [given]
     prompts = [model.engine.engine.prompt_ids(text) for text in texts]
     for prompt in prompts:
         require_fit(prompt, model.context, param)
+        if max(prompt) >= model.vocab_size:
+            raise APIError(
+                400, f"Token {max(prompt)} is not in the vocabulary, 0 to {model.vocab_size - 1}", param=param
+            )
     return prompts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -107,16 +108,21 @@ def install_handlers(app: FastAPI) -> None:
 
 
 def validation_error(errors: Any) -> APIError:
-    """The first of pydantic's errors, with the field's path: `messages.0.content: Input should be ...`."""
-    first = errors[0]
-    # Besides names and indices, pydantic puts the members of a union it tried into the path: str, list[int], ...
-    path = [str(part) for part in first["loc"] if part != "body"]
-    reason = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "json_invalid":
-        return APIError(400, f"We could not parse the JSON body of your request: {first['ctx']['error']}.")
+    """Pydantic's errors as one, with the field's path: `messages.0.content: Input should be ...`."""
+    # Where a value fits no member of a union there is one error a member: the deepest is about the likeliest one.
+    same_field = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
+    error = max(same_field, key=lambda error: len(error["loc"]))
+    path = [str(part) for part in error["loc"] if part != "body" and not _MEMBER.fullmatch(str(part))]
+    reason = str(error["msg"]).removeprefix("Value error, ")
+    if error["type"] == "json_invalid":
+        return APIError(400, f"We could not parse the JSON body of your request: {error['ctx']['error']}.")
     if not path:
         return APIError(400, f"The request's body is not valid: {reason}. Send a JSON object as application/json.")
-    if first["type"] == "extra_forbidden":
+    if error["type"] == "extra_forbidden":
         name = ".".join(path)
         return APIError(400, f"Unrecognized request argument supplied: {name}", param=name)
     return APIError(400, f"Invalid value for '{'.'.join(path)}': {reason}", param=path[0])
+
+
+# How pydantic names the members of a union in a path: str, list[int], literal['a','b'], constrained-str, TextPart.
+_MEMBER = re.compile(r"str|int|float|bool|none|.*[\[(-].*|[A-Z].*")

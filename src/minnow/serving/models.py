@@ -40,6 +40,11 @@ class ServedModel:
         return self.engine.engine.model.config.max_position_embeddings
 
     @property
+    def vocab_size(self) -> int:
+        """Rows of its embedding: one more than the largest token id."""
+        return self.engine.engine.model.config.vocab_size
+
+    @property
     def card(self) -> ModelCard:
         """What /v1/models says."""
         return {

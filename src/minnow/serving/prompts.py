@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minnow.serving.errors import APIError
-from minnow.serving.requests import ChatBody, ChatMessage, MessageToolCall, Tool
+from minnow.serving.requests import AssistantMessage, ChatBody, ChatMessage, MessageToolCall, Tool
 from minnow.tokenizer import Conversation, Message, Tokenizer, ToolCall, render
 
 
@@ -37,21 +37,16 @@ def require_fit(prompt_ids: Sequence[int], context: int, param: str) -> None:
 
 
 def _message(message: ChatMessage, where: str) -> Message:
-    if message.content is None:
-        if message.role != "assistant":
-            raise APIError(400, f"Invalid value for '{where}.content': it is missing", param="messages")
-        content = ""
-    elif isinstance(message.content, str):
-        content = message.content
-    else:
-        content = "".join(part.text for part in message.content)
-    assistant = message.role == "assistant"
-    calls = (message.tool_calls or []) if assistant else []
+    content = message.content or ""
+    text = content if isinstance(content, str) else "".join(part.text for part in content)
+    if not isinstance(message, AssistantMessage):
+        return Message("system" if message.role == "developer" else message.role, text)
+    calls = enumerate(message.tool_calls or ())
     return Message(
-        role="system" if message.role == "developer" else message.role,
-        content=content,
-        reasoning_content=message.reasoning_content if assistant else None,
-        tool_calls=tuple(_tool_call(call, f"{where}.tool_calls.{i}") for i, call in enumerate(calls)),
+        "assistant",
+        text,
+        message.reasoning_content,
+        tuple(_tool_call(call, f"{where}.tool_calls.{i}") for i, call in calls),
     )
 
 

@@ -44,7 +44,7 @@ class GenerationBody(_Body):
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
-    n: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=128)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=4)] | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -56,7 +56,7 @@ class GenerationBody(_Body):
     # vLLM's additions
     top_k: int | None = Field(None, ge=-1, description="0 and -1 turn it off")
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=10)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     min_tokens: int | None = Field(None, ge=0)
     stop_token_ids: list[_TokenId] | None = Field(None, max_length=1000)
     ignore_eos: bool | None = None
@@ -101,15 +101,38 @@ class MessageToolCall(_Part):
     function: CalledFunction
 
 
-class ChatMessage(_Part):
-    """One message of the conversation."""
+class SystemMessage(_Part):
+    """Instructions."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer"]
+    content: str | list[TextPart]
+
+
+class UserMessage(_Part):
+    """What the user says."""
+
+    role: Literal["user"]
+    content: str | list[TextPart]
+
+
+class AssistantMessage(_Part):
+    """What the assistant said or called."""
+
+    role: Literal["assistant"]
     content: str | list[TextPart] | None = None
     reasoning_content: str | None = None
     tool_calls: list[MessageToolCall] | None = None
+
+
+class ToolMessage(_Part):
+    """What a tool gave back."""
+
+    role: Literal["tool"]
+    content: str | list[TextPart]
     tool_call_id: str | None = None
-    name: str | None = None
+
+
+ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
 class Function(_Part):

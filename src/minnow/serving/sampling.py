@@ -23,7 +23,8 @@ def sampling_params(
     if limit is not None:
         max_tokens = limit if max_tokens is None else min(max_tokens, limit)
     given: dict[str, Any] = {
-        "temperature": body.temperature,
+        # So near to 0 a float32 cannot divide by it; the likeliest token has all the probability anyway.
+        "temperature": 0.0 if body.temperature is not None and body.temperature < 1e-5 else body.temperature,
         "top_p": body.top_p,
         "min_p": body.min_p,
         "repetition_penalty": body.repetition_penalty,

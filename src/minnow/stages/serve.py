@@ -115,4 +115,5 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.bind((host, port))
     except OSError as error:
         raise UserError(f"cannot listen at {host} port {port} ({error.strerror}): choose another --port") from error
+    listening.listen(2048)  # who comes while the models load waits instead of being refused
     return listening
