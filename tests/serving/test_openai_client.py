@@ -210,7 +210,7 @@ def test_completions(client: openai.OpenAI, running: Running) -> None:
 
 
 def test_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["parrot", "thinker", "noise"]
+    assert [model.id for model in client.models.list()] == ["parrot", "thinker", "noise", "wide"]
     assert client.models.retrieve("noise").max_model_len == 256
     with pytest.raises(openai.NotFoundError, match="does not exist") as raised:
         client.chat.completions.create(model="gpt-5", messages=ASK)

@@ -30,8 +30,8 @@ KEY = {"Authorization": "Bearer k"}
 @pytest.fixture(scope="module")
 def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
     """Every endpoint with its methods."""
-    folder = save_random_model(tmp_path_factory.mktemp("served") / "m", context=64)
-    config = ServingConfig(api_key="k", max_answer_tokens=3, max_samples=200)
+    folder = save_random_model(tmp_path_factory.mktemp("served") / "m", context=512)
+    config = ServingConfig(api_key="k", max_answer_tokens=8, max_samples=200)
     with serving({"m": folder}, config) as running:
         schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json", headers=KEY)
         yield [found.ok() for found in schema.get_all_operations()]
@@ -49,7 +49,7 @@ def try_out(operations: list[Any], cases: int, *, derandomize: bool) -> None:
         modes = (GenerationMode.POSITIVE, GenerationMode.NEGATIVE) if operation.body else (GenerationMode.POSITIVE,)
         for mode in modes:
             statuses = statuses_of(operation, mode, settings)
-            if mode is GenerationMode.POSITIVE:
+            if mode is GenerationMode.POSITIVE and operation.path.startswith("/v1") and operation.body:
                 assert statuses[200], f"{operation.label}: no generated request was answered: {statuses}"
 
 

@@ -35,7 +35,7 @@ def tool(name: str, **properties: Any) -> Any:
 
 FLAG, SIZE = {"type": "boolean"}, {"enum": ["small", "大"]}
 TOOLS = [tool("swim", fast=FLAG), tool("grow-up", size=SIZE, again=FLAG)]
-OPTIONS: dict[str, Any] = {"model": "noise", "messages": ASK, "max_tokens": 120}
+OPTIONS: dict[str, Any] = {"model": "wide", "messages": ASK, "max_tokens": 120}
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -188,10 +188,8 @@ def test_a_deep_schema_is_refused(client: openai.OpenAI) -> None:
     for _ in range(400):
         schema = {"type": "object", "properties": {"a": schema}}
     shape: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    try:
+    with pytest.raises(openai.BadRequestError):
         client.chat.completions.create(**OPTIONS, response_format=shape)
-    except openai.BadRequestError:
-        pass
 
 
 def test_the_grammar_with_tools_and_a_schema(running: Running) -> None:
