@@ -59,7 +59,7 @@ def test_calls_and_their_mistakes():
         ("calculate", {"expression": 4}, "of type string"),
         ("calculate", {"expression": "1/0"}, "division by zero"),
         ("look_up", {"subject": "Nobody", "property": "home"}, "nothing is known"),
-        ("look_up", {"subject": "Fenbin", "property": "colour"}, "one of home"),
+        ("look_up", {"subject": "Fenbin", "property": "colour"}, "are known: home"),
         ("clock", {"zone": "x"}, "no arguments"),
         ("os.system", {}, "there is no tool"),
     ):

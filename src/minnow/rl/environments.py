@@ -88,7 +88,7 @@ def environment_maker(name: EnvironmentName, *, pond: str | None) -> Callable[[P
     else:
         if pond is None:
             raise UserError("environment look_up needs the world it looks things up in: say --pond DIR")
-        tools = [lookup_tool(_facts(Path(pond)), description="Look up a fact about a creature.")]
+        tools = [lookup_tool(_facts(Path(pond)))]
     return lambda prompt: ToolUse(prompt, tools)
 
 

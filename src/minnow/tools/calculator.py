@@ -72,7 +72,7 @@ CALCULATOR = Tool(
     "Compute an arithmetic expression.",
     {
         "type": "object",
-        "properties": {"expression": {"type": "string", "description": "such as (12 + 30) * 2"}},
+        "properties": {"expression": {"type": "string"}},
         "required": ["expression"],
     },
     calculate,

@@ -12,7 +12,6 @@ def lookup_tool(
 ) -> Tool:
     """A tool over `table`: of whom or what -> which property -> its value. Names are compared without case."""
     folded = {key.casefold(): (key, row) for key, row in table.items()}
-    properties = sorted({column for row in table.values() for column in row})
 
     def look_up(subject: str, property: str) -> str:
         found = folded.get(subject.strip().casefold())
@@ -26,8 +25,8 @@ def lookup_tool(
     parameters = {
         "type": "object",
         "properties": {
-            "subject": {"type": "string", "description": "of whom or what"},
-            "property": {"type": "string", "enum": properties},
+            "subject": {"type": "string"},
+            "property": {"type": "string"},
         },
         "required": ["subject", "property"],
     }

@@ -8,7 +8,7 @@ import random
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from minnow.data.pond.arithmetic import problems
 from minnow.data.pond.questions import ask
@@ -16,24 +16,13 @@ from minnow.data.pond.relations import LANGUAGES, RELATIONS, VALUES, Language
 from minnow.data.pond.stories import PHRASEBOOKS, answer
 from minnow.data.pond.world import Creature, Split, World, all_names
 from minnow.tokenizer.chat import Conversation, Message, ToolCall
+from minnow.tools import CALCULATOR, lookup_tool
 
 Kind = Literal["look_up", "calculate", "parallel", "error", "none"]
 KINDS: tuple[Kind, ...] = ("look_up", "calculate", "parallel", "error", "none")
 
 
-def _schema(name: str, description: str, *arguments: str) -> dict[str, Any]:
-    parameters = {
-        "type": "object",
-        "properties": {argument: {"type": "string"} for argument in arguments},
-        "required": list(arguments),
-    }
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
-
-
-TOOLS = (
-    _schema("calculate", "Compute an arithmetic expression.", "expression"),
-    _schema("look_up", "Look up a fact.", "subject", "property"),
-)
+TOOLS = (CALCULATOR.schema, lookup_tool({}).schema)
 
 
 @dataclass(frozen=True)
