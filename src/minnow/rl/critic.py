@@ -15,6 +15,8 @@ from minnow.model.transformer import CausalLM
 from minnow.objectives.policy import value_loss
 from minnow.rl.algorithm import CriticConfig
 from minnow.rl.experience import PackedTrajectories
+from minnow.training.distribution import sum_over_ranks
+from minnow.training.parallel import sum_gradients
 
 
 class Critic(nn.Module):
@@ -48,11 +50,17 @@ class Critic(nn.Module):
         return out
 
     def update(
-        self, packed: Sequence[PackedTrajectories], old_values: Sequence[np.ndarray], returns: Sequence[np.ndarray]
+        self,
+        packed: Sequence[PackedTrajectories],
+        old_values: Sequence[np.ndarray],
+        returns: Sequence[np.ndarray],
+        tokens: int,
     ) -> float:
-        """One optimizer step on some trajectories; the mean loss of a token before it."""
+        """One optimizer step on this process's share of some trajectories; the mean loss of a token before it.
+
+        tokens: trained tokens of all processes together.
+        """
         device = self.head.device
-        tokens = sum(sum(part.lengths) for part in packed)
         total = 0.0
         for part in packed:
             loss = value_loss(
@@ -63,10 +71,11 @@ class Critic(nn.Module):
             ).sum()
             (loss / tokens).backward()
             total += float(loss.detach())
+        sum_gradients(self.parameters())
         nn.utils.clip_grad_norm_(self.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return total / tokens
+        return sum_over_ranks([total])[0] / tokens
 
     def training_state(self) -> dict[str, Any]:
         """Return weights and optimizer state, for a checkpoint."""

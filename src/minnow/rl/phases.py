@@ -1,4 +1,8 @@
-"""Phases of rollouts as the Trainer's source of batches: draw, judge, compare, pack; then some updates on them."""
+"""Phases of rollouts as the Trainer's source of batches: draw, judge, compare, pack; then some updates on them.
+
+With several processes each plays and scores its share of the episodes. Everything is then told to all of them, so that
+baselines, whitening and minibatches are those of one process; each trains on its share of every minibatch.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -27,7 +31,10 @@ from minnow.rl.figures import phase_figures
 from minnow.rl.rewards import Rewarder
 from minnow.rl.rollouts import RolloutConfig, RolloutEngine, Trajectory, play
 from minnow.rl.value_tracker import ValueTracker
+from minnow.training.distribution import gather, is_first, world_size
 from minnow.training.run_folder import MetricsLog
+
+T = TypeVar("T")
 
 MakeEnvironment = Callable[[Prompt], Environment]
 
@@ -44,11 +51,21 @@ class PhaseSettings:
     seed: int
 
 
+@dataclass
+class Experience:
+    """A phase's episodes and everything known about them, the same on every process."""
+
+    trajectories: list[Trajectory]
+    kept: list[int]
+    """Those that are trained on."""
+    scores: PhaseScores
+
+
 class Phases:
     """A BatchSource: step s belongs to phase s // updates_per_phase, whose rollouts are played when it begins.
 
     The policy plays as it is at that moment: the engine runs the training module itself. State that outlives a step
-    (the phase's batches, SPO's tracker, the critic) goes into checkpoints, so a resumed run continues bit for bit.
+    (the phase's experience, SPO's tracker, the critic) goes into checkpoints, so a resumed run continues bit for bit.
     """
 
     def __init__(
@@ -72,7 +89,7 @@ class Phases:
         self.prompts, self.make_environment, self.rewarder = prompts, make_environment, rewarder
         self.log, self.watch = log, watch
         self.phase = -1
-        self.minibatches: list[list[PolicyBatch]] = []
+        self.experience: Experience | None = None
         algorithm = settings.algorithm
         self.tracker = ValueTracker(len(prompts)) if algorithm.advantage == "tracker" else None
         self.critic = critic
@@ -81,25 +98,24 @@ class Phases:
         self.previous: dict[int, tuple[list[int], list[bool], np.ndarray]] = {}  # SPO: each prompt's last answer
 
     def micro_batches(self, step: int, share: Share) -> Sequence[PolicyBatch]:
-        """Return the step's minibatch, in micro-batches."""
-        if share.world_size > 1:
-            raise UserError("reinforcement learning runs in one process: leave out --nproc and torchrun")
+        """Return this process's share of the step's minibatch, in micro-batches."""
         phase, update = divmod(step, self.settings.algorithm.updates_per_phase)
         if phase != self.phase:
-            if self.phase < 0:
+            if self.phase < 0 and is_first():
                 self.log.path.unlink(missing_ok=True)
             if self.phase < 0 and self.critic is not None:
                 for warmup in range(self.settings.algorithm.critic.warmup_phases):
-                    self._begin(-1 - warmup)
-            self._begin(phase)
+                    self._begin(-1 - warmup, share)
+            self._begin(phase, share)
             self.phase = phase
-        return self.minibatches[update]
+        assert self.experience is not None
+        return self._minibatch(self.experience, self._parts(phase, self.experience.kept)[update], share)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint keeps: tensors, numbers, lists and dicts of them."""
         return {
             "phase": self.phase,
-            "minibatches": [[_as_dict(batch) for batch in minibatch] for minibatch in self.minibatches],
+            "experience": _experience_state(self.experience) if self.experience else None,
             "tracker": self.tracker.state_dict() if self.tracker else None,
             "critic": self.critic.training_state() if self.critic else None,
             "previous": {
@@ -111,7 +127,7 @@ class Phases:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a checkpoint."""
         self.phase = state["phase"]
-        self.minibatches = [[PolicyBatch(**batch) for batch in minibatch] for minibatch in state["minibatches"]]
+        self.experience = _experience(state["experience"]) if state["experience"] else None
         if self.tracker:
             self.tracker.load_state_dict(state["tracker"])
         if self.critic:
@@ -120,43 +136,41 @@ class Phases:
             prompt: (kept["ids"], kept["trained"], np.array(kept["logprobs"], dtype=np.float32))
             for prompt, kept in state["previous"].items()
         }
-        self.log.rewind(self.phase + 1)
+        if is_first():
+            self.log.rewind(self.phase + 1)
 
     # --- One phase ------------------------------------------------------------------------------------------------
 
-    def _begin(self, phase: int) -> None:
-        """Play, judge, score and pack. A negative phase only teaches the critic."""
+    def _begin(self, phase: int, share: Share) -> None:
+        """Play, judge and score. A negative phase only teaches the critic."""
         start = time.perf_counter()
         self.engine.model.eval()
         self.engine.weights_updated()
-        trajectories, chosen_prompts, figures = self._play(phase)
+        trajectories, chosen_prompts, figures = self._play(phase, share)
         played = time.perf_counter()
-        packed = self._pack(trajectories, range(len(trajectories)))
-        scores = self._score(trajectories, packed, chosen_prompts)
+        scores = self._score(trajectories, chosen_prompts, share)
         kept = [n for n, t in enumerate(trajectories) if not self._dropped(t)]
         if len(kept) < self.settings.algorithm.minibatches:  # nearly all were cut off: this phase teaches nothing
             kept = list(range(len(trajectories)))
             scores.advantages = [np.zeros_like(advantage) for advantage in scores.advantages]
         self.engine.model.train()
+        self.experience = Experience(trajectories, kept, scores)
         figures |= phase_figures(trajectories, scores, self.settings.rollout.samples)
         if self.critic is not None:
-            figures["value_loss"] = self._teach_critic(phase, trajectories, kept, scores)
-        if phase >= 0:
-            self.minibatches = [
-                self._minibatch(trajectories, part, scores) for part in self._parts(phase, trajectories, kept)
-            ]
+            figures["value_loss"] = self._teach_critic(phase, self.experience, share)
         figures |= {"seconds_playing": played - start, "seconds_scoring": time.perf_counter() - played}
-        self.log.append({"step": phase, **figures, "sample": self._sample(trajectories)})
+        if is_first():
+            self.log.append({"step": phase, **figures, "sample": self._sample(trajectories[0])})
         self.watch(figures)
 
-    def _play(self, phase: int) -> tuple[list[Trajectory], np.ndarray, dict[str, float]]:
+    def _play(self, phase: int, share: Share) -> tuple[list[Trajectory], np.ndarray, dict[str, float]]:
         """Rollouts for the phase's prompts; groups that teach nothing are replaced if the algorithm says so."""
         algorithm, rollout = self.settings.algorithm, self.settings.rollout
         kept: list[Trajectory] = []
         prompts: list[int] = []
         drawn = equal = 0
         for round_ in range(1 + algorithm.max_redraws if algorithm.drop_equal_groups else 1):
-            groups = self._round(phase, round_, rollout.prompts - len(prompts))
+            groups = self._round(phase, round_, rollout.prompts - len(prompts), share)
             contrasting = [group for group in groups if len({t.reward for t in group[1]}) > 1]
             drawn += len(groups)
             equal += len(groups) - len(contrasting)
@@ -171,14 +185,17 @@ class Phases:
             trajectory.group = place // rollout.samples
         return kept, np.array(prompts), {"prompts": drawn, "equal_groups": equal / drawn}
 
-    def _round(self, phase: int, round_: int, wanted: int) -> list[tuple[int, list[Trajectory]]]:
+    def _round(self, phase: int, round_: int, wanted: int, share: Share) -> list[tuple[int, list[Trajectory]]]:
+        """Every chosen prompt with its answers. This process plays and judges every `world_size`-th of them."""
         samples = self.settings.rollout.samples
         numbers = self._choose(phase, round_, wanted)
-        environments = [self.make_environment(self.prompts[n]) for n in numbers for _ in range(samples)]
-        groups = [group for group in range(len(numbers)) for _ in range(samples)]
+        places = range(share.rank, len(numbers) * samples, share.world_size)
         seed = zlib.crc32(f"{self.settings.seed}/{phase}/{round_}".encode())
-        trajectories = play(self.engine, environments, groups, self.settings.rollout, seed=seed)
-        self.rewarder.score(trajectories)
+        environments = [self.make_environment(self.prompts[numbers[place // samples]]) for place in places]
+        mine = play(self.engine, environments, places, self.settings.rollout, seed=seed)
+        self.rewarder.score(mine)
+        everyone = _told_to_all(dict(zip(places, mine, strict=True)))
+        trajectories = [everyone[place] for place in sorted(everyone)]
         return [(int(n), trajectories[i * samples : (i + 1) * samples]) for i, n in enumerate(numbers)]
 
     def _choose(self, phase: int, round_: int, wanted: int) -> np.ndarray:
@@ -191,17 +208,20 @@ class Phases:
         seed = self.settings.seed + (round_ << 16) + (1 << 40 if phase < 0 else 0)
         return global_batch_rows(seed, abs(phase), self.settings.rollout.prompts, total)[:wanted]
 
-    def _score(
-        self, trajectories: Sequence[Trajectory], packed: Sequence[PackedTrajectories], prompts: np.ndarray
-    ) -> PhaseScores:
+    def _score(self, trajectories: Sequence[Trajectory], prompts: np.ndarray, share: Share) -> PhaseScores:
         """Log-probabilities under policy and reference, rewards of tokens, values, advantages."""
         algorithm, temperature = self.settings.algorithm, self.settings.rollout.temperature
-        total = len(trajectories)
-        old = score_trajectories(self.engine.model, packed, total, temperature)
+
+        def under(model: CausalLM) -> list[np.ndarray]:
+            return self._shared(
+                trajectories, share, lambda packed, n: score_trajectories(model, packed, n, temperature)
+            )
+
+        old = under(self.engine.model)
         ref = None
         if self.reference is not None:
             with adapters_off(self.reference):
-                ref = score_trajectories(self.reference, packed, total, temperature)
+                ref = under(self.reference)
         penalties = [np.zeros_like(logprobs) for logprobs in old]
         if ref is not None and algorithm.kl_reward_coef:
             penalties = [
@@ -210,20 +230,20 @@ class Phases:
             ]
         scores = PhaseScores(old=old, ref=ref, penalties=penalties)
         if self.critic is not None:
-            scores.values = self.critic.values(packed, total)
+            scores.values = self._shared(trajectories, share, self.critic.values)
         baseline = None
         if self.tracker is not None:
             groups = np.array([t.group for t in trajectories])
             numbers = prompts[groups]
             baseline = self.tracker.values(numbers)
-            drift = self._drift(numbers)
+            drift = self._drift(numbers, share)
             self.tracker.update(numbers, np.array([t.reward for t in trajectories]), drift)
             for number, trajectory, logprobs in zip(numbers, trajectories, old, strict=True):
                 self.previous[int(number)] = (trajectory.ids, trajectory.trained, logprobs)
         scores.advantages, scores.returns = advantages_of(algorithm, trajectories, scores, baseline)
         return scores
 
-    def _drift(self, numbers: np.ndarray) -> np.ndarray:
+    def _drift(self, numbers: np.ndarray, share: Share) -> np.ndarray:
         """Mean |log pi_now - log pi_then| of each prompt's previous answer; 0 where there is none."""
         drift = np.zeros(len(numbers))
         known = [(place, self.previous[int(n)]) for place, n in enumerate(numbers) if int(n) in self.previous]
@@ -233,22 +253,37 @@ class Phases:
             Trajectory(None, 0, ids, trained, sampler_logprobs=logprobs.tolist())  # type: ignore[arg-type]
             for _, (ids, trained, logprobs) in known
         ]
-        packed = self._pack(then, range(len(then)))
-        now = score_trajectories(self.engine.model, packed, len(then), self.settings.rollout.temperature)
+        now = self._shared(
+            then,
+            share,
+            lambda packed, n: score_trajectories(self.engine.model, packed, n, self.settings.rollout.temperature),
+        )
         for (place, (_, _, before)), after in zip(known, now, strict=True):
             drift[place] = np.abs(after - before).mean()
         return drift
 
-    def _teach_critic(
-        self, phase: int, trajectories: Sequence[Trajectory], kept: Sequence[int], scores: PhaseScores
-    ) -> float:
+    def _shared(
+        self,
+        trajectories: Sequence[Trajectory],
+        share: Share,
+        compute: Callable[[Sequence[PackedTrajectories], int], list[np.ndarray]],
+    ) -> list[np.ndarray]:
+        """Run `compute` on this process's share of the trajectories, and tell all processes the results."""
+        numbers = range(share.rank, len(trajectories), share.world_size)
+        results = compute(self._pack(trajectories, numbers), len(trajectories))
+        everyone = _told_to_all({number: results[number] for number in numbers})
+        return [everyone[number] for number in range(len(trajectories))]
+
+    def _teach_critic(self, phase: int, experience: Experience, share: Share) -> float:
         assert self.critic is not None
         losses = []
-        for part in self._parts(phase, trajectories, kept):
-            losses.append(self.critic.update(self._pack(trajectories, part), scores.values, scores.returns))
+        for part in self._parts(phase, experience.kept):
+            tokens = sum(experience.trajectories[number].num_trained for number in part)
+            packed = self._pack(experience.trajectories, part[share.rank :: share.world_size])
+            losses.append(self.critic.update(packed, experience.scores.values, experience.scores.returns, tokens))
         return float(np.mean(losses))
 
-    def _parts(self, phase: int, trajectories: Sequence[Trajectory], kept: Sequence[int]) -> list[list[int]]:
+    def _parts(self, phase: int, kept: Sequence[int]) -> list[list[int]]:
         """The trajectories of each update: every epoch another shuffle, cut into minibatches."""
         algorithm = self.settings.algorithm
         parts = []
@@ -258,13 +293,16 @@ class Phases:
             parts += [part.tolist() for part in np.array_split(order, algorithm.minibatches)]
         return parts
 
-    def _minibatch(
-        self, trajectories: Sequence[Trajectory], part: Sequence[int], scores: PhaseScores
-    ) -> list[PolicyBatch]:
-        algorithm = self.settings.algorithm
-        sampler = [np.array(t.sampler_logprobs, dtype=np.float32) for t in trajectories]
+    def _minibatch(self, experience: Experience, part: Sequence[int], share: Share) -> list[PolicyBatch]:
+        if len(part) < share.world_size:
+            raise UserError(
+                f"a minibatch of {len(part)} answers cannot be shared by {share.world_size} processes: draw more "
+                "answers (rollout.prompts, rollout.samples) or use fewer algorithm.minibatches"
+            )
+        algorithm, scores = self.settings.algorithm, experience.scores
+        sampler = [np.array(t.sampler_logprobs, dtype=np.float32) for t in experience.trajectories]
         batches = []
-        for packed in self._pack(trajectories, part):
+        for packed in self._pack(experience.trajectories, part[share.rank :: share.world_size]):
             sequence_N, old_N = packed.sequence_N, packed.flat(scores.old)
             correction_N = None
             if algorithm.correction_cap is not None:
@@ -292,20 +330,52 @@ class Phases:
     def _dropped(self, trajectory: Trajectory) -> bool:
         return self.settings.algorithm.drop_truncated and trajectory.ending == "length"
 
-    def _sample(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+    def _sample(self, episode: Trajectory) -> dict[str, Any]:
         """One episode for a person to read."""
-        first = trajectories[0]
         return {
-            "text": self.engine.tokenizer.decode(first.ids),
-            "reward": first.reward,
-            "rewards": first.rewards,
-            "reference": json.loads(json.dumps(first.environment.prompt.reference, default=str)),
+            "text": self.engine.tokenizer.decode(episode.ids),
+            "reward": episode.reward,
+            "rewards": episode.rewards,
+            "reference": json.loads(json.dumps(episode.environment.prompt.reference, default=str)),
         }
+
+
+def _told_to_all(mine: dict[int, T]) -> dict[int, T]:
+    """The union of what all processes bring; what this one brought stays the same object."""
+    union: dict[int, T] = {}
+    for part in gather(mine if world_size() == 1 else {key: _plain(value) for key, value in mine.items()}):
+        union |= part
+    return union | mine
+
+
+def _plain(value: T) -> T:
+    """A value fit for a journey: an episode goes without its environment, which need not pickle."""
+    return replace(value, environment=None) if isinstance(value, Trajectory) else value  # type: ignore[arg-type]
 
 
 def _kl(old: np.ndarray, ref: np.ndarray, estimator: Any) -> np.ndarray:
     return kl_divergence(torch.from_numpy(old), torch.from_numpy(ref), estimator).numpy()
 
 
-def _as_dict(batch: PolicyBatch) -> dict[str, Any]:
-    return {field.name: getattr(batch, field.name) for field in fields(batch)}
+def _experience_state(experience: Experience) -> dict[str, Any]:
+    return {
+        "trajectories": [
+            {"group": t.group, "ids": t.ids, "trained": t.trained, "sampler_logprobs": t.sampler_logprobs}
+            for t in experience.trajectories
+        ],
+        "kept": experience.kept,
+        "scores": {
+            name: None if arrays is None else [torch.from_numpy(array) for array in arrays]
+            for name, arrays in vars(experience.scores).items()
+        },
+    }
+
+
+def _experience(state: dict[str, Any]) -> Experience:
+    """What the updates still need of a phase: not the answers' texts, rewards and environments."""
+    trajectories = [Trajectory(environment=None, **kept) for kept in state["trajectories"]]  # type: ignore[arg-type]
+    scores: dict[str, Any] = {
+        name: None if tensors is None else [tensor.numpy() for tensor in tensors]
+        for name, tensors in state["scores"].items()
+    }
+    return Experience(trajectories, state["kept"], PhaseScores(**scores))

@@ -98,7 +98,7 @@ class Trajectory:
 def play(
     engine: RolloutEngine,
     environments: Sequence[Environment],
-    groups: Sequence[int],
+    places: Sequence[int],
     config: RolloutConfig,
     *,
     seed: int,
@@ -106,18 +106,18 @@ def play(
 ) -> list[Trajectory]:
     """Play every environment to its end, all of them side by side in the engine.
 
-    groups: which prompt each environment belongs to. greedy: the likeliest token every time. Draws depend on `seed`
+    places: the number of each episode in the phase. greedy: the likeliest token every time. Draws depend on `seed`
     and on an episode's place alone. An episode that would outgrow the model's context ends with `length`.
     """
     tokenizer = engine.tokenizer
     trajectories = []
-    for environment, group in zip(environments, groups, strict=True):
+    for environment in environments:
         opening = render(
             tokenizer, environment.reset(), add_generation_prompt=True, enable_thinking=config.enable_thinking
         )
         ids = opening.ids.tolist()
-        trajectories.append(Trajectory(environment, group, ids, [False] * len(ids)))
-    active = list(enumerate(trajectories))
+        trajectories.append(Trajectory(environment, 0, ids, [False] * len(ids)))
+    active = list(zip(places, trajectories, strict=True))
     context = engine.model.config.max_position_embeddings
     for turn in range(config.max_turns):
         outputs = engine.generate(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from minnow.config import UserError
@@ -28,6 +29,7 @@ from minnow.rl.rewards import RewardConfig, Rewarder
 from minnow.rl.rollouts import RolloutConfig, RolloutEngine
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
+from minnow.training.distribution import is_first
 from minnow.training.run_folder import MetricsLog
 from minnow.training.session import Machine, RunFolder, load_start, train, with_machine
 from minnow.training.trainer import Trainer
@@ -99,6 +101,8 @@ def run(config: Config) -> None:
             f"training.micro_batch_tokens is {config.training.micro_batch_tokens}: it must hold a row of "
             f"sequence_length {config.sequence_length}"
         )
+    if config.training.parallel in ("fsdp", "hsdp"):
+        raise UserError("rl plays with the whole model on every process: use --training.parallel ddp")
     prompts, held_out = read_prompts(config.prompts), read_prompts(config.held_out) if config.held_out else []
     environment = environment_maker(config.environment, pond=config.pond)
     if config.environment != "question" and config.rollout.max_turns < 2:
@@ -148,7 +152,8 @@ def run(config: Config) -> None:
         evaluations=[HeldOut(engine, held_out, environment, rewarder, config.rollout)] if held_out else [],
     )
     train(trainer, folder, tokenizer, console)
-    write_report(folder.path)
+    if is_first():
+        write_report(folder.path)
 
 
 def _summary(config: Config, prompts: list[Prompt], steps: int, machine: Machine) -> str:
@@ -179,13 +184,18 @@ def _reference(config: Config, model: CausalLM, machine: Machine) -> CausalLM | 
     if config.lora.rank:
         return model
     reference = load_pretrained(resolve_model_folder(config.init_from)).requires_grad_(False).eval()
-    return machine.place(reference, config.training, 0.0, lambda text: None)
+    return _alone(reference, machine)
 
 
 def _critic(config: Config, machine: Machine) -> Critic | None:
     if config.algorithm.advantage != "gae":
         return None
-    backbone = machine.place(
-        load_pretrained(resolve_model_folder(config.init_from)), config.training, 0.0, lambda text: None
-    )
-    return Critic(backbone, config.algorithm.critic)
+    backbone = load_pretrained(resolve_model_folder(config.init_from))
+    return Critic(_alone(backbone, machine), config.algorithm.critic)
+
+
+def _alone(model: CausalLM, machine: Machine) -> CausalLM:
+    """Put a model that the Trainer does not train on the device, whole on every process."""
+    model.to(machine.device, torch.float32)
+    model.compute_dtype = machine.dtype
+    return model

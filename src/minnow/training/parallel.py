@@ -6,6 +6,7 @@ mistake. Gradients are summed, not averaged, as the Trainer has already divided 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -59,6 +60,18 @@ def sync_gradients(model: CausalLM, last: bool) -> None:
     """Say before a micro-batch's backward pass whether it is the last: only then do gradients travel."""
     if world_size() > 1:
         model.set_requires_gradient_sync(last)  # type: ignore[operator]
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Sum the gradients of a model that is no part of the Trainer's over all processes; a missing one counts as
+    zeros."""
+    if world_size() == 1:
+        return
+    for parameter in parameters:
+        if parameter.requires_grad:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
 
 
 def _replicate(model: CausalLM, device: torch.device) -> None:

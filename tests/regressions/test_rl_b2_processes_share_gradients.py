@@ -1,0 +1,49 @@
+"""B2: reinforcement learning on several processes that never exchanges gradients trains as many models as processes.
+
+Two processes must make the same updates as one, for a group baseline, for a critic and for the tracker.
+"""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.rl.helpers import saved, write_prompts
+from tests.training.distributed.processes import run_processes
+
+from minnow.cli import main
+
+SETTINGS = {
+    "phases": 3,
+    "rollout.prompts": 3,
+    "rollout.max_tokens": 6,
+    "sequence_length": 64,
+    "training.micro_batch_tokens": 128,
+    "training.device": "cpu",
+    "training.save_every": 0,
+    "watch.patience": 0,
+    "rewards.length": 0.5,
+    "rewards.longest": 4,
+    "optim.matrix_lr": 0.01,
+    "algorithm.critic.warmup_phases": 1,
+}
+
+
+@pytest.mark.parametrize("preset", ["grpo", "ppo", "spo"])
+def test_two_processes_make_the_updates_of_one(tmp_path, preset):
+    start, prompts = saved(tmp_path / "start"), write_prompts(tmp_path / "prompts.jsonl")
+    settings = SETTINGS | {"rollout.samples": 3 if preset == "grpo" else 1, "algorithm.minibatches": 1}
+    words = [preset, "--init_from", str(start), "--prompts", str(prompts)]
+    words += [word for key, value in settings.items() for word in (f"--{key}", str(value))]
+    assert main([*words, "--run", str(tmp_path / "one")]) == 0
+    run_processes("minnow", *words, "--run", str(tmp_path / "two"), world_size=2)
+    one, two = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("one", "two"))
+    before = load_file(start / "model.safetensors")
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=1e-5, atol=1e-5)
+    assert any(not torch.equal(before[key], one[key]) for key in one)
+    logs = [
+        [json.loads(line)["reward"] for line in (tmp_path / name / "rollouts.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert logs[0] == pytest.approx(logs[1])
