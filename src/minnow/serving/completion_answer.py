@@ -9,7 +9,6 @@ from typing import Any, Literal
 from minnow.engine import Delta
 from minnow.serving.logprobs import finite, token_text
 from minnow.serving.models import ServedModel
-from minnow.serving.pieces import PieceStream
 from minnow.serving.requests import CompletionBody
 from minnow.serving.responses import (
     FINGERPRINT,
@@ -21,6 +20,7 @@ from minnow.serving.responses import (
     now,
     usage,
 )
+from minnow.tokenizer import StreamDecoder
 
 
 class _Choice:
@@ -28,11 +28,11 @@ class _Choice:
 
     def __init__(self, model: ServedModel, body: CompletionBody, index: int, prompt_ids: list[int]) -> None:
         self._tokenizer = model.tokenizer
-        self._pieces: PieceStream[Delta] = PieceStream(model.tokenizer)
+        self._decoder = StreamDecoder(model.tokenizer, skip_special_tokens=True)
         self._index = index
         self._body = body
         self._prompt_ids: list[int] | None = prompt_ids if body.return_token_ids else None
-        self._length = 0  # characters told so far
+        self._length = 0  # characters of the tokens so far
         self._clear()
 
     def _clear(self) -> None:
@@ -46,18 +46,11 @@ class _Choice:
         self._token_ids.append(delta.id)
         self._finish_reason = delta.finish_reason
         self._texts.append(delta.text)
-        if self._body.logprobs is None:
-            return
-        if self._body.return_token_ids:  # for programs: one log-probability for each id, those without text too
+        if self._body.logprobs is not None:
             self._add_logprob(delta)
-            self._length += len(delta.text)
-            return
-        for piece in self._pieces.push([delta.id], [delta], delta.text):
-            if piece.note is not None:
-                self._add_logprob(piece.note)
-            self._length += len(piece.text)
 
     def _add_logprob(self, delta: Delta) -> None:
+        """Every token has its entry, also the one that ends the answer: they stand beside `token_ids`."""
         assert delta.raw_logprob is not None
         self._logprobs["tokens"].append(token_text(self._tokenizer, delta.id))
         self._logprobs["token_logprobs"].append(finite(delta.raw_logprob))
@@ -66,6 +59,8 @@ class _Choice:
             likeliest = delta.top_logprobs or ()
             texts = {token_text(self._tokenizer, token): finite(logprob) for token, logprob in likeliest}
             self._logprobs["top_logprobs"].append(texts)
+        if delta.id < self._tokenizer.vocab_size:  # a model's vocabulary may be padded beyond the tokenizer's
+            self._length += len(self._decoder.push(delta.id))
 
     @property
     def has_news(self) -> bool:
