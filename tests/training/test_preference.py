@@ -19,7 +19,7 @@ from minnow.objectives.preference import PreferenceLossConfig
 from minnow.tokenizer import Tokenizer, train_tokenizer
 from minnow.training import reference
 from minnow.training.preference import PreferenceOptimization
-from minnow.training.reference import PreferenceRows, reference_logprobs
+from minnow.training.reference import AnswerLogprobs, PreferenceRows, reference_logprobs, row_batches, unrelated_batch
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +62,16 @@ def alone(model: CausalLM, dataset: PackedDataset, document: int) -> torch.Tenso
     return (logprobs.gather(1, tokens[1:, None]).squeeze(1) * weights[1:]).sum()
 
 
+def ask(model: CausalLM, dataset: PackedDataset, folder: Path, key: str = "data") -> AnswerLogprobs:
+    batches = row_batches(dataset, dataset.num_rows, 2)
+    return reference_logprobs(model, batches, dataset.shards.num_documents, folder / "r", key)
+
+
 def test_packed_pairs_give_the_loss_and_gradient_of_sequences_one_by_one(
     tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path
 ) -> None:
     policy, start = make_model(tokenizer, 1), make_model(tokenizer, 2)
-    rows = PreferenceRows(dataset, reference_logprobs(start, dataset, tmp_path / "r", "data", rows_at_once=2))
+    rows = PreferenceRows(dataset, ask(start, dataset, tmp_path))
     objective = PreferenceOptimization(PreferenceLossConfig(beta=0.2))
     batch = rows.batch(range(rows.num_rows))
     output = objective(policy, batch)
@@ -91,7 +96,7 @@ def test_packed_pairs_give_the_loss_and_gradient_of_sequences_one_by_one(
 def test_micro_batches_add_up_to_the_batch(tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path) -> None:
     policy = make_model(tokenizer, 1)
     start = make_model(tokenizer, 2)
-    rows = PreferenceRows(dataset, reference_logprobs(start, dataset, tmp_path / "r", "data", rows_at_once=1))
+    rows = PreferenceRows(dataset, ask(start, dataset, tmp_path))
     objective = PreferenceOptimization(PreferenceLossConfig(beta=0.2, length_alpha=0.5))
     whole = objective(policy, rows.batch(range(rows.num_rows)))
     parts = [objective(policy, rows.batch([row])) for row in range(rows.num_rows)]
@@ -105,25 +110,67 @@ def test_the_reference_is_asked_once(
     tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(tokenizer, 1)
-    first = reference_logprobs(model, dataset, tmp_path / "r", "data", rows_at_once=2)
+    first = ask(model, dataset, tmp_path)
     asked: list[int] = []
     really_ask = reference._ask
     monkeypatch.setattr(reference, "_ask", lambda *arguments: asked.append(1) or really_ask(*arguments))
-    again = reference_logprobs(model, dataset, tmp_path / "r", "data", rows_at_once=2)
+    again = ask(model, dataset, tmp_path)
     assert not asked, "it lies on disk"
     assert torch.equal(first.logprobs_N, again.logprobs_N)
     with torch.no_grad():
         model.head_weight[3] += 0.1
-    reference_logprobs(model, dataset, tmp_path / "r", "data", rows_at_once=2)
+    ask(model, dataset, tmp_path)
     assert len(asked) == 1, "another model is another reference"
-    reference_logprobs(model, dataset, tmp_path / "r", "other data", rows_at_once=2)
+    ask(model, dataset, tmp_path, "other data")
     assert len(asked) == 2, "and so are other data"
 
 
 def test_training_starts_at_log_two_without_drift(tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path) -> None:
     model = make_model(tokenizer, 1)
-    rows = PreferenceRows(dataset, reference_logprobs(model, dataset, tmp_path / "r", "data", rows_at_once=3))
+    rows = PreferenceRows(dataset, ask(model, dataset, tmp_path))
     batch = rows.batch([1, 0])
     output = PreferenceOptimization(PreferenceLossConfig())(model, batch)
     assert float(output.loss_sum.detach()) == pytest.approx(batch.num_answers / 2 * math.log(2), rel=1e-5)
     assert float(output.metrics["drift"]) < 1e-9
+
+
+def test_kto_measures_its_reference_point_on_the_whole_batch(
+    tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path
+) -> None:
+    policy, start = make_model(tokenizer, 1), make_model(tokenizer, 2)
+    every_pair = [unrelated_batch(dataset, range(12))]
+    unrelated = reference_logprobs(start, every_pair, 12, tmp_path / "r", "unrelated")
+    rows = PreferenceRows(dataset, ask(start, dataset, tmp_path), unrelated)
+
+    texts = [tokenizer.decode(dataset.shards.tokens(document)) for document in range(24)]
+    pieces = torch.tensor_split(every_pair[0].tokens_BT[0], every_pair[0].cu_seqlens[1:-1].long())
+    for pair, piece in enumerate(pieces):
+        prompt, answer = texts[2 * pair].rpartition("</think>")[0], texts[2 * ((pair + 1) % 12)]
+        expected = prompt + "</think>" + answer.rpartition("</think>")[2].removesuffix("<|endoftext|>")
+        assert tokenizer.decode(piece) == expected
+
+    moved = 0.0
+    with torch.no_grad():
+        for piece, weights in zip(
+            pieces,
+            torch.tensor_split(every_pair[0].weights_BT[0], every_pair[0].cu_seqlens[1:-1].long()),
+            strict=True,
+        ):
+            for model, sign in ((policy, 1), (start, -1)):
+                hidden = model(piece[None], torch.arange(len(piece))[None], CausalAttention())
+                logprobs = F.log_softmax(model.logits(hidden)[0], dim=-1)[:-1].gather(1, piece[1:, None]).squeeze(1)
+                moved += sign * float((logprobs * weights[:-1]).sum())
+
+    swapped = -1 if moved < 0 else 1  # the reference point is never below zero: look from the other model then
+    if swapped < 0:
+        unrelated = reference_logprobs(policy, every_pair, 12, tmp_path / "r", "unrelated")
+        rows = PreferenceRows(dataset, ask(policy, dataset, tmp_path), unrelated)
+        policy = start
+    objective = PreferenceOptimization(PreferenceLossConfig(name="kto"))
+    parts = [rows.batch([row]) for row in range(rows.num_rows)]
+    objective.look_ahead(policy, parts)
+    assert objective.kl == pytest.approx(swapped * moved / 12, rel=1e-4)
+    cut = sum(objective(policy, part).loss_sum for part in parts)
+    objective.look_ahead(policy, [rows.batch(range(rows.num_rows))])
+    whole = objective(policy, rows.batch(range(rows.num_rows))).loss_sum
+    torch.testing.assert_close(whole, cut, rtol=1e-5, atol=1e-6)

@@ -17,6 +17,7 @@ from minnow.stages import pretrain
 from minnow.stages.language_model import Lesson, PackedData, held_out_batches, run_lesson
 from minnow.tokenizer import Tokenizer
 from minnow.training.distillation import Distillation, teacher_store
+from minnow.training.distribution import first_goes_first
 from minnow.training.objective import Rows
 from minnow.training.validation import LanguageModelValidation
 
@@ -58,15 +59,16 @@ def run(config: Config) -> None:
         rows: Rows[Batch] = packed.train
         if config.loss.top_k:
             key = f"{packed.prepared.folder.name}/{config.sequence_length}/{config.training.seed}"
-            rows = teacher_store(
-                teacher,
-                packed.train,
-                cache,
-                key,
-                config.loss,
-                vocab_size=tokenizer.vocab_size,
-                rows_at_once=rows_at_once,
-            )
+            with first_goes_first():
+                rows = teacher_store(
+                    teacher,
+                    packed.train,
+                    cache,
+                    key,
+                    config.loss,
+                    vocab_size=tokenizer.vocab_size,
+                    rows_at_once=rows_at_once,
+                )
         held_out = held_out_batches(packed.validation, config)
         validation = LanguageModelValidation(held_out, tokenizer.token_bytes(), device) if held_out else None
         objective = Distillation(config.loss, None if config.loss.top_k else teacher, tokenizer.vocab_size)

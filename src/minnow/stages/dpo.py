@@ -10,12 +10,27 @@ from rich.console import Console
 from minnow.data.batches import PackedDataset
 from minnow.objectives.preference import PreferenceLossConfig
 from minnow.optim import OptimConfig, ScheduleConfig
-from minnow.stages.language_model import LanguageModelConfig, Lesson, PackedData, held_out_batches, run_lesson
+from minnow.stages.language_model import (
+    LanguageModelConfig,
+    Lesson,
+    PackedData,
+    held_out_batches,
+    num_held_out_rows,
+    run_lesson,
+)
 from minnow.training.config import TrainingConfig
 from minnow.training.preference import PreferenceOptimization
-from minnow.training.reference import PreferenceBatch, PreferenceRows, reference_logprobs
+from minnow.training.reference import (
+    PreferenceBatch,
+    PreferenceRows,
+    reference_logprobs,
+    row_batches,
+    unrelated_batch,
+)
 from minnow.training.session import load_start
 from minnow.training.validation import ObjectiveValidation
+
+PAIRS_AT_ONCE = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +62,29 @@ def run(config: Config) -> None:
     _, rows_at_once = config.training.rows_per_batch(config.sequence_length)
     cache = Path(config.data.cache_dir).expanduser()
 
-    def with_reference(dataset: PackedDataset, key: str) -> PreferenceRows:
+    def with_reference(dataset: PackedDataset, key: str, num_rows: int) -> PreferenceRows:
         if not config.loss.needs_reference:
             return PreferenceRows(dataset, None)
-        return PreferenceRows(dataset, reference_logprobs(model, dataset, cache, key, rows_at_once=rows_at_once))
+        console.print(f"reference model: log-probabilities of {key.partition('/')[2]} pairs", highlight=False)
+        documents = dataset.shards.num_documents
+        batches = row_batches(dataset, num_rows, rows_at_once)
+        reference = reference_logprobs(model, batches, documents, cache, f"{key}/{num_rows}")
+        if config.loss.name != "kto":
+            return PreferenceRows(dataset, reference)
+        unrelated = (
+            unrelated_batch(dataset, range(start, min(start + PAIRS_AT_ONCE, documents // 2)))
+            for start in range(0, documents // 2, PAIRS_AT_ONCE)
+        )
+        key = f"{key}/{config.sequence_length}/unrelated"
+        return PreferenceRows(dataset, reference, reference_logprobs(model, unrelated, documents // 2, cache, key))
 
     def lesson(packed: PackedData) -> Lesson[PreferenceBatch]:
         key = packed.prepared.folder.name
         objective = PreferenceOptimization(config.loss)
-        held_out = held_out_batches(with_reference(packed.validation, f"{key}/validation"), config)
-        validation = ObjectiveValidation(objective, held_out, model.head_weight.device) if held_out else None
-        return Lesson(with_reference(packed.train, f"{key}/train"), objective, validation)
+        scored_rows = num_held_out_rows(packed.validation, config)
+        held_out = held_out_batches(with_reference(packed.validation, f"{key}/held-out", scored_rows), config)
+        device = next(model.parameters()).device
+        validation = ObjectiveValidation(objective, held_out, device) if held_out else None
+        return Lesson(with_reference(packed.train, f"{key}/training", packed.train.num_rows), objective, validation)
 
     run_lesson(config, tokenizer, model, "dpo", "preference", console, lesson)

@@ -78,10 +78,15 @@ def pack_data(config: LanguageModelConfig, tokenizer: Tokenizer, kind: Kind) -> 
     return PackedData(prepared, *prepared.packed(config.sequence_length, config.training.seed))
 
 
+def num_held_out_rows(rows: Rows[Batch], config: LanguageModelConfig) -> int:
+    """Return how many held-out rows a validation scores."""
+    return min(rows.num_rows, max(1, config.training.validation_tokens // config.sequence_length))
+
+
 def held_out_batches(rows: Rows[BatchT], config: LanguageModelConfig) -> list[BatchT]:
     """Return the first `validation_tokens` of the held-out rows, as micro-batches."""
     _, rows_at_once = config.training.rows_per_batch(config.sequence_length)
-    count = min(rows.num_rows, max(1, config.training.validation_tokens // config.sequence_length))
+    count = num_held_out_rows(rows, config)
     return [rows.batch(range(start, min(start + rows_at_once, count))) for start in range(0, count, rows_at_once)]
 
 

@@ -15,6 +15,7 @@ from minnow.report.plots import save_figure
 from minnow.report.reliability import expected_calibration_error, reliability, reliability_figure
 from minnow.stages.language_model import LanguageModelConfig, Lesson, PackedData, held_out_batches, run_lesson
 from minnow.training.config import TrainingConfig
+from minnow.training.distribution import is_first
 from minnow.training.reward import RewardLossConfig, RewardModeling, reward_margins
 from minnow.training.session import load_start
 from minnow.training.validation import ObjectiveValidation
@@ -60,6 +61,8 @@ def run(config: Config) -> None:
     run_lesson(config, tokenizer, model, "reward", "preference", console, lesson)
     if held_out:
         bins = reliability(reward_margins(model, held_out))
+        if not is_first():
+            return
         save_figure(reliability_figure(bins, Path(config.run).name), Path(config.run) / "reliability.png")
         console.print(
             f"held-out pairs: expected calibration error {expected_calibration_error(bins):.1%}, see "

@@ -42,6 +42,15 @@ class Objective(Protocol[BatchT_contra]):
         ...
 
 
+@runtime_checkable
+class LooksAhead(Protocol[BatchT_contra]):
+    """An Objective that needs a figure of the whole global batch before any of it is minimised."""
+
+    def look_ahead(self, model: CausalLM, batches: Sequence[BatchT_contra]) -> None:
+        """See this process's micro-batches; called before the first of them, on all processes."""
+        ...
+
+
 class BatchSource(Protocol[BatchT_co]):
     """Gives a process's share of a step's global batch, cut into micro-batches: a pure function of both."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -9,19 +10,42 @@ from torch import Tensor
 
 from minnow.model.transformer import CausalLM
 from minnow.objectives.preference import PreferenceLossConfig, answer_sums, length_weights, preference_loss
+from minnow.training.distribution import sum_over_ranks
 from minnow.training.objective import ObjectiveOutput
 from minnow.training.reference import PreferenceBatch, target_logprobs
 
 
-@dataclass(frozen=True)
+@dataclass
 class PreferenceOptimization:
     """A preference loss, summed over pairs and counted in pairs."""
 
     loss: PreferenceLossConfig
+    kl: float = 0.0
+    """kto's reference point of the global batch at hand."""
 
     def count(self, batch: PreferenceBatch) -> float:
         """Pairs."""
         return batch.num_answers / 2
+
+    @torch.no_grad()
+    def look_ahead(self, model: CausalLM, batches: Sequence[PreferenceBatch]) -> None:
+        """For kto: measure how far the model has moved from the reference on unrelated answers, in nats an answer.
+
+        An estimate of KL(model, reference) from the prompts of the whole global batch, each with the better answer to
+        another one (arXiv 2402.01306, section 4.1), so that it does not depend on the cut into micro-batches.
+        """
+        if self.loss.name != "kto":
+            return
+        device = next(model.parameters()).device
+        moved = pairs = 0.0
+        for batch in batches:
+            assert batch.unrelated is not None
+            assert batch.unrelated_reference_N is not None
+            logprobs_N = target_logprobs(model, batch.unrelated.to(device))
+            moved += float((logprobs_N - batch.unrelated_reference_N.to(device)).sum())
+            pairs += self.count(batch)
+        moved, pairs = sum_over_ranks([moved, pairs])
+        self.kl = max(0.0, moved / pairs)
 
     def __call__(self, model: CausalLM, batch: PreferenceBatch) -> ObjectiveOutput:
         """Return the sum of the pairs' losses, and what the pairs look like to the model."""
@@ -31,7 +55,7 @@ class PreferenceOptimization:
         logprobs_A = answer_sums(weights_N * logprobs_N, answer_N, num_answers)
         reference_A = answer_sums(weights_N * batch.reference_N, answer_N, num_answers)
         lengths_A = torch.bincount(answer_N, minlength=num_answers)
-        losses_P = preference_loss(self.loss, logprobs_A, reference_A, lengths_A)
+        losses_P = preference_loss(self.loss, logprobs_A, reference_A, lengths_A, logprobs_A.new_tensor(self.kl))
         with torch.no_grad():
             metrics = self._metrics(logprobs_A, reference_A, lengths_A)
             if self.loss.needs_reference:

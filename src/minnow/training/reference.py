@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,15 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from minnow.config import atomic_write
 from minnow.data.batches import Batch, PackedDataset
 from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import token_logprobs
+from minnow.training.distribution import from_first, is_first
+from minnow.training.objective import Rows
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,10 @@ class PreferenceBatch(Batch):
     """int64, ascending: the answer that each supervised target belongs to, counted through the batch."""
     reference_N: Tensor
     """float32: log-probability of each supervised target under the reference model; zeros without one."""
+    unrelated: Batch | None = None
+    """kto: each pair's prompt with the better answer to another prompt, see `unrelated_batch`."""
+    unrelated_reference_N: Tensor | None = None
+    """float32: log-probability of the unrelated answers' tokens under the reference model."""
 
     @property
     def num_answers(self) -> int:
@@ -48,6 +55,8 @@ class PreferenceRows:
     dataset: PackedDataset
     reference: AnswerLogprobs | None
     """None for a loss that needs none."""
+    unrelated_reference: AnswerLogprobs | None = None
+    """By pair, for the loss (kto) that asks for unrelated answers too."""
 
     @property
     def num_rows(self) -> int:
@@ -60,8 +69,17 @@ class PreferenceRows:
         answer_N = answer_of_targets(batch)
         reference_N = torch.zeros(len(answer_N))
         if self.reference is not None:
-            reference_N = self.reference.of(document for row in batch.document_ids for document in row)
-        return PreferenceBatch(**vars(batch), answer_N=answer_N, reference_N=reference_N)
+            reference_N = self.reference.of(documents_of(batch))
+        if self.unrelated_reference is None:
+            return PreferenceBatch(**vars(batch), answer_N=answer_N, reference_N=reference_N)
+        unrelated = unrelated_batch(self.dataset, [document // 2 for document in documents_of(batch)[::2]])
+        return PreferenceBatch(
+            **vars(batch),
+            answer_N=answer_N,
+            reference_N=reference_N,
+            unrelated=unrelated,
+            unrelated_reference_N=self.unrelated_reference.of(documents_of(unrelated)),
+        )
 
 
 @dataclass(frozen=True)
@@ -73,9 +91,48 @@ class AnswerLogprobs:
     offsets: Tensor
     """int64 [documents + 1]: document d has offsets[d] .. offsets[d + 1]."""
 
-    def of(self, documents: Iterator[int]) -> Tensor:
+    def of(self, documents: Sequence[int]) -> Tensor:
         """Return the values of `documents`, one after the other."""
         return torch.cat([self.logprobs_N[self.offsets[d] : self.offsets[d + 1]] for d in documents])
+
+
+def documents_of(batch: Batch) -> list[int]:
+    """Return the documents of a batch in order."""
+    return [document for row in batch.document_ids for document in row]
+
+
+def unrelated_batch(dataset: PackedDataset, pairs: Sequence[int]) -> Batch:
+    """Give each pair's prompt the better answer of the pair after it in the data: one row, a piece a pair.
+
+    Its `document_ids` are the pairs. What exceeds the sequence length is cut off.
+    """
+    shards, num_pairs = dataset.shards, dataset.shards.num_documents // 2
+    ids, weights = [], []
+    for pair in pairs:
+        own, other = 2 * pair, 2 * ((pair + 1) % num_pairs)
+        prompt = shards.tokens(own)[: int((shards.weights(own) > 0).argmax())]
+        first = int((shards.weights(other) > 0).argmax())
+        length = dataset.sequence_length + 1
+        ids.append(np.concatenate([prompt, shards.tokens(other, first)])[:length].astype(np.int64))
+        weights.append(np.concatenate([np.zeros(len(prompt), np.float32), shards.weights(other, first)])[:length])
+    lengths = np.array([len(part) - 1 for part in ids])
+    row_weights = np.concatenate([part[1:] for part in weights])
+    return Batch(
+        tokens_BT=torch.from_numpy(np.concatenate([part[:-1] for part in ids]))[None],
+        targets_BT=torch.from_numpy(np.concatenate([part[1:] for part in ids]))[None],
+        weights_BT=torch.from_numpy(row_weights)[None],
+        positions_BT=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
+        cu_seqlens=torch.from_numpy(np.append(0, lengths.cumsum()).astype(np.int32)),
+        filler_BT=torch.zeros(1, int(lengths.sum()), dtype=torch.bool),
+        text_bytes=0.0,
+        document_ids=(tuple(pairs),),
+    )
+
+
+def row_batches(rows: Rows[Batch], num_rows: int, rows_at_once: int) -> Iterator[Batch]:
+    """Read the first `num_rows` rows in order, `rows_at_once` at a time."""
+    for start in range(0, num_rows, rows_at_once):
+        yield rows.batch(range(start, min(start + rows_at_once, num_rows)))
 
 
 def answer_of_targets(batch: Batch) -> Tensor:
@@ -95,34 +152,35 @@ def target_logprobs(model: CausalLM, batch: Batch) -> Tensor:
 
 
 def reference_logprobs(
-    model: CausalLM, dataset: PackedDataset, cache: Path, data_key: str, *, rows_at_once: int
+    model: CausalLM, batches: Iterable[Batch], num_documents: int, cache: Path, data_key: str
 ) -> AnswerLogprobs:
-    """Ask `model` about every answer of `dataset`, or read what it said the last time.
+    """Ask `model` about every supervised target of `batches`, or read what it said the last time.
 
     cache: folder of the files; a file's name is a hash of the model's weights and dtype and of `data_key`, which stands
-    for the documents. rows_at_once: rows that go through the model together.
+    for the batches. In a run of several processes each asks for itself: the model may be in slices, which only all
+    together can use.
     """
     name = hashlib.sha256(json.dumps([weights_fingerprint(model), str(model.compute_dtype), data_key]).encode())
     file = cache / f"reference-{name.hexdigest()[:20]}.safetensors"
-    if file.exists():
+    if from_first(file.exists()):
         found = load_file(file)
         return AnswerLogprobs(found["logprobs"], found["offsets"])
-    logprobs = _ask(model, dataset, rows_at_once)
-    cache.mkdir(parents=True, exist_ok=True)
-    with atomic_write(file) as temporary:
-        save_file({"logprobs": logprobs.logprobs_N, "offsets": logprobs.offsets}, temporary)
+    logprobs = _ask(model, batches, num_documents)
+    if is_first():
+        cache.mkdir(parents=True, exist_ok=True)
+        with atomic_write(file) as temporary:
+            save_file({"logprobs": logprobs.logprobs_N, "offsets": logprobs.offsets}, temporary)
     return logprobs
 
 
 @torch.no_grad()
-def _ask(model: CausalLM, dataset: PackedDataset, rows_at_once: int) -> AnswerLogprobs:
-    device = model.head_weight.device
-    by_document: list[Tensor] = [torch.empty(0)] * dataset.shards.num_documents
+def _ask(model: CausalLM, batches: Iterable[Batch], num_documents: int) -> AnswerLogprobs:
+    device = next(model.parameters()).device
+    by_document: list[Tensor] = [torch.empty(0)] * num_documents
     was_training = model.training
     model.eval()
-    for start in range(0, dataset.num_rows, rows_at_once):
-        batch = dataset.batch(range(start, min(start + rows_at_once, dataset.num_rows)))
-        documents = [document for row in batch.document_ids for document in row]
+    for batch in batches:
+        documents = documents_of(batch)
         lengths = torch.bincount(answer_of_targets(batch), minlength=len(documents)).tolist()
         values_N = target_logprobs(model, batch.to(device)).float().cpu()
         for document, values in zip(documents, values_N.split(lengths), strict=True):
@@ -138,5 +196,7 @@ def weights_fingerprint(model: nn.Module) -> str:
     state: dict[str, Any] = model.state_dict()
     for name, tensor in state.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -22,7 +22,7 @@ from minnow.training.config import TrainingConfig
 from minnow.training.distribution import gather, is_first, largest_over_ranks, rank, sum_over_ranks, world_size
 from minnow.training.hardware import matmul_peak, peak_memory_bytes, synchronize
 from minnow.training.loss_scale import LossScale
-from minnow.training.objective import BatchSource, BatchT, Objective, ObjectiveOutput, Stateful
+from minnow.training.objective import BatchSource, BatchT, LooksAhead, Objective, ObjectiveOutput, Stateful
 from minnow.training.parallel import sync_gradients
 from minnow.training.progress import TrainingProgress
 from minnow.training.run_folder import MetricsLog
@@ -145,6 +145,8 @@ class Trainer(Generic[BatchT]):
         )
         if count == 0:
             raise UserError(f"step {self.state.step}: nothing in the batch is supervised; check the data's loss mask")
+        if isinstance(self.objective, LooksAhead):
+            self.objective.look_ahead(self.model, batches)
         outputs = []
         for index, batch in enumerate(batches):
             sync_gradients(self.model, last=index == len(batches) - 1)

@@ -15,7 +15,7 @@ from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import bits_per_byte, token_logprobs
 from minnow.training.distribution import rank, sum_over_ranks, world_size
-from minnow.training.objective import BatchT, Objective
+from minnow.training.objective import BatchT, LooksAhead, Objective
 
 Evaluation = Callable[[CausalLM], dict[str, float]]
 """Figures of a model by name. The Trainer's `validation` gives `validation_loss`, by which models are compared."""
@@ -91,6 +91,8 @@ class ObjectiveValidation(Generic[BatchT]):
         was_training = model.training
         model.eval()
         sums: dict[str, float] = {}
+        if isinstance(self.objective, LooksAhead):
+            self.objective.look_ahead(model, self.batches[rank() :: world_size()] or self.batches[-1:])
         for batch, is_mine in _my_part(self.batches):
             output = self.objective(model, batch.to(self.device))
             for name, value in {"loss": output.loss_sum, **output.metrics}.items():
