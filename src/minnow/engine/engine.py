@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections import deque
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Listing
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from minnow.engine.sampling import SamplingParams
 from minnow.engine.scheduler import Scheduler
 from minnow.engine.sequence import Request, Sequence
 from minnow.model.pretrained import load_pretrained, resolve_model_folder
+from minnow.model.switched import add_switched
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer.tokenizer import Tokenizer
 
@@ -46,6 +47,8 @@ class Engine:
     which bounds the rows too; None takes half of the GPU's free memory or a quarter of the machine's.
     frozen: run a packed copy of the weights, for speed where they do not change; `weights_updated` has it made
     anew. compile: compile the frozen copy's decode step; takes a C++ compiler and, at its first use, about a minute.
+    adapters: folders of adapters by name, one of which a request may choose (`SamplingParams.adapter`); the model
+    is run as it is then, never packed.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Engine:
         cache_bytes: int | None = None,
         frozen: bool = False,
         compile: bool = False,
+        adapters: Mapping[str, str | Path] | None = None,
     ):
         self.model = model
         self.tokenizer = tokenizer
@@ -67,6 +71,8 @@ class Engine:
         self._block_size = block_size
         self._cache_bytes = cache_bytes
         self._frozen, self._compile = frozen, compile
+        folders = {name: resolve_model_folder(folder) for name, folder in (adapters or {}).items()}
+        self._adapters = add_switched(model, folders) if folders else None
         self._running: Decoder | None = None
         self._made: Parts | None = None
         self._sampler = Sampler()
@@ -171,6 +177,11 @@ class Engine:
         """Let no later prompt find what earlier ones left in the cache."""
         self._parts().scheduler.blocks.forget_contents()
 
+    @property
+    def adapters(self) -> frozenset[str]:
+        """Names of the adapters that a request may choose."""
+        return frozenset() if self._adapters is None else self._adapters.names
+
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The prompt as the model will read it."""
         if isinstance(prompt, str):
@@ -187,6 +198,9 @@ class Engine:
                 f"the prompt has {len(ids)} tokens, but the model's context is {context} tokens, prompt and "
                 "answer together: shorten the prompt"
             )
+        if params.adapter is not None and params.adapter not in self.adapters:
+            named = ", ".join(sorted(self.adapters)) or "none"
+            raise UserError(f"there is no adapter {params.adapter!r} here; there are: {named}")
         room = context - len(ids)
         vocab_size = self.model.config.vocab_size
         for name, tokens in (
@@ -296,10 +310,10 @@ class Engine:
             needed = -(-context // self._block_size)
             num_blocks = max(needed, min(fitting // self._block_size, max_rows * needed))
             cache = PagedCache(config, num_blocks, self._block_size, dtype, device)
-            self._made = Parts(
-                Scheduler(BlockManager(num_blocks, self._block_size), max_rows, self._max_step_tokens),
-                Runner(cache, Window(config, max_rows, dtype, device)),
-            )
+            runner = Runner(cache, Window(config, max_rows, dtype, device))
+            runner.adapters = self._adapters
+            blocks = BlockManager(num_blocks, self._block_size)
+            self._made = Parts(Scheduler(blocks, max_rows, self._max_step_tokens), runner)
         return self._made
 
     def _memory(self, device: torch.device) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Listing
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from minnow.engine.scheduler import Chunk, Plan
 from minnow.engine.sequence import Sequence
 from minnow.model.attention import Attention
 from minnow.model.config import ModelConfig
+from minnow.model.switched import AdapterChoice
 
 MASK_STEP = 64
 """Places by which the mask of rows of unequal length grows."""
@@ -44,6 +46,8 @@ class Runner:
         self.window = window
         self.compiled: CompiledDecode | None = None
         """Takes steps in which every row decodes."""
+        self.adapters: AdapterChoice | None = None
+        """Of a model that has several adapters to choose from."""
         self._device = cache.keys[0].device
         dtype = cache.keys[0].dtype
         self._places_T = torch.arange(window.length, device=self._device)
@@ -67,7 +71,8 @@ class Runner:
         if self.compiled is not None:
             return rows, self.compiled(tokens_B, *where)
         attention = DecodeAttention(self.cache, self.window, *where)
-        return rows, model.logits(model(tokens_B[:, None], where[0][:, None], attention)[:, 0])
+        with self._adapted(rows, []):
+            return rows, model.logits(model(tokens_B[:, None], where[0][:, None], attention)[:, 0])
 
     def _mixed(self, model: Decoder, rows: list[Sequence], chunks: list[Chunk]) -> tuple[list[Sequence], Tensor]:
         spans = [(chunk.sequence, chunk.start, chunk.start + chunk.count) for chunk in chunks]
@@ -80,11 +85,18 @@ class Runner:
             decode = DecodeAttention(self.cache, self.window, *where)
             tokens_N, positions_N = torch.cat((tokens_B, tokens_N)), torch.cat((where[0], positions_N))
         attention = MixedAttention(self.cache, decode, len(rows), chunks, slots_N)
-        hidden_BTD = model(tokens_N[None], positions_N[None], attention)
+        with self._adapted(rows, chunks):
+            hidden_BTD = model(tokens_N[None], positions_N[None], attention)
         ends = np.cumsum([chunk.count for chunk in chunks]) + len(rows) - 1
         last = [*range(len(rows)), *(int(end) for chunk, end in zip(chunks, ends, strict=True) if chunk.reaches_end)]
         finished = [*rows, *(chunk.sequence for chunk in chunks if chunk.reaches_end)]
         return finished, model.logits(hidden_BTD[0, self._tensor(last)])
+
+    def _adapted(self, rows: list[Sequence], chunks: list[Chunk]) -> AbstractContextManager[None]:
+        if self.adapters is None:
+            return nullcontext()
+        spans = [(row, 1) for row in rows] + [(chunk.sequence, chunk.count) for chunk in chunks]
+        return self.adapters.of([(sequence.params.adapter, count) for sequence, count in spans], self._device)
 
     def _decode_inputs(self, rows: Listing[Sequence]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of every decoding row: its last token, that one's place and slot, int64, and the mask [B, 1, 1, T]."""

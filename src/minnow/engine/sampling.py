@@ -62,6 +62,8 @@ class SamplingParams(SamplingOptions):
     equal prompts with equal seeds give equal answers.
     """
 
+    adapter: str | None = None
+    """Name of the engine's adapter that answers; None: the model itself."""
     n: int = 1
     """Samples for the prompt; they share one prefill."""
     stop: Sequence[str] = ()

@@ -95,7 +95,7 @@ class Scheduler:
         sequence, size = chunk.sequence, self.blocks.block_size
         sequence.computed += chunk.count
         for index in range(len(sequence.block_keys), sequence.computed // size):
-            parent = sequence.block_keys[-1] if sequence.block_keys else b""
+            parent = sequence.block_keys[-1] if sequence.block_keys else sequence.first_parent
             sequence.block_keys.append(block_key(parent, sequence.tokens[index * size : (index + 1) * size]))
             self.blocks.remember(sequence.blocks[index], sequence.block_keys[index])
 
@@ -139,7 +139,7 @@ class Scheduler:
         keys: list[bytes] = []
         # The last token is always computed: its logits are what the step is for.
         for start in range(0, (sequence.num_tokens - 1) // size * size, size):
-            key = block_key(keys[-1] if keys else b"", sequence.tokens[start : start + size])
+            key = block_key(keys[-1] if keys else sequence.first_parent, sequence.tokens[start : start + size])
             block = self.blocks.find(key)
             if block is None:
                 break

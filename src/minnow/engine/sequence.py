@@ -51,6 +51,8 @@ class Sequence:
         self.request = request
         self.index = index
         self.params = request.params
+        self.first_parent = b"" if request.params.adapter is None else request.params.adapter.encode() + b"\0"
+        """What the keys of cached blocks start from: an adapter's keys and values are not the model's own."""
         self.order = (request.id, index)
         """Age: the smaller came first."""
         self.key = sample_key(request.seed, index)

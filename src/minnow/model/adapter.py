@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minnow.config import UserError
-from minnow.model.lora import Adapter, LoraConfig, linear_names, lora_layers, replace_linear
+from minnow.model.lora import Adapter, LoraConfig, LoraLinear, linear_names, lora_layers
 from minnow.model.slices import whole
 from minnow.model.transformer import CausalLM, Linear
 
@@ -43,7 +43,7 @@ def is_adapter(folder: Path) -> bool:
 
 def adapter_weights(model: CausalLM) -> dict[str, Tensor]:
     """The adapters of `model`, by PEFT's names, on the CPU."""
-    parameters = _adapter_parameters(model).items()
+    parameters = _adapter_parameters(lora_layers(model)).items()
     return {_PREFIX + name: whole(parameter).detach().cpu().contiguous() for name, parameter in parameters}
 
 
@@ -57,8 +57,11 @@ def write_adapter(model: CausalLM, weights: dict[str, Tensor], folder: Path) -> 
 
 def load_adapter_weights(model: CausalLM, folder: Path) -> None:
     """Copy what `write_adapter` wrote into the adapters that `model` has. UserError when they are others."""
-    weights = _read_weights(folder)
-    parameters = _adapter_parameters(model)
+    _copy_weights(lora_layers(model), _read_weights(folder), folder)
+
+
+def _copy_weights(layers: dict[str, LoraLinear], weights: dict[str, Tensor], folder: Path) -> None:
+    parameters = _adapter_parameters(layers)
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     if {name: tuple(tensor.shape) for name, tensor in weights.items()} != shapes:
         raise UserError(f"{folder}: its adapters have other layers or another rank than this model's")
@@ -77,11 +80,22 @@ def base_of(folder: Path) -> str:
 
 def attach_adapter(model: CausalLM, folder: Path) -> None:
     """Put the adapter of `folder`, ours or PEFT's, onto its base `model`. UserError for what cannot be honoured."""
+    for name, layer in read_adapter(model, folder).items():
+        model.set_submodule(name, layer)
+    config = _read_config(folder)
+    model.requires_grad_(False)
+    settings = LoraConfig(rank=config.get("r", 8), rslora=bool(config.get("use_rslora")))
+    model.adapter = Adapter(settings, config.get("base_model_name_or_path") or "")
+
+
+def read_adapter(model: CausalLM, folder: Path) -> dict[str, LoraLinear]:
+    """The adapted layers by name, around the weights of `model`, which stays as it is. UserError as above."""
     config, weights = _read_config(folder), _read_weights(folder)
     for key, plain in _PLAIN.items():
         if config.get(key, plain) not in (plain, {}, [], None):
             raise UserError(f"{folder / CONFIG}: {key} = {config[key]!r} is not supported (only {plain!r})")
     known = set(linear_names(model))
+    layers: dict[str, LoraLinear] = {}
     suffix = ".lora_A.weight"
     for name in [key.removesuffix(suffix) for key in weights if key.endswith(suffix)]:
         if name not in known:
@@ -89,17 +103,17 @@ def attach_adapter(model: CausalLM, folder: Path) -> None:
         rank = weights[name + suffix].shape[0]
         alpha = float(_by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)))
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        replace_linear(model, name, rank, scaling, dora=bool(config.get("use_dora")))
-    model.requires_grad_(False)
-    settings = LoraConfig(rank=config.get("r", 8), rslora=bool(config.get("use_rslora")))
-    model.adapter = Adapter(settings, config.get("base_model_name_or_path") or "")
-    load_adapter_weights(model, folder)
+        linear = model.get_submodule(name)
+        assert isinstance(linear, Linear)
+        layers[name] = LoraLinear(linear, rank, scaling, dora=bool(config.get("use_dora")))
+    _copy_weights(layers, weights, folder)
+    return layers
 
 
-def _adapter_parameters(model: CausalLM) -> dict[str, torch.nn.Parameter]:
+def _adapter_parameters(layers: dict[str, LoraLinear]) -> dict[str, torch.nn.Parameter]:
     return {
         f"{name}.{own}": parameter
-        for name, layer in lora_layers(model).items()
+        for name, layer in layers.items()
         for own, parameter in layer.named_parameters()
         if own.startswith("lora_")
     }

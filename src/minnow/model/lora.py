@@ -96,11 +96,15 @@ class LoraLinear(Linear):
         """x [..., in] -> [..., out], in x's dtype."""
         if not self.enabled:
             return super().forward(x)
-        y = F.linear(x, self.weight.to(x.dtype))
+        y = self.adapt(x, F.linear(x, self.weight.to(x.dtype)))
+        return y if self.bias is None else y + self.bias.to(x.dtype)
+
+    def adapt(self, x: Tensor, y: Tensor) -> Tensor:
+        """What the adapter makes of y = W x [..., out], without the bias."""
         y = y + self.lora_B(self.lora_A(F.dropout(x, self.dropout, self.training))) * self.scaling
         if self.lora_magnitude_vector is not None:
             y = y * (self.lora_magnitude_vector / _row_lengths(self._direction()).detach()).to(x.dtype)
-        return y if self.bias is None else y + self.bias.to(x.dtype)
+        return y
 
     @torch.no_grad()
     def merged(self) -> Linear:

@@ -1,0 +1,99 @@
+"""Several adapters on one base in one batch: each answer is the one of that adapter's merged model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine_helpers import random_prompts, tiny_model, tiny_tokenizer
+
+from minnow.config import UserError
+from minnow.engine.engine import Engine
+from minnow.engine.sampling import SamplingParams
+from minnow.model.lora import LoraConfig, add_lora
+from minnow.model.pretrained import load_pretrained, save_pretrained
+
+SETTINGS = {
+    "plain": LoraConfig(rank=4),
+    "dora": LoraConfig(rank=2, dora=True, targets=("q_proj", "mlp.down_proj")),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    save_pretrained(tiny_model(), folder / "base", tiny_tokenizer())
+    for number, (name, settings) in enumerate(SETTINGS.items()):
+        model = tiny_model()
+        add_lora(model, settings, base=str(folder / "base"))
+        generator = torch.Generator().manual_seed(number)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.empty(parameter.shape).uniform_(-0.4, 0.4, generator=generator))
+        save_pretrained(model, folder / name, tiny_tokenizer())
+    return {name: folder / name for name in (*SETTINGS, "base")}
+
+
+def params(adapter: str | None, **more) -> SamplingParams:
+    return SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=True, adapter=adapter, **more)
+
+
+def alone(folder: Path, prompts: list[list[int]]):
+    return Engine(load_pretrained(folder), tiny_tokenizer()).generate(prompts, params(None))
+
+
+def served(folders: dict[str, Path], **settings) -> Engine:
+    adapters = {name: folders[name] for name in SETTINGS}
+    return Engine(load_pretrained(folders["base"]), tiny_tokenizer(), adapters=adapters, **settings)
+
+
+@pytest.mark.parametrize("settings", [{}, {"max_step_tokens": 7}, {"max_rows": 2}, {"frozen": True}], ids=str)
+def test_a_mixed_batch_answers_as_each_model_alone(folders: dict[str, Path], settings) -> None:
+    prompts = random_prompts(9)
+    names = ["plain", "dora", "base"] * 3
+    mixed = served(folders, **settings).generate(prompts, [params(None if name == "base" else name) for name in names])
+    for name, folder in folders.items():
+        for expected, (chosen, found) in zip(alone(folder, prompts), zip(names, mixed, strict=True), strict=True):
+            if chosen == name:
+                assert found.completions[0].ids == expected.completions[0].ids
+                torch.testing.assert_close(
+                    torch.tensor(found.completions[0].raw_logprobs),
+                    torch.tensor(expected.completions[0].raw_logprobs),
+                    rtol=1e-4,
+                    atol=1e-4,
+                )
+    answers = {name: [r.completions[0].ids for r in alone(folder, prompts)] for name, folder in folders.items()}
+    assert answers["plain"] != answers["dora"] != answers["base"]
+
+
+def test_one_adapters_prefix_is_not_anothers(folders: dict[str, Path]) -> None:
+    engine = served(folders)
+    prompt = random_prompts(1, seed=5)[0] * 40
+    prompt = prompt[:100]
+    for name in ("plain", "dora", None):
+        (first,) = engine.generate([prompt], params(name))
+        folder = folders[name or "base"]
+        assert first.completions[0].ids == alone(folder, [prompt])[0].completions[0].ids
+        (again,) = engine.generate([prompt], params(name))
+        assert again.completions[0].ids == first.completions[0].ids
+
+
+def test_the_model_itself_stays_the_base(folders: dict[str, Path], tmp_path: Path) -> None:
+    engine = served(folders)
+    base = load_pretrained(folders["base"])
+    assert engine.model.state_dict().keys() == base.state_dict().keys()
+    engine.generate([[5, 6]], params("plain"))
+    save_pretrained(engine.model, tmp_path / "saved")
+    for name, tensor in load_pretrained(tmp_path / "saved").state_dict().items():
+        assert torch.equal(tensor, base.state_dict()[name])
+
+
+def test_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="there is no adapter 'other' here; there are: dora, plain"):
+        served(folders).generate([[5]], params("other"))
+    with pytest.raises(UserError, match="there are: none"):
+        Engine(tiny_model(), tiny_tokenizer()).generate([[5]], params("plain"))
+    with pytest.raises(UserError, match="no linear layer"):
+        Engine(tiny_model(num_hidden_layers=1), tiny_tokenizer(), adapters={"plain": folders["plain"]})
