@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --constraint constraints.txt
 
-.PHONY: help quickstart test test-slow llama-cpp test-export lint format clean
+.PHONY: help quickstart test test-slow llama-cpp test-export test-vllm lint format clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' $(MAKEFILE_LIST)
@@ -27,10 +27,14 @@ test-slow: $(VENV)/all.stamp  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 llama-cpp: $(VENV)/all.stamp  ## fetch and build llama.cpp once (minutes; MINNOW_LLAMA_CPP names another folder for it)
-	$(BIN)/python benchmarks/llama_cpp.py
+	$(BIN)/python benchmarks/llama_cpp_model.py
 
 test-export: llama-cpp  ## exported models in llama.cpp and onnxruntime, ollama's template in Go where there is one
 	$(BIN)/python -m pytest -m slow tests/export
+
+test-vllm: $(VENV)/all.stamp  ## models in vLLM's CPU build, in an environment of its own (2 GB, minutes)
+	$(BIN)/python benchmarks/vllm_model.py install .venv-vllm
+	MINNOW_VLLM=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -m slow tests/export/test_vllm.py
 
 lint: $(VENV)/all.stamp  ## style, types and layers
 	$(BIN)/ruff check .
@@ -43,7 +47,7 @@ format: $(VENV)/all.stamp  ## let ruff rewrite what it can
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment and all caches
-	rm -rf $(VENV) .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build
+	rm -rf $(VENV) .venv-vllm .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache build
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:

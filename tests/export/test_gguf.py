@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from export_helpers import ARCHITECTURES, EXPERTS, MIXED, reference_logits, small_tokenizer, tiny_model
+from export_models import ARCHITECTURES, EXPERTS, MIXED, reference_logits, small_tokenizer, tiny_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, decoders, models, pre_tokenizers
 

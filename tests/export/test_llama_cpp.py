@@ -9,11 +9,11 @@ import os
 import random
 from pathlib import Path
 
-import llama_cpp
+import llama_cpp_model
 import numpy as np
 import pytest
 import tokenizers
-from export_helpers import (
+from export_models import (
     ARCHITECTURES,
     CORPUS,
     MIXED,
@@ -23,7 +23,7 @@ from export_helpers import (
     small_tokenizer,
     tiny_model,
 )
-from llama_cpp import LlamaCpp
+from llama_cpp_model import LlamaCpp
 from test_gguf import BYTES, GPT2, split
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
@@ -36,7 +36,7 @@ from minnow.tokenizer.special import SPECIAL_TOKENS
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.skipif(not llama_cpp.PROBE.exists(), reason="no llama.cpp built: make llama-cpp"),
+    pytest.mark.skipif(not llama_cpp_model.PROBE.exists(), reason="no llama.cpp built: make llama-cpp"),
 ]
 
 IDS = [0, 5, 300, 7, 7, 120, 33, 250, 1, 90, 60, 61, 62, 63, 5, 5, 8, 200, 201, 202]

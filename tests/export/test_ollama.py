@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 import pytest
-from export_helpers import tiny_model
+from export_models import tiny_model
 
 from minnow import cli
 from minnow.config import UserError

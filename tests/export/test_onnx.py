@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from export_helpers import ARCHITECTURES, mean_divergence, reference_greedy, reference_logits, tiny_model
+from export_models import ARCHITECTURES, mean_divergence, reference_greedy, reference_logits, tiny_model
 from onnx_model import OnnxModel
 
 from minnow import cli

@@ -1,4 +1,4 @@
-"""A real llama.cpp to compare with: `python benchmarks/llama_cpp.py` fetches and builds it once.
+"""A real llama.cpp to compare with: `python benchmarks/llama_cpp_model.py` fetches and builds it once.
 
 Its source is the one that the sdist of llama-cpp-python on PyPI carries. It lies in the folder that the variable
 MINNOW_LLAMA_CPP names, by default ~/.cache/minnow/llama.cpp. Needs cmake and a C++ compiler; takes minutes.

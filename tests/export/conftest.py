@@ -1,6 +1,0 @@
-"""Puts benchmarks/, which knows how to run llama.cpp and onnxruntime, on the path."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
