@@ -5,6 +5,9 @@ import torch
 from torch import nn
 
 from minnow.config import UserError
+from minnow.model.config import ModelConfig
+from minnow.model.experts_config import ExpertsConfig
+from minnow.model.transformer import CausalLM
 from minnow.optim import (
     Muon,
     OptimConfig,
@@ -117,11 +120,24 @@ def test_adamw_takes_everything_with_one_rate_unless_told():
     assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
 
 
+def test_kinds_of_a_mixture_of_experts():
+    experts = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, noisy=True)
+    model = CausalLM(ModelConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, experts=experts))
+    groups = {kind: [name for name, _ in members] for kind, members in parameter_groups(model).items()}
+    mlp = "model.layers.0.mlp."
+    assert groups["router"] == [f"{mlp}gate.weight", f"{mlp}gate.noise_weight"]
+    assert {f"{mlp}experts.{name}_proj" for name in ("gate", "up", "down")} <= set(groups["matrix"])
+    assert not groups["other"]
+    muon, adamw = build_optimizers(model, OptimConfig())
+    assert [group["kind"] for group in muon.param_groups] == ["matrix"]
+    assert {group["kind"]: group["lr"] for group in adamw.param_groups}["router"] == 0.001
+
+
 def test_batch_size_rule_by_hand():
     # sqrt(131072 / 524288) = sqrt(1 / 4) = 1 / 2.
     config = OptimConfig(matrix_lr=0.02, embedding_lr=0.004, norm_lr=0.01, reference_batch_tokens=524288)
-    assert config.learning_rates(131072) == pytest.approx((0.01, 0.002, 0.005))
-    assert config.learning_rates(524288) == pytest.approx((0.02, 0.004, 0.01))
+    assert config.learning_rates(131072) == pytest.approx((0.01, 0.002, 0.005, 0.0005))
+    assert config.learning_rates(524288) == pytest.approx((0.02, 0.004, 0.01, 0.001))
     assert OptimConfig(matrix_lr=0.02).learning_rates(131072)[0] == 0.02  # no reference, no rule
 
 

@@ -176,6 +176,10 @@ class Share:
         """
         return np.array_split(rows, self.world_size)[self.rank]
 
+    def first_row(self, rows: int) -> int:
+        """Place, in a global batch of `rows` rows, of the first one that is this process's."""
+        return int(self.of(np.arange(rows))[0])
+
     def cut(self, rows: np.ndarray, rows_per_micro_batch: int) -> list[np.ndarray]:
         """Cut this process's part into micro-batches of at most that many rows: as many as every other process has.
 

@@ -12,11 +12,12 @@ from minnow.config import UserError
 from minnow.optim.config import OptimConfig
 from minnow.optim.muon import Muon
 
-Kind = Literal["matrix", "embedding", "norm", "other"]
+Kind = Literal["matrix", "embedding", "norm", "router", "other"]
 
 MATRIX_NAMES = frozenset(
     {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lora_A", "lora_B"}
 )
+ROUTER_NAMES = ("mlp.gate.weight", "mlp.gate.noise_weight")
 EMBEDDING_NAMES = frozenset({"embed_tokens", "lm_head"})
 
 
@@ -26,7 +27,8 @@ def kind_of(name: str, parameter: Tensor) -> Kind:
     - "matrix": q, k, v, o, gate, up, down, also stacked [experts, out, in], and the matrices of LoRA;
     - "embedding": token embedding and head;
     - "norm": everything of one dimension (norm gains and biases);
-    - "other": the rest (routers, projectors).
+    - "router": what chooses a token's experts;
+    - "other": the rest (projectors).
     """
     if parameter.ndim <= 1:
         return "norm"
@@ -34,7 +36,9 @@ def kind_of(name: str, parameter: Tensor) -> Kind:
     owner = parts[-2] if parts[-1] == "weight" and len(parts) > 1 else parts[-1]
     if owner in MATRIX_NAMES and parameter.ndim in (2, 3):
         return "matrix"
-    return "embedding" if owner in EMBEDDING_NAMES else "other"
+    if owner in EMBEDDING_NAMES:
+        return "embedding"
+    return "router" if name.endswith(ROUTER_NAMES) else "other"
 
 
 def parameter_groups(model: nn.Module) -> dict[Kind, list[tuple[str, nn.Parameter]]]:
@@ -43,6 +47,7 @@ def parameter_groups(model: nn.Module) -> dict[Kind, list[tuple[str, nn.Paramete
         "matrix": [],
         "embedding": [],
         "norm": [],
+        "router": [],
         "other": [],
     }
     for name, parameter in model.named_parameters():
@@ -58,11 +63,12 @@ def build_optimizers(model: nn.Module, config: OptimConfig, *, tokens_per_batch:
     `param_names`. `tokens_per_batch` counts all ranks and micro-batches and matters only with
     `reference_batch_tokens`.
     """
-    matrix_lr, embedding_lr, norm_lr = config.learning_rates(tokens_per_batch)
+    matrix_lr, embedding_lr, norm_lr, router_lr = config.learning_rates(tokens_per_batch)
     rates: dict[Kind, float] = {
         "matrix": matrix_lr,
         "embedding": embedding_lr,
         "norm": norm_lr,
+        "router": router_lr,
         "other": embedding_lr,
     }
     groups: dict[Kind, dict[str, Any]] = {
@@ -71,7 +77,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig, *, tokens_per_batch:
             "kind": kind,
             "lr": rates[kind],
             "base_lr": rates[kind],
-            "weight_decay": config.weight_decay if kind in ("matrix", "other") else 0.0,
+            "weight_decay": config.weight_decay if kind in ("matrix", "router", "other") else 0.0,
         }
         for kind, parameters in parameter_groups(model).items()
         if parameters

@@ -27,6 +27,10 @@ class OptimConfig:
     norm_lr: float | None = None
     """Peak learning rate (AdamW) of norm gains and biases. None: 0.005 with muon, matrix_lr with adamw."""
 
+    router_lr: float | None = None
+    """Peak learning rate (AdamW) of the routers of a mixture of experts. None: 0.001 with muon, matrix_lr with
+    adamw."""
+
     reference_batch_tokens: int | None = None
     """Tokens a batch for which the learning rates are meant; those used are sqrt(tokens a batch / this) times
     as large. None: they are used as written."""
@@ -62,7 +66,7 @@ class OptimConfig:
     which takes AdamW's learning rates (1e-3 to 3e-3)."""
 
     def __post_init__(self) -> None:
-        for name in ("matrix_lr", "embedding_lr", "norm_lr"):
+        for name in ("matrix_lr", "embedding_lr", "norm_lr", "router_lr"):
             rate = getattr(self, name)
             if rate is not None and not rate >= 0:
                 raise UserError(f"optim.{name} is {rate}: give a learning rate of 0 or more")
@@ -77,19 +81,19 @@ class OptimConfig:
         if self.momentum_warmup_steps < 0:
             raise UserError(f"optim.momentum_warmup_steps is {self.momentum_warmup_steps}: give 0 or more")
 
-    def learning_rates(self, tokens_per_batch: int | None = None) -> tuple[float, float, float]:
-        """Give the peak learning rates of (matrices, embeddings, norms) for a batch of that many tokens."""
+    def learning_rates(self, tokens_per_batch: int | None = None) -> tuple[float, float, float, float]:
+        """Give the peak learning rates of (matrices, embeddings, norms, routers) for a batch of that many tokens."""
         if self.optimizer == "muon":
-            defaults = (0.01, 0.004, 0.005)
+            defaults = (0.01, 0.004, 0.005, 0.001)
         else:
             matrix_lr = 0.002 if self.matrix_lr is None else self.matrix_lr
-            defaults = (matrix_lr, matrix_lr, matrix_lr)
-        chosen = (self.matrix_lr, self.embedding_lr, self.norm_lr)
+            defaults = (matrix_lr, matrix_lr, matrix_lr, matrix_lr)
+        chosen = (self.matrix_lr, self.embedding_lr, self.norm_lr, self.router_lr)
         factor = 1.0
         if self.reference_batch_tokens is not None:
             assert tokens_per_batch is not None, "the batch-size rule needs the tokens of a batch"
             factor = (tokens_per_batch / self.reference_batch_tokens) ** 0.5
-        matrix, embedding, norm = (
+        matrix, embedding, norm, router = (
             factor * (default if rate is None else rate) for rate, default in zip(chosen, defaults, strict=True)
         )
-        return matrix, embedding, norm
+        return matrix, embedding, norm, router

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minnow.model.pretrained import load_weights, save_pretrained
+from minnow.model.pretrained import load_weights, save_pretrained, save_training_only, training_only_weights
 from minnow.model.slices import whole
 from minnow.model.transformer import CausalLM
 from minnow.optim import load_named_state, named_state
@@ -70,6 +70,7 @@ def save_checkpoint(
         for name, entries in named_state(optimizers).items()
         for entry, tensor in entries.items()
     }
+    training_only = training_only_weights(model)
     final = folder / f"step-{step:08d}"
     if not is_first():
         save_pretrained(model, final)
@@ -79,6 +80,7 @@ def save_checkpoint(
     temporary.mkdir(parents=True)
     try:
         save_pretrained(model, temporary)
+        save_training_only(training_only, temporary)
         save_file(tensors, temporary / "optimizers.safetensors")
         rng = {"torch": torch.get_rng_state().tolist()}
         text = json.dumps({**state, "step": step, "rng": rng})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from minnow.config import UserError
 from minnow.model.checkpointing import GradientCheckpointing
+from minnow.training.balance import BalanceConfig
 from minnow.training.hardware import DeviceName, Precision
 
 Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
@@ -58,6 +59,8 @@ class TrainingConfig:
     """Checkpoints kept, beside the best one."""
     patience: int = 0
     """Stop when this many validations in a row bring no better loss, and keep the best model; 0 never stops early."""
+    balance: BalanceConfig = field(default_factory=BalanceConfig)
+    """Of a mixture of experts: keeping them evenly loaded."""
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "micro_batch_tokens", "nproc", "log_every", "keep_last"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Generic
 
 import torch
+from torch import Tensor
 
 from minnow.config import UserError
 from minnow.data.batches import Batch, Share
@@ -17,6 +18,7 @@ from minnow.model.size import training_flops_per_token
 from minnow.model.slices import whole
 from minnow.model.transformer import CausalLM
 from minnow.optim import ScheduleConfig, learning_rate_factor, set_learning_rates
+from minnow.training.balance import ExpertBalance
 from minnow.training.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import gather, is_first, largest_over_ranks, rank, sum_over_ranks, world_size
@@ -77,6 +79,9 @@ class Trainer(Generic[BatchT]):
         self.device = next(model.parameters()).device
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.loss_scale = LossScale(model.compute_dtype)
+        # Beside a frozen model the routers, and so the loads, stay what they are.
+        balanced = model.config.experts is not None and model.adapter is None
+        self.balance = ExpertBalance(model, config.balance, config.seed) if balanced else None
         self.state = LoopState()
         self.share = Share(rank(), world_size())
         if is_first():
@@ -94,6 +99,8 @@ class Trainer(Generic[BatchT]):
         saved = found[-1].load(self.model, self.optimizers)
         self.state = LoopState(**saved["loop"])
         self.loss_scale.load_state_dict(saved["loss_scale"])
+        if self.balance is not None:
+            self.balance.load_state_dict(saved["balance"])
         if isinstance(self.source, Stateful):
             self.source.load_state_dict(found[-1].source_state())
         if is_first():
@@ -136,9 +143,10 @@ class Trainer(Generic[BatchT]):
         weight tokens unequally.
         """
         batches = self.source.micro_batches(self.state.step, self.share)
-        count, tokens, flops = sum_over_ranks(
+        count, rows, tokens, flops = sum_over_ranks(
             [
                 sum(self.objective.count(batch) for batch in batches),
+                sum(len(batch.tokens_BT) for batch in batches),
                 sum(batch.num_real_tokens for batch in batches),
                 sum(self._flops(batch) for batch in batches),
             ]
@@ -147,12 +155,19 @@ class Trainer(Generic[BatchT]):
             raise UserError(f"step {self.state.step}: nothing in the batch is supervised; check the data's loss mask")
         if isinstance(self.objective, LooksAhead):
             self.objective.look_ahead(self.model, batches)
+        first_row = 0 if self.balance is None else self.share.first_row(int(rows))
+        if self.balance is not None and self.balance.measures_first:
+            self.balance.measure(batches, self.state.step, first_row)
         outputs = []
         for index, batch in enumerate(batches):
             sync_gradients(self.model, last=index == len(batches) - 1)
-            output = self.objective(self.model, batch.to(self.device))
-            (output.loss_sum * (self.loss_scale.scale / count)).backward()
+            output, balance_sum = self._forward(batch.to(self.device), first_row)
+            loss = output.loss_sum * (self.loss_scale.scale / count)
+            if balance_sum is not None:
+                loss = loss + balance_sum * (self.loss_scale.scale / tokens)
+            loss.backward()
             outputs.append(output)
+            first_row += len(batch.tokens_BT)
         figures = {name: value / count for name, value in _total(outputs).items()}
         figures["flops"] = flops
         if not math.isfinite(figures["loss"]):
@@ -168,10 +183,20 @@ class Trainer(Generic[BatchT]):
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.loss_scale.update(overflow=not finite)
+        if self.balance is not None:
+            figures |= self.balance.update(apply=finite)
         figures["lr"] = self.optimizers[0].param_groups[0]["lr"]
         self.state.step += 1
         self.state.tokens += int(tokens)
         return figures
+
+    def _forward(self, batch: BatchT, first_row: int) -> tuple[ObjectiveOutput, Tensor | None]:
+        """The objective on one micro-batch; of a mixture of experts also the sum of its balance losses."""
+        if self.balance is None:
+            return self.objective(self.model, batch), None
+        with self.balance.watch(batch, step=self.state.step, first_row=first_row) as routing:
+            output = self.objective(self.model, batch)
+        return output, self.balance.loss_sum(routing, batch)
 
     def _flops(self, batch: Batch) -> float:
         """Operations of one micro-batch, with attention inside its pieces only."""
@@ -255,6 +280,8 @@ class Trainer(Generic[BatchT]):
 
     def _save(self) -> None:
         state = {"loop": vars(self.state).copy(), "loss_scale": self.loss_scale.state_dict()}
+        if self.balance is not None:
+            state["balance"] = self.balance.state_dict()
         source = self.source.state_dict() if isinstance(self.source, Stateful) else None
         save_checkpoint(self.checkpoints, self.state.step, self.model, self.optimizers, state, source)
         if is_first():
