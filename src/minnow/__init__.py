@@ -1,3 +1,19 @@
 """minnow: small language models from scratch, in plain PyTorch."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from minnow.api import load as load
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    # `minnow --help` imports this package too, and must not wait for torch.
+    if name == "load":
+        from minnow.api import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request
 from torch import Tensor
 
 from minnow.engine import Engine
-from minnow.model.attention import PackedAttention
+from minnow.engine.hidden import mean_hidden
 from minnow.serving.completions import prompt_ids
 from minnow.serving.connection import unless_client_leaves
 from minnow.serving.errors import APIError
@@ -52,7 +52,7 @@ async def create_embeddings(body: EmbeddingBody, request: Request) -> Embeddings
 async def _embed(model: ServedModel, texts: Sequence[list[int]]) -> Tensor:
     parts = []
     for group in _groups(texts):
-        parts.append(await model.engine.call(partial(mean_hidden, texts=group)))
+        parts.append(await model.engine.call(partial(_mean_hidden, texts=group)))
     return torch.cat(parts)
 
 
@@ -67,17 +67,8 @@ def _groups(texts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
     yield group
 
 
-@torch.no_grad()
-def mean_hidden(engine: Engine, texts: Sequence[list[int]]) -> Tensor:
-    """Unit vectors fp32 [N, D] on the CPU: the mean of the hidden states after the last norm over a text's tokens."""
-    device = engine.model.head_weight.device
-    lengths = [len(text) for text in texts]
-    tokens_T = torch.tensor([token for text in texts for token in text], device=device)
-    positions_T = torch.cat([torch.arange(length) for length in lengths]).to(device)
-    borders = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
-    hidden_TD = engine.model(tokens_T[None], positions_T[None], PackedAttention(borders, device))[0].float()
-    means_ND = torch.stack([part_TD.mean(0) for part_TD in hidden_TD.split(lengths)])
-    return torch.nn.functional.normalize(means_ND, dim=-1).cpu()
+def _mean_hidden(engine: Engine, texts: Sequence[Sequence[int]]) -> Tensor:
+    return mean_hidden(engine.model, texts)
 
 
 def _item(index: int, vector_D: Tensor, as_base64: bool) -> Embedding:

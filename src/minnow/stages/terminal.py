@@ -33,7 +33,7 @@ class TalkingConfig(SamplingOptions, ContextConfig):
         folder = resolve_model_folder(self.model)
         model = load_pretrained(folder, dtype=choose_precision(self.precision, device), device=device)
         model.config = self.extend(model.config)
-        return Engine(model, Tokenizer.from_pretrained(folder))
+        return Engine(model, Tokenizer.from_pretrained(folder), frozen=True)
 
 
 def printable(text: str) -> str:

@@ -1,0 +1,138 @@
+"""minnow in three lines of Python: load a model, talk with it, ask it for probabilities and vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from minnow.config import UserError
+from minnow.data.records import parse_message
+from minnow.engine import Completions, Engine, SamplingParams
+from minnow.engine.hidden import mean_hidden, token_logprobs
+from minnow.tokenizer.chat import Conversation, Message, render
+from minnow.tokenizer.parse import parse_assistant_ids
+from minnow.tokenizer.special import END_THINK, THINK
+from minnow.training.hardware import DeviceName, Precision, choose_device, choose_precision
+
+
+class TokenLogprob(NamedTuple):
+    """One token of a text and how likely the model found it."""
+
+    id: int
+    text: str
+    logprob: float
+
+
+def load(model: str | Path, *, device: DeviceName = "auto", precision: Precision = "auto") -> Model:
+    """Load MODEL: a model folder, a run folder (its final model) or a Hugging Face Hub id.
+
+    device: cpu, cuda, mps or auto. precision: fp32, bf16, fp16 or auto, which takes bf16 where the hardware has it.
+    UserError where there is no such model, or one that minnow cannot read.
+    """
+    where = choose_device(device)
+    return Model(Engine.from_pretrained(model, dtype=choose_precision(precision, where), device=where, frozen=True))
+
+
+class Model:
+    """A loaded model. `options` are the fields of `SamplingParams`: temperature, top_p, max_tokens, seed, stop ..."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+        self.tokenizer = engine.tokenizer
+
+    @overload
+    def chat(
+        self, messages: str | Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Any
+    ) -> Message: ...
+
+    @overload
+    def chat(
+        self, messages: str | Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Any
+    ) -> Iterator[str]: ...
+
+    def chat(
+        self,
+        messages: str | Sequence[Mapping[str, Any]],
+        *,
+        stream: bool = False,
+        thinking: bool = False,
+        tools: Sequence[Mapping[str, Any]] = (),
+        **options: Any,
+    ) -> Message | Iterator[str]:
+        """Answer a conversation: {"role": ..., "content": ...} each, or a text as the user's only message.
+
+        The answer is a `Message` with content, reasoning_content and tool_calls; with `stream`, the pieces of its
+        content as they come. thinking: let the model reason first. tools: JSON schemas of functions it may call.
+        """
+        items = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
+        if not items:
+            raise UserError("no messages to answer")
+        conversation = Conversation(
+            messages=tuple(parse_message(item, number) for number, item in enumerate(items, 1)), tools=tuple(tools)
+        )
+        rendered = render(self.tokenizer, conversation, add_generation_prompt=True, enable_thinking=thinking)
+        prompt, params = rendered.ids.tolist(), SamplingParams(**options)
+        if stream:
+            return self._content(prompt, params, thinking)
+        (completion,) = self.engine.generate([prompt], params)[0].completions
+        return parse_assistant_ids(self.tokenizer, completion.ids, thinking=thinking)
+
+    def _content(self, prompt: list[int], params: SamplingParams, thinking: bool) -> Iterator[str]:
+        special = self.tokenizer.special_ids
+        for delta in self.engine.stream(prompt, params):
+            if delta.id == special[THINK]:
+                thinking = True
+            elif delta.id == special[END_THINK]:
+                thinking = False
+            elif delta.text and not thinking:
+                yield delta.text
+
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[False] = False, **options: Any) -> str: ...
+
+    @overload
+    def generate(self, prompt: str, *, stream: Literal[True], **options: Any) -> Iterator[str]: ...
+
+    @overload
+    def generate(self, prompt: Sequence[str], *, stream: Literal[False] = False, **options: Any) -> list[str]: ...
+
+    def generate(
+        self, prompt: str | Sequence[str], *, stream: bool = False, **options: Any
+    ) -> str | list[str] | Iterator[str]:
+        """Continue a text as a document's beginning, or several at once; `stream` gives the pieces of one as they come.
+
+        `engine.generate` gives ids, several samples and log-probabilities too.
+        """
+        params = SamplingParams(**options)
+        if stream:
+            if not isinstance(prompt, str):
+                raise UserError("stream=True continues one text, not several")
+            return (delta.text for delta in self.engine.stream(prompt, params) if delta.text)
+        outputs: list[Completions] = self.engine.generate([prompt] if isinstance(prompt, str) else prompt, params)
+        texts = [output.completions[0].text for output in outputs]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    def logprobs(self, text: str, *, prompt: str = "") -> list[TokenLogprob]:
+        """Natural log of each token's probability, given `prompt` and the tokens before it.
+
+        The text stands at a document's beginning, as in pretraining; a prompt's own tokens are not listed.
+        """
+        before, ids = self.engine.prompt_ids(prompt), self.tokenizer.encode(text)
+        if not ids:
+            return []
+        logprobs = token_logprobs(self.engine.model, [*before, *ids])[len(before) - 1 :].tolist()
+        return [TokenLogprob(i, self.tokenizer.decode([i]), value) for i, value in zip(ids, logprobs, strict=True)]
+
+    def embed(self, texts: str | Sequence[str]) -> Tensor:
+        """Unit vectors fp32, [D] for a text or [N, D] for several: the mean of the final hidden states.
+
+        A language model is not trained for this: the vectors of a small one tell topics apart and little more.
+        """
+        each = [texts] if isinstance(texts, str) else texts
+        # One by one: texts of any number need no more memory than the longest.
+        vectors_ND = torch.cat([mean_hidden(self.engine.model, [self.engine.prompt_ids(text)]) for text in each])
+        return vectors_ND[0] if isinstance(texts, str) else vectors_ND

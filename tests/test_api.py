@@ -1,0 +1,127 @@
+"""`minnow.load`: README's lines as they stand, and each method against the plain way."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import minnow
+from minnow.api import Model
+from minnow.config import UserError
+from minnow.engine import SamplingParams
+from minnow.model.attention import CausalAttention
+from minnow.model.config import ModelConfig
+from minnow.model.pretrained import save_pretrained
+from minnow.model.transformer import CausalLM
+from minnow.tokenizer.chat import Conversation, Message, render
+from minnow.tokenizer.parse import parse_assistant_ids
+from minnow.tokenizer.train import train_tokenizer
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tokenizer = train_tokenizer(["the little minnow swims in the pond. 小鱼在池塘里游泳。"] * 10, 320)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=128,
+    )  # fmt: skip
+    model = CausalLM(config, seed=1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.2, generator=torch.Generator().manual_seed(1))
+    where = tmp_path_factory.mktemp("api") / "runs/quickstart"
+    save_pretrained(model, where / "model", tokenizer)
+    return where
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Model:
+    return minnow.load(folder, device="cpu", precision="fp32")
+
+
+def test_readme(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = [re.findall(r"```python\n(import minnow.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+              for name in ("README.md", "README.zh.md")]  # fmt: skip
+    assert blocks[0] == blocks[1]
+    (block,) = blocks[0]
+    monkeypatch.chdir(folder.parents[1])
+    exec(compile(block, "README.md", "exec"), {})  # our own text
+    assert capsys.readouterr().out
+
+
+def test_the_package_alone_does_not_load_torch() -> None:
+    code = "import sys, minnow; assert 'torch' not in sys.modules; minnow.load; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    with pytest.raises(AttributeError, match="lood"):
+        minnow.lood  # noqa: B018
+
+
+def test_chat_is_the_engine_on_the_rendered_messages(model: Model) -> None:
+    options = {"temperature": 0.0, "max_tokens": 30}
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "鱼?"}]
+    for thinking in (False, True):
+        conversation = Conversation(tuple(Message(**m) for m in messages))
+        prompt = render(model.tokenizer, conversation, add_generation_prompt=True, enable_thinking=thinking).ids
+        ids = model.engine.generate([prompt.tolist()], SamplingParams(**options))[0].completions[0].ids
+        answer = model.chat(messages, thinking=thinking, **options)
+        assert answer == parse_assistant_ids(model.tokenizer, ids, thinking=thinking)
+    assert model.chat("鱼?", **options) == model.chat(messages[1:], **options)
+
+
+def test_streaming_gives_the_content(model: Model) -> None:
+    barred = dict.fromkeys(range(3, 32), -100.0)  # control tokens, which random weights would say
+    options = {"seed": 3, "max_tokens": 40, "logit_bias": barred}
+    whole = model.chat("Who?", **options)
+    streamed = "".join(model.chat("Who?", stream=True, **options))
+    assert streamed.strip().rstrip("\ufffd") == whole.content.strip().rstrip("\ufffd")
+    assert "".join(model.generate("the", stream=True, **options)) == model.generate("the", **options)
+
+
+def test_several_texts_at_once(model: Model) -> None:
+    options = {"temperature": 0.0, "max_tokens": 10}
+    prompts = ["the", "小鱼", ""]
+    assert model.generate(prompts, **options) == [model.generate(prompt, **options) for prompt in prompts]
+    with pytest.raises(UserError, match="one text"):
+        model.generate(prompts, stream=True)
+
+
+def test_logprobs(model: Model) -> None:
+    live, tokenizer = model.engine.model, model.tokenizer
+    ids = [tokenizer.end_of_text_id, *tokenizer.encode("the pond"), *tokenizer.encode(" 小鱼")]
+    with torch.no_grad():
+        hidden = live(torch.tensor([ids]), torch.arange(len(ids))[None], CausalAttention())
+        full = live.logits(hidden)[0, :-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0]
+    got = model.logprobs(" 小鱼", prompt="the pond")
+    assert [item.id for item in got] == tokenizer.encode(" 小鱼")
+    assert [item.logprob for item in got] == pytest.approx(full[-len(got) :].tolist(), abs=1e-5)
+    assert "".join(item.text for item in model.logprobs("the pond")) == "the pond"
+    assert model.logprobs("") == []
+
+
+def test_embed(model: Model) -> None:
+    live, tokenizer = model.engine.model, model.tokenizer
+    ids = [tokenizer.end_of_text_id, *tokenizer.encode("the pond")]
+    with torch.no_grad():
+        hidden = live(torch.tensor([ids]), torch.arange(len(ids))[None], CausalAttention())[0]
+    expected = hidden.mean(0) / hidden.mean(0).norm()
+    torch.testing.assert_close(model.embed("the pond"), expected, atol=1e-5, rtol=0)
+    both = model.embed(["the pond", "a much longer text about fish"])
+    torch.testing.assert_close(both[0], expected, atol=1e-5, rtol=0)
+    assert both.shape == (2, 32)
+
+
+def test_bad_input_is_named(model: Model, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such folder"):
+        minnow.load(tmp_path / "nothing")
+    with pytest.raises(UserError, match="no messages"):
+        model.chat([])
+    with pytest.raises(TypeError, match="temprature"):
+        model.generate("x", temprature=1.0)
