@@ -7,7 +7,6 @@ from collections.abc import Callable
 from collections.abc import Sequence as Listing
 from typing import cast
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -156,11 +155,3 @@ class VarlenAttention:
             block_table=self._block_table,
         )
         return out.view(q_BTHd.shape)
-
-
-def block_table(tables: Listing[Listing[int]], width: int) -> np.ndarray:
-    """The sequences' blocks as int32 [S, width]; filled up with block 0, which lengths keep from being read."""
-    table = np.zeros((len(tables), width), dtype=np.int32)
-    for row, blocks in enumerate(tables):
-        table[row, : len(blocks)] = blocks
-    return table

@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 
 import torch
-import torch._inductor.config as inductor
 from torch import Tensor
 
 from minnow.engine.attention import DecodeAttention
@@ -50,6 +49,8 @@ class CompiledDecode:
             torch._dynamo.mark_dynamic(tensor, 0)
         self._made.add(single)
         try:
+            import torch._inductor.config as inductor  # late: it takes a while
+
             # Freezing is asked for while tracing, so it cannot be one of torch.compile's options.
             with inductor.patch(freezing=True, max_autotune=True):
                 return self._step(*self._parts, *inputs)

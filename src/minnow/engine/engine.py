@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minnow.config import UserError
+from minnow.engine.attention import VARLEN_BLOCK_SIZE, varlen_attention
 from minnow.engine.blocks import BlockManager
 from minnow.engine.cache import PagedCache, Window, bytes_per_token
 from minnow.engine.compiled import CompiledDecode
@@ -25,6 +26,7 @@ from minnow.engine.sampler import Sampler
 from minnow.engine.sampling import SamplingParams
 from minnow.engine.scheduler import Scheduler
 from minnow.engine.sequence import Request, Sequence
+from minnow.engine.varlen_runner import VarlenRunner
 from minnow.model.pretrained import load_pretrained, resolve_model_folder
 from minnow.model.switched import add_switched
 from minnow.model.transformer import CausalLM
@@ -43,8 +45,9 @@ class Engine:
     """Generates with the model itself, not a copy: what it samples is what training sees.
 
     max_rows: most sequences decoded at once. max_step_tokens: most tokens in one forward pass; longer prompts
-    are read in pieces. block_size: tokens in a block of the cache. cache_bytes: memory for keys and values,
-    which bounds the rows too; None takes half of the GPU's free memory or a quarter of the machine's.
+    are read in pieces. block_size: tokens in a block of the cache; None takes 16, on CUDA 256. cache_bytes: memory
+    for keys and values, which bounds the rows too; None takes half of the GPU's free memory or a quarter of the
+    machine's.
     frozen: run a packed copy of the weights, for speed where they do not change; `weights_updated` has it made
     anew. compile: compile the frozen copy's decode step; takes a C++ compiler and, at its first use, about a minute.
     adapters: folders of adapters by name, one of which a request may choose (`SamplingParams.adapter`); the model
@@ -58,7 +61,7 @@ class Engine:
         *,
         max_rows: int = 256,
         max_step_tokens: int = 8192,
-        block_size: int = 16,
+        block_size: int | None = None,
         cache_bytes: int | None = None,
         frozen: bool = False,
         compile: bool = False,
@@ -295,25 +298,36 @@ class Engine:
                 self._running = packed = PackedModel(self.model)
                 if self._compile:
                     runner = self._parts().runner
-                    runner.compiled = CompiledDecode(packed, runner.cache, runner.window)
+                    if isinstance(runner, Runner):
+                        runner.compiled = CompiledDecode(packed, runner.cache, runner.window)
         return self._running
 
     def _parts(self) -> Parts:
         """Scheduler and runner, made when first needed: until then the model may change its device."""
         if self._made is None:
             config, dtype, device = self.model.config, self.model.compute_dtype, self.model.head_weight.device
-            token_bytes = bytes_per_token(config, dtype)
+            attend = varlen_attention(device, dtype)
+            size = self._block_size or (16 if attend is None else VARLEN_BLOCK_SIZE)
             context = config.max_position_embeddings
-            # One half of the memory is for the blocks, the other for the window on the rows that decode.
-            fitting = self._memory(device) // 2 // token_bytes
-            max_rows = max(1, min(self._max_rows, fitting // min(context, USUAL_LENGTH)))
-            needed = -(-context // self._block_size)
-            num_blocks = max(needed, min(fitting // self._block_size, max_rows * needed))
-            cache = PagedCache(config, num_blocks, self._block_size, dtype, device)
-            runner = Runner(cache, Window(config, max_rows, dtype, device))
+            needed = -(-context // size)  # blocks of a whole context
+            fitting = self._memory(device) // bytes_per_token(config, dtype)  # tokens
+            max_rows = self._max_rows
+            if attend is None:
+                # One half of the memory is for the blocks, the other for the window on the rows that decode.
+                fitting //= 2
+                max_rows = max(1, min(max_rows, fitting // min(context, USUAL_LENGTH)))
+            num_blocks = max(needed, min(fitting // size, max_rows * needed))
+            runner: Runner | VarlenRunner
+            if attend is None:
+                cache = PagedCache(config, num_blocks, size, dtype, device)
+                runner = Runner(cache, Window(config, max_rows, dtype, device))
+            else:
+                spare = 1  # see VarlenRunner
+                cache = PagedCache(config, num_blocks + spare, size, dtype, device)
+                runner = VarlenRunner(cache, config, max_rows, attend)
             runner.adapters = self._adapters
-            blocks = BlockManager(num_blocks, self._block_size)
-            self._made = Parts(Scheduler(blocks, max_rows, self._max_step_tokens), runner)
+            scheduler = Scheduler(BlockManager(num_blocks, size), max_rows, self._max_step_tokens)
+            self._made = Parts(scheduler, runner)
         return self._made
 
     def _memory(self, device: torch.device) -> int:
@@ -328,4 +342,4 @@ class Parts(NamedTuple):
     """What works together on one cache."""
 
     scheduler: Scheduler
-    runner: Runner
+    runner: Runner | VarlenRunner
