@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from minnow.api import load as load
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -13,7 +10,7 @@ __version__ = "0.1.0"
 def __getattr__(name: str) -> Any:
     # `minnow --help` imports this package too, and must not wait for torch.
     if name == "load":
-        from minnow.api import load
+        from importlib import import_module
 
-        return load
+        return import_module("minnow.api").load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
