@@ -1,0 +1,70 @@
+"""B13: a peer looked for checkpoints where it did not write them, caught the failure and quietly started anew."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from minnow.data.prepare import DataConfig
+from minnow.model.config import ModelConfig
+from minnow.model.pretrained import save_pretrained
+from minnow.model.transformer import CausalLM
+from minnow.optim import OptimConfig
+from minnow.stages import dpo
+from minnow.tokenizer import train_tokenizer
+from minnow.training.config import TrainingConfig
+from minnow.training.trainer import Trainer
+
+
+class KilledError(Exception):
+    pass
+
+
+def test_a_stopped_preference_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = train_tokenizer(["yes no maybe fish 0123456789"] * 20, 320)
+    shape = ModelConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=64,
+    )
+    save_pretrained(CausalLM(shape), tmp_path / "start", tokenizer)
+    rows = [{"prompt": f"fish {i}", "chosen": "yes", "rejected": "no"} for i in range(20)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = dpo.Config(
+        run=str(tmp_path / "whole"),
+        init_from=str(tmp_path / "start"),
+        data=DataConfig(paths=(str(tmp_path / "pairs.jsonl"),), cache_dir=str(tmp_path), validation_fraction=0.2),
+        sequence_length=64,
+        training=TrainingConfig(
+            steps=6, batch_tokens=256, device="cpu", precision="fp32", compile="off", save_every=2, validate_every=0
+        ),
+        optim=OptimConfig(optimizer="adamw", matrix_lr=3e-3),
+    )
+    dpo.run(config)
+
+    stopped = replace(config, run=str(tmp_path / "stopped"))
+    steps = []
+    really_step = Trainer.train_step
+
+    def step_or_die(trainer: Trainer) -> dict[str, float]:
+        steps.append(trainer.state.step)
+        if len(steps) == 4:
+            raise KilledError
+        return really_step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", step_or_die)
+    with pytest.raises(KilledError):
+        dpo.run(stopped)
+    dpo.run(stopped)
+    assert steps == [0, 1, 2, 3, 2, 3, 4, 5], "on from the checkpoint of step 2, not from the start"
+    for name, tensor in load_file(tmp_path / "whole" / "model" / "model.safetensors").items():
+        assert tensor.equal(load_file(tmp_path / "stopped" / "model" / "model.safetensors")[name]), name
