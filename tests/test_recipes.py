@@ -12,8 +12,13 @@ import pytest
 
 from minnow import cli
 from minnow.config import parse_config
+from minnow.data.pond.world import World
+from minnow.data.pond.write import write_pond
+from minnow.model.config import ModelConfig
 from minnow.model.presets import preset
-from minnow.tokenizer import train_tokenizer
+from minnow.model.pretrained import save_pretrained
+from minnow.model.transformer import CausalLM
+from minnow.tokenizer import Tokenizer, train_tokenizer
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 SIZES = ("5m", "26m", "64m", "104m", "1.7b")
@@ -109,6 +114,25 @@ def test_a_context_is_lengthened_at_a_tiny_setting(data: Path, tmp_path: Path, m
     assert cli.main(["pretrain", *longer.split(), *words]) == 0
     content = json.loads((tmp_path / "runs/pretrain-64m-long/model/config.json").read_text())
     assert (content["max_position_embeddings"], content["rope_parameters"]["factor"]) == (256, 4.0)
+
+
+@pytest.mark.parametrize("name", ["lora-pond", "sft-reasoning-pond", "sft-tools-pond"])
+def test_the_ponds_recipes_train_at_a_tiny_setting(
+    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048}
+    tokenizer = Tokenizer.from_pretrained(data / "tokenizer")
+    save_pretrained(CausalLM(ModelConfig(vocab_size=320, **shape, **heads)), tmp_path / "start", tokenizer)
+    write_pond("pond", World.generate(0, 12, 4), mentions=1, conversation_count=80)
+    recipe = RECIPES[0].parent / f"{name}.yaml"
+    words = (
+        f"--config {recipe} --init_from start --data.cache_dir cache {TRAINING.replace('_length 64', '_length 2048')}"
+    )
+    words = words.replace("_tokens 256", "_tokens 2048").replace("_tokens 128", "_tokens 2048")
+    assert cli.main([name.partition("-")[0], *words.split()]) == 0
+    assert len((tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines()) >= 2
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
