@@ -1,0 +1,136 @@
+"""The engine behind asyncio: the same answers, aborted when nobody listens, refused when full, drained in the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import aclosing
+
+import pytest
+from engine_helpers import random_prompts, tiny_model, tiny_tokenizer
+
+from minnow.config import UserError
+from minnow.engine import Engine, SamplingParams
+from minnow.engine.async_engine import AsyncEngine, ClosedError, QueueFullError
+
+LONG = SamplingParams(max_tokens=100, ignore_eos=True)
+
+
+@pytest.fixture
+def engine() -> Iterator[AsyncEngine]:
+    engine = AsyncEngine(Engine(tiny_model(), tiny_tokenizer()), max_answers=40)
+    yield engine
+    engine.close()
+
+
+async def quiet(engine: AsyncEngine) -> None:
+    async with asyncio.timeout(30):
+        while engine.in_flight or engine.engine.has_work:
+            await asyncio.sleep(0.01)
+
+
+def test_streams_together_equal_generate(engine: AsyncEngine) -> None:
+    prompts = random_prompts(12)
+    params = [SamplingParams(seed=seed, max_tokens=20, n=2) for seed in range(12)]
+    expected = Engine(tiny_model(), tiny_tokenizer()).generate(prompts, params)
+
+    async def one(i: int) -> list[list[int]]:
+        ids: list[list[int]] = [[], []]
+        async for delta in engine.stream(prompts[i], params[i]):
+            ids[delta.index].append(delta.id)
+        return ids
+
+    async def all_of_them() -> list[list[list[int]]]:
+        return await asyncio.gather(*map(one, range(12)))
+
+    answers = asyncio.run(all_of_them())
+    assert answers == [[completion.ids for completion in output.completions] for output in expected]
+    assert engine.in_flight == 0
+
+
+def test_leaving_aborts(engine: AsyncEngine) -> None:
+    async def leave() -> None:
+        async with aclosing(engine.stream([5], LONG)) as deltas:
+            await anext(deltas)
+        await quiet(engine)
+        answer = await engine.submit([6], LONG)
+        assert engine.in_flight == 1
+        answer.close()
+        answer.close()  # harmless
+        await quiet(engine)
+
+        async def endless() -> None:
+            async for _ in engine.stream([7], LONG):
+                await asyncio.sleep(0.01)
+
+        listening = asyncio.create_task(endless())
+        await asyncio.sleep(0.1)
+        listening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await listening
+        await quiet(engine)
+
+    asyncio.run(leave())
+
+
+def test_the_queue_is_bounded_by_samples(engine: AsyncEngine) -> None:
+    async def fill() -> None:
+        answer = await engine.submit([5], SamplingParams(max_tokens=100, ignore_eos=True, n=39))
+        with pytest.raises(QueueFullError, match="of 40 at most"):
+            await engine.submit([5], SamplingParams(n=2))
+        last = await engine.submit([5], SamplingParams(n=1, max_tokens=1))
+        assert [delta.finish_reason async for delta in last] == ["length"]
+        answer.close()
+        await quiet(engine)
+
+    asyncio.run(fill())
+
+
+def test_a_mistake_reaches_who_made_it(engine: AsyncEngine) -> None:
+    async def wrong() -> None:
+        with pytest.raises(UserError, match="vocabulary"):
+            await engine.submit([10**6])
+        assert engine.in_flight == 0
+        with pytest.raises(ZeroDivisionError):
+            await engine.call(lambda _: 1 // 0)
+        assert await engine.call(lambda own: own is engine.engine)
+
+    asyncio.run(wrong())
+
+
+def test_a_failed_step_fails_its_answers_and_no_others(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def fail() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.engine, "step", lambda: [][0])
+            with pytest.raises(IndexError):
+                await anext(await engine.submit([5], LONG))
+        await quiet(engine)
+        assert [delta.id async for delta in engine.stream([5], SamplingParams(max_tokens=1))]
+
+    asyncio.run(fail())
+
+
+def test_drain_and_close(engine: AsyncEngine) -> None:
+    async def drain() -> None:
+        answer = await engine.submit([5], SamplingParams(max_tokens=30, ignore_eos=True))
+        assert await engine.drain(30)
+        assert len([delta async for delta in answer]) == 30
+        with pytest.raises(ClosedError):
+            await engine.submit([5])
+        engine.close()
+        with pytest.raises(ClosedError):
+            await engine.call(lambda _: None)
+
+    asyncio.run(drain())
+
+
+def test_closing_tells_those_who_wait(engine: AsyncEngine) -> None:
+    async def close() -> None:
+        answer = await engine.submit([5], LONG)
+        assert not await engine.drain(0)
+        await asyncio.to_thread(engine.close)
+        with pytest.raises(ClosedError):
+            async for _ in answer:
+                pass
+
+    asyncio.run(close())
