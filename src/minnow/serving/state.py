@@ -44,7 +44,8 @@ def documented(answer: Any, *, stream: bool = False) -> dict[int | str, dict[str
     """OpenAPI's `responses` of an endpoint: its answer, an event stream too if it has one, and the errors."""
     success: dict[str, Any] = {"model": answer, "description": "The answer"}
     if stream:
-        success["content"] = {"text/event-stream": {"schema": {"type": "string"}}}
+        event = {"type": "object", "properties": {"data": {"type": "string"}}, "required": ["data"]}
+        success["content"] = {"text/event-stream": {"schema": event}}
     errors: dict[int | str, dict[str, Any]] = {}
     for status, text in _ERRORS.items():
         errors[status] = {"model": ErrorBody, "description": text}
