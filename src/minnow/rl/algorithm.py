@@ -15,6 +15,8 @@ AdvantageKind = Literal["group", "group_centred", "leave_one_out", "batch", "tra
 class CriticConfig:
     """PPO's critic: a model of its own with one number a token."""
 
+    init_from: str | None = None
+    """Model to start from, usually a reward model; by default the policy's, with a fresh head."""
     learning_rate: float = 1e-4
     """Of its AdamW; the policy has its own."""
     gamma: float = 1.0

@@ -117,7 +117,7 @@ class Phases:
             "phase": self.phase,
             "experience": _experience_state(self.experience) if self.experience else None,
             "tracker": self.tracker.state_dict() if self.tracker else None,
-            "critic": self.critic.training_state() if self.critic else None,
+            "critic": self.critic.state_dict() if self.critic else None,
             "previous": {
                 prompt: {"ids": ids, "trained": trained, "logprobs": logprobs.tolist()}
                 for prompt, (ids, trained, logprobs) in self.previous.items()
@@ -131,7 +131,7 @@ class Phases:
         if self.tracker:
             self.tracker.load_state_dict(state["tracker"])
         if self.critic:
-            self.critic.load_training_state(state["critic"])
+            self.critic.load_state_dict(state["critic"])
         self.previous = {
             prompt: (kept["ids"], kept["trained"], np.array(kept["logprobs"], dtype=np.float32))
             for prompt, kept in state["previous"].items()

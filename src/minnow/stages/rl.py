@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from rich.console import Console
@@ -12,7 +13,8 @@ from minnow.config import UserError
 from minnow.data.prompts import Prompt, read_prompts
 from minnow.engine import Engine
 from minnow.model.lora import LoraConfig
-from minnow.model.pretrained import load_pretrained, resolve_model_folder
+from minnow.model.pretrained import is_reward_model, load_pretrained, load_reward_model, resolve_model_folder
+from minnow.model.reward_model import RewardModel
 from minnow.model.size import training_flops_per_token
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
@@ -33,6 +35,8 @@ from minnow.training.distribution import is_first
 from minnow.training.run_folder import MetricsLog
 from minnow.training.session import Machine, RunFolder, load_start, train, with_machine
 from minnow.training.trainer import Trainer
+
+ModelT = TypeVar("ModelT", bound=CausalLM)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,11 +194,15 @@ def _reference(config: Config, model: CausalLM, machine: Machine) -> CausalLM | 
 def _critic(config: Config, machine: Machine) -> Critic | None:
     if config.algorithm.advantage != "gae":
         return None
-    backbone = load_pretrained(resolve_model_folder(config.init_from))
-    return Critic(_alone(backbone, machine), config.algorithm.critic)
+    folder = resolve_model_folder(config.algorithm.critic.init_from or config.init_from)
+    if is_reward_model(folder):
+        model = load_reward_model(folder)
+    else:
+        model = RewardModel.from_language_model(load_pretrained(folder))
+    return Critic(_alone(model, machine), config.algorithm.critic)
 
 
-def _alone(model: CausalLM, machine: Machine) -> CausalLM:
+def _alone(model: ModelT, machine: Machine) -> ModelT:
     """Put a model that the Trainer does not train on the device, whole on every process."""
     model.to(machine.device, torch.float32)
     model.compute_dtype = machine.dtype
