@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from minnow.config import UserError
@@ -21,7 +21,6 @@ from minnow.model.adapter import (
     attach_adapter,
     base_of,
     is_adapter,
-    load_adapter_weights,
     write_adapter,
 )
 from minnow.model.config import ModelConfig
@@ -39,7 +38,6 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _KEPT_IN_FP32 = "e_score_correction_bias"  # small steps add up in it; transformers keeps it so too
 TRAINING_ONLY = "gate.noise_weight"
 """Parameters whose names end so are left out of model folders: no class has a place for them."""
-_TRAINING_ONLY_FILE = "training_only.safetensors"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -173,30 +171,6 @@ def load_with_adapter(folder: str | Path, base: str | Path | None = None) -> Cau
     model = load_pretrained(_base_folder(folder, base))
     attach_adapter(model, folder)
     return model
-
-
-def load_weights(model: CausalLM, folder: str | Path) -> None:
-    """Copy into `model` the weights of a checkpoint of one like it: all of them, or its adapters."""
-    if model.adapter is not None:
-        load_adapter_weights(model, Path(folder))
-        return
-    load = load_reward_model if isinstance(model, RewardModel) else load_pretrained
-    weights = load(folder, dtype=model.head_weight.dtype).state_dict()
-    if (Path(folder) / _TRAINING_ONLY_FILE).is_file():
-        weights |= load_file(Path(folder) / _TRAINING_ONLY_FILE)
-    model.load_state_dict(weights)
-
-
-def training_only_weights(model: CausalLM) -> dict[str, Tensor]:
-    """The parameters that `save_pretrained` leaves out: a checkpoint needs them. Of slices, gathered."""
-    named = ((name, tensor) for name, tensor in model.state_dict().items() if name.endswith(TRAINING_ONLY))
-    return {name: whole(tensor).cpu().contiguous() for name, tensor in named}
-
-
-def save_training_only(weights: dict[str, Tensor], folder: Path) -> None:
-    """Add them to a checkpoint's folder."""
-    if weights:
-        save_file(weights, folder / _TRAINING_ONLY_FILE)
 
 
 def read_config(folder: str | Path) -> ModelConfig:

@@ -1,29 +1,43 @@
-"""Checkpoints: everything a run needs to continue bit for bit, written whole or not at all.
+"""Checkpoints: everything a run needs to continue bit for bit, written beside the training, whole or not at all.
 
-`checkpoints/step-00000100/` holds the model (Hugging Face format, fp32 masters) or its adapters,
-`optimizers.safetensors` and `state.json`. It is written under a temporary name and renamed, so a folder called `step-*`
-is always complete.
+`checkpoints/step-00000100/` holds
+
+- `shard-*.safetensors`: weights and optimizer state, each process's slices in a file of its own. torch's distributed
+  checkpoint (DCP) writes and reads them, so another number of processes can load what this one saved;
+- `state.json`: counters, best validation, random generators; `config.yaml`: the run's; `source.pt`: what a source of
+  batches wants remembered, if any;
+- `complete.json`: every file's size and sha256. It is written last: a folder without it is no checkpoint.
+
+Frozen weights are not in it: they come from the model that the run started from.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.optim import Optimizer
 
-from minnow.model.pretrained import load_weights, save_pretrained, save_training_only, training_only_weights
-from minnow.model.slices import whole
+from minnow.config import UserError
 from minnow.model.transformer import CausalLM
 from minnow.optim import load_named_state, named_state
-from minnow.training.distribution import is_first
+from minnow.training.distribution import gather, host_group, rank, world_size
+
+# DCP says in every run of one process that it is one.
+warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+
+COMPLETE, STATE, SOURCE = "complete.json", "state.json", "source.pt"
+_MODEL, _OPTIMIZER = "model.", "optimizer."
 
 
 @dataclass(frozen=True)
@@ -35,78 +49,131 @@ class Checkpoint:
 
     def state(self) -> dict[str, Any]:
         """Return the loop's own state: counters, best validation, random generators, loss scale."""
-        state: dict[str, Any] = json.loads((self.folder / "state.json").read_text(encoding="utf-8"))
+        state: dict[str, Any] = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
         return state
 
     def source_state(self) -> dict[str, Any]:
         """Return what the source of batches wanted remembered."""
-        state: dict[str, Any] = torch.load(self.folder / "source.pt", weights_only=True)
+        state: dict[str, Any] = torch.load(self.folder / SOURCE, weights_only=True)
         return state
 
-    def load(self, model: CausalLM, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    def problem(self) -> str | None:
+        """Read every file and say which is not what was written, or None. The processes share the files out."""
+        files = json.loads((self.folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+        mine = sorted(files)[rank() :: world_size()]
+        found = (_file_problem(self.folder / name, files[name]) for name in mine)
+        return next((p for problems in gather([p for p in found if p]) for p in problems), None)
+
+    def load(self, model: CausalLM, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
         """Copy weights and optimizer state into `model` and `optimizers`; return the loop's state."""
-        load_weights(model, self.folder)
-        state = self.state()
+        reader = HuggingFaceStorageReader(str(self.folder))
+        saved = {key: meta.size for key, meta in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
+        tensors = {_MODEL + name: tensor for name, tensor in trained_tensors(model).items()}
+        different = tensors.keys() ^ {key for key in saved if key.startswith(_MODEL)}
+        if different:
+            raise UserError(f"{self.folder}: it is of another model ({min(different)} is in only one of the two)")
+        parameters = dict(model.named_parameters())
+        for key in saved.keys() - tensors.keys():
+            name = key.removeprefix(_OPTIMIZER).rpartition(":")[0]
+            like = parameters.get(name)
+            is_sliced = like is not None and saved[key] == like.shape
+            tensors[key] = torch.zeros_like(like) if is_sliced else torch.zeros(saved[key])  # type: ignore[arg-type]
+        dcp.load(tensors, storage_reader=reader, process_group=host_group(), no_dist=world_size() == 1)
         by_parameter: dict[str, dict[str, Tensor]] = {}
-        for key, tensor in load_file(self.folder / "optimizers.safetensors").items():
-            name, _, entry = key.rpartition(":")
-            by_parameter.setdefault(name, {})[entry] = tensor
+        for key, tensor in tensors.items():
+            if key.startswith(_OPTIMIZER):
+                name, _, entry = key.removeprefix(_OPTIMIZER).rpartition(":")
+                by_parameter.setdefault(name, {})[entry] = tensor.squeeze(0) if entry == "step" else tensor
         load_named_state(optimizers, by_parameter)
-        torch.set_rng_state(torch.tensor(state["rng"]["torch"], dtype=torch.uint8))
+        state = self.state()
+        if len(state["rng"]) == world_size():  # other processes have other random numbers
+            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"][rank()]), dtype=torch.uint8))
         return state
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: CausalLM,
-    optimizers: Sequence[torch.optim.Optimizer],
-    state: dict[str, Any],
-    source: dict[str, Any] | None = None,
-) -> Checkpoint:
-    """Write `folder/step-XXXXXXXX` atomically. `state` must be plain JSON; `source` may hold tensors."""
-    tensors = {
-        f"{name}:{entry}": whole(tensor).cpu().contiguous()
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's state without frozen parameters, as live tensors."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+
+
+def tensors_to_save(model: nn.Module, optimizers: Sequence[Optimizer]) -> dict[str, dict[str, Tensor]]:
+    """Return everything that goes into the shards, as live tensors: copy before the next step."""
+    # DCP reads slices, of which a tensor without dimensions (a count of steps) has none.
+    states = {
+        f"{name}:{entry}": tensor.reshape(1) if tensor.ndim == 0 else tensor
         for name, entries in named_state(optimizers).items()
         for entry, tensor in entries.items()
     }
-    training_only = training_only_weights(model)
-    final = folder / f"step-{step:08d}"
-    if not is_first():
-        save_pretrained(model, final)
-        return Checkpoint(final, step)
-    temporary = folder / f".step-{step:08d}.{os.getpid()}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        save_pretrained(model, temporary)
-        save_training_only(training_only, temporary)
-        save_file(tensors, temporary / "optimizers.safetensors")
-        rng = {"torch": torch.get_rng_state().tolist()}
-        text = json.dumps({**state, "step": step, "rng": rng})
-        (temporary / "state.json").write_text(text, encoding="utf-8")
-        if source is not None:
-            torch.save(source, temporary / "source.pt")
-        for path in temporary.iterdir():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return Checkpoint(final, step)
+    return {_MODEL.rstrip("."): trained_tensors(model), _OPTIMIZER.rstrip("."): states}
 
 
 def list_checkpoints(folder: Path) -> list[Checkpoint]:
     """Return the complete checkpoints in `folder`, oldest first."""
-    found = (path for path in folder.glob("step-*") if path.is_dir())
-    return sorted((Checkpoint(path, int(path.name.removeprefix("step-"))) for path in found), key=lambda c: c.step)
+    return [checkpoint for checkpoint in _folders(folder) if (checkpoint.folder / COMPLETE).exists()]
+
+
+def newest_valid(folder: Path, step: int | None = None) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest checkpoint whose files are what was written, and why newer ones were passed over.
+
+    `step`: only this one will do; UserError when it is not there or not whole.
+    """
+    passed_over: list[str] = []
+    for checkpoint in reversed(_folders(folder)):
+        if step is not None and checkpoint.step != step:
+            continue
+        is_complete = (checkpoint.folder / COMPLETE).exists()
+        problem = checkpoint.problem() if is_complete else "unfinished: the run stopped while it was being written"
+        if problem is None:
+            return checkpoint, passed_over
+        passed_over.append(f"{checkpoint.folder.name}: {problem}")
+    if step is not None:
+        raise UserError(f"--resume {step}: {passed_over[0] if passed_over else f'{folder} has no such checkpoint'}")
+    return None, passed_over
 
 
 def prune_checkpoints(folder: Path, *, keep_last: int, best_step: int | None) -> None:
-    """Delete all but the newest `keep_last` and the best one, and what a killed run left half-written."""
-    for path in folder.glob(".step-*.tmp"):
-        shutil.rmtree(path, ignore_errors=True)
-    for checkpoint in list_checkpoints(folder)[:-keep_last]:
-        if checkpoint.step != best_step:
-            shutil.rmtree(checkpoint.folder)
+    """Delete all but the newest `keep_last` complete ones and the best, and what was left half-written before them."""
+    complete = list_checkpoints(folder)
+    kept = {c.step for c in complete[-keep_last:]} | {best_step}
+    for checkpoint in _folders(folder):
+        if checkpoint.step not in kept and complete and checkpoint.step <= complete[-1].step:
+            delete_checkpoint(checkpoint.folder)
+
+
+def delete_checkpoint(folder: Path) -> None:
+    """Delete a checkpoint, its mark of completeness first: half of one must never pass for a whole."""
+    (folder / COMPLETE).unlink(missing_ok=True)
+    shutil.rmtree(folder)
+
+
+def delete_after(folder: Path, step: int) -> None:
+    """Delete checkpoints of steps after `step`: the run goes on from there and will write them again."""
+    for checkpoint in _folders(folder):
+        if checkpoint.step > step:
+            delete_checkpoint(checkpoint.folder)
+
+
+def describe_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Return size and sha256 of files by name."""
+    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
+
+
+def _folders(folder: Path) -> list[Checkpoint]:
+    paths = [path for path in folder.glob("step-*") if path.is_dir()]
+    return sorted((Checkpoint(path, int(path.name.removeprefix("step-"))) for path in paths), key=lambda c: c.step)
+
+
+def _file_problem(path: Path, entry: dict[str, Any]) -> str | None:
+    if not path.is_file():
+        return f"{path.name} is missing"
+    if path.stat().st_size != entry["bytes"]:
+        return f"{path.name} has {path.stat().st_size} bytes, {entry['bytes']} were written"
+    if _sha256(path) != entry["sha256"]:
+        return f"{path.name} is not what was written (its sha256 differs)"
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

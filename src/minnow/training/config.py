@@ -55,6 +55,8 @@ class TrainingConfig:
     """Held-out tokens scored in one validation, at most."""
     save_every: int = 100
     """Updates between checkpoints; 0 saves at validations and at the end only."""
+    resume: Literal["auto"] | int = "auto"
+    """Which checkpoint to continue from: auto is the newest whole one (if any), a number is that step's."""
     keep_last: int = 2
     """Checkpoints kept, beside the best one."""
     patience: int = 0

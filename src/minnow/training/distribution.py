@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 # Preparing data may take hours, and only the first process does it: waiting for it must not time out.
 _PATIENCE = timedelta(days=7)
-_patient_groups: list[dist.ProcessGroup] = []
+_groups: dict[str, dist.ProcessGroup] = {}
 
 
 def in_torchrun() -> bool:
@@ -61,13 +61,24 @@ def process_group(*, cuda: bool) -> Iterator[None]:
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
-    _patient_groups.append(dist.new_group(backend="gloo", timeout=_PATIENCE))
+    for name in ("host", "checkpoint"):  # checkpoints are written by a thread, which must not meet the loop's messages
+        _groups[name] = dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:
         yield
-        dist.barrier(_patient_groups[0])  # nobody leaves while another still needs the first one's store
+        dist.barrier(_groups["host"])  # nobody leaves while another still needs the first one's store
     finally:
-        _patient_groups.clear()
+        _groups.clear()
         dist.destroy_process_group()
+
+
+def host_group() -> dist.ProcessGroup | None:
+    """The processes as a gloo group that waits as long as it takes; None in a run of one."""
+    return _groups.get("host")
+
+
+def checkpoint_group() -> dist.ProcessGroup | None:
+    """The same processes as another group, for the thread that writes checkpoints."""
+    return _groups.get("checkpoint")
 
 
 def sum_over_ranks(values: Sequence[float]) -> list[float]:
@@ -93,7 +104,7 @@ def from_first(value: T) -> T:
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0, group=_patient_groups[0])
+    dist.broadcast_object_list(box, src=0, group=_groups["host"])
     return box[0]
 
 
@@ -102,7 +113,7 @@ def gather(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_groups["host"])
     return values
 
 

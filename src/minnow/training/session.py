@@ -22,6 +22,8 @@ from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import first_goes_first, from_first, is_first
 from minnow.training.hardware import choose_device, choose_precision, has_cpp_compiler, matmul_peak
+from minnow.training.lock import FILE as LOCK
+from minnow.training.lock import FolderLock
 from minnow.training.parallel import parallelise
 from minnow.training.signals import Interrupted
 from minnow.training.trainer import Trainer
@@ -34,7 +36,7 @@ COMPILE_PAYS_AFTER_SECONDS = 240.0
 ASSUMED_FLOP_UTILISATION = 0.25
 
 # Settings that do not change what is learnt: a run may be continued with other ones.
-MAY_CHANGE = {"run", "overwrite", "training.nproc", "training.parallel", "training.restarts"}
+MAY_CHANGE = {"run", "overwrite", "training.nproc", "training.parallel", "training.restarts", "training.resume"}
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class RunFolder:
         self.path = Path(path)
         self.model_folder = self.path / "model"
         self.config_file = self.path / "config.yaml"
+        self.lock = FolderLock(self.path)
 
     @property
     def finished(self) -> bool:
@@ -95,11 +98,14 @@ class RunFolder:
         """Delete the folder, if a file called `made_by` shows that it is a run: a mistyped --run costs nothing."""
         if not self.path.exists():
             return
-        if any(self.path.iterdir()) and not (self.path / made_by).exists():
+        if any(entry.name != LOCK for entry in self.path.iterdir()) and not (self.path / made_by).exists():
             raise UserError(
                 f"--overwrite: {self.path} is not empty and is no run (no {made_by} in it); give another --run"
             )
-        shutil.rmtree(self.path)
+        for entry in self.path.iterdir():
+            if entry.name == LOCK:
+                continue  # whoever holds it keeps it
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def claim_data(self, key: str) -> None:
         """Remember which prepared data the run learns from; refuse to continue it on other data."""
@@ -128,6 +134,7 @@ class RunFolder:
                 self._open(config, overwrite)
 
     def _open(self, config: Any, overwrite: bool) -> None:
+        self.lock.take()
         if overwrite:
             self.clear("config.yaml")
         text = config_to_yaml(config)
@@ -149,13 +156,20 @@ class RunFolder:
 def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Console) -> None:
     """Resume if there is something to resume, train, and write the final model (the best one under `patience`)."""
     torch.manual_seed(trainer.config.seed)  # dropout draws from it; a checkpoint puts it back where it was
-    if trainer.resume():
+    resumed = trainer.resume()
+    for why in trainer.passed_over:
+        console.print(f"not resumed from {why}", highlight=False)
+    if resumed:
         console.print(f"continuing {run.path} from step {trainer.state.step}", highlight=False)
+    elif trainer.passed_over:
+        console.print("no whole checkpoint is left: starting anew", highlight=False)
     try:
         trainer.fit()
     except Interrupted as stopped:
         console.print(stopped.message, highlight=False)
         raise
+    finally:
+        run.lock.release()
     if trainer.config.patience and trainer.state.best_step not in (None, trainer.state.step):
         trainer.load_best()
     save_pretrained(trainer.model, run.model_folder, tokenizer=tokenizer)

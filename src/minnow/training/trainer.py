@@ -19,7 +19,8 @@ from minnow.model.slices import whole
 from minnow.model.transformer import CausalLM
 from minnow.optim import ScheduleConfig, learning_rate_factor, set_learning_rates
 from minnow.training.balance import ExpertBalance
-from minnow.training.checkpoint import list_checkpoints, prune_checkpoints, save_checkpoint
+from minnow.training.checkpoint import delete_after, list_checkpoints, newest_valid
+from minnow.training.checkpoint_writer import CheckpointWriter
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import gather, is_first, largest_over_ranks, rank, sum_over_ranks, world_size
 from minnow.training.hardware import matmul_peak, peak_memory_bytes, synchronize
@@ -88,21 +89,30 @@ class Trainer(Generic[BatchT]):
             folder.mkdir(parents=True, exist_ok=True)
         self.metrics = MetricsLog(folder / "metrics.jsonl")
         self.checkpoints = folder / "checkpoints"
+        self.writer = CheckpointWriter(self.checkpoints, keep_last=config.keep_last)
+        self.passed_over: list[str] = []
+        """Checkpoints that `resume` could not use, and why."""
 
     def resume(self) -> bool:
-        """Continue from the newest checkpoint, if there is one: bit for bit as if the run had not been stopped."""
-        found = list_checkpoints(self.checkpoints)
-        if not found:
+        """Continue from the newest whole checkpoint, if there is one: bit for bit as if the run had not been stopped.
+
+        On another number of processes the same global batches follow; sums then differ by rounding.
+        """
+        wanted = None if self.config.resume == "auto" else self.config.resume
+        chosen, self.passed_over = newest_valid(self.checkpoints, wanted)
+        if is_first():
+            delete_after(self.checkpoints, chosen.step if chosen else -1)
+        if chosen is None:
             if is_first():
                 self.metrics.path.unlink(missing_ok=True)
             return False
-        saved = found[-1].load(self.model, self.optimizers)
+        saved = chosen.load(self.model, self.optimizers)
         self.state = LoopState(**saved["loop"])
         self.loss_scale.load_state_dict(saved["loss_scale"])
         if self.balance is not None:
             self.balance.load_state_dict(saved["balance"])
         if isinstance(self.source, Stateful):
-            self.source.load_state_dict(found[-1].source_state())
+            self.source.load_state_dict(chosen.source_state())
         if is_first():
             self.metrics.rewind(self.state.step)
         return True
@@ -112,22 +122,28 @@ class Trainer(Generic[BatchT]):
         self.model.train()
         peak = matmul_peak(self.device, self.model.compute_dtype)
         progress = TrainingProgress(self.title, done=self.state.step, total=self.total_steps)
-        with stop_requests() as request, progress:
-            if self.state.step and self._validation_due() and not self._validate(progress):
-                return
-            while self.state.step < self.total_steps:
-                record = self._timed_step(peak)
-                progress.update(self.state.step, f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tok/s")
-                if self.state.step % self.config.log_every == 0 or self.state.step == self.total_steps:
-                    self._log(record)
-                if self._validation_due():
-                    self._save()
-                    self._obey(request)
-                    if not self._validate(progress):
-                        return
-                elif self.config.save_every and self.state.step % self.config.save_every == 0:
-                    self._save()
+        try:
+            with stop_requests() as request, progress:
+                self._loop(request, progress, peak)
+        finally:
+            self.writer.wait()
+
+    def _loop(self, request: StopRequest, progress: TrainingProgress, peak: float) -> None:
+        if self.state.step and self._validation_due() and not self._validate(progress):
+            return
+        while self.state.step < self.total_steps:
+            record = self._timed_step(peak)
+            progress.update(self.state.step, f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tok/s")
+            if self.state.step % self.config.log_every == 0 or self.state.step == self.total_steps:
+                self._log(record)
+            if self._validation_due():
+                self._save()
                 self._obey(request)
+                if not self._validate(progress):
+                    return
+            elif self.config.save_every and self.state.step % self.config.save_every == 0:
+                self._save()
+            self._obey(request)
 
     def load_best(self) -> None:
         """Go back to the checkpoint with the best validation loss."""
@@ -268,33 +284,38 @@ class Trainer(Generic[BatchT]):
             shown = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "step")
             progress.say(f"step {self.state.step}: {shown}")
         self.model.train()
-        if is_first():
-            prune_checkpoints(self.checkpoints, keep_last=self.config.keep_last, best_step=self.state.best_step)
+        self.writer.prune(self.state.best_step)
         if not patient:
             progress.say(f"stopped early: no better validation loss since step {self.state.best_step}")
         return patient
 
     def _log(self, record: dict[str, Any]) -> None:
-        if is_first():
+        if not is_first():
+            return
+        try:
             self.metrics.append(record)
+        except OSError as error:
+            raise UserError(
+                f"{self.metrics.path}: could not be written ({error.strerror}); the run stops at step "
+                f"{self.state.step}. Make room, and run the same command again to continue from the last checkpoint"
+            ) from error
 
     def _save(self) -> None:
         state = {"loop": vars(self.state).copy(), "loss_scale": self.loss_scale.state_dict()}
         if self.balance is not None:
             state["balance"] = self.balance.state_dict()
         source = self.source.state_dict() if isinstance(self.source, Stateful) else None
-        save_checkpoint(self.checkpoints, self.state.step, self.model, self.optimizers, state, source)
-        if is_first():
-            prune_checkpoints(self.checkpoints, keep_last=self.config.keep_last, best_step=self.state.best_step)
+        best = self.state.best_step
+        self.writer.save(self.state.step, self.model, self.optimizers, state, source=source, best_step=best)
 
     def _obey(self, request: StopRequest) -> None:
         # A signal reaches the processes at different moments; they stop after the same step.
         number = int(largest_over_ranks(request.signal_number or 0))
         if not number:
             return
-        saved = list_checkpoints(self.checkpoints)
-        if not saved or saved[-1].step != self.state.step:
+        if self.writer.newest_step() != self.state.step:
             self._save()
+            self.writer.wait()
         raise Interrupted(
             number,
             f"stopped at step {self.state.step}; run the same command again to continue from there",

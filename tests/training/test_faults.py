@@ -1,0 +1,184 @@
+"""What can go wrong around a run: each fault is named, and nothing that was finished is lost."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from minnow.config import UserError
+from minnow.data.batches import Share
+from minnow.training.checkpoint import list_checkpoints
+from minnow.training.lock import FolderLock
+from minnow.training.run_folder import MetricsLog
+from minnow.training.trainer import Trainer
+
+from .helpers import RandomSource, make_trainer
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    trainer = make_trainer(tmp_path_factory.mktemp("straight"))
+    trainer.fit()
+    return trainer
+
+
+def stopped_run(folder: Path) -> Path:
+    """A run of 12 steps that was stopped in step 9, with checkpoints of steps 6, 8 and 9; the folder of the newest."""
+    trainer = make_trainer(folder, keep_last=3)
+    trainer.source = DoAt(9, stop)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()
+    assert [checkpoint.step for checkpoint in list_checkpoints(trainer.checkpoints)][-3:] == [6, 8, 9]
+    return folder / "checkpoints" / "step-00000009"
+
+
+class DoAt(RandomSource):
+    """Does something when the batch of a step is asked for."""
+
+    def __init__(self, step: int, act) -> None:
+        super().__init__()
+        self.step, self.act = step, act
+
+    def micro_batches(self, step: int, share: Share) -> list:
+        if step == self.step:
+            self.act()
+        return super().micro_batches(step, share)
+
+
+def stop() -> None:
+    raise KeyboardInterrupt
+
+
+def assert_ends_the_same(folder: Path, straight: Trainer) -> Trainer:
+    again = make_trainer(folder)
+    again.resume()
+    again.fit()
+    for left, right in zip(again.parameters, straight.parameters, strict=True):
+        assert torch.equal(left, right)
+    return again
+
+
+def cut_off(folder: Path) -> None:
+    shard = next(folder.glob("shard-*"))
+    os.truncate(shard, shard.stat().st_size - 100)
+
+
+def flip_a_bit(folder: Path) -> None:
+    shard = next(folder.glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 4
+    shard.write_bytes(content)
+
+
+def change_state(folder: Path) -> None:
+    text = (folder / "state.json").read_text()
+    (folder / "state.json").write_text(text.replace('"step": 9', '"step": 8'))
+
+
+def lose_a_file(folder: Path) -> None:
+    next(folder.glob("shard-*")).unlink()
+
+
+def leave_unfinished(folder: Path) -> None:
+    (folder / "complete.json").unlink()
+
+
+DAMAGE = {
+    cut_off: r"step-00000009: shard-\S+ has \d+ bytes, \d+ were written",
+    flip_a_bit: r"step-00000009: shard-\S+ is not what was written",
+    change_state: "step-00000009: state.json is not what was written",
+    lose_a_file: r"step-00000009: shard-\S+ is missing",
+    leave_unfinished: "step-00000009: unfinished",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path, damage, straight: Trainer) -> None:
+    damage(stopped_run(tmp_path))
+    trainer = make_trainer(tmp_path)
+    assert trainer.resume()
+    assert trainer.state.step == 8
+    assert len(trainer.passed_over) == 1
+    assert re.search(DAMAGE[damage], trainer.passed_over[0])
+    assert_ends_the_same(tmp_path, straight)
+
+
+def test_a_step_can_be_asked_for(tmp_path: Path, straight: Trainer) -> None:
+    stopped_run(tmp_path)
+    with pytest.raises(UserError, match="--resume 7: .*no such checkpoint"):
+        make_trainer(tmp_path, resume=7).resume()
+    trainer = make_trainer(tmp_path, resume=6)
+    assert trainer.resume()
+    assert trainer.state.step == 6
+    assert list_checkpoints(trainer.checkpoints)[-1].step == 6, "later ones belong to another future"
+    assert_ends_the_same(tmp_path, straight)
+
+
+def test_a_full_disk_stops_the_run_in_words_and_spares_the_last_checkpoint(tmp_path: Path, straight: Trainer) -> None:
+    """A real failing write: files may not grow beyond 20 kB from step 7 on; a shard is larger."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    trainer = make_trainer(tmp_path)
+    trainer.source = DoAt(7, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1])))
+    try:
+        with pytest.raises(UserError, match=r"step-00000008: .*the disk is full.*step-00000006 before it is whole"):
+            trainer.fit()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list_checkpoints(trainer.checkpoints)[-1].step == 6
+    again = assert_ends_the_same(tmp_path, straight)
+    assert "unfinished" in again.passed_over[0]
+
+
+def test_a_full_disk_while_logging(tmp_path: Path, straight: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    append = MetricsLog.append
+
+    def full(self: MetricsLog, record: dict) -> None:
+        if record["step"] == 8:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        append(self, record)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "append", full)
+        with pytest.raises(UserError, match=r"metrics.jsonl: could not be written \(No space left.*step 8"):
+            make_trainer(tmp_path).fit()
+    assert_ends_the_same(tmp_path, straight)
+
+
+def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, straight: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(10**9, 0, -86_400))
+    with monkeypatch.context() as patch:
+        patch.setattr(time, "time", lambda: float(next(clock)))
+        trainer = make_trainer(tmp_path)
+        trainer.fit()
+    for left, right in zip(trainer.parameters, straight.parameters, strict=True):
+        assert torch.equal(left, right)
+    assert all(record["tokens_per_second"] > 0 for record in trainer.metrics.read() if "loss" in record)
+
+
+def test_two_runs_in_one_folder(tmp_path: Path) -> None:
+    program = """
+import sys, time
+from pathlib import Path
+from minnow.training.lock import FolderLock
+lock = FolderLock(Path(sys.argv[1]))
+lock.take()
+"""
+    other = [sys.executable, "-c", program + "print('taken', flush=True); time.sleep(60)", str(tmp_path)]
+    with subprocess.Popen(other, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"taken\n"
+        with pytest.raises(UserError, match=f"in use by process {holder.pid} on .*another --run"):
+            FolderLock(tmp_path).take()
+        holder.kill()
+    lock = FolderLock(tmp_path)
+    lock.take()  # the dead hold nothing
+    lock.release()
