@@ -33,27 +33,35 @@ SIGMOID_EXPERTS = ExpertsConfig(
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 
 
-@pytest.mark.parametrize(
-    ("seed", "changes"),
-    [
-        (0, {}),
-        (1, {"num_key_value_heads": 4, "head_dim": 16, "tie_word_embeddings": False}),
-        (2, {"qk_norm": False, "num_key_value_heads": 1}),
-        (3, {"experts": ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)}),
-        (4, {"experts": SIGMOID_EXPERTS, "tie_word_embeddings": False}),
-    ],
-)
-def test_greedy_equals_transformers_on_ragged_batches(tmp_path: Path, seed: int, changes: dict[str, Any]) -> None:
+SHAPES = [
+    (0, {}),
+    (1, {"num_key_value_heads": 4, "head_dim": 16, "tie_word_embeddings": False}),
+    (2, {"qk_norm": False, "num_key_value_heads": 1}),
+]
+
+
+def assert_greedy_equals_transformers(folder: Path, seed: int, changes: dict[str, Any], count: int) -> None:
     engine = make_engine(seed, {"max_rows": 24, "max_step_tokens": 300}, **changes)
-    save_pretrained(engine.model, tmp_path / "model", tiny_tokenizer())
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
-    prompts = random_prompts(40, seed)
+    save_pretrained(engine.model, folder / "model", tiny_tokenizer())
+    theirs = AutoModelForCausalLM.from_pretrained(folder / "model")
+    prompts = random_prompts(count, seed)
     outputs = engine.generate(prompts, GREEDY)
     for prompt, output in zip(prompts, outputs, strict=True):
         with torch.no_grad():
             expected = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=24)
         assert output.prompt_ids == prompt
         assert output.completions[0].ids == expected[0, len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize(("seed", "changes"), SHAPES)
+def test_greedy_equals_transformers_on_ragged_batches(tmp_path: Path, seed: int, changes: dict[str, Any]) -> None:
+    assert_greedy_equals_transformers(tmp_path, seed, changes, 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seed", "changes"), SHAPES)
+def test_greedy_equals_transformers_on_hundreds_of_prompts(tmp_path: Path, seed: int, changes: dict[str, Any]) -> None:
+    assert_greedy_equals_transformers(tmp_path, seed + 100, changes, 200)
 
 
 def test_end_tokens_end_as_in_transformers(tmp_path: Path) -> None:
