@@ -171,6 +171,7 @@ def test_resume_is_bitwise(tmp_path: Path, family: str) -> None:
     for _ in range(4):
         first.train_step()
     first._save()
+    first.writer.wait()  # written by a thread
     second = make_trainer(tmp_path / "b", family, 4)
     assert second.resume()
     second.fit()
