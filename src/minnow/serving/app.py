@@ -11,7 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from minnow import __version__
-from minnow.serving import admin, chat, completions, embeddings
+from minnow.serving import admin, chat, completions, embeddings, web_chat
 from minnow.serving.config import ServingConfig
 from minnow.serving.errors import install_handlers
 from minnow.serving.metrics import Metrics
@@ -25,9 +25,10 @@ def create_app(
 ) -> FastAPI:
     """The server for `models`, whose engines it closes in the end.
 
-    hosts: names that clients may call it by; None for any. The web chat, or anything else, may be mounted at
-    `/` afterwards: the API's routes come first, and the guard stands before whatever is mounted.
+    hosts: names that clients may call it by; None for any. The web chat lies at `/`; what
+    else is mounted afterwards stands behind the same guard.
     """
+    chat_tools = web_chat.chat_tools(config.chat_table)
     metrics = Metrics()
 
     @asynccontextmanager
@@ -46,9 +47,11 @@ def create_app(
         docs_url=None,
         redoc_url=None,
     )
-    app.state.minnow = ServerState(models=Models(models, metrics), config=config, metrics=metrics)
+    app.state.minnow = ServerState(
+        models=Models(models, metrics), config=config, metrics=metrics, chat_tools=chat_tools
+    )
     install_handlers(app)
-    for module in (chat, completions, embeddings, admin):
+    for module in (chat, completions, embeddings, admin, web_chat):
         app.include_router(module.router)
     app.add_middleware(Guard, api_key=config.api_key, hosts=hosts, max_body_bytes=int(config.max_body_mib * 2**20))
     if config.cors_origins:

@@ -27,6 +27,9 @@ class ServingConfig:
     drain_seconds: int = 60
     """On SIGTERM and Ctrl-C, seconds in which the answers under way may finish."""
 
+    chat_table: str | None = None
+    """JSON file {"minnow": {"colour": "silver"}} that models may look things up in, in the web chat."""
+
     def __post_init__(self) -> None:
         for name in ("max_answers", "max_samples", "max_answer_tokens", "max_body_mib"):
             value = getattr(self, name)

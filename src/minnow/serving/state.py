@@ -11,6 +11,7 @@ from minnow.serving.config import ServingConfig
 from minnow.serving.errors import ErrorBody
 from minnow.serving.metrics import Metrics
 from minnow.serving.models import Models
+from minnow.tools import Tool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +21,8 @@ class ServerState:
     models: Models
     config: ServingConfig
     metrics: Metrics
+    chat_tools: tuple[Tool, ...]
+    """What the web chat may run for a model."""
 
 
 def state_of(request: Request) -> ServerState:
