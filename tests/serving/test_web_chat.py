@@ -34,7 +34,9 @@ def test_no_file_names_another_host_or_writes_html() -> None:
     for file in WEB.iterdir():
         text = file.read_text(encoding="utf-8")
         assert not re.search(r"https?://\w", text), file.name
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|on\w+=", text), file.name
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\(|\son\w+=", text), (
+            file.name
+        )
 
 
 def test_a_key_guards_the_page_and_the_tools(tmp_path: Path) -> None:

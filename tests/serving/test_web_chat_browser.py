@@ -1,0 +1,156 @@
+"""The web chat in headless Chromium, as a person uses it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from .serving_helpers import Running
+
+playwright = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine")]
+
+
+@pytest.fixture
+def page(running: Running) -> Iterator[Any]:
+    """The open page; afterwards: it asked no other host and no script failed."""
+    with playwright.sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(locale="en-GB")
+        page.set_default_timeout(20_000)
+        asked: list[str] = []
+        errors: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(running.url)
+        page.wait_for_selector(".hello")
+        yield page
+        assert errors == []
+        assert asked
+        assert all(url.startswith((running.url, "data:", "blob:")) for url in asked), asked
+        browser.close()
+
+
+def choose(page: Any, model: str, max_tokens: str = "20") -> None:
+    page.select_option("#model", model)
+    page.fill("#max_tokens", max_tokens)
+
+
+def say(page: Any, text: str) -> None:
+    page.fill("#input", text)
+    page.press("#input", "Enter")
+    page.wait_for_selector(".assistant")
+    page.wait_for_selector("body:not(.running)")
+
+
+def script_answers(page: Any, *answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Answer the page's requests with these deltas, in turn; the bodies it sent."""
+    bodies: list[dict[str, Any]] = []
+
+    def fulfil(route: Any) -> None:
+        deltas = answers[len(bodies)]
+        bodies.append(route.request.post_data_json)
+        reason = "tool_calls" if any("tool_calls" in delta for delta in deltas) else "stop"
+        chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
+        chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+        body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+        route.fulfill(content_type="text/event-stream", body=body)
+
+    page.route("**/v1/chat/completions", fulfil)
+    return bodies
+
+
+def test_a_conversation_with_two_models(page: Any) -> None:
+    choose(page, "parrot")
+    say(page, "你好")
+    assert page.inner_text(".user .text") == "你好"
+    assert page.inner_text(".assistant .text") == "小鱼 swims"
+    assert "tokens/s" in page.inner_text(".stats")
+    choose(page, "thinker")
+    page.check("#thinking")
+    say(page, "and you?")
+    assert page.inner_text(".assistant:last-child .text") == "yes"
+    assert page.get_attribute("details:visible", "open") is None
+    assert page.text_content(".assistant:last-child .thoughts") == "hm 小"
+    page.reload()
+    page.wait_for_selector(".assistant:nth-child(4)")  # the tab remembers it
+
+
+def test_regenerate_edit_clear_and_language(page: Any) -> None:
+    choose(page, "parrot")
+    say(page, "one")
+    say(page, "two")
+    page.click(".assistant:last-child .regenerate")
+    page.wait_for_selector("body:not(.running)")
+    assert page.locator("article").count() == 4
+    page.click("article:first-child .edit")
+    page.fill("article textarea", "three")
+    page.click(".save")
+    page.wait_for_selector("body:not(.running)")
+    assert page.locator("article").count() == 2
+    assert page.inner_text(".user .text") == "three"
+    page.click("#language")
+    assert page.inner_text("#send") == "发送"
+    page.click("#clear")
+    assert page.locator("article").count() == 0
+    assert page.inner_text(".hello") == "想聊点什么？"
+
+
+def test_stop_aborts_on_the_server_too(page: Any, running: Running) -> None:
+    choose(page, "wide", "4000")
+    page.fill("#input", "go on")
+    page.press("#input", "Enter")
+    page.wait_for_selector(".assistant:not(.waiting)")
+    page.click("#stop")
+    page.wait_for_selector("body:not(.running)")
+    assert "stopped" in page.inner_text(".stats")
+    page.wait_for_timeout(1000)
+    assert running.engines["wide"].in_flight == 0
+
+
+def test_errors_are_shown(page: Any) -> None:
+    choose(page, "noise", "20")
+    say(page, "long " * 400)
+    assert "256" in page.inner_text(".error")
+
+
+def test_what_a_model_writes_never_runs(page: Any) -> None:
+    evil = (
+        "<script>window.hit=1</script><img src=x onerror='window.hit=1'>\n\n[a](javascript:window.hit=1) "
+        "[b](data:text/html,x) [c](https://example.org/a)\n\n```<b>\n<script>window.hit=1</script>\n```\n**bold** `x`"
+    )
+    script_answers(page, [{"reasoning_content": evil}, {"content": evil}])
+    say(page, evil)
+    assert page.evaluate("window.hit") is None
+    assert page.locator("article script, article img").count() == 0
+    links = page.locator("article a")
+    assert [link.get_attribute("href") for link in links.all()] == ["https://example.org/a"]
+    assert "noopener" in links.get_attribute("rel")
+    assert page.inner_text(".assistant strong") == "bold"
+    assert page.text_content(".assistant .code code") == "<script>window.hit=1</script>"
+    # The second wall: even where markup got in, no script of the page's own would run.
+    page.evaluate("document.body.innerHTML += `<img src=x onerror='window.hit=1'>`")
+    page.wait_for_timeout(300)
+    assert page.evaluate("window.hit") is None
+
+
+def test_tools_run_in_a_loop(page: Any) -> None:
+    function = {"name": "calculate", "arguments": '{"expression": '}
+    first = {"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": function}]}
+    rest = {"tool_calls": [{"index": 0, "function": {"arguments": '"17 * 3"}'}}]}
+    bodies = script_answers(page, [first, rest], [{"content": "It is 51."}])
+    page.check("#tools")
+    say(page, "17 * 3?")
+    assert page.inner_text(".tool") == "51"
+    assert page.inner_text(".assistant:last-child .text") == "It is 51."
+    assert [tool["function"]["name"] for tool in bodies[0]["tools"]] == ["calculate", "clock"]
+    assert bodies[1]["messages"][-1] == {"role": "tool", "tool_call_id": "call_1", "content": "51"}
+    with page.expect_download() as download:
+        page.click("#json")
+    saved = json.loads(download.value.path().read_text())
+    assert [message["role"] for message in saved["messages"]] == ["user", "assistant", "tool", "assistant"]
