@@ -6,6 +6,7 @@ import difflib
 
 from minnow.config import UserError
 from minnow.model.config import ModelConfig
+from minnow.model.experts_config import ExpertsConfig
 
 PRESETS: dict[str, ModelConfig] = {
     # The quickstart's: small enough for minutes on two cores, vocabulary of the embedded world.
@@ -35,6 +36,15 @@ PRESETS: dict[str, ModelConfig] = {
         head_dim=96,
         rope_theta=1e6,
         max_position_embeddings=2048,
+    ),
+    "198m-a64m": ModelConfig(  # minimind-3's mixture, with the router's weight left in (k = 1, not normalised)
+        hidden_size=768,
+        intermediate_size=2432,
+        num_key_value_heads=4,
+        head_dim=96,
+        rope_theta=1e6,
+        max_position_embeddings=2048,
+        experts=ExpertsConfig(num_experts=4, num_experts_per_tok=1, moe_intermediate_size=2432),
     ),
     "104m": ModelConfig(  # MiniMind2
         hidden_size=768,

@@ -22,9 +22,9 @@ from minnow.model.attention import PackedAttention
 from minnow.model.checkpointing import keeps_output
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import read_config, resolve_model_folder
-from minnow.model.size import parameter_count, training_flops_per_token
+from minnow.model.size import active_parameter_count, parameter_count, training_flops_per_token
 from minnow.model.transformer import CausalLM
-from minnow.optim import OptimConfig, build_optimizers
+from minnow.optim import OptimConfig, build_optimizers, parameter_groups
 from minnow.stages import pretrain
 from minnow.training.config import TrainingConfig
 from minnow.training.hardware import matmul_peak, synchronize
@@ -132,7 +132,7 @@ def make_plan(config: Config) -> Plan:
         speed = _probe(config, shape, machine, flops_per_token, peak)
     return Plan(
         parameters=parameters,
-        active_parameters=parameters,
+        active_parameters=active_parameter_count(shape),
         tokens=tokens,
         tokens_from=tokens_from,
         steps=math.ceil(tokens / config.training.batch_tokens),
@@ -174,8 +174,8 @@ def _memory(config: Config, shape: ModelConfig, dtype: torch.dtype) -> Memory:
     """Weights, gradients and optimizer state are exact; activations are counted on two layers and scaled."""
     parameters = parameter_count(shape)
     with torch.device("meta"):
-        model = CausalLM(dataclasses.replace(shape, num_hidden_layers=1))
-    matrices = sum(p.numel() for p in model.model.layers[0].parameters() if p.ndim == 2) * shape.num_hidden_layers
+        model = CausalLM(shape)
+    matrices = sum(parameter.numel() for _, parameter in parameter_groups(model)["matrix"])
     rest = parameters - matrices
     averages = 4 * matrices + 8 * rest if config.optim.optimizer == "muon" else 8 * parameters
     copies = 0 if dtype == torch.float32 else dtype.itemsize * matrices
@@ -191,7 +191,8 @@ def _activations(training: TrainingConfig, length: int, shape: ModelConfig, dtyp
     """Bytes kept for the backward pass of one micro-batch: counted by autograd's own hook on a short row."""
     probe_length = min(length, 64)
     counts = []
-    for layers in (1, 2):
+    first = 1 if shape.experts is None else shape.experts.first_k_dense_replace + 1  # count a layer with experts
+    for layers in (first, first + 1):
         small = dataclasses.replace(shape, num_hidden_layers=layers, vocab_size=min(shape.vocab_size, 512))
         model = CausalLM(small)
         model.compute_dtype = dtype
@@ -199,7 +200,7 @@ def _activations(training: TrainingConfig, length: int, shape: ModelConfig, dtyp
         counts.append(_saved_bytes(model, probe_length) / probe_length)
     per_layer = counts[1] - counts[0]
     tokens = training.rows_per_batch(length)[1] * length
-    return round(tokens * (counts[0] + (shape.num_hidden_layers - 1) * per_layer))
+    return round(tokens * (counts[0] + (shape.num_hidden_layers - first) * per_layer))
 
 
 def _saved_bytes(model: CausalLM, length: int) -> int:
@@ -250,7 +251,8 @@ def _probe(config: Config, shape: ModelConfig, machine: Machine, flops_per_token
     rows = config.training.rows_per_batch(length)[1]
     rows = max(1, min(rows, int(affordable / (flops_per_token * length))))
     small, small_flops = shape, flops_per_token
-    while small.num_hidden_layers > 1 and rows * length * small_flops > affordable:
+    least = 1 if shape.experts is None else shape.experts.first_k_dense_replace + 1
+    while small.num_hidden_layers // 2 >= least and rows * length * small_flops > affordable:
         small = dataclasses.replace(small, num_hidden_layers=small.num_hidden_layers // 2)
         small_flops = training_flops_per_token(small, (length + 1) / 2)
     model = CausalLM(small).to(machine.device)

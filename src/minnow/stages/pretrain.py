@@ -12,6 +12,7 @@ from minnow.config import UserError
 from minnow.model.config import ModelConfig
 from minnow.model.context import ContextConfig
 from minnow.model.transformer import CausalLM
+from minnow.model.upcycle import upcycle
 from minnow.stages.language_model import LanguageModelConfig, run_language_model
 from minnow.tokenizer import Tokenizer
 from minnow.training.session import load_start
@@ -28,7 +29,8 @@ class Config(LanguageModelConfig, ContextConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of a new model; vocab_size comes from the tokenizer, max_position_embeddings from sequence_length."""
     init_from: str | None = None
-    """Continue pretraining this model (model folder, run folder or Hub id) instead of starting from random weights."""
+    """Continue pretraining this model (model folder, run folder or Hub id) instead of starting from random weights.
+    With model.experts: turn the dense model into a mixture of experts first."""
 
 
 ConfigT = TypeVar("ConfigT", bound=Config)
@@ -52,6 +54,8 @@ def start(config: ConfigT) -> tuple[ConfigT, CausalLM, Tokenizer]:
             raise UserError(
                 f"--tokenizer has {tokenizer.vocab_size} tokens, {config.init_from} only {model.config.vocab_size}"
             )
+        if config.model.experts is not None:
+            model = upcycle(model, config.model.experts, config.training.seed)
         model.config = config.extend_for(model.config, config.sequence_length)
         config = dataclasses.replace(config, model=model.config)
     else:
@@ -68,6 +72,11 @@ def start(config: ConfigT) -> tuple[ConfigT, CausalLM, Tokenizer]:
         shape = dataclasses.replace(
             config.model, vocab_size=tokenizer.vocab_size, max_position_embeddings=config.sequence_length
         )
+        if shape.experts is not None and not shape.experts.router_learns:
+            raise UserError(
+                "--model.experts.norm_topk_prob with one expert a token makes its weight 1 always: the router would "
+                "learn nothing from the text; leave the setting out"
+            )
         config = dataclasses.replace(config, model=shape)
         model = CausalLM(shape, seed=config.training.seed)
     return config, model, tokenizer

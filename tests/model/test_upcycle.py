@@ -1,0 +1,36 @@
+"""A mixture built from a dense model computes what the dense model did."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from model_helpers import row_logits, tiny_model
+
+from minnow.config import UserError
+from minnow.model.experts_config import ExpertsConfig
+from minnow.model.upcycle import upcycle
+
+SOFTMAX = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 80}
+SIGMOID = SOFTMAX | {"moe_intermediate_size": 40, "scoring": "sigmoid", "n_shared_experts": 2}
+
+
+@pytest.mark.parametrize("experts", [SOFTMAX, SIGMOID, SIGMOID | {"first_k_dense_replace": 1}])
+def test_it_starts_as_the_dense_model(experts):
+    dense = tiny_model()
+    tokens = torch.randint(0, 97, (2, 20))
+    mixture = upcycle(dense, ExpertsConfig(**experts), seed=0)
+    with torch.no_grad():
+        torch.testing.assert_close(row_logits(mixture, tokens), row_logits(dense, tokens), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (SOFTMAX | {"moe_intermediate_size": 64}, "give 80"),
+        (SOFTMAX | {"num_experts_per_tok": 1}, "num_experts_per_tok of 2 or more"),
+        (SIGMOID | {"n_shared_experts": 1}, r"\(40\) must be its width \(80\)"),
+    ],
+)
+def test_widths_that_forbid_it_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        upcycle(tiny_model(), ExpertsConfig(**changes), seed=0)
