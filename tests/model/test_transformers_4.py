@@ -15,6 +15,7 @@ from model_helpers import row_logits, tiny_model
 
 from minnow.model.config import RopeScaling
 from minnow.model.context import extend_context
+from minnow.model.experts_config import ExpertsConfig
 from minnow.model.pretrained import save_pretrained
 
 PACKAGES = ("transformers==4.57.1", "huggingface_hub==0.36.0", "tokenizers==0.22.1")
@@ -26,6 +27,12 @@ SHAPES = {
     "llama with biases": {
         "qk_norm": False, "attention_bias": True, "attention_output_bias": True, "mlp_bias": True,
     },
+    "qwen3 moe": {"experts": ExpertsConfig(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, first_k_dense_replace=1,
+    )},
+    "glm4 moe": {"experts": ExpertsConfig(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24, scoring="sigmoid", n_shared_experts=1,
+    )},
 }  # fmt: skip
 READ = """
 import json, sys, torch, transformers
