@@ -134,7 +134,7 @@ def test_weights_that_do_not_fit_are_refused(folder, change, message):
             {"architectures": ["MambaForCausalLM"], "model_type": "mamba"},
             "MambaForCausalLM .* is not supported; these are: Qwen3ForCausalLM",
         ),
-        ({"architectures": ["Qwen3ForSequenceClassification"]}, "Qwen3ForSequenceClassification"),
+        ({"architectures": ["Qwen3ForSequenceClassification"]}, "a reward model"),
         ({"attention_bias": True}, r"missing model\.layers\.0\.self_attn\.q_proj\.bias"),  # read, so they must be there
         ({"use_sliding_window": True}, "use_sliding_window = True"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "layer_types with sliding_attention"),

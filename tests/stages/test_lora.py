@@ -66,9 +66,10 @@ def test_a_run_holds_only_adapters(start: Path, capsys: pytest.CaptureFixture[st
     assert all("lora_" in name for name in weights)
     assert any(tensor.abs().max() > 0 for name, tensor in weights.items() if "lora_B" in name)
     checkpoint = run / "checkpoints/step-00000006"
-    assert same(checkpoint / "adapter_model.safetensors", run / "model/adapter_model.safetensors")
-    state = load_file(checkpoint / "optimizers.safetensors")
-    assert {name.rpartition(":")[0] for name in state} == {name.removeprefix("base_model.model.") for name in weights}
+    kept = {name: t for file in checkpoint.glob("*.safetensors") for name, t in load_file(file).items()}
+    assert all("lora_" in name for name in kept)
+    assert sum(name.startswith("model.") for name in kept) == len(weights)
+    assert any(name.startswith("optimizer.") for name in kept)
     assert not list(run.rglob("model.safetensors"))
     assert json.loads((run / "model/adapter_config.json").read_text())["base_model_name_or_path"] == str(start / "base")
 

@@ -149,7 +149,7 @@ def is_reward_model(folder: Path) -> bool:
     """Whether a resolved folder holds a sequence-classification model."""
     if is_adapter(folder):
         return False
-    return is_classification(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    return is_classification(_config_content(folder))
 
 
 def _fill(
@@ -173,17 +173,21 @@ def load_with_adapter(folder: str | Path, base: str | Path | None = None) -> Cau
     return model
 
 
+def _config_content(folder: Path) -> dict[str, Any]:
+    file = folder / "config.json"
+    try:
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from error
+    return content
+
+
 def read_config(folder: str | Path) -> ModelConfig:
     """The shape of the model in a resolved folder; of an adapter, its base's."""
     folder = Path(folder)
     if is_adapter(folder):
         return read_config(_base_folder(folder))
-    where = str(folder / "config.json")
-    try:
-        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error})") from error
-    return from_hf_config(content, where)
+    return from_hf_config(_config_content(folder), str(folder / "config.json"))
 
 
 def _base_folder(folder: Path, base: str | Path | None = None) -> Path:
