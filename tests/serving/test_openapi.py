@@ -81,7 +81,7 @@ def with_integers(value: Any) -> Any:
 
 
 def test_a_few_cases_of_every_endpoint(operations: list[Any]) -> None:
-    assert len(operations) == 8
+    assert len(operations) == 10
     try_out(operations, 20, derandomize=True)
 
 
