@@ -52,7 +52,7 @@ COMMANDS: dict[str, Command] = {
     "distill generate": Command("distill_generate", "write an SFT file of a teacher's answers"),
     "generate": Command("generate", "continue a text"),
     "chat": Command("chat", "talk with a model in the terminal"),
-    "serve": Command("serve", "models behind OpenAI's API, streaming, many clients at once"),
+    "serve": Command("serve", "models behind OpenAI's API, streaming, many clients at once, and a web chat"),
     "eval": Command("eval", "score a model on tasks, with error bars"),
     "export": Command("export", "a model for llama.cpp, ollama or ONNX runtimes, or onto the Hugging Face Hub"),
     "report": Command("report", "write a run's report: curves, settings, samples"),
