@@ -112,6 +112,8 @@ def test_what_a_user_gets_wrong(start, tmp_path, capsys):
     assert "there are" in capsys.readouterr().err
     assert rl(start, tmp_path / "b", "--preset", "grpo", "--rollout.samples", "1") == 2
     assert "at least 2" in capsys.readouterr().err
+    assert rl(start, tmp_path / "b", "--preset", "grpo", "--rollout.samples", "2", "--rollout.max_tokens", "60") == 2
+    assert "does not fit sequence_length 64" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 

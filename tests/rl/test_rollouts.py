@@ -47,12 +47,12 @@ class Echo:
 
 def test_draws_repeat_and_do_not_depend_on_company(engine):
     config = RolloutConfig(max_tokens=12)
-    first = play(engine, [SingleTurn(p) for p in prompts(4)], range(4), config, seed=3)
-    again = play(engine, [SingleTurn(p) for p in prompts(4)], range(4), config, seed=3)
-    alone = play(engine, [SingleTurn(prompts(1)[0])], [0], config, seed=3)
+    first = play(engine, [SingleTurn(p) for p in prompts(4)], range(4), config, seed=3, longest=128)
+    again = play(engine, [SingleTurn(p) for p in prompts(4)], range(4), config, seed=3, longest=128)
+    alone = play(engine, [SingleTurn(prompts(1)[0])], [0], config, seed=3, longest=128)
     assert [t.ids for t in first] == [t.ids for t in again]
     assert alone[0].ids == first[0].ids
-    other = play(engine, [SingleTurn(p) for p in prompts(4)], range(4), config, seed=4)
+    other = play(engine, [SingleTurn(p) for p in prompts(4)], range(4), config, seed=4, longest=128)
     assert [t.ids for t in first] != [t.ids for t in other]
 
 
@@ -62,7 +62,9 @@ def test_a_tool_dialogue_stays_tokens_and_its_results_are_not_trained(engine):
     engine.weights_updated()
     environments = [Echo(p, 3) for p in prompts(6)]
     config = RolloutConfig(max_tokens=20, max_turns=3)
-    for trajectory, environment in zip(play(engine, environments, range(6), config, seed=0), environments, strict=True):
+    for trajectory, environment in zip(
+        play(engine, environments, range(6), config, seed=0, longest=128), environments, strict=True
+    ):
         opening = render(engine.tokenizer, environment.reset(), add_generation_prompt=True).ids.tolist()
         at = len(opening)
         assert trajectory.ids[:at] == opening
@@ -100,7 +102,7 @@ def test_continuation_is_what_the_template_writes(engine):
 def test_sampler_and_trainer_agree_and_packing_changes_nothing(engine):
     """B3: the log-probabilities of the behaviour policy are those of the distribution that was sampled."""
     config = RolloutConfig(max_tokens=16, temperature=0.7)
-    trajectories = play(engine, [SingleTurn(p) for p in prompts(8)], range(8), config, seed=0)
+    trajectories = play(engine, [SingleTurn(p) for p in prompts(8)], range(8), config, seed=0, longest=128)
     scores = {}
     for T, rows in ((64, 8), (128, 1)):
         packed = pack_trajectories(trajectories, range(8), T, rows)
@@ -112,7 +114,9 @@ def test_sampler_and_trainer_agree_and_packing_changes_nothing(engine):
 
 
 def test_packed_batches_hold_the_targets_that_the_model_wrote(engine):
-    trajectories = play(engine, [SingleTurn(p) for p in prompts(5)], range(5), RolloutConfig(max_tokens=9), seed=1)
+    trajectories = play(
+        engine, [SingleTurn(p) for p in prompts(5)], range(5), RolloutConfig(max_tokens=9), seed=1, longest=128
+    )
     for part in pack_trajectories(trajectories, [4, 1, 3], 64, 2):
         trained_BT = part.batch.weights_BT > 0
         expected = [
@@ -126,3 +130,10 @@ def test_packed_batches_hold_the_targets_that_the_model_wrote(engine):
         assert all((out[n] == n).all() for n in part.trajectories)
         logprobs = trained_logprobs(engine.model, part.batch, 1.0)
         assert logprobs.shape == values.shape
+
+
+def test_an_episode_that_might_outgrow_a_row_ends_before(engine):
+    config = RolloutConfig(max_tokens=20, max_turns=3)
+    for trajectory in play(engine, [Echo(p, 3) for p in prompts(6)], range(6), config, seed=0, longest=64):
+        assert len(trajectory.ids) <= 64
+        assert trajectory.ending == "length" or len(trajectory.answers) < 3

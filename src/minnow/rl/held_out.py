@@ -23,6 +23,8 @@ class HeldOut:
     make_environment: Callable[[Prompt], Environment]
     rewarder: Rewarder
     rollout: RolloutConfig
+    longest: int
+    """Tokens of the longest episode."""
 
     def __call__(self, model: CausalLM) -> dict[str, float]:
         """Mean of every reward over the held-out prompts, and the mean length in tokens."""
@@ -30,7 +32,7 @@ class HeldOut:
         self.engine.weights_updated()
         environments = [self.make_environment(prompt) for prompt in self.prompts]
         places = range(len(environments))
-        trajectories = play(self.engine, environments, places, self.rollout, seed=0, greedy=True)
+        trajectories = play(self.engine, environments, places, self.rollout, seed=0, longest=self.longest, greedy=True)
         self.rewarder.score(trajectories)
         figures = {"held_out/reward": float(np.mean([t.reward for t in trajectories]))}
         for name in trajectories[0].rewards:

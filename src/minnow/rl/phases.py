@@ -192,7 +192,14 @@ class Phases:
         places = range(share.rank, len(numbers) * samples, share.world_size)
         seed = zlib.crc32(f"{self.settings.seed}/{phase}/{round_}".encode())
         environments = [self.make_environment(self.prompts[numbers[place // samples]]) for place in places]
-        mine = play(self.engine, environments, places, self.settings.rollout, seed=seed)
+        mine = play(
+            self.engine,
+            environments,
+            places,
+            self.settings.rollout,
+            seed=seed,
+            longest=self.settings.sequence_length,
+        )
         self.rewarder.score(mine)
         everyone = _told_to_all(dict(zip(places, mine, strict=True)))
         trajectories = [everyone[place] for place in sorted(everyone)]

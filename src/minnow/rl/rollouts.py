@@ -102,12 +102,13 @@ def play(
     config: RolloutConfig,
     *,
     seed: int,
+    longest: int,
     greedy: bool = False,
 ) -> list[Trajectory]:
     """Play every environment to its end, all of them side by side in the engine.
 
-    places: the number of each episode in the phase. greedy: the likeliest token every time. Draws depend on `seed`
-    and on an episode's place alone. An episode that would outgrow the model's context ends with `length`.
+    places: the number of each episode in the phase. greedy: the likeliest token every time. Draws depend on `seed` and
+    on an episode's place alone. An episode that would outgrow `longest` tokens with its next turn ends with `length`.
     """
     tokenizer = engine.tokenizer
     trajectories = []
@@ -118,7 +119,6 @@ def play(
         ids = opening.ids.tolist()
         trajectories.append(Trajectory(environment, 0, ids, [False] * len(ids)))
     active = list(zip(places, trajectories, strict=True))
-    context = engine.model.config.max_position_embeddings
     for turn in range(config.max_turns):
         outputs = engine.generate(
             [trajectory.ids for _, trajectory in active],
@@ -129,7 +129,7 @@ def play(
             reply = _take_turn(engine, trajectory, output.completions[0], config)
             if reply is None:
                 continue
-            if len(trajectory.ids) + len(reply) >= context:
+            if len(trajectory.ids) + len(reply) + config.max_tokens > longest:
                 trajectory.ending = "length"
                 continue
             if turn + 1 < config.max_turns:

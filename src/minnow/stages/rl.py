@@ -21,6 +21,7 @@ from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
 from minnow.report.run_report import write_report
 from minnow.rl.algorithm import AlgorithmConfig
 from minnow.rl.critic import Critic
+from minnow.rl.environment import Environment
 from minnow.rl.environments import EnvironmentName, environment_maker
 from minnow.rl.experience import PolicyBatch, PolicyObjective
 from minnow.rl.figures import Watch, WatchConfig
@@ -30,8 +31,9 @@ from minnow.rl.remote_engine import RemoteEngine, RemoteEngineConfig
 from minnow.rl.rewards import RewardConfig, Rewarder
 from minnow.rl.rollouts import RolloutConfig, RolloutEngine
 from minnow.tokenizer import Tokenizer
+from minnow.tokenizer.chat import render
 from minnow.training.config import TrainingConfig
-from minnow.training.distribution import is_first
+from minnow.training.distribution import is_first, world_size
 from minnow.training.run_folder import MetricsLog
 from minnow.training.session import Machine, RunFolder, load_start, train, with_machine
 from minnow.training.trainer import Trainer
@@ -111,6 +113,10 @@ def run(config: Config) -> None:
     environment = environment_maker(config.environment, pond=config.pond)
     if config.environment != "question" and config.rollout.max_turns < 2:
         raise UserError(f"environment {config.environment} replies to the model: give rollout.max_turns of at least 2")
+    for prompt in (*prompts, *held_out):
+        _check_room(config, tokenizer, environment(prompt))
+    if config.rollout_engine.url is not None and world_size() > 1:
+        raise UserError("rollout_engine.url: one process pushes weights to a server; leave out --nproc and torchrun")
     thinking = config.rollout.enable_thinking
     rewarder = Rewarder(config.rewards, enable_thinking=thinking, device=machine.device)
 
@@ -153,11 +159,26 @@ def run(config: Config) -> None:
         ),
         source=source,
         total_steps=steps,
-        evaluations=[HeldOut(engine, held_out, environment, rewarder, config.rollout)] if held_out else [],
+        evaluations=[HeldOut(engine, held_out, environment, rewarder, config.rollout, config.sequence_length)]
+        if held_out
+        else [],
     )
     train(trainer, folder, tokenizer, console)
     if is_first():
         write_report(folder.path)
+
+
+def _check_room(config: Config, tokenizer: Tokenizer, environment: Environment) -> None:
+    """UserError where a prompt and its first answer might not fit a row: an episode is never cut or dropped later."""
+    conversation = environment.reset()
+    length = len(render(tokenizer, conversation, add_generation_prompt=True).ids)
+    if length + config.rollout.max_tokens > config.sequence_length:
+        shown = conversation.messages[-1].content[:60]
+        raise UserError(
+            f"the prompt {shown!r} has {length} tokens; with an answer of rollout.max_tokens "
+            f"{config.rollout.max_tokens} it does not fit sequence_length {config.sequence_length}: raise it, or shorten "
+            "the prompt or the answer"
+        )
 
 
 def _summary(config: Config, prompts: list[Prompt], steps: int, machine: Machine) -> str:
