@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tests.regressions.preference_helpers import write_start
 
 from minnow.data.prepare import DataConfig
-from minnow.model.config import ModelConfig
-from minnow.model.pretrained import save_pretrained
-from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig
 from minnow.stages import dpo
-from minnow.tokenizer import train_tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.trainer import Trainer
 
@@ -25,20 +21,7 @@ class KilledError(Exception):
 
 
 def test_a_stopped_preference_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = train_tokenizer(["yes no maybe fish 0123456789"] * 20, 320)
-    shape = ModelConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=64,
-    )
-    save_pretrained(CausalLM(shape), tmp_path / "start", tokenizer)
-    rows = [{"prompt": f"fish {i}", "chosen": "yes", "rejected": "no"} for i in range(20)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_start(tmp_path, pairs=20)
     config = dpo.Config(
         run=str(tmp_path / "whole"),
         init_from=str(tmp_path / "start"),

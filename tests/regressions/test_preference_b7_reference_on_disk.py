@@ -8,15 +8,12 @@ import math
 from pathlib import Path
 
 import pytest
+from tests.regressions.preference_helpers import write_start
 
 from minnow.data.prepare import DataConfig
-from minnow.model.config import ModelConfig
-from minnow.model.pretrained import save_pretrained
-from minnow.model.transformer import CausalLM
 from minnow.objectives.preference import PreferenceLossConfig
 from minnow.optim import OptimConfig
 from minnow.stages import dpo
-from minnow.tokenizer import train_tokenizer
 from minnow.training import reference
 from minnow.training.config import TrainingConfig
 
@@ -25,20 +22,7 @@ from minnow.training.config import TrainingConfig
 def test_the_loss_falls_and_the_reference_is_asked_before_training_only(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenizer = train_tokenizer(["yes no maybe fish 0123456789"] * 20, 320)
-    shape = ModelConfig(
-        vocab_size=320,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        num_key_value_heads=1,
-        head_dim=32,
-        max_position_embeddings=64,
-    )
-    save_pretrained(CausalLM(shape), tmp_path / "start", tokenizer)
-    rows = [{"prompt": f"fish {i}", "chosen": "yes", "rejected": "no"} for i in range(40)]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_start(tmp_path, pairs=40)
     asked: list[int] = []
     really_ask = reference._ask
     monkeypatch.setattr(reference, "_ask", lambda *arguments: asked.append(1) or really_ask(*arguments))

@@ -52,7 +52,7 @@ def test_a_run_and_the_one_before_it(tmp_path: Path) -> None:
     text = path.read_text(encoding="utf-8")
 
     card = ModelCard(text)  # the Hub's own parser
-    assert card.data.library_name == "transformers"
+    assert card.data.to_dict()["library_name"] == "transformers"
     assert card.data.tags == ["minnow", "qwen3"]
     assert card.data.datasets == ["trl-lib/Capybara"]
     assert card.data.base_model is None  # the base is on no hub
