@@ -176,8 +176,8 @@ def _check_room(config: Config, tokenizer: Tokenizer, environment: Environment) 
         shown = conversation.messages[-1].content[:60]
         raise UserError(
             f"the prompt {shown!r} has {length} tokens; with an answer of rollout.max_tokens "
-            f"{config.rollout.max_tokens} it does not fit sequence_length {config.sequence_length}: raise it, or shorten "
-            "the prompt or the answer"
+            f"{config.rollout.max_tokens} it does not fit sequence_length {config.sequence_length}: "
+            "raise it, or shorten the prompt or the answer"
         )
 
 
