@@ -182,6 +182,7 @@ def test_uniforms_are_uniform_and_depend_on_every_argument() -> None:
         {"top_p": 1.1},
         {"min_p": 2.0},
         {"repetition_penalty": 0.0},
+        {"repetition_penalty": 5e-324},
         {"max_tokens": 0},
         {"max_tokens": 2, "min_tokens": 3},
         {"n": 0},
@@ -193,6 +194,11 @@ def test_uniforms_are_uniform_and_depend_on_every_argument() -> None:
 def test_bad_options_are_named(options: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=list(options)[-1]):
         SamplingParams(**options)
+
+
+@pytest.mark.parametrize("temperature", [1e-8, 5e-324])
+def test_a_temperature_next_to_zero_is_greedy(temperature: float) -> None:
+    assert SamplingParams(temperature=temperature) == SamplingParams(temperature=0.0)
 
 
 def test_a_single_stop_string_is_not_taken_letter_by_letter() -> None:

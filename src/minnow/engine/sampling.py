@@ -9,13 +9,16 @@ from typing import Any
 
 from minnow.config import UserError
 
+_GREEDY_BELOW = 1e-5
+"""Clients that mean "greedy" send 1e-8; logits divided by so little overflow."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingOptions:
     """The options that a person sets on a command line; `SamplingParams` adds those that programs set."""
 
     temperature: float = 1.0
-    """Divides the logits; 0 takes the likeliest token every time."""
+    """Divides the logits; 0 (and anything below 0.00001) takes the likeliest token every time."""
     top_k: int = 0
     """Sample among the k likeliest tokens only; 0 turns it off."""
     top_p: float = 1.0
@@ -38,10 +41,18 @@ class SamplingOptions:
 
     def __post_init__(self) -> None:
         _require(0 <= self.temperature < math.inf, "temperature", self.temperature, "0 (greedy) or a positive number")
+        if self.temperature < _GREEDY_BELOW:
+            object.__setattr__(self, "temperature", 0.0)
         _require(self.top_k >= 0, "top_k", self.top_k, "0 (off) or a positive whole number")
         _require(0 < self.top_p <= 1, "top_p", self.top_p, "above 0 and at most 1")
         _require(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
-        _require(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "a positive number")
+        # A denormal penalty would make logits infinite, and their softmax NaN.
+        _require(
+            0.01 <= self.repetition_penalty <= 100,
+            "repetition_penalty",
+            self.repetition_penalty,
+            "between 0.01 and 100",
+        )
         _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _require(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "between 0 and 2**64 - 1")
 
