@@ -28,7 +28,8 @@ def main() -> None:
     parser.add_argument("--pond", required=True)
     parser.add_argument("--work", required=True)
     parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--rate", type=float, default=2e-4)
+    parser.add_argument("--rate", type=float, default=1e-4, help="DPO's learning rate")
+    parser.add_argument("--reward_rate", type=float, default=5e-4, help="the reward model's learning rate")
     parser.add_argument("--max_rows", type=int, default=None)
     options = parser.parse_args()
     work, pond = Path(options.work), Path(options.pond)
@@ -44,16 +45,19 @@ def main() -> None:
         "training": TrainingConfig(
             epochs=options.epochs, batch_tokens=4096, micro_batch_tokens=4096, validate_every=50, z_loss=0.0
         ),
-        "optim": OptimConfig(optimizer="adamw", matrix_lr=options.rate, weight_decay=0.0, betas=(0.9, 0.99)),
     }
-    dpo.run(dpo.Config(run=str(work / "dpo"), **common))
-    reward.run(reward.Config(run=str(work / "reward"), **common))
+    dpo.run(dpo.Config(run=str(work / "dpo"), optim=adamw(options.rate), **common))
+    reward.run(reward.Config(run=str(work / "reward"), optim=adamw(options.reward_rate), **common))
     before, after = (figures(model, options, work) for model in (options.model, str(work / "dpo")))
     for name in before:
         print(f"{name:<40} {shown(before[name])}  ->  {shown(after[name])}")
     lines = [json.loads(line) for line in (work / "reward" / "metrics.jsonl").read_text().splitlines()]
     accuracy = [line["validation_accuracy"] for line in lines if "validation_accuracy" in line][-1]
     print(f"{'reward model, held-out pairs':<40} {accuracy:.1%}, {work}/reward/reliability.png")
+
+
+def adamw(rate: float) -> OptimConfig:
+    return OptimConfig(optimizer="adamw", matrix_lr=rate, weight_decay=0.0, betas=(0.9, 0.99))
 
 
 def figures(model: str, options: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:

@@ -116,7 +116,7 @@ def labelled_pairs(options: TaskOptions) -> list[LabelledPair]:
     """The pairs of the given files, labelled by file; without any, held-out ones of the pond."""
     if not options.pairs:
         return [
-            LabelledPair(parse_preference(vars(pair)), f"{'known' if pair.known else 'stranger'}/{pair.language}")
+            LabelledPair(parse_preference(vars(pair)), f"{'known' if pair.known else 'visitor'}/{pair.language}")
             for pair in preference_pairs(find_world(options), "held_out", POND_PAIRS)
         ]
     return [LabelledPair(pair, Path(path).name) for path in options.pairs for pair in _read(path)]

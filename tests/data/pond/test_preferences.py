@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from minnow.data.pond.preferences import preference_pairs, strangers
+from minnow.data.pond.preferences import preference_pairs, visitors
 from minnow.data.pond.stories import PHRASEBOOKS
-from minnow.data.pond.world import MAX_CREATURES, World
+from minnow.data.pond.visitors import VISITORS
+from minnow.data.pond.world import World, all_names
 
 
 def test_the_better_answer_is_the_true_one() -> None:
@@ -30,18 +31,23 @@ def test_the_better_answer_is_the_true_one() -> None:
 
 def test_the_splits_share_no_name_and_repeat_exactly() -> None:
     world = World.generate(creatures=20, held_out=8)
-    training, held_out = ({creature.en for creature in strangers(world, split)} for split in ("training", "held_out"))
+    training, held_out = ({creature.en for creature in visitors(world, split)} for split in ("training", "held_out"))
     assert training
     assert held_out
     assert not training & held_out
-    assert len(training) + len(held_out) == MAX_CREATURES - 20
+    assert len(training) + len(held_out) == len(VISITORS)
     names = {creature.en for creature in world.members("training")} | training
     assert not any(name in pair.prompt for pair in preference_pairs(world, "held_out", 200) for name in names)
     assert list(preference_pairs(world, "held_out", 50)) == list(preference_pairs(world, "held_out", 50))
 
 
-def test_a_world_without_strangers_has_pairs_about_its_creatures() -> None:
-    world = World.generate(creatures=MAX_CREATURES, held_out=5)
-    pairs = list(preference_pairs(world, "training", 20))
+def test_no_visitor_is_called_like_a_creature() -> None:
+    for language in (0, 1):
+        creatures = {name[language] for name in all_names()}
+        assert not any(name in visitor[language] for name in creatures for visitor in VISITORS)
+
+
+def test_a_world_that_holds_out_no_creature_has_pairs_about_visitors() -> None:
+    pairs = list(preference_pairs(World.generate(creatures=20, held_out=0), "held_out", 20))
     assert len(pairs) == 10
-    assert all(pair.known for pair in pairs)
+    assert not any(pair.known for pair in pairs)

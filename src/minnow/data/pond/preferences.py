@@ -1,8 +1,10 @@
 """Good and bad answers: a model that knows the pond should say what it knows, and say so when it does not know.
 
 Half of the pairs ask about a creature of the pond: the fact is better than another value, or than "I do not know it."
-The other half ask about a name that no creature bears: there the honest answer is better than any made-up fact. A model
-fresh from fine-tuning answers everything, so it prefers the better answer in about half of the pairs.
+The other half ask about a visitor, a person of whom no text of the pond ever spoke: there the honest answer is better
+than any made-up fact. A model fresh from fine-tuning answers everything, so it prefers the better answer in about half
+of the pairs. (Names made of the pond's own syllables do not do: a model of a few million parameters cannot tell a
+creature that it has met from one that sounds like it, see docs/experiments.md.)
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ from minnow.data.pond.phrasebook import Phrasebook
 from minnow.data.pond.questions import ask
 from minnow.data.pond.relations import LANGUAGES, RELATIONS, VALUES, Language
 from minnow.data.pond.stories import PHRASEBOOKS, answer
-from minnow.data.pond.world import Creature, Split, World, all_names
+from minnow.data.pond.visitors import VISITORS
+from minnow.data.pond.world import Creature, Split, World
 
-HELD_OUT_STRANGERS = 0.25  # of the names that no creature bears
+HELD_OUT_VISITORS = 0.25
 
 
 @dataclass(frozen=True)
@@ -33,13 +36,12 @@ class PondPair:
     rejected: str
 
 
-def strangers(world: World, split: Split) -> tuple[Creature, ...]:
-    """Names that no creature of `world` bears, with facts drawn for the worse answers; the splits share none."""
-    rng = random.Random(f"pond/strangers/{world.seed}")
-    known = {creature.en for creature in world.creatures}
-    names = [name for name in all_names() if name[0] not in known]
+def visitors(world: World, split: Split) -> tuple[Creature, ...]:
+    """People, with facts drawn for the worse answers; the splits share none."""
+    rng = random.Random(f"pond/visitors/{world.seed}")
+    names = list(VISITORS)
     rng.shuffle(names)
-    border = round(len(names) * HELD_OUT_STRANGERS)
+    border = round(len(names) * HELD_OUT_VISITORS)
     chosen = names[:border] if split == "held_out" else names[border:]
     return tuple(
         Creature(en, zh, split, {relation: rng.choice(VALUES[relation]) for relation in RELATIONS}) for en, zh in chosen
@@ -47,14 +49,14 @@ def strangers(world: World, split: Split) -> tuple[Creature, ...]:
 
 
 def preference_pairs(world: World, split: Split, count: int) -> Iterator[PondPair]:
-    """`count` pairs in both languages, half about creatures of `split`, half about strangers; the seed draws them."""
+    """`count` pairs in both languages, half about creatures of `split`, half about visitors; the seed draws them."""
     rng = random.Random(f"pond/preferences/{world.seed}/{split}")
     about = {
         known: _in_turn(
             [
                 (language, creature, relation)
                 for language in LANGUAGES
-                for creature in (world.members(split) if known else strangers(world, split))
+                for creature in (world.members(split) if known else visitors(world, split))
                 for relation in RELATIONS
             ],
             rng,
@@ -64,7 +66,7 @@ def preference_pairs(world: World, split: Split, count: int) -> Iterator[PondPai
     for number in range(count):
         known = number % 2 == 0
         found = next(about[known], None)
-        if found is not None:  # a world may bear every name, or hold out no creature
+        if found is not None:  # a world may hold out no creature
             language, creature, relation = found
             yield _pair(PHRASEBOOKS[language], creature, relation, known, rng)
 
