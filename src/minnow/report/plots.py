@@ -41,6 +41,43 @@ def run_figure(records: Sequence[Record], title: str) -> Figure:
     return figure
 
 
+def rollout_figure(phases: Sequence[Record], updates: Sequence[Record], title: str) -> Figure:
+    """Four panels of a run of reinforcement learning: rewards, held-out rewards, endings, and signs of a collapse.
+
+    phases: lines of rollouts.jsonl; updates: lines of metrics.jsonl.
+    """
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure.suptitle(title)
+    (reward, held_out), (length, health) = figure.subplots(2, 2)
+    colours = (BLUE, ORANGE, "#5b8c5a", "#8c5b8a")
+    pass_at_k = [key for key in (phases[0] if phases else ()) if key.startswith("pass@")]
+    for key, colour in zip(("reward", *pass_at_k), colours, strict=False):
+        _curve(reward, phases, key, colour, label=key, smooth=True)
+    reward.set(title="rollouts", ylabel="mean of a phase")
+    names = dict.fromkeys(key for record in updates for key in record if key.startswith("held_out/"))
+    shown = [key for key in names if key != "held_out/length"]
+    for key, colour in zip(shown, colours, strict=False):
+        _curve(held_out, updates, key, colour, label=key.removeprefix("held_out/"))
+    held_out.set(title="held-out prompts, answered greedily", ylabel="mean reward")
+    _curve(length, phases, "length", BLUE, label="tokens of an answer", smooth=True)
+    shares = length.twinx()
+    _curve(shares, phases, "truncated", ORANGE, label="cut off")
+    _curve(shares, phases, "equal_groups", colours[2], label="groups without contrast")
+    length.set(title="length, and shares of the answers", ylabel="tokens", ylim=(0, None))
+    shares.set(ylabel="share", ylim=(-0.02, 1.02))
+    shares.legend(frameon=False, loc="upper left")
+    _curve(health, phases, "entropy", BLUE, label="entropy (nats a token)", smooth=True)
+    _curve(health, phases, "kl_to_reference", ORANGE, label="KL to the reference (nats a token)", smooth=True)
+    _curve(health, phases, "repetition", colours[2], label="repetition (0 to 1)")
+    health.set(title="signs of a collapse")
+    for axes in (reward, held_out, length, health):
+        axes.set_xlabel("update" if axes is held_out else "phase")
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, loc="best")
+    return figure
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write `figure` as PNG, or as SVG to a path that ends so."""
     with atomic_write(path) as temporary:

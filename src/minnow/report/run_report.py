@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from minnow.config import UserError, atomic_write
 from minnow.report.lineage import read_records, stage_folders
 from minnow.report.model_card import write_model_card
-from minnow.report.plots import run_figure
+from minnow.report.plots import rollout_figure, run_figure
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2b33; }
@@ -53,7 +55,10 @@ def write_report(
         records = read_records(folder / "metrics.jsonl")
         body.append(f"<h2>{html.escape(folder.name)}</h2>")
         body.append(_table(_summary(records)))
-        body.append(f'<img alt="curves" src="data:image/png;base64,{_picture(records, folder.name)}">')
+        body.append(_picture(run_figure(records, folder.name), "curves"))
+        if (folder / "rollouts.jsonl").exists():
+            rollouts = read_records(folder / "rollouts.jsonl")
+            body.append(_picture(rollout_figure(rollouts, records, folder.name), "rollouts"))
         config = (folder / "config.yaml").read_text(encoding="utf-8")
         body.append(f"<details><summary>configuration</summary><pre>{html.escape(config)}</pre></details>")
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title or run.name)}</title>'
@@ -99,7 +104,7 @@ def _conversation(messages: Sequence[Mapping[str, str]]) -> str:
     return "".join(turns)
 
 
-def _picture(records: Sequence[dict[str, Any]], title: str) -> str:
+def _picture(figure: Figure, name: str) -> str:
     buffer = io.BytesIO()
-    run_figure(records, title).savefig(buffer, format="png", dpi=100)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+    figure.savefig(buffer, format="png", dpi=100)
+    return f'<img alt="{name}" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode("ascii")}">'
