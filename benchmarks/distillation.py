@@ -1,11 +1,13 @@
 """Does a teacher help? The same student, the same tokens, with and without it, over several seeds.
 
     minnow data pond --out pond
-    python benchmarks/distillation.py --teacher runs/quickstart --pond pond --work runs/distillation --seeds 3
+    python benchmarks/distillation.py --base_teacher runs/teacher/pretrain --teacher runs/teacher/sft --pond pond \
+        --work runs/distillation --seeds 3
 
-The student is pretrained and fine-tuned on the pond twice for each seed, alone and beside the teacher, and examined in
-held-out bits per byte and held-out questions. Prints each difference (with the teacher minus without) as mean and
-standard error over the seeds; it counts when it is larger than twice that.
+The student is pretrained and fine-tuned on the pond twice for each seed, alone and beside the teacher (pretraining
+beside the teacher's base model, fine-tuning beside the fine-tuned one), and examined in held-out bits per byte and
+held-out questions. Prints each difference (with the teacher minus without) as mean and standard error over the seeds;
+it counts when it is larger than twice that.
 """
 
 from __future__ import annotations
@@ -36,14 +38,15 @@ STUDENT = ModelConfig(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--base_teacher", required=True, help="run of the teacher's pretraining")
+    parser.add_argument("--teacher", required=True, help="run of the teacher's fine-tuning")
     parser.add_argument("--pond", required=True)
     parser.add_argument("--work", required=True)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=300, help="updates of pretraining, 8,192 tokens each")
     parser.add_argument("--sft_steps", type=int, default=50)
-    parser.add_argument("--alpha", type=float, default=0.5)
-    parser.add_argument("--temperature", type=float, default=1.5)
+    parser.add_argument("--alpha", type=float, default=0.3, help="weight of the labels; the rest is the teacher's")
+    parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--max_rows", type=int, default=None, help="questions to examine at most")
     options = parser.parse_args()
     found = {arm: [one_run(options, seed, arm) for seed in range(options.seeds)] for arm in ("alone", "taught")}
@@ -79,9 +82,9 @@ def one_run(options: argparse.Namespace, seed: int, arm: str) -> dict[str, float
     )
     if arm == "taught":
         loss = DistillationLossConfig(alpha=options.alpha, temperature=options.temperature)
-        for config, kind in ((first, "pretrain"), (second, "sft")):
+        for config, kind, teacher in ((first, "pretrain", options.base_teacher), (second, "sft", options.teacher)):
             settings = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-            distill.run(distill.Config(**settings, teacher=options.teacher, kind=kind, loss=loss))  # type: ignore[arg-type]
+            distill.run(distill.Config(**settings, teacher=teacher, kind=kind, loss=loss))  # type: ignore[arg-type]
     else:
         pretrain.run(first)
         shared = {field.name: getattr(second, field.name) for field in dataclasses.fields(sft.Config)}
