@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,13 @@ from torch import Tensor
 
 from minnow.engine import Engine, SamplingParams
 from minnow.engine.blocks import BlockManager
-from minnow.engine.cache import PagedCache
+from minnow.engine.cache import PagedCache, Window
 from minnow.engine.engine import Parts
+from minnow.engine.graphs import Capture, Recordings, padded_rows
+from minnow.engine.runner import Runner, padded_reach
 from minnow.engine.scheduler import Scheduler
-from minnow.engine.varlen_runner import Capture, VarlenRunner, block_table, padded_rows
+from minnow.engine.varlen_runner import VarlenRunner, block_table, decode_inputs
+from minnow.model.attention import causal
 
 
 def attend(
@@ -59,12 +63,26 @@ class Recorder:
         return replay, result
 
 
-def make_engine(capture: Capture | None, seed: int = 1, blocks: int = 40, max_step_tokens: int = 50) -> Engine:
+def make_engine(
+    capture: Capture | None,
+    seed: int = 1,
+    blocks: int = 40,
+    max_step_tokens: int = 50,
+    *,
+    window: bool = False,
+    frozen: bool = False,
+) -> Engine:
+    """window: the runner of devices without the kernel, recorded all the same."""
     model = tiny_model(seed)
-    engine = Engine(model, tiny_tokenizer())
+    engine = Engine(model, tiny_tokenizer(), frozen=frozen)
     cache = PagedCache(model.config, blocks + 1, 8, torch.float32, torch.device("cpu"))
-    runner = VarlenRunner(cache, model.config, 16, attend, capture)
-    engine._made = Parts(Scheduler(BlockManager(blocks, 8), 16, max_step_tokens), runner)
+    runner: Runner | VarlenRunner
+    if window:
+        runner = Runner(cache, Window(model.config, 13, torch.float32, torch.device("cpu")), capture)
+    else:
+        runner = VarlenRunner(cache, model.config, 16, causal(attend), capture)
+    rows = 13 if window else 16
+    engine._made = Parts(Scheduler(BlockManager(blocks, 8), rows, max_step_tokens), runner)
     return engine
 
 
@@ -74,10 +92,11 @@ def answers(engine: Engine, **options: Any) -> list[list[list[int]]]:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("window", [False, True])
 @pytest.mark.parametrize("recorded", [False, True])
-def test_tokens_are_those_of_the_plain_runner(recorded: bool, temperature: float) -> None:
+def test_tokens_are_those_of_the_plain_runner(recorded: bool, window: bool, temperature: float) -> None:
     recorder = Recorder() if recorded else None
-    engine = make_engine(recorder)
+    engine = make_engine(recorder, window=window)
     expected = answers(Engine(tiny_model(1), tiny_tokenizer()), temperature=temperature)
     assert answers(engine, temperature=temperature) == expected
     assert engine._made is not None
@@ -87,9 +106,10 @@ def test_tokens_are_those_of_the_plain_runner(recorded: bool, temperature: float
         assert recorder.replayed > 30
 
 
-def test_recorded_steps_outlive_new_weights_where_they_lie_and_are_dropped_where_they_moved() -> None:
+@pytest.mark.parametrize("window", [False, True])
+def test_recorded_steps_outlive_new_weights_where_they_lie_and_are_dropped_where_they_moved(window: bool) -> None:
     recorder = Recorder()
-    engine, other = make_engine(recorder), tiny_model(5)
+    engine, other = make_engine(recorder, window=window), tiny_model(5)
     answers(engine)
     before = recorder.recorded
     engine.model.load_state_dict(other.state_dict())  # in place, as an optimizer does it
@@ -104,17 +124,92 @@ def test_recorded_steps_outlive_new_weights_where_they_lie_and_are_dropped_where
     assert recorder.recorded > before
 
 
-def test_what_cannot_be_recorded_runs_as_it_is() -> None:
+def test_a_frozen_copy_made_anew_is_recorded_anew() -> None:
+    recorder = Recorder()
+    engine, other = make_engine(recorder, window=True, frozen=True), tiny_model(5)
+    answers(engine)
+    before, old = recorder.recorded, engine._running  # kept, so that the new copy cannot lie where it lay
+    engine.model.load_state_dict(other.state_dict())
+    engine.weights_updated()
+    assert answers(engine) == answers(Engine(other, tiny_tokenizer(), frozen=True))
+    assert engine._running is not old
+    assert recorder.recorded > before
+
+
+def test_a_buffer_that_moved_drops_the_recordings_too() -> None:
+    recorder = Recorder()
+    recordings, model = Recordings(recorder), torch.nn.BatchNorm1d(4, affine=False)
+    step = lambda: model.running_mean + 1  # noqa: E731
+    recordings.run(model, 1, step)
+    kept, model.running_mean = model.running_mean, torch.full((4,), 5.0)
+    recordings.forget()
+    assert recordings.run(model, 1, step).tolist() == [6.0] * 4
+    assert recorder.recorded == 2
+    assert kept.tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_what_cannot_be_recorded_runs_as_it_is(window: bool) -> None:
     def refuse(function: Callable[[], Tensor]) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    engine = make_engine(refuse)
+    engine = make_engine(refuse, window=window)
     with pytest.warns(UserWarning, match="not recorded"):
         assert answers(engine) == answers(Engine(tiny_model(1), tiny_tokenizer()))
 
 
 def test_padded_rows() -> None:
     assert [padded_rows(n) for n in (1, 2, 3, 5, 8, 9, 16, 17, 200)] == [1, 2, 4, 8, 8, 16, 16, 32, 208]
+
+
+def test_padded_reach() -> None:
+    assert [padded_reach(n) for n in (1, 256, 257, 512, 513, 1025)] == [256, 256, 512, 512, 1024, 2048]
+
+
+def test_out_of_memory_while_recording_is_no_reason_to_go_on_without_recording() -> None:
+    def full(function: Callable[[], Tensor]) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    engine = make_engine(full)
+    with pytest.raises(torch.OutOfMemoryError):
+        answers(engine)
+
+
+def test_rows_that_fill_up_a_recorded_step_stay_in_the_spare_block() -> None:
+    inputs_BI = decode_inputs([], 2, block_size=8, spare_block=5, width=3)
+    np.testing.assert_array_equal(inputs_BI, [[0, 0, 40, 1, 5, 0, 0]] * 2)
+
+
+def varlen_2_10(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False, return_aux=None):  # type: ignore[no-untyped-def]
+    return is_causal
+
+
+def varlen_2_11(q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):  # type: ignore[no-untyped-def]
+    return window_size
+
+
+def varlen_2_13(  # type: ignore[no-untyped-def]
+    q, k, v, cu_q, cu_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False, block_table=None
+):
+    return window_size, enable_gqa
+
+
+@pytest.mark.parametrize(
+    ("varlen_attn", "expected"),
+    [(varlen_2_10, True), (varlen_2_11, (-1, 0)), (varlen_2_13, ((-1, 0), True))],
+    ids=["2.10", "2.11", "2.13"],
+)
+def test_every_torch_is_told_in_its_own_words_to_attend_causally(varlen_attn: Any, expected: Any) -> None:
+    assert causal(varlen_attn)(*range(7)) == expected
+
+
+def test_the_installed_torch_takes_those_words() -> None:
+    from torch.nn.attention.varlen import varlen_attn
+
+    assert isinstance(causal(varlen_attn), partial)
+    tensors = [torch.empty(6, heads, 8, device="meta", dtype=torch.bfloat16) for heads in (4, 2, 2)]
+    borders = torch.tensor([0, 6], dtype=torch.int32, device="meta")
+    assert causal(varlen_attn)(*tensors, borders, borders, 6, 6).shape == (6, 4, 8)
 
 
 def test_block_table() -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from minnow.config import UserError
 from minnow.data.packing import PackPlan, pack, pack_groups
 from minnow.data.shards import Shards
 from minnow.data.shuffle import permutation
+from minnow.transfer import to_device
 
 _EPOCH = 0xE90C  # keeps the row order apart from other shuffles with the same seed
 
@@ -41,12 +42,16 @@ class Batch:
     """UTF-8 bytes of the text that the supervised targets stand for (control tokens stand for none)."""
     document_ids: tuple[tuple[int, ...], ...]
     """Documents of each row, in order."""
+    supervised_S: Tensor | None = field(default=None, kw_only=True)
+    """int64: where the flattened targets have a weight; `to` looks, as asking the device would make the host wait."""
 
     def to(self, device: torch.device | str) -> Self:
         """Return the batch with its tensors on `device`; `cu_seqlens` stays on the CPU."""
-        tensors: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
         del tensors["cu_seqlens"]
-        return replace(self, **{name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()})
+        tensors["supervised_S"] = self.weights_BT.flatten().nonzero().squeeze(1)
+        moved: dict[str, Any] = {name: to_device(tensor, device) for name, tensor in tensors.items()}
+        return replace(self, **moved)
 
     @property
     def num_real_tokens(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from collections.abc import Sequence as Listing
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +12,8 @@ from torch import Tensor
 
 from minnow.engine.cache import PagedCache, Window
 from minnow.engine.scheduler import Chunk
-from minnow.model.attention import PackedAttention
+from minnow.model.attention import PackedAttention, flash_attention
+from minnow.transfer import to_device
 
 
 class DecodeAttention:
@@ -69,7 +69,7 @@ class MixedAttention:
         start = self._whole_end
         for chunk in chunks[len(whole) :]:
             end = chunk.start + chunk.count
-            past_T = torch.from_numpy(cache.slots(chunk.sequence, 0, end)).to(device)
+            past_T = to_device(torch.from_numpy(cache.slots(chunk.sequence, 0, end)), device)
             places_T = torch.arange(end, device=device)
             self._later.append((start, start + chunk.count, past_T, places_T <= places_T[chunk.start :, None]))
             start += chunk.count
@@ -101,23 +101,17 @@ VARLEN_BLOCK_SIZE = 256
 """Flash attention reads blocks of a multiple of this many tokens."""
 
 
-def varlen_attention(device: torch.device, dtype: torch.dtype) -> Callable[..., Tensor] | None:
-    """torch's flash attention over variable lengths, where it is here and reads blocks; else None."""
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
-        return None
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return None
-    reads_blocks = "block_table" in inspect.signature(varlen_attn).parameters
-    return cast("Callable[..., Tensor]", varlen_attn) if reads_blocks else None
+def varlen_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[..., Tensor] | None:
+    """torch's flash attention over variable lengths where it is here and reads blocks (not yet in torch 2.11)."""
+    attend = flash_attention(device, dtype, head_dim)
+    return attend if attend is not None and "block_table" in inspect.signature(attend).parameters else None
 
 
 class VarlenAttention:
     """All chunks of a step in one kernel that reads the blocks where they lie (CUDA, half precision).
 
-    Row s has queries cu_queries[s] to cu_queries[s + 1], the last of its lengths[s] tokens; its blocks are
-    block_table[s].
+    attend: causal, so that a row's last query sees all of it. Row s has queries cu_queries[s] to cu_queries[s + 1], the
+    last of its lengths[s] tokens; its blocks are block_table[s].
     """
 
     def __init__(
@@ -149,8 +143,6 @@ class VarlenAttention:
             self._cu_lengths,
             self._max_queries,
             self._max_length,
-            window_size=(-1, 0),  # causal: the last query sees all
-            enable_gqa=q.shape[1] != k.shape[1],
             seqused_k=self._lengths_S,
             block_table=self._block_table,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from minnow.engine.sequence import Sequence
 from minnow.model.config import ModelConfig
+from minnow.transfer import to_device
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:
@@ -56,7 +57,7 @@ class PagedCache:
         if not copies:
             return
         device = self.keys[0].device
-        targets, sources = (torch.tensor(list(x), device=device) for x in (copies.keys(), copies.values()))
+        targets, sources = (to_device(torch.tensor(list(x)), device) for x in (copies.keys(), copies.values()))
         for store in (*self.keys, *self.values):
             store.index_copy_(0, targets, store.index_select(0, sources))
 
@@ -103,7 +104,7 @@ class Window:
 
     def _gather(self, row: int, sequence: Sequence, cache: PagedCache) -> None:
         length = sequence.computed
-        slots_T = torch.from_numpy(cache.slots(sequence, 0, length)).to(self.keys[0].device)
+        slots_T = to_device(torch.from_numpy(cache.slots(sequence, 0, length)), self.keys[0].device)
         for layer in range(len(self.keys)):
             self.keys[layer][row, :length], self.values[layer][row, :length] = cache.read(layer, slots_T)
 

@@ -19,6 +19,7 @@ from minnow.engine.blocks import BlockManager
 from minnow.engine.cache import PagedCache, Window, bytes_per_token
 from minnow.engine.compiled import CompiledDecode
 from minnow.engine.grammar import Grammars
+from minnow.engine.graphs import CudaGraphs
 from minnow.engine.outputs import Completions, Delta
 from minnow.engine.packed import PackedModel, can_pack
 from minnow.engine.runner import Decoder, Runner
@@ -306,25 +307,27 @@ class Engine:
         """Scheduler and runner, made when first needed: until then the model may change its device."""
         if self._made is None:
             config, dtype, device = self.model.config, self.model.compute_dtype, self.model.head_weight.device
-            attend = varlen_attention(device, dtype)
+            attend = varlen_attention(device, dtype, config.head_dim)
             size = self._block_size or (16 if attend is None else VARLEN_BLOCK_SIZE)
             context = config.max_position_embeddings
             needed = -(-context // size)  # blocks of a whole context
             fitting = self._memory(device) // bytes_per_token(config, dtype)  # tokens
             max_rows = self._max_rows
             if attend is None:
-                # One half of the memory is for the blocks, the other for the window on the rows that decode.
+                # One half of the memory is for the blocks, the other for the window on the rows that decode. Only a
+                # CPU's window takes no memory where nothing stands.
                 fitting //= 2
-                max_rows = max(1, min(max_rows, fitting // min(context, USUAL_LENGTH)))
+                row = min(context, USUAL_LENGTH) if device.type == "cpu" else context
+                max_rows = max(1, min(max_rows, fitting // row))
             num_blocks = max(needed, min(fitting // size, max_rows * needed))
+            capture = CudaGraphs() if device.type == "cuda" else None
+            spare = 0 if capture is None else 1  # what rows that fill up a recorded step write to
+            cache = PagedCache(config, num_blocks + spare, size, dtype, device)
             runner: Runner | VarlenRunner
             if attend is None:
-                cache = PagedCache(config, num_blocks, size, dtype, device)
-                runner = Runner(cache, Window(config, max_rows, dtype, device))
+                runner = Runner(cache, Window(config, max_rows, dtype, device), capture)
             else:
-                spare = 1  # see VarlenRunner
-                cache = PagedCache(config, num_blocks + spare, size, dtype, device)
-                runner = VarlenRunner(cache, config, max_rows, attend)
+                runner = VarlenRunner(cache, config, max_rows, attend, capture)
             runner.adapters = self._adapters
             scheduler = Scheduler(BlockManager(num_blocks, size), max_rows, self._max_step_tokens)
             self._made = Parts(scheduler, runner)

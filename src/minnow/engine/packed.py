@@ -42,7 +42,10 @@ class PackedModel(nn.Module):
             self.layers = nn.ModuleList(_PackedLayer(cast(DecoderLayer, layer), dtype) for layer in model.model.layers)
             places_T = torch.arange(config.max_position_embeddings, device=self.head_weight.device)
             cos_T, sin_T = rotary_tables(places_T[None], config.head_dim, config.rope_theta, config.rope_scaling)
-            self.cos_T, self.sin_T = cos_T[0], sin_T[0]
+            self.cos_T: Tensor
+            self.sin_T: Tensor
+            self.register_buffer("cos_T", cos_T[0], persistent=False)
+            self.register_buffer("sin_T", sin_T[0], persistent=False)
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attention: Attention) -> Tensor:
         """Hidden states [B, T, D] after the final norm, as `CausalLM.forward` gives them."""

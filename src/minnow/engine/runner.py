@@ -13,11 +13,13 @@ from torch import Tensor
 from minnow.engine.attention import DecodeAttention, MixedAttention
 from minnow.engine.cache import PagedCache, Window
 from minnow.engine.compiled import CompiledDecode
+from minnow.engine.graphs import Capture, Recordings, padded_rows
 from minnow.engine.scheduler import Chunk, Plan
 from minnow.engine.sequence import Sequence
 from minnow.model.attention import Attention
 from minnow.model.config import ModelConfig
 from minnow.model.switched import AdapterChoice
+from minnow.transfer import to_device
 
 MASK_STEP = 64
 """Places by which the mask of rows of unequal length grows."""
@@ -39,9 +41,13 @@ class Decoder(Protocol):
 
 
 class Runner:
-    """Attention by a dense window and gathered blocks: on any device, in any number format."""
+    """Attention by a dense window and gathered blocks: on any device, in any number format.
 
-    def __init__(self, cache: PagedCache, window: Window):
+    capture: on CUDA, records steps in which every row decodes. The cache has one block more then than are handed out:
+    what rows that fill a recorded step up write to.
+    """
+
+    def __init__(self, cache: PagedCache, window: Window, capture: Capture | None = None):
         self.cache = cache
         self.window = window
         self.compiled: CompiledDecode | None = None
@@ -53,11 +59,17 @@ class Runner:
         self._places_T = torch.arange(window.length, device=self._device)
         self._open = torch.zeros(1, 1, 1, window.length, dtype=dtype, device=self._device)
         self._barred = torch.tensor(-torch.inf, dtype=dtype, device=self._device)
+        self._recordings = Recordings(capture)
+        # What a recorded step reads (token, position, slot of each row); its addresses must not change.
+        self._inputs_B3 = torch.zeros(len(window.keys[0]), 3, dtype=torch.int64, device=self._device)
 
     def forget(self) -> None:
         """The weights changed."""
         self.window.clear()
-        self.compiled = None
+        self._recordings.forget()
+        if self.compiled is not None:  # it holds the weights as constants, and so do recordings of it
+            self._recordings.clear()
+            self.compiled = None
 
     def run(self, model: Decoder, plan: Plan) -> tuple[list[Sequence], Tensor]:
         """Compute the plan's chunks; the sequences whose last token was among them and their logits [B, V], fp32."""
@@ -67,12 +79,34 @@ class Runner:
         if len(decoding) < len(plan.chunks):
             others = [chunk for chunk in plan.chunks if chunk not in decoding]
             return self._mixed(model, rows, sorted(others, key=lambda chunk: chunk.start > 0))
+        if self._recordings.possible and self.adapters is None:
+            return rows, self._recorded(model, rows)
         tokens_B, *where = self._decode_inputs(rows)
         if self.compiled is not None:
             return rows, self.compiled(tokens_B, *where)
         attention = DecodeAttention(self.cache, self.window, *where)
         with self._adapted(rows, []):
             return rows, model.logits(model(tokens_B[:, None], where[0][:, None], attention)[:, 0])
+
+    def _recorded(self, model: Decoder, rows: list[Sequence]) -> Tensor:
+        size = min(padded_rows(len(rows)), len(self._inputs_B3))
+        reach = min(padded_reach(max(row.computed for row in rows) + 1), self.window.length)
+        inputs_B3 = np.zeros((size, 3), dtype=np.int64)
+        block = self.cache.block_size
+        inputs_B3[:, 2] = (len(self.cache.keys[0]) - 1) * block  # the spare block
+        for i, row in enumerate(rows):
+            place = row.computed
+            inputs_B3[i] = row.tokens[place], place, row.blocks[place // block] * block + place % block
+        self._inputs_B3[:size] = to_device(torch.from_numpy(inputs_B3), self._device)
+        return self._recordings.run(model, (size, reach), lambda: self._static_step(model, size, reach))[: len(rows)]
+
+    def _static_step(self, model: Decoder, size: int, reach: int) -> Tensor:
+        tokens_B, positions_B, slots_B = self._inputs_B3[:size].unbind(1)
+        where = positions_B, slots_B, self._mask(positions_B, reach)
+        if self.compiled is not None:
+            return self.compiled(tokens_B, *where)
+        attention = DecodeAttention(self.cache, self.window, *where)
+        return model.logits(model(tokens_B[:, None], positions_B[:, None], attention)[:, 0])
 
     def _mixed(self, model: Decoder, rows: list[Sequence], chunks: list[Chunk]) -> tuple[list[Sequence], Tensor]:
         spans = [(chunk.sequence, chunk.start, chunk.start + chunk.count) for chunk in chunks]
@@ -109,8 +143,17 @@ class Runner:
             return inputs_3B[0], positions_B, inputs_3B[2], self._open[..., :reach]
         # In steps of MASK_STEP, so that memory of one size is asked for again and again.
         reach = min(-(-reach // MASK_STEP) * MASK_STEP, self.window.length)
+        return inputs_3B[0], positions_B, inputs_3B[2], self._mask(positions_B, reach)
+
+    def _mask(self, positions_B: Tensor, reach: int) -> Tensor:
+        """[B, 1, 1, T]: -inf on the first `reach` places that lie behind a row's."""
         mask_BT = torch.where(self._places_T[:reach] > positions_B[:, None], self._barred, self._open[0, 0, :, :reach])
-        return inputs_3B[0], positions_B, inputs_3B[2], mask_BT[:, None, None]
+        return mask_BT[:, None, None]
 
     def _tensor(self, numbers: Listing[object] | np.ndarray) -> Tensor:
-        return torch.as_tensor(numbers, dtype=torch.int64).to(self._device)
+        return to_device(torch.as_tensor(numbers, dtype=torch.int64), self._device)
+
+
+def padded_reach(length: int) -> int:
+    """Places that a recorded step looks at for rows up to so long: 256, 512, 1024 and so on."""
+    return max(256, 1 << (length - 1).bit_length())

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
+from inspect import signature
 from itertools import pairwise
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from minnow.transfer import to_device
 
 
 class Attention(Protocol):
@@ -52,34 +56,31 @@ class PackedAttention:
     never crosses a row). Pieces of similar length are gathered into one group [n, L], padded at their end
     to the group's length. A real query never sees a key after it, so padding needs no mask, and no gradient
     comes from it. The plan of indices is made once and serves all layers. On CUDA in half precision, flash
-    attention over variable lengths does the same without padding.
+    attention over variable lengths does the same without padding, and no plan is made.
     """
 
     def __init__(self, cu_seqlens: Tensor, device: torch.device | str = "cpu") -> None:
-        borders = cu_seqlens.tolist()
-        lengths = {end - start for start, end in pairwise(borders)}
-        self.max_length = max(lengths)
-        device = torch.device(device)
+        self._cu_seqlens = cu_seqlens
+        self._device = torch.device(device)
+        self._lengths = set(cu_seqlens.diff().tolist())
+        self.max_length = max(self._lengths)
+
+    @cached_property
+    def _plan(self) -> _Plan | None:
         # Pieces of one length all over: the tokens already stand in the only group.
-        self._plan = None if len(lengths) == 1 else _make_plan(borders, device)
-        self._varlen = _varlen_attention() if device.type == "cuda" else None
-        self._borders = cu_seqlens.to(device, torch.int32)
+        return None if len(self._lengths) == 1 else _make_plan(self._cu_seqlens.tolist(), self._device)
+
+    @cached_property
+    def _borders(self) -> Tensor:
+        return to_device(self._cu_seqlens.to(torch.int32), self._device)
 
     def __call__(self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
         """Attend within pieces."""
         q_NHd, k_NKd, v_NKd = q_BTHd.flatten(0, 1), k_BTKd.flatten(0, 1), v_BTKd.flatten(0, 1)
-        if self._varlen is not None and q_NHd.dtype in (torch.float16, torch.bfloat16):
-            out_NHd = self._varlen(
-                q_NHd,
-                k_NKd,
-                v_NKd,
-                self._borders,
-                self._borders,
-                self.max_length,
-                self.max_length,
-                window_size=(-1, 0),  # causal
-                enable_gqa=q_NHd.shape[1] != k_NKd.shape[1],
-            )
+        flash = flash_attention(q_NHd.device, q_NHd.dtype, q_NHd.shape[-1])
+        if flash is not None:
+            borders, length = self._borders, self.max_length
+            out_NHd = flash(q_NHd, k_NKd, v_NKd, borders, borders, length, length)
         elif self._plan is None:
             out_NHd = _attend_in_group(q_NHd, k_NKd, v_NKd, self.max_length)
         else:
@@ -124,9 +125,9 @@ def _make_plan(borders: list[int], device: torch.device) -> _Plan:
     slot_of_token = torch.empty(borders[-1], dtype=torch.int64)
     slot_of_token[token_of_slot[real_slots]] = real_slots
     return _Plan(
-        token_of_slot=token_of_slot.to(device),
-        padding=is_padding_P.nonzero().squeeze(1).to(device),
-        slot_of_token=slot_of_token.to(device),
+        token_of_slot=to_device(token_of_slot, device),
+        padding=to_device(is_padding_P.nonzero().squeeze(1), device),
+        slot_of_token=to_device(slot_of_token, device),
         sizes=[len(tokens) for tokens, _ in rows],
         lengths=sorted(by_length),
     )
@@ -165,10 +166,30 @@ class _FromGroups(torch.autograd.Function):
         return grad_P.index_fill_(0, ctx.plan.padding, 0), None
 
 
-def _varlen_attention() -> Callable[..., Tensor] | None:
-    """torch's variable-length flash attention, or None where this torch has none."""
+@cache
+def flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[..., Tensor] | None:
+    """torch's causal flash attention over sequences of different lengths, `varlen_attn`, or None where it cannot be.
+
+    It takes (q [N, H, d], k and v [N, K, d], borders of the queries and of the keys, int32, longest of each). Its
+    kernels are for Ampere and newer, for half precision, and for heads whose size is a multiple of 8; backward, those
+    of consumer cards end at 192.
+    """
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 192:
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):
+        return None
     try:
-        from torch.nn.attention import varlen
+        from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    return cast("Callable[..., Tensor]", varlen.varlen_attn)
+    return causal(varlen_attn)
+
+
+def causal(varlen_attn: Callable[..., Any]) -> Callable[..., Tensor]:
+    """Bind what makes `varlen_attn` causal and lets key heads be fewer than query heads; each torch says it its own
+    way: 2.10 has `is_causal`, 2.11 has `window_size` in its place, later ones ask for `enable_gqa` besides."""
+    arguments = signature(varlen_attn).parameters
+    bound: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in arguments else {"is_causal": True}
+    if "enable_gqa" in arguments:
+        bound["enable_gqa"] = True
+    return partial(varlen_attn, **bound)

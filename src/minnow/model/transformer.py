@@ -234,6 +234,11 @@ class CausalLM(nn.Module):
         """Scores of every token: hidden [..., D] -> fp32 [..., V]."""
         return F.linear(hidden, self.head_weight.to(hidden.dtype)).float()
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether training runs compiled parts."""
+        return self._compiled is not None
+
     def compile_backbone(self) -> None:
         """Compile the parts around attention, once for all layers; used wherever gradients are recorded."""
         self._compiled = _LayerParts(

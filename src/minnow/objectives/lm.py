@@ -18,6 +18,16 @@ from torch.autograd.function import once_differentiable
 # Tokens a chunk, by measurement on a CPU at N = 8192, D = 512, V = 6400 in float32: 64 takes 1.4 times as long, 128 and
 # 256 a little longer, 1024 as long with more memory.
 CHUNK_SIZE = 512
+# On a GPU a chunk's dozen kernels are launched in about as many times 5 microseconds: so many logits (128 MiB in
+# float32) keep it busy for longer than that.
+_CHUNK_LOGITS_DEVICE = 2**25
+
+
+def chunk_tokens(device: torch.device, vocab_size: int) -> int:
+    """Tokens a chunk: on a CPU what its caches hold, elsewhere enough to keep the device busy."""
+    if device.type == "cpu":
+        return CHUNK_SIZE
+    return max(CHUNK_SIZE, _CHUNK_LOGITS_DEVICE // vocab_size // 128 * 128)
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -38,8 +48,9 @@ def linear_cross_entropy(
     weights_N: Tensor,
     *,
     z_loss: float = 0.0,
-    chunk_size: int = CHUNK_SIZE,
+    chunk_size: int | None = None,
     compiled: bool = False,
+    supervised_S: Tensor | None = None,
 ) -> LinearCrossEntropy:
     """Sum the weighted cross-entropy of `targets_N` under softmax(hidden W^T).
 
@@ -60,10 +71,13 @@ def linear_cross_entropy(
     `loss_sum` has one: two outputs could ask for two different multiples. `weights_N` gets no gradient, and
     there is no second derivative.
 
-    Shapes: hidden [N, D], weight [V, D], targets [N] int64, weights [N] float. `compiled` runs the softmax
-    part through torch.compile, which needs a C++ compiler on a CPU.
+    Shapes: hidden [N, D], weight [V, D], targets [N] int64, weights [N] float. `chunk_size` is in tokens, None takes
+    what suits the device. `compiled` runs the softmax part through torch.compile, which needs a C++ compiler on a CPU.
+    `supervised_S` are the places of `weights_N` that are not 0, int64, where the caller knows them: to look for them on
+    a GPU, the host has to wait for it.
     """
-    selected_S = weights_N.nonzero().squeeze(1)
+    chunk_size = chunk_size or chunk_tokens(hidden_ND.device, len(weight_VD))
+    selected_S = weights_N.nonzero().squeeze(1) if supervised_S is None else supervised_S
     compute = _compiled_softmax_chunk() if compiled else _softmax_chunk
     arguments = (hidden_ND, weight_VD, targets_N, weights_N, selected_S, z_loss, chunk_size, compute)
     if torch.is_grad_enabled() and (hidden_ND.requires_grad or weight_VD.requires_grad):
@@ -165,7 +179,7 @@ def _softmax_chunk(
     return nll_sum, z_loss_sum, gradient_CV.to(logits_CV.dtype)
 
 
-def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk_size: int = CHUNK_SIZE) -> Tensor:
+def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, chunk_size: int | None = None) -> Tensor:
     """Log-probability of each target under softmax(hidden W^T), [N] in float32 (float64 for float64 hidden
     states).
 
@@ -174,6 +188,7 @@ def token_logprobs(hidden_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, c
     incoming gradient before. Select the positions you need before the call. Shapes and dtypes as in
     `linear_cross_entropy`.
     """
+    chunk_size = chunk_size or chunk_tokens(hidden_ND.device, len(weight_VD))
     return _TokenLogprobs.apply(hidden_ND, weight_VD, targets_N, chunk_size)
 
 

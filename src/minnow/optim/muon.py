@@ -133,9 +133,11 @@ def _update_stack(params: list[Tensor], buffers: list[Tensor], momentum: float, 
         update_BMN = on_whole_matrices(orthogonal, update_BMN, first)
     elif update_BMN.numel():
         update_BMN = orthogonal(update_BMN)
+    update_BMN = update_BMN.to(params[0].dtype)  # the updates below are one kernel where all is of one dtype
     lr, scale = group["lr"], scale_of(first, group["update_scale"])
-    for p, update_EMN in zip(params, update_BMN.split(counts), strict=True):
-        p.mul_(1 - lr * group["weight_decay"]).add_(update_EMN.view(p.shape), alpha=-lr * scale)
+    updates = [update_EMN.view(p.shape) for p, update_EMN in zip(params, update_BMN.split(counts), strict=True)]
+    torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+    torch._foreach_add_(params, updates, alpha=-lr * scale)
 
 
 def scale_of(parameter: Tensor, update_scale: UpdateScale) -> float:

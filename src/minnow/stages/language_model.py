@@ -26,6 +26,7 @@ from minnow.report.run_report import write_report
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import first_goes_first, is_first, rank, world_size
+from minnow.training.hardware import device_name
 from minnow.training.objective import BatchT, LanguageModeling, Objective, PackedBatches, Rows
 from minnow.training.session import Machine, RunFolder, train, with_machine
 from minnow.training.trainer import Trainer
@@ -158,7 +159,7 @@ def run_lesson(
     console.print(
         f"{title}: {trained_parameters(model)}; {tokens:,} tokens in {steps} updates of "
         f"{config.training.batch_tokens:,}; {flops:.2e} FLOPs; rows {packed.train.fill:.1%} full; "
-        f"{machine.device.type}, {config.training.precision}",
+        f"{device_name(machine.device)}, {config.training.precision}",
         highlight=False,
     )
     machine.place(model, config.training, flops, lambda text: console.print(text, highlight=False))

@@ -27,7 +27,7 @@ from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, build_optimizers, parameter_groups
 from minnow.stages import pretrain
 from minnow.training.config import TrainingConfig
-from minnow.training.hardware import matmul_peak, synchronize
+from minnow.training.hardware import matmul_peak, precision_name, synchronize
 from minnow.training.objective import LanguageModeling
 from minnow.training.probe import random_batch, tokens_per_second
 from minnow.training.session import Machine
@@ -140,7 +140,7 @@ def make_plan(config: Config) -> Plan:
         flops=tokens * flops_per_token,
         memory=_memory(config, shape, machine.dtype),
         device=machine.device.type,
-        precision={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[machine.dtype],
+        precision=precision_name(machine.dtype),
         matmul_peak=peak,
         speed=speed,
     )

@@ -14,9 +14,14 @@ import torch
 from minnow.config import UserError
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[Precision, torch.dtype] = {
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+}
 
 
 def choose_device(name: DeviceName) -> torch.device:
@@ -42,10 +47,34 @@ def has_fast_bf16(device: torch.device) -> bool:
 
 
 def choose_precision(name: Precision, device: torch.device) -> torch.dtype:
-    """Return the compute dtype; `auto` is bf16 where the hardware has it, else fp32."""
+    """Return the compute dtype; `auto` is bf16 where the hardware has it, else fp32.
+
+    On CUDA it also says, here and nowhere else, whether this process may multiply float32 as TF32 (10 bits of fraction
+    instead of 23): with `tf32` only. Sums and everything between the products stay float32. UserError where the
+    hardware has no TF32.
+    """
     if name == "auto":
         name = "bf16" if has_fast_bf16(device) else "fp32"
+    if name == "tf32" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):
+        raise UserError("--precision tf32: only NVIDIA GPUs from Ampere on have it; use fp32")
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
     return DTYPES[name]
+
+
+def precision_name(dtype: torch.dtype) -> Precision:
+    """What `choose_precision` was last told, given what it answered."""
+    if dtype == torch.float32 and torch.get_float32_matmul_precision() == "high":
+        return "tf32"
+    return next(name for name, of_name in DTYPES.items() if of_name == dtype)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what the device is, for a person: "cpu", or "cuda (NVIDIA H200, 150 GB)"."""
+    if device.type != "cuda":
+        return device.type
+    properties = torch.cuda.get_device_properties(device)
+    return f"cuda ({properties.name}, {properties.total_memory / 1e9:.0f} GB)"
 
 
 def has_cpp_compiler() -> bool:
@@ -61,23 +90,34 @@ def synchronize(device: torch.device) -> None:
         torch.mps.synchronize()
 
 
-@cache
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the machine's matrix-product peak in FLOP/s: the fastest of seven products of square matrices.
+    """Measure the machine's matrix-product peak in FLOP/s: the fastest of seven trials with square random matrices.
 
     Model FLOP utilisation is given against this figure, not against a vendor's table, so that it means the same
-    on a laptop and on a shared server.
+    on a laptop and on a shared server. Random, because a GPU that multiplies zeros draws less power and runs faster.
     """
-    size = 8192 if device.type == "cuda" else 2048
+    return _matmul_peak(torch.device(device.type), dtype, torch.get_float32_matmul_precision())
+
+
+@cache
+def _matmul_peak(device: torch.device, dtype: torch.dtype, fp32_products: str) -> float:
+    cuda = device.type == "cuda"
+    size, in_a_row = (8192, 8) if cuda else (2048, 1)  # a launch and a wait are 2% of one product on a large GPU
     a = torch.randn(size, size, device=device).to(dtype)
+    out = torch.empty_like(a)
     seconds = []
     for _ in range(7):
         synchronize(device)
         start = time.perf_counter()
-        a @ a
+        for _ in range(in_a_row):
+            torch.mm(a, a, out=out)
         synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return 2 * size**3 / min(seconds)
+    if cuda:
+        del a, out
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return 2 * size**3 * in_a_row / min(seconds)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

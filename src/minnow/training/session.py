@@ -21,7 +21,7 @@ from minnow.model.transformer import CausalLM
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import first_goes_first, from_first, is_first
-from minnow.training.hardware import choose_device, choose_precision, has_cpp_compiler, matmul_peak
+from minnow.training.hardware import choose_device, choose_precision, has_cpp_compiler, matmul_peak, precision_name
 from minnow.training.lock import FILE as LOCK
 from minnow.training.lock import FolderLock
 from minnow.training.parallel import parallelise
@@ -196,7 +196,7 @@ def with_machine(config: ConfigT, machine: Machine) -> ConfigT:
     training = dataclasses.replace(
         config.training,  # type: ignore[attr-defined]
         device=machine.device.type,
-        precision={torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[machine.dtype],
+        precision=precision_name(machine.dtype),
     )
     return dataclasses.replace(config, training=training)  # type: ignore[type-var]
 
