@@ -28,7 +28,9 @@ from minnow.engine.sampling import SamplingParams
 from minnow.engine.scheduler import Scheduler
 from minnow.engine.sequence import Request, Sequence
 from minnow.engine.varlen_runner import VarlenRunner
-from minnow.model.pretrained import load_pretrained, resolve_model_folder
+from minnow.model.lora import Quantization
+from minnow.model.pretrained import resolve_model_folder
+from minnow.model.quantize import load_quantized
 from minnow.model.switched import add_switched
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer.tokenizer import Tokenizer
@@ -92,15 +94,16 @@ class Engine:
         *,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        quantize: Quantization = "none",
         **settings: Any,
     ) -> Engine:
         """Load MODEL (a model folder, a run folder or a Hub id) and its tokenizer; dtype None keeps what is stored.
 
-        settings: those of the engine itself.
+        quantize: int8 rounds the matrices of the layers as they are loaded. settings: those of the engine itself.
         """
         folder = resolve_model_folder(model)
         tokenizer = Tokenizer.from_pretrained(folder)
-        return cls(load_pretrained(folder, dtype=dtype, device=device), tokenizer, **settings)
+        return cls(load_quantized(folder, quantize, dtype=dtype, device=device), tokenizer, **settings)
 
     def generate(
         self, prompts: Listing[Prompt], params: SamplingParams | Listing[SamplingParams] | None = None

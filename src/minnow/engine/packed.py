@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minnow.model.attention import Attention
+from minnow.model.int8 import int8_linear
 from minnow.model.rope import rotary_tables, rotate
 from minnow.model.transformer import MLP, CausalLM, DecoderLayer, Linear
 
@@ -55,14 +56,14 @@ class PackedModel(nn.Module):
         x = F.embedding(tokens_BT, self.embedding)
         for index, module in enumerate(self.layers):
             layer = cast(_PackedLayer, module)
-            qkv = F.linear(self._rms(x, layer.input_norm), layer.qkv, layer.qkv_bias)
+            qkv = layer.qkv(self._rms(x, layer.input_norm))
             q, k, v = qkv.unflatten(-1, (-1, config.head_dim)).split(heads, dim=-2)
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = self._rms(q, layer.q_norm), self._rms(k, layer.k_norm)
             attended = attention(index, rotate(q, cos, sin), rotate(k, cos, sin), v)
-            x = x + F.linear(attended.flatten(-2), layer.out, layer.out_bias)
-            gate, up = F.linear(self._rms(x, layer.mlp_norm), layer.gate_up, layer.gate_up_bias).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, layer.down, layer.down_bias)
+            x = x + layer.out(attended.flatten(-2))
+            gate, up = layer.gate_up(self._rms(x, layer.mlp_norm)).chunk(2, dim=-1)
+            x = x + layer.down(F.silu(gate) * up)
         return self._rms(x, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -80,24 +81,38 @@ class _PackedLayer(nn.Module):
         super().__init__()
         attention, mlp = layer.self_attn, cast(MLP, layer.mlp)
         self.input_norm = _frozen(layer.input_layernorm.weight, torch.float32)
-        self.qkv = _frozen(torch.cat([p.weight for p in _qkv(layer)]), dtype)
-        self.qkv_bias = _frozen_bias(_qkv(layer), dtype)
+        self.qkv = _PackedLinear(_qkv(layer), dtype)
         self.q_norm = None if attention.q_norm is None else _frozen(attention.q_norm.weight, torch.float32)
         self.k_norm = None if attention.k_norm is None else _frozen(attention.k_norm.weight, torch.float32)
-        self.out = _frozen(attention.o_proj.weight, dtype)
-        self.out_bias = _frozen_bias([attention.o_proj], dtype)
+        self.out = _PackedLinear([attention.o_proj], dtype)
         self.mlp_norm = _frozen(layer.post_attention_layernorm.weight, torch.float32)
-        self.gate_up = _frozen(torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]), dtype)
-        self.gate_up_bias = _frozen_bias([mlp.gate_proj, mlp.up_proj], dtype)
-        self.down = _frozen(mlp.down_proj.weight, dtype)
-        self.down_bias = _frozen_bias([mlp.down_proj], dtype)
+        self.gate_up = _PackedLinear([mlp.gate_proj, mlp.up_proj], dtype)
+        self.down = _PackedLinear([mlp.down_proj], dtype)
 
 
-def _qkv(layer: DecoderLayer) -> tuple[nn.Linear, ...]:
+class _PackedLinear(nn.Module):
+    """Some linear layers of one input, their outputs side by side."""
+
+    def __init__(self, linears: Sequence[Linear], dtype: torch.dtype):
+        super().__init__()
+        scales = [linear.weight_scale for linear in linears if linear.weight_scale is not None]
+        biases = [linear.bias for linear in linears if linear.bias is not None]
+        self.weight = _frozen(_joined([linear.weight for linear in linears]), torch.int8 if scales else dtype)
+        self.weight_scale = _frozen(_joined(scales), torch.float32) if scales else None
+        self.bias = _frozen(_joined(biases), dtype) if biases else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.weight_scale is None:
+            return F.linear(x, self.weight, self.bias)
+        y = int8_linear(x, self.weight, self.weight_scale)
+        return y if self.bias is None else y + self.bias
+
+
+def _qkv(layer: DecoderLayer) -> tuple[Linear, ...]:
     return layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj
 
 
-def _mlp(layer: DecoderLayer) -> tuple[nn.Linear, ...]:
+def _mlp(layer: DecoderLayer) -> tuple[Linear, ...]:
     mlp = cast(MLP, layer.mlp)
     return mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
@@ -107,6 +122,6 @@ def _frozen(weight: Tensor, dtype: torch.dtype) -> nn.Parameter:
     return nn.Parameter(weight.detach().to(dtype), requires_grad=False)
 
 
-def _frozen_bias(linears: Sequence[nn.Linear], dtype: torch.dtype) -> nn.Parameter | None:
-    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-    return _frozen(torch.cat(biases), dtype) if biases else None
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    """One tensor stays where it is, shared with the model."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(list(tensors))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +21,9 @@ from torch import Tensor, nn
 
 from minnow.config import UserError
 from minnow.model.transformer import CausalLM, Linear
+
+Quantization = Literal["none", "int8"]
+"""Number format of frozen matrices in memory, see quantize.py."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,8 @@ class LoraConfig:
     """Learn the length of each row of the weight apart from its direction; slower, often better at small ranks."""
     targets: tuple[str, ...] = ("*_proj",)
     """Linear layers to adapt: patterns with * and ? of names or of their ends, such as q_proj or layers.0.mlp.*"""
+    quantize: Quantization = "none"
+    """int8: hold the frozen model's matrices as 8-bit integers in training; a quarter of fp32's memory."""
 
     def __post_init__(self) -> None:
         if self.rank < 0:
@@ -46,6 +52,8 @@ class LoraConfig:
             raise UserError(f"lora.dropout is {self.dropout}: it lies from 0 to below 1")
         if self.rank and not self.targets:
             raise UserError("lora.targets is empty: name at least one pattern of linear layers")
+        if self.quantize != "none" and not self.rank:
+            raise UserError("lora.quantize rounds a frozen model, but lora.rank is 0 and all of it is trained")
 
     @property
     def chosen_alpha(self) -> float:
@@ -74,7 +82,7 @@ class LoraLinear(Linear):
     def __init__(self, linear: Linear, rank: int, scaling: float, *, dropout: float = 0.0, dora: bool = False) -> None:
         bias = linear.bias is not None
         super().__init__(linear.in_features, linear.out_features, bias=bias, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
+        self.share(linear)
         self.scaling, self.dropout = scaling, dropout
         self.enabled = True
         device = linear.weight.device
@@ -90,13 +98,13 @@ class LoraLinear(Linear):
         self.lora_A.weight.copy_(drawn)
         self.lora_B.weight.zero_()
         if self.lora_magnitude_vector is not None:
-            self.lora_magnitude_vector.copy_(self.weight.float().norm(dim=1))
+            self.lora_magnitude_vector.copy_(self.matrix().norm(dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in x's dtype."""
         if not self.enabled:
             return super().forward(x)
-        y = self.adapt(x, F.linear(x, self.weight.to(x.dtype)))
+        y = self.adapt(x, self.product(x))
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
     def adapt(self, x: Tensor, y: Tensor) -> Tensor:
@@ -108,7 +116,9 @@ class LoraLinear(Linear):
 
     @torch.no_grad()
     def merged(self) -> Linear:
-        """The plain layer that computes the same, in the weight's own dtype."""
+        """The plain layer that computes the same, in the weight's own dtype. ValueError where that is int8."""
+        if self.weight_scale is not None:
+            raise ValueError("an adapter is merged into the unquantised weights, not into rounded ones")
         weight = self._direction()
         if self.lora_magnitude_vector is not None:
             weight = weight * (self.lora_magnitude_vector / _row_lengths(weight)).unsqueeze(1)
@@ -118,7 +128,7 @@ class LoraLinear(Linear):
 
     def _direction(self) -> Tensor:
         """W + s B A in float32."""
-        return self.weight.float() + self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
+        return self.matrix() + self.scaling * (self.lora_B.weight.float() @ self.lora_A.weight.float())
 
 
 def _row_lengths(weight: Tensor) -> Tensor:

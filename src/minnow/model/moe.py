@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minnow.model.experts_config import ExpertsConfig
+from minnow.model.int8 import int8_linear
 
 # Slots of an expert on CUDA, in bf16: each expert's tokens begin at 16 bytes in the gradient of the weights, too.
 _CUDA_ALIGNMENT = 8
@@ -100,7 +101,14 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """E SwiGLU MLPs without biases, stacked: gate and up [E, F, D], down [E, D, F]."""
+    """E SwiGLU MLPs without biases, stacked: gate and up [E, F, D], down [E, D, F].
+
+    The scales are None, or fp32 [E, F] and [E, D] where quantize.py has made the weights int8.
+    """
+
+    gate_proj_scale: nn.Parameter | None
+    up_proj_scale: nn.Parameter | None
+    down_proj_scale: nn.Parameter | None
 
     def __init__(self, width: int, config: ExpertsConfig) -> None:
         super().__init__()
@@ -108,18 +116,26 @@ class Experts(nn.Module):
         self.gate_proj = nn.Parameter(torch.empty(count, inner, width))
         self.up_proj = nn.Parameter(torch.empty(count, inner, width))
         self.down_proj = nn.Parameter(torch.empty(count, width, inner))
+        for name in ("gate_proj_scale", "up_proj_scale", "down_proj_scale"):
+            self.register_parameter(name, None)
 
     def forward(self, x_ND: Tensor, experts_Nk: Tensor, weights_Nk: Tensor) -> Tensor:
         """Sum of each token's chosen experts' outputs, weighted: [N, D] in x's dtype."""
         # The kernels read rows 16 bytes at a time.
         sides = (side * x_ND.itemsize % 16 for side in self.gate_proj.shape[1:])
-        grouped = not any(sides) and _has_grouped_mm(x_ND.device, x_ND.dtype)
+        grouped = self.gate_proj_scale is None and not any(sides) and _has_grouped_mm(x_ND.device, x_ND.dtype)
         alignment = _CUDA_ALIGNMENT if grouped and x_ND.device.type == "cuda" else 1
         plan = make_plan(experts_Nk, len(self.gate_proj), alignment)
-        multiply = grouped_product if grouped else looped_product
+
+        def multiply(x_PI: Tensor, weight_EOI: Tensor, scale_EO: Tensor | None) -> Tensor:
+            if scale_EO is not None:
+                return looped_int8_product(x_PI, weight_EOI, scale_EO, plan)
+            return (grouped_product if grouped else looped_product)(x_PI, weight_EOI, plan)
+
         x_PD = _ToExperts.apply(x_ND, plan)
-        hidden_PF = F.silu(multiply(x_PD, self.gate_proj, plan)) * multiply(x_PD, self.up_proj, plan)
-        out_AD = _FromExperts.apply(multiply(hidden_PF, self.down_proj, plan), plan)
+        gate_PF = multiply(x_PD, self.gate_proj, self.gate_proj_scale)
+        hidden_PF = F.silu(gate_PF) * multiply(x_PD, self.up_proj, self.up_proj_scale)
+        out_AD = _FromExperts.apply(multiply(hidden_PF, self.down_proj, self.down_proj_scale), plan)
         return torch.einsum("nk,nkd->nd", weights_Nk.to(x_ND.dtype), out_AD.view(*experts_Nk.shape, -1))
 
 
@@ -218,6 +234,12 @@ def looped_product(x_PI: Tensor, weight_EOI: Tensor, plan: Plan) -> Tensor:
     # Split and unbound once: the gradients of single slices would each be filled up with zeros to full size.
     groups = zip(x_PI.split(counts), weight_EOI.to(x_PI.dtype).unbind(0), strict=True)
     return torch.cat([F.linear(group, weight) for group, weight in groups if len(group)])
+
+
+def looped_int8_product(x_PI: Tensor, weight_EOI: Tensor, scale_EO: Tensor, plan: Plan) -> Tensor:
+    """The same with int8 weights: of an expert that no token chose nothing is read."""
+    groups = zip(x_PI.split(plan.counts.tolist()), weight_EOI, scale_EO, strict=True)
+    return torch.cat([int8_linear(group, *expert) for group, *expert in groups if len(group)])
 
 
 def grouped_product(x_PI: Tensor, weight_EOI: Tensor, plan: Plan) -> Tensor:

@@ -100,17 +100,22 @@ def _write_model(
 
 
 def load_pretrained(
-    folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    folder: str | Path,
+    *,
+    base: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
 ) -> CausalLM:
     """Read a Qwen3, Qwen2, Llama, Qwen3-MoE or GLM-4-MoE folder (ours or anybody's), a run folder or a Hub id.
 
-    An adapter's folder gives its base with the adapter merged into it: a plain model.
+    An adapter's folder gives its base with the adapter merged into it: a plain model. base: where that lies now, if
+    not where it did; only of an adapter.
     dtype: of the parameters and of compute_dtype; None keeps what is stored. Every tensor must be there in
     its shape and none may be left over: UserError lists what does not fit.
     """
     folder = resolve_model_folder(folder)
-    if is_adapter(folder):
-        model = load_with_adapter(folder)
+    if is_adapter(folder) or base is not None:
+        model = load_with_adapter(folder, base)
         merge_lora(model)
         model.to(device)
         for parameter in model.parameters():

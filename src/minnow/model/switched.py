@@ -8,7 +8,6 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minnow.config import UserError
@@ -49,13 +48,13 @@ class SwitchedLinear(Linear):
     def __init__(self, linear: Linear, adapters: Mapping[str, LoraLinear], choice: AdapterChoice) -> None:
         bias = linear.bias is not None
         super().__init__(linear.in_features, linear.out_features, bias=bias, device="meta")
-        self.weight, self.bias = linear.weight, linear.bias
+        self.share(linear)
         self._others = (dict(adapters), choice)  # in a tuple, where nn.Module does not look for modules
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], each token through its adapter."""
         adapters, choice = self._others
-        y = F.linear(x, self.weight.to(x.dtype))
+        y = self.product(x)
         x_ND, y_NO = x.flatten(0, -2), y.flatten(0, -2)
         for name, places in choice.places.items():
             if name in adapters:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from minnow.model.attention import Attention
 from minnow.model.checkpointing import GradientCheckpointing, checkpointed
 from minnow.model.config import ModelConfig
 from minnow.model.init import InitConfig, initialize
+from minnow.model.int8 import from_int8, int8_linear
 from minnow.model.moe import Decisions, MoE, Routing
 from minnow.model.norm import RMSNorm
 from minnow.model.rope import rotary_tables, rotate
@@ -25,7 +26,16 @@ QKV = tuple[Tensor, Tensor, Tensor]
 
 
 class Linear(nn.Linear):
-    """Computes in its input's dtype: the master weight may be fp32 while the residual stream is bf16."""
+    """Computes in its input's dtype: the master weight may be fp32 while the residual stream is bf16.
+
+    weight_scale: None, or fp32 [out] where quantize.py has made the weight int8.
+    """
+
+    weight_scale: nn.Parameter | None
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, **factory: Any) -> None:
+        super().__init__(in_features, out_features, bias=bias, **factory)
+        self.register_parameter("weight_scale", None)
 
     def reset_parameters(self) -> None:
         """Leave the memory as it is: `initialize` draws all weights at once."""
@@ -33,7 +43,24 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in x's dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        if self.weight_scale is None:
+            return F.linear(x, self.weight.to(x.dtype), bias)
+        y = self.product(x)
+        return y if bias is None else y + bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """W x without the bias."""
+        if self.weight_scale is None:
+            return F.linear(x, self.weight.to(x.dtype))
+        return int8_linear(x, self.weight, self.weight_scale)
+
+    def matrix(self) -> Tensor:
+        """W in fp32."""
+        return self.weight.float() if self.weight_scale is None else from_int8(self.weight, self.weight_scale)
+
+    def share(self, linear: Linear) -> None:
+        """Take over the weights of another layer of the same shape: the same tensors, not copies."""
+        self.weight, self.bias, self.weight_scale = linear.weight, linear.bias, linear.weight_scale
 
 
 class Embedding(nn.Embedding):

@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from minnow.config import UserError
+from minnow.model.quantize import is_quantized
 from minnow.model.transformer import CausalLM
 from minnow.training.config import Parallel
 from minnow.training.distribution import is_first, local_world_size, world_size
@@ -38,6 +39,8 @@ def parallelise(model: CausalLM, mode: Parallel, device: torch.device) -> None:
     if device.type == "mps":
         raise UserError("--device mps: one process can use it, not several; give --nproc 1 or --device cpu")
     mode = choose_parallel(mode, model, device)
+    if mode != "ddp" and is_quantized(model):
+        raise UserError(f"--training.parallel {mode}: int8 weights are not sliced; give ddp, or --lora.quantize none")
     if mode == "ddp":
         _replicate(model, device)
     else:

@@ -17,6 +17,7 @@ from minnow.config import UserError, atomic_write, config_to_yaml
 from minnow.model.adapter import is_adapter
 from minnow.model.lora import LoraConfig, add_lora
 from minnow.model.pretrained import is_model_folder, load_pretrained, resolve_model_folder, save_pretrained
+from minnow.model.quantize import quantize
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
@@ -59,7 +60,7 @@ class Machine:
         """
         model.to(torch.float32)
         for parameter in model.parameters():
-            if not parameter.requires_grad and parameter.ndim > 1:
+            if not parameter.requires_grad and parameter.ndim > 1 and parameter.is_floating_point():
                 parameter.data = parameter.data.to(self.dtype)
         model.compute_dtype = self.dtype
         parallelise(model, config.parallel, self.device)
@@ -179,13 +180,16 @@ def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Conso
 def load_start(init_from: str, lora: LoraConfig, *, seed: int) -> tuple[CausalLM, Tokenizer]:
     """The model that a stage starts from, and its tokenizer.
 
-    With `lora.rank` the model is frozen and has fresh adapters, which alone are trained, checkpointed and saved.
+    With `lora.rank` the model is frozen, with `lora.quantize` int8 too, and has fresh adapters, which alone are
+    trained, checkpointed and saved.
     """
     folder = resolve_model_folder(init_from)
     model = load_pretrained(folder)
     if lora.rank:
         if is_adapter(folder):
             raise UserError(f"{init_from} is an adapter: merge it (minnow merge-lora) before another is put on it")
+        if lora.quantize == "int8":
+            quantize(model)
         base = str(folder.resolve()) if Path(init_from).exists() else init_from
         add_lora(model, lora, base=base, seed=seed)
     return model, Tokenizer.from_pretrained(folder)
