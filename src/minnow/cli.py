@@ -98,11 +98,21 @@ def _dispatch(words: list[str]) -> int:
         raise UserError(_unknown(words, group))
     stage = importlib.import_module(f"minnow.stages.{COMMANDS[name].module}")
     config = parse_config(stage.Config, with_preset(name, words[len(name.split()) :]), program=f"minnow {name}")
+
+    def work() -> None:
+        try:
+            stage.run(config)
+        except (MemoryError, RuntimeError) as error:
+            from minnow.stages.advice import advised  # late: it imports torch
+
+            with advised(f"minnow {name} was at work", config):
+                raise error
+
     if hasattr(config, "run") and hasattr(config, "training"):  # it trains: in one process or in several
         from minnow.training.launch import run_stage
 
-        return run_stage(lambda: stage.run(config), words, config.training)
-    stage.run(config)
+        return run_stage(work, words, config.training)
+    work()
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from minnow.engine.engine import Engine, Prompt
 from minnow.engine.outputs import Delta
 from minnow.engine.sampling import SamplingParams
+from minnow.out_of_memory import explained, is_out_of_memory
 
 R = TypeVar("R")
 
@@ -202,7 +203,13 @@ class AsyncEngine:
             try:
                 self._deliver(self.engine.step())
             except Exception as error:
-                _log.exception("a step of the engine failed; the answers under way are lost")
+                if is_out_of_memory(error):
+                    error = explained(
+                        error, "answering", ["--memory_share or --max_answers: set less aside, take fewer"]
+                    )
+                    _log.error("%s\nthe answers under way are lost", error)
+                else:
+                    _log.exception("a step of the engine failed; the answers under way are lost")
                 self._fail(error)
         self._fail(ClosedError("the engine has stopped"))
 

@@ -49,8 +49,8 @@ class Engine:
 
     max_rows: most sequences decoded at once. max_step_tokens: most tokens in one forward pass; longer prompts
     are read in pieces. block_size: tokens in a block of the cache; None takes 16, on CUDA 256. cache_bytes: memory
-    for keys and values, which bounds the rows too; None takes half of the GPU's free memory or a quarter of the
-    machine's.
+    for keys and values, which bounds the rows too; None takes memory_share, by default 0.5, of the GPU's free memory,
+    or 0.25 of the machine's.
     frozen: run a packed copy of the weights, for speed where they do not change; `weights_updated` has it made
     anew. compile: compile the frozen copy's decode step; takes a C++ compiler and, at its first use, about a minute.
     adapters: folders of adapters by name, one of which a request may choose (`SamplingParams.adapter`); the model
@@ -66,6 +66,7 @@ class Engine:
         max_step_tokens: int = 8192,
         block_size: int | None = None,
         cache_bytes: int | None = None,
+        memory_share: float | None = None,
         frozen: bool = False,
         compile: bool = False,
         adapters: Mapping[str, str | Path] | None = None,
@@ -75,7 +76,7 @@ class Engine:
         self._max_rows = max_rows
         self._max_step_tokens = max_step_tokens
         self._block_size = block_size
-        self._cache_bytes = cache_bytes
+        self._cache_bytes, self._memory_share = cache_bytes, memory_share
         self._frozen, self._compile = frozen, compile
         folders = {name: resolve_model_folder(folder) for name, folder in (adapters or {}).items()}
         self._adapters = add_switched(model, folders) if folders else None
@@ -340,8 +341,8 @@ class Engine:
         if self._cache_bytes is not None:
             return self._cache_bytes
         if device.type == "cuda":
-            return torch.cuda.mem_get_info(device)[0] // 2
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 4
+            return int(torch.cuda.mem_get_info(device)[0] * (self._memory_share or 0.5))
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * (self._memory_share or 0.25))
 
 
 class Parts(NamedTuple):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -265,6 +266,15 @@ class CausalLM(nn.Module):
     def is_compiled(self) -> bool:
         """Whether training runs compiled parts."""
         return self._compiled is not None
+
+    @contextmanager
+    def uncompiled(self) -> Iterator[None]:
+        """Leave the compiled parts aside for the length of the block."""
+        compiled, self._compiled = self._compiled, None
+        try:
+            yield
+        finally:
+            self._compiled = compiled
 
     def compile_backbone(self) -> None:
         """Compile the parts around attention, once for all layers; used wherever gradients are recorded."""

@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from typing_extensions import TypedDict
 
 from minnow.config import UserError
+from minnow.out_of_memory import OutOfMemory
 from minnow.tokenizer.bytelevel import valid_unicode
 
 _log = logging.getLogger(__name__)
@@ -73,6 +74,10 @@ def as_api_error(error: Exception) -> APIError:
     """Any exception as the answer to the client; what only we can get wrong is logged and not told."""
     if isinstance(error, APIError):
         return error
+    if isinstance(error, OutOfMemory):
+        return APIError(
+            503, "The server ran out of memory while it answered. Try again later, or ask for less at once."
+        )
     if isinstance(error, UserError):
         return APIError(400, str(error))
     _log.error("a request failed", exc_info=error)

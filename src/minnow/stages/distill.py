@@ -49,7 +49,7 @@ def run(config: Config) -> None:
         )
     teacher = load_pretrained(folder).requires_grad_(False).eval()
     teacher.config.check_sequence_length(config.sequence_length)
-    _, rows_at_once = config.training.rows_per_batch(config.sequence_length)
+    rows_at_once = config.training.rows_at_once(config.sequence_length)
     cache = Path(config.data.cache_dir).expanduser()
 
     def lesson(packed: PackedData) -> Lesson[Batch]:

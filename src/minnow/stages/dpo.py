@@ -59,7 +59,7 @@ def run(config: Config) -> None:
     model, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
     tokenizer.require_chat_tokens()
     model.config.check_sequence_length(config.sequence_length)
-    _, rows_at_once = config.training.rows_per_batch(config.sequence_length)
+    rows_at_once = config.training.rows_at_once(config.sequence_length)
     cache = Path(config.data.cache_dir).expanduser()
 
     def with_reference(dataset: PackedDataset, key: str, num_rows: int) -> PreferenceRows:

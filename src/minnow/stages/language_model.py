@@ -23,12 +23,14 @@ from minnow.model.size import parameter_count, training_flops_per_token
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
 from minnow.report.run_report import write_report
+from minnow.stages.advice import advised
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import first_goes_first, is_first, rank, world_size
 from minnow.training.hardware import device_name
+from minnow.training.micro_batch import find_micro_batch
 from minnow.training.objective import BatchT, LanguageModeling, Objective, PackedBatches, Rows
-from minnow.training.session import Machine, RunFolder, train, with_machine
+from minnow.training.session import Machine, RunFolder, train, with_machine, with_micro_batch
 from minnow.training.trainer import Trainer
 from minnow.training.validation import Evaluation, LanguageModelValidation
 
@@ -86,7 +88,7 @@ def num_held_out_rows(rows: Rows[Batch], config: LanguageModelConfig) -> int:
 
 def held_out_batches(rows: Rows[BatchT], config: LanguageModelConfig) -> list[BatchT]:
     """Return the first `validation_tokens` of the held-out rows, as micro-batches."""
-    _, rows_at_once = config.training.rows_per_batch(config.sequence_length)
+    rows_at_once = config.training.rows_at_once(config.sequence_length)
     count = num_held_out_rows(rows, config)
     return [rows.batch(range(start, min(start + rows_at_once, count))) for start in range(0, count, rows_at_once)]
 
@@ -140,8 +142,11 @@ def run_lesson(
     machine = Machine.choose(config.training)
     config = with_machine(config, machine)
     # Everything a user may have got wrong comes before the run folder is touched.
-    rows_per_batch, rows_per_micro_batch = config.training.rows_per_batch(config.sequence_length)
-    Share(rank(), world_size()).cut(np.arange(rows_per_batch), rows_per_micro_batch)
+    rows_per_batch = config.training.rows_per_batch(config.sequence_length)
+    if not config.overwrite:
+        config = run.with_recorded_micro_batch(config)
+    rows_at_once = config.training.rows_at_once(config.sequence_length)
+    Share(rank(), world_size()).cut(np.arange(rows_per_batch), rows_at_once)
     with first_goes_first():
         packed = pack_data(config, tokenizer, kind)
     for warning in packed.prepared.report.warnings():
@@ -162,21 +167,38 @@ def run_lesson(
         f"{device_name(machine.device)}, {config.training.precision}",
         highlight=False,
     )
-    machine.place(model, config.training, flops, lambda text: console.print(text, highlight=False))
-    lesson = make_lesson(packed)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False)
+
+    with advised("preparing to train", config):
+        machine.place(model, config.training, flops, say)
+        lesson = make_lesson(packed)
+        optimizers = build_optimizers(model, config.optim)
+        if config.training.micro_batch_tokens == "auto":
+            if machine.device.type == "cuda":
+                say("looking for the largest micro-batch that fits")
+                rows = lesson.rows
+                rows_at_once = find_micro_batch(
+                    model, optimizers, lesson.objective, rows, rows_per_batch, machine.device
+                )
+            config = with_micro_batch(config, rows_at_once * config.sequence_length)
+            say(f"micro-batches of {config.training.micro_batch_tokens:,} tokens")
+    run.record(config)
     trainer = Trainer(
         config.training,
         folder=run.path,
         title=title,
         model=model,
-        optimizers=build_optimizers(model, config.optim),
+        optimizers=optimizers,
         schedule=config.schedule,
         objective=lesson.objective,
-        source=PackedBatches(lesson.rows, config.training.seed, rows_per_batch, rows_per_micro_batch),
+        source=PackedBatches(lesson.rows, config.training.seed, rows_per_batch, rows_at_once),
         total_steps=steps,
         validation=lesson.validation,
     )
-    train(trainer, run, tokenizer, console)
+    with advised("training", config):
+        train(trainer, run, tokenizer, console)
     if is_first():
         write_report(run.path)
     return run.model_folder

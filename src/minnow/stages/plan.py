@@ -199,7 +199,7 @@ def _activations(training: TrainingConfig, length: int, shape: ModelConfig, dtyp
         model.gradient_checkpointing = training.gradient_checkpointing
         counts.append(_saved_bytes(model, probe_length) / probe_length)
     per_layer = counts[1] - counts[0]
-    tokens = training.rows_per_batch(length)[1] * length
+    tokens = training.rows_at_once(length) * length
     return round(tokens * (counts[0] + (shape.num_hidden_layers - first) * per_layer))
 
 
@@ -248,7 +248,7 @@ def _probe(config: Config, shape: ModelConfig, machine: Machine, flops_per_token
     """Measure a few real steps; a model too large for that is measured with fewer rows, then fewer layers."""
     length = config.sequence_length
     affordable = peak * 0.1 * config.probe_seconds / 4  # FLOPs of one step, if a tenth of the peak is reached
-    rows = config.training.rows_per_batch(length)[1]
+    rows = config.training.rows_at_once(length)
     rows = max(1, min(rows, int(affordable / (flops_per_token * length))))
     small, small_flops = shape, flops_per_token
     least = 1 if shape.experts is None else shape.experts.first_k_dense_replace + 1

@@ -102,10 +102,12 @@ def run(config: Config) -> None:
     model, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
     tokenizer.require_chat_tokens()
     model.config.check_sequence_length(config.sequence_length)
-    if config.training.micro_batch_tokens < config.sequence_length:
+    tokens = config.training.micro_batch_tokens
+    if tokens == "auto":
+        raise UserError("rl shares the memory with its engine: give training.micro_batch_tokens as a number")
+    if tokens < config.sequence_length:
         raise UserError(
-            f"training.micro_batch_tokens is {config.training.micro_batch_tokens}: it must hold a row of "
-            f"sequence_length {config.sequence_length}"
+            f"training.micro_batch_tokens is {tokens}: it must hold a row of sequence_length {config.sequence_length}"
         )
     if config.training.parallel in ("fsdp", "hsdp"):
         raise UserError("rl plays with the whole model on every process: use --training.parallel ddp")
@@ -135,7 +137,7 @@ def run(config: Config) -> None:
             algorithm=config.algorithm,
             rollout=config.rollout,
             sequence_length=config.sequence_length,
-            rows_per_micro_batch=config.training.micro_batch_tokens // config.sequence_length,
+            rows_per_micro_batch=tokens // config.sequence_length,
             seed=config.training.seed,
         ),
         engine=engine,

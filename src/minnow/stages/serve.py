@@ -42,6 +42,9 @@ class Config(ServingConfig):
     """Where to run; auto takes a GPU where there is one."""
     precision: Precision = "auto"
     """Number format of weights and arithmetic; auto is bf16 where the hardware has it, else fp32."""
+    memory_share: float | None = None
+    """Part of the memory for a model's keys and values, 0 to 1; by default 0.5 of a GPU's free memory when the model
+    gets its first request, 0.25 of the machine's."""
     compile: bool = False
     """Compile the step that writes a token: faster answers, after about a minute more at the start; needs a C++
     compiler."""
@@ -98,7 +101,9 @@ def build_app(config: Config, named: dict[str, Path], *, local: bool) -> FastAPI
     dtype = choose_precision(config.precision, device)
     models = []
     for name, folder in named.items():
-        engine = Engine.from_pretrained(folder, dtype=dtype, device=device, frozen=True, compile=config.compile)
+        engine = Engine.from_pretrained(
+            folder, dtype=dtype, device=device, frozen=True, compile=config.compile, memory_share=config.memory_share
+        )
         if config.compile:  # now, and not while the first client waits
             engine.generate([[engine.tokenizer.end_of_text_id]], SamplingParams(max_tokens=3, ignore_eos=True))
         models.append(ServedModel(name=name, folder=folder, engine=AsyncEngine(engine, max_answers=config.max_answers)))

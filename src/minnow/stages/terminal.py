@@ -27,13 +27,16 @@ class TalkingConfig(SamplingOptions, ContextConfig):
     precision: Precision = "auto"
     """Number format of weights and arithmetic; auto is bf16 where the hardware has it, else fp32."""
 
+    memory_share: float | None = None
+    """Part of the memory for keys and values, 0 to 1; by default 0.5 of a GPU's free memory, 0.25 of the machine's."""
+
     def load_engine(self) -> Engine:
         """The engine for the model, its context stretched if asked for."""
         device = choose_device(self.device)
         folder = resolve_model_folder(self.model)
         model = load_pretrained(folder, dtype=choose_precision(self.precision, device), device=device)
         model.config = self.extend(model.config)
-        return Engine(model, Tokenizer.from_pretrained(folder), frozen=True)
+        return Engine(model, Tokenizer.from_pretrained(folder), frozen=True, memory_share=self.memory_share)
 
 
 def printable(text: str) -> str:

@@ -12,6 +12,9 @@ from minnow.training.hardware import DeviceName, Precision
 
 Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 
+STATED_MICRO_BATCH_TOKENS = 16_384
+"""Enough to keep a CPU's cores or a laptop's GPU busy."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -23,8 +26,9 @@ class TrainingConfig:
     """Number of optimizer updates; by default as many as `epochs` asks for."""
     batch_tokens: int = 65_536
     """Tokens in the global batch of one update (a multiple of the sequence length)."""
-    micro_batch_tokens: int = 16_384
-    """Tokens that go through the model at once; gradients add up over the micro-batches of a batch."""
+    micro_batch_tokens: int | Literal["auto"] = STATED_MICRO_BATCH_TOKENS
+    """Tokens that go through the model at once; gradients add up over the micro-batches of a batch. auto tries on CUDA
+    how many fit, writes the number into config.yaml and takes it from there when the run goes on; elsewhere it is 16384."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
     z_loss: float = 1e-4
@@ -67,18 +71,23 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("batch_tokens", "micro_batch_tokens", "nproc", "log_every", "keep_last"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}: it must be at least 1")
         if self.steps is None and self.epochs <= 0:
             raise UserError(f"training.epochs is {self.epochs}: it must be positive, or set training.steps")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"training.steps is {self.steps}: it must be at least 1")
 
-    def rows_per_batch(self, sequence_length: int) -> tuple[int, int]:
-        """Return (rows of a global batch, rows of a micro-batch) at this sequence length."""
+    def rows_per_batch(self, sequence_length: int) -> int:
+        """Return the rows of a global batch at this sequence length."""
         if self.batch_tokens % sequence_length:
             raise UserError(
                 f"training.batch_tokens ({self.batch_tokens}) must be a multiple of sequence_length ({sequence_length})"
             )
-        rows = self.batch_tokens // sequence_length
-        return rows, min(rows, max(1, self.micro_batch_tokens // sequence_length))
+        return self.batch_tokens // sequence_length
+
+    def rows_at_once(self, sequence_length: int) -> int:
+        """Return the rows of a micro-batch; of `auto`, those of the stated default: what keeps no gradients needs no
+        search."""
+        tokens = STATED_MICRO_BATCH_TOKENS if self.micro_batch_tokens == "auto" else self.micro_batch_tokens
+        return min(self.rows_per_batch(sequence_length), max(1, tokens // sequence_length))

@@ -37,7 +37,17 @@ COMPILE_PAYS_AFTER_SECONDS = 240.0
 ASSUMED_FLOP_UTILISATION = 0.25
 
 # Settings that do not change what is learnt: a run may be continued with other ones.
-MAY_CHANGE = {"run", "overwrite", "training.nproc", "training.parallel", "training.restarts", "training.resume"}
+MAY_CHANGE = {
+    "run",
+    "overwrite",
+    "training.nproc",
+    "training.parallel",
+    "training.restarts",
+    "training.resume",
+    # What memory suffices for. Sums differ by rounding, as with another number of processes.
+    "training.micro_batch_tokens",
+    "training.gradient_checkpointing",
+}
 
 
 @dataclass(frozen=True)
@@ -125,6 +135,24 @@ class RunFolder:
                 "restore it, give another --run, or --overwrite"
             )
 
+    def with_recorded_micro_batch(self, config: ConfigT) -> ConfigT:
+        """Put the number that the run was started with in the place of `micro_batch_tokens auto`, if there is one."""
+        if config.training.micro_batch_tokens != "auto":  # type: ignore[attr-defined]
+            return config
+        tokens = from_first(self._recorded_micro_batch())
+        return with_micro_batch(config, tokens) if isinstance(tokens, int) else config
+
+    def _recorded_micro_batch(self) -> Any:
+        if not self.config_file.exists():
+            return None
+        return _flatten(yaml.safe_load(self.config_file.read_text(encoding="utf-8"))).get("training.micro_batch_tokens")
+
+    def record(self, config: Any) -> None:
+        """Write `config` into the open folder: what `auto` was resolved to by trying."""
+        if is_first():
+            with atomic_write(self.config_file) as temporary:
+                temporary.write_text(config_to_yaml(config), encoding="utf-8")
+
     def open(self, config: Any, *, overwrite: bool) -> None:
         """Create the folder with `config.yaml`, or check that what is in it belongs to the same configuration.
 
@@ -169,6 +197,9 @@ def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Conso
     except Interrupted as stopped:
         console.print(stopped.message, highlight=False)
         raise
+    except (MemoryError, RuntimeError) as error:
+        error.add_note(f"step {trainer.state.step + 1} of {trainer.total_steps}")
+        raise
     finally:
         run.lock.release()
     if trainer.config.patience and trainer.state.best_step not in (None, trainer.state.step):
@@ -202,6 +233,12 @@ def with_machine(config: ConfigT, machine: Machine) -> ConfigT:
         device=machine.device.type,
         precision=precision_name(machine.dtype),
     )
+    return dataclasses.replace(config, training=training)  # type: ignore[type-var]
+
+
+def with_micro_batch(config: ConfigT, tokens: int) -> ConfigT:
+    """Set `training.micro_batch_tokens`."""
+    training = dataclasses.replace(config.training, micro_batch_tokens=tokens)  # type: ignore[attr-defined]
     return dataclasses.replace(config, training=training)  # type: ignore[type-var]
 
 
