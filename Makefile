@@ -12,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS) --constraint constraints.txt
 
-.PHONY: help quickstart test test-slow llama-cpp test-export test-vllm lint format clean
+.PHONY: help quickstart test test-slow test-gpu llama-cpp test-export test-vllm lint format clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1: /p' $(MAKEFILE_LIST)
@@ -25,6 +25,10 @@ test: $(VENV)/all.stamp  ## install everything, then the fast tests
 
 test-slow: $(VENV)/all.stamp  ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+test-gpu: $(VENV)/all.stamp  ## what only a CUDA device can show, and the table of benchmarks/gpu.py (8 minutes)
+	$(BIN)/python -m pytest -m gpu tests/gpu
+	$(BIN)/python benchmarks/gpu.py
 
 llama-cpp: $(VENV)/all.stamp  ## fetch and build llama.cpp once (minutes; MINNOW_LLAMA_CPP names another folder for it)
 	$(BIN)/python benchmarks/llama_cpp_model.py

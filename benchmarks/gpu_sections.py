@@ -22,8 +22,8 @@ from minnow.engine import Engine, SamplingParams
 from minnow.engine.cache import bytes_per_token
 from minnow.model.attention import CausalAttention, PackedAttention
 from minnow.model.config import ModelConfig
-from minnow.model.pretrained import save_pretrained
 from minnow.model.presets import preset
+from minnow.model.pretrained import save_pretrained
 from minnow.model.size import parameter_count
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers

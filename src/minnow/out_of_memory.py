@@ -33,8 +33,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def explained(error: BaseException, doing: str, proposals: Sequence[str]) -> OutOfMemory:
     """Return `error`, for which `is_out_of_memory` holds, as a message to a person.
 
-    doing: what the memory was for, after "while". Notes on the error (PEP 678) say more about it. proposals: settings to
-    change, likeliest first.
+    doing: what the memory was for, after "while". Notes on the error (PEP 678) say more about it. proposals: settings
+    to change, likeliest first.
     """
     where = "; ".join([doing, *getattr(error, "__notes__", [])])
     lines = [f"out of memory while {where}: {_amounts(error)}"]

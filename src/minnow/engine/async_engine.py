@@ -204,9 +204,7 @@ class AsyncEngine:
                 self._deliver(self.engine.step())
             except Exception as error:
                 if is_out_of_memory(error):
-                    error = explained(
-                        error, "answering", ["--memory_share or --max_answers: set less aside, take fewer"]
-                    )
+                    error = explained(error, "answering", ["a smaller --memory_share or --max_answers"])
                     _log.error("%s\nthe answers under way are lost", error)
                 else:
                     _log.exception("a step of the engine failed; the answers under way are lost")

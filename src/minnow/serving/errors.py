@@ -75,9 +75,7 @@ def as_api_error(error: Exception) -> APIError:
     if isinstance(error, APIError):
         return error
     if isinstance(error, OutOfMemory):
-        return APIError(
-            503, "The server ran out of memory while it answered. Try again later, or ask for less at once."
-        )
+        return APIError(503, "The server ran out of memory. Try again later, or ask for less at once.")
     if isinstance(error, UserError):
         return APIError(400, str(error))
     _log.error("a request failed", exc_info=error)

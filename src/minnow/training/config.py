@@ -28,7 +28,7 @@ class TrainingConfig:
     """Tokens in the global batch of one update (a multiple of the sequence length)."""
     micro_batch_tokens: int | Literal["auto"] = STATED_MICRO_BATCH_TOKENS
     """Tokens that go through the model at once; gradients add up over the micro-batches of a batch. auto tries on CUDA
-    how many fit, writes the number into config.yaml and takes it from there when the run goes on; elsewhere it is 16384."""
+    how many fit and keeps the number in config.yaml for when the run goes on; elsewhere it is 16384."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
     z_loss: float = 1e-4

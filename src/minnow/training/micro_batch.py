@@ -1,4 +1,4 @@
-"""`micro_batch_tokens auto`: the largest micro-batch that fits into a GPU's memory, tried out with the run's own work."""
+"""`micro_batch_tokens auto`: the largest micro-batch that fits into a GPU's memory, tried with the run's own work."""
 
 from __future__ import annotations
 

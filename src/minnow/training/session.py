@@ -149,7 +149,7 @@ class RunFolder:
 
     def record(self, config: Any) -> None:
         """Write `config` into the open folder: what `auto` was resolved to by trying."""
-        if is_first():
+        if is_first() and self.config_file.read_text(encoding="utf-8") != config_to_yaml(config):
             with atomic_write(self.config_file) as temporary:
                 temporary.write_text(config_to_yaml(config), encoding="utf-8")
 
