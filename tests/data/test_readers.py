@@ -176,3 +176,22 @@ def test_texts_for_the_tokenizer(tmp_path):
     assert list(read_texts([str(texts), str(chats)])) == ["one\ntwo", "q", "r", "a", "i", "o"]
     with pytest.raises(UserError, match=r"c\.jsonl:1: no `text`"):
         list(read_texts([str(write(tmp_path / "c.jsonl", [{"x": "y"}]))]))
+
+
+def test_prompts_from_parquet_keep_their_answers(tmp_path):
+    """Columns that only rewards know, such as the right answer, are read too."""
+    from minnow.data.prompts import read_prompts
+
+    rows = [{"prompt": "2 + 2?", "answer": "4", "difficulty": 1}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "sums.parquet")
+    (prompt,) = read_prompts([str(tmp_path / "sums.parquet")])
+    assert prompt.reference == "4"
+    assert prompt.row["difficulty"] == 1
+
+
+def test_prompts_with_broken_messages_are_named(tmp_path):
+    from minnow.data.prompts import read_prompts
+
+    (tmp_path / "broken.jsonl").write_text(json.dumps({"messages": "[{"}))
+    with pytest.raises(UserError, match=r"broken.jsonl:1: `messages` is not valid JSON"):
+        read_prompts([str(tmp_path / "broken.jsonl")])

@@ -13,6 +13,7 @@ import numpy as np
 
 from minnow.data.long_conversations import Piece, cut_conversation
 from minnow.data.pairs import PreferencePair, parse_preference
+from minnow.data.progress import NUM_SHOWN
 from minnow.data.readers import Raw, parse_row
 from minnow.data.records import Document, RowError, canonical, parse_conversation, parse_document
 from minnow.data.shards import token_dtype
@@ -23,9 +24,6 @@ Example = Document | Conversation | PreferencePair
 Kind = Literal["pretrain", "sft", "preference"]
 Side = Literal["split", "train", "validation"]
 RawBatch = list[tuple[int, int, Raw]]  # (source, number in it, row)
-
-NUM_SHOWN = 20
-"""Bad rows that are shown; the rest is counted."""
 
 
 @dataclass(frozen=True)

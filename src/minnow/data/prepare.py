@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -17,8 +17,9 @@ import numpy as np
 
 from minnow.config import UserError, atomic_write
 from minnow.data.batches import PackedDataset
-from minnow.data.encoding import NUM_SHOWN, Checked, Encoded, EncodeOptions, Kind, RawBatch, Side
+from minnow.data.encoding import Checked, Encoded, EncodeOptions, Kind, RawBatch, Side
 from minnow.data.fingerprint import fingerprint
+from minnow.data.progress import complaint, progress_bar
 from minnow.data.readers import Raw, iter_raw
 from minnow.data.shard_writer import ShardWriter, finish_folder
 from minnow.data.shards import FORMAT_VERSION, Shards
@@ -227,7 +228,7 @@ class _Preparation:
             return Checked(Counter(saved.pop("counts")), **saved)
         total = Checked()
         batches = _batches(self.sources, only_files=True)
-        with _progress_bar(self.progress, "checking rows", None) as advance:
+        with progress_bar(self.progress, "checking rows", None) as advance:
             for part in pool.map("check", batches, self.options):
                 total.add(part)
                 advance(part.counts["rows"])
@@ -239,7 +240,7 @@ class _Preparation:
         counts = checked.counts
         if counts["bad_rows"] and self.config.on_bad_row == "stop":
             shutil.rmtree(self.partial)
-            raise UserError(_complaint(self._located(checked), counts["bad_rows"], counts["rows"]))
+            raise UserError(complaint(self._located(checked), counts["bad_rows"], counts["rows"]))
         if not counts["documents"] and all(source.is_file for source in self.sources):
             shutil.rmtree(self.partial)
             raise UserError(self._nothing(checked))
@@ -276,14 +277,14 @@ class _Preparation:
         batches = islice(_batches(self.sources), num_batches, None)
         size = checked.counts["text_bytes"] or None
         shard: _OpenShard | None = None
-        with _progress_bar(self.progress, "tokenising", size, counts["text_bytes"]) as advance:
+        with progress_bar(self.progress, "tokenising", size, counts["text_bytes"]) as advance:
             for part in pool.map("encode", batches, self.options):
                 shard = shard or _OpenShard(self.partial, len(done), self.tokenizer.vocab_size, self.options.kind)
                 shard.append(part)
                 total.add(part)
                 num_batches += 1
                 if part.counts["bad_rows"] and self.config.on_bad_row == "stop":  # only streams come here
-                    raise UserError(_complaint(self._located(part), part.counts["bad_rows"], total.counts["rows"]))
+                    raise UserError(complaint(self._located(part), part.counts["bad_rows"], total.counts["rows"]))
                 if shard.num_tokens >= SHARD_TOKENS:
                     done.append(self._close_shard(shard, num_batches, total))
                     shard = None
@@ -389,13 +390,6 @@ def _size(raw: Raw | object) -> int:
     return 64 + sum(map(_size, raw)) if isinstance(raw, list) else 8
 
 
-def _complaint(located: list[str], count: int, rows: int) -> str:
-    shown = f", the first {NUM_SHOWN} are shown" if count > NUM_SHOWN else ""
-    plural = "row is" if count == 1 else "rows are"
-    remedy = "nothing was done; mend the data, or leave such rows out with on_bad_row: skip"
-    return "\n".join([*located, f"{count} of {rows} {plural} bad{shown}: {remedy}"])
-
-
 def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -414,21 +408,3 @@ def _lock(path: Path) -> Iterator[None]:
             yield
         finally:
             path.unlink(missing_ok=True)
-
-
-@contextmanager
-def _progress_bar(show: bool, what: str, total: int | None, done: int = 0) -> Iterator[Any]:
-    """Give a function that advances the bar; with `total` in bytes of text it shows speed and time left."""
-    if not show:
-        yield lambda amount: None
-        return
-    from rich import progress
-
-    columns: Iterable[Any] = [progress.TextColumn(what), progress.BarColumn()]
-    if total is None:
-        columns = [*columns, progress.MofNCompleteColumn(), progress.TimeElapsedColumn()]
-    else:
-        columns = [*columns, progress.DownloadColumn(), progress.TransferSpeedColumn(), progress.TimeRemainingColumn()]
-    with progress.Progress(*columns) as bar:
-        task = bar.add_task(what, total=total, completed=done)
-        yield lambda amount: bar.advance(task, amount)

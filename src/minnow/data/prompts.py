@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from minnow.config import UserError
 from minnow.data.readers import read_rows
-from minnow.data.records import RowError, parse_conversation
+from minnow.data.records import RowError, from_json, kind_of, parse_conversation
 from minnow.tokenizer.chat import Conversation, Message
 
 REFERENCE_KEYS = ("answer", "reference", "ground_truth", "gt", "solution")
@@ -69,7 +68,9 @@ def _without_answer(row: Mapping[str, Any]) -> Conversation:
     key = next((key for key in ("conversations", "messages") if row.get(key) is not None), None)
     if key is None:
         raise RowError(f"no `prompt`, `question` or conversation, only {', '.join(sorted(row))}")
-    turns = json.loads(row[key]) if isinstance(row[key], str) else list(row[key])
+    turns = from_json(row[key], f"`{key}`")
+    if not isinstance(turns, list):
+        raise RowError(f"`{key}` must be a list of messages, it is {kind_of(turns)}")
     conversation = parse_conversation({**row, key: [*turns, {"role": "assistant", "content": "."}]})
     messages = conversation.messages[:-1]
     if messages and messages[-1].role == "assistant":

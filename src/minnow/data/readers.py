@@ -14,8 +14,9 @@ import json
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
@@ -43,13 +44,15 @@ _BLOCK = 1 << 20
 _COLUMNS = {*TEXT_KEYS, *CONVERSATION_KEYS, *OTHER_KEYS, "image_bytes", "prompt", "chosen", "rejected", "input_ids"}
 
 
-def read_rows(paths: Sequence[str]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def read_rows(paths: Sequence[str], *, every_column: bool = True) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield ("FILE:LINE", row) of every source in `paths` (see `find_sources`); a text file's rows are {"text": ...}.
+
+    `every_column`: see `iter_raw`.
 
     Raises UserError at the first row that is not an object.
     """
     for source in find_sources(paths):
-        for number, raw in iter_raw(source):
+        for number, raw in iter_raw(source, every_column=every_column):
             location = f"{source.name}:{number}"
             try:
                 yield location, parse_row(raw)
@@ -62,7 +65,7 @@ def read_texts(paths: Sequence[str]) -> Iterator[str]:
 
     For training tokenizers. Raises UserError at the first row that is neither.
     """
-    for location, row in read_rows(paths):
+    for location, row in read_rows(paths, every_column=False):
         try:
             if any(row.get(key) is not None for key in (*CONVERSATION_KEYS, "instruction")):
                 for message in parse_conversation(row).messages:
@@ -89,9 +92,13 @@ def parse_row(raw: Raw) -> Mapping[str, Any]:
     return raw
 
 
-def iter_raw(source: Source) -> Iterator[tuple[int, Raw]]:
-    """Yield (number, raw row) of one source, from 1. Raises UserError where the file itself cannot be read."""
-    readers = {"jsonl": _jsonl, "json": _json, "txt": _txt, "parquet": _parquet, "hub": _hub}
+def iter_raw(source: Source, *, every_column: bool = False) -> Iterator[tuple[int, Raw]]:
+    """Yield (number, raw row) of one source, from 1. Raises UserError where the file itself cannot be read.
+
+    Of a parquet file only the columns that make documents and conversations are read, or `every_column`.
+    """
+    parquet = _parquet if every_column else partial(_parquet, columns=_COLUMNS)
+    readers = {"jsonl": _jsonl, "json": _json, "txt": _txt, "parquet": parquet, "hub": _hub}
     try:
         yield from readers[source.format](source.name)
     except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
@@ -205,7 +212,7 @@ def _txt(path: str) -> Iterator[tuple[int, Raw]]:
             number += chunk.endswith(b"\n")
 
 
-def _parquet(path: str) -> Iterator[tuple[int, Raw]]:
+def _parquet(path: str, columns: Collection[str] = ()) -> Iterator[tuple[int, Raw]]:
     import pyarrow
     import pyarrow.parquet
 
@@ -218,7 +225,7 @@ def _parquet(path: str) -> Iterator[tuple[int, Raw]]:
             plain = Path(path)
         try:
             with pyarrow.parquet.ParquetFile(plain, buffer_size=_BLOCK, pre_buffer=False) as table:
-                wanted = [name for name in table.schema_arrow.names if name in _COLUMNS]
+                wanted = [name for name in table.schema_arrow.names if name in columns]
                 number = 0
                 for batch in table.iter_batches(batch_size=256, columns=wanted or None):
                     for row in batch.to_pylist():
