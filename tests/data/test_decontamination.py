@@ -39,7 +39,7 @@ def test_a_planted_example_is_found_and_the_others_stay(tmp_path, zh):
         found = evaluation.find(f"{before} {questions[number]} {after}")
         assert found.example == f"{path}:{number + 1}"
         assert found.share == 1
-    # half of it is still 13 words (20 characters) in a row; a change every 12th word (19th character) leaves none
+    # half of it is still 13 words (20 characters) in a row; a change every 13th word (20th character) leaves none
     half = questions[3][:20] if zh else " ".join(questions[3].split(" ")[:13])
     assert evaluation.find(f"{before} xx {half} xx {after}").share == pytest.approx(
         1 / (length - (20 if zh else 13) + 1)

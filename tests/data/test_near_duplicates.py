@@ -50,7 +50,7 @@ def test_recall_and_false_positives_against_brute_force(language):
     """Found: all pairs well above the threshold; never: pairs well below. The margin is 3 standard errors, 0.1."""
     index = NearDuplicates(0.8, seed=0)
     found, errors = {True: [], False: []}, []
-    for number, (original, changed) in enumerate(families(language, 300, seed=1)):
+    for number, (original, changed) in enumerate(families(language, 200, seed=1)):
         assert index.match_or_add(2 * number, original, "") is None, "two families have nothing in common"
         true = jaccard(language, original, changed)
         match = index.match_or_add(2 * number + 1, changed, "")
