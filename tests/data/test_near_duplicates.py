@@ -32,7 +32,8 @@ def families(language, count, seed):
     for _ in range(count):
         original = [rng.choice(vocabulary) for _ in range(rng.randint(60, 400))]
         changed = list(original)
-        for place in rng.sample(range(len(original)), int(rng.uniform(0, 0.09) * len(original))):
+        share = 0.09 * rng.random() ** 2  # squared: a third of the copies are changed too little to matter
+        for place in rng.sample(range(len(original)), int(share * len(original))):
             changed[place] = rng.choice(vocabulary)
         yield joiner.join(original), joiner.join(changed)
 

@@ -54,4 +54,4 @@ def run(config: Config) -> None:
     console = Console()
     for name, count in counts.items():
         if name != "world.json":
-            console.print(f"{config.out}/{name}: {count:,} rows", highlight=False)
+            console.print(f"{config.out}/{name}: {count:,} rows", highlight=False, soft_wrap=True)

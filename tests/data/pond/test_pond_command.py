@@ -6,7 +6,7 @@ def test_minnow_data_pond(tmp_path, capsys):
     out = tmp_path / "pond"
     arguments = ["--out", str(out), "--creatures", "8", "--held-out", "3", "--mentions", "5", "--conversations", "10"]
     assert main(["data", "pond", *arguments]) == 0
-    assert "sft.jsonl: 10 rows" in capsys.readouterr().out.replace("\n", "")
+    assert f"{out}/sft.jsonl: 10 rows" in capsys.readouterr().out.splitlines(), "a long path is not broken"
     world = load_world(out)
     assert (len(world.members("training")), len(world.members("held_out"))) == (5, 3)
 
