@@ -17,20 +17,18 @@ import statistics
 from dataclasses import replace
 from pathlib import Path
 
+from real_text import RealText, prepare_text
+
 from minnow.data.batches import PackedDataset
-from minnow.data.prepare import DataConfig, prepare
-from minnow.data.readers import read_texts
 from minnow.model.config import ModelConfig
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.size import active_parameter_count, forward_flops_per_token, parameter_count
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
-from minnow.tokenizer import Tokenizer, train_tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.objective import LanguageModeling, PackedBatches
 from minnow.training.session import Machine
 from minnow.training.trainer import Trainer
-from minnow.training.validation import LanguageModelValidation
 
 
 def shapes(options: argparse.Namespace, vocab_size: int) -> dict[str, ModelConfig]:
@@ -57,10 +55,10 @@ def shapes(options: argparse.Namespace, vocab_size: int) -> dict[str, ModelConfi
     return {"dense": dense, "moe": replace(dense, experts=experts)}
 
 
-def train(arm: str, shape: ModelConfig, seed: int, options: argparse.Namespace, data: dict) -> dict:
+def train(arm: str, shape: ModelConfig, seed: int, options: argparse.Namespace, text: RealText) -> dict:
     """Train one model; return its held-out bits per byte and its median step time."""
     rows = options.batch_tokens // options.length
-    packed = PackedDataset(data["train"], options.length, split_documents=True, seed=seed)
+    packed = PackedDataset(text.train, options.length, split_documents=True, seed=seed)
     steps = round(options.tokens / options.batch_tokens)
     config = TrainingConfig(
         steps=steps, batch_tokens=options.batch_tokens, validate_every=0, save_every=0, seed=seed, compile="off"
@@ -81,7 +79,7 @@ def train(arm: str, shape: ModelConfig, seed: int, options: argparse.Namespace, 
         objective=LanguageModeling(z_loss=1e-4),
         source=PackedBatches(packed, seed, rows, max(1, options.micro_batch_tokens // options.length)),
         total_steps=steps,
-        validation=LanguageModelValidation(data["validation"], data["token_bytes"], machine.device),
+        validation=text.validation(machine.device),
     )
     trainer.fit()
     records = trainer.metrics.read()
@@ -143,27 +141,17 @@ def main() -> None:
     parser.add_argument("--work", default="runs/moe")
     options = parser.parse_args()
     work = Path(options.work)
-    tokenizer_folder = work / f"tokenizer-{options.vocab_size}"
-    if not (tokenizer_folder / "tokenizer.json").exists():
-        train_tokenizer(read_texts(options.data), options.vocab_size).save_pretrained(tokenizer_folder)
-    tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
-    prepared = prepare(
-        DataConfig(paths=tuple(options.data), cache_dir=str(work / "cache")),
-        tokenizer,
-        "pretrain",
+    text = prepare_text(
+        options.data,
+        work,
+        vocab_size=options.vocab_size,
         sequence_length=options.length,
+        validation_tokens=options.validation_tokens,
     )
-    held_out = PackedDataset(prepared.validation, options.length, split_documents=True)
-    rows = min(held_out.num_rows, max(1, options.validation_tokens // options.length))
-    data = {
-        "train": prepared.train,
-        "validation": [held_out.batch(range(i, min(i + 8, rows))) for i in range(0, rows, 8)],
-        "token_bytes": tokenizer.token_bytes(),
-    }
     results = []
     for seed in options.seeds:
-        for arm, shape in shapes(options, tokenizer.vocab_size).items():  # the arms take turns
-            results.append(train(arm, shape, seed, options, data))
+        for arm, shape in shapes(options, text.tokenizer.vocab_size).items():  # the arms take turns
+            results.append(train(arm, shape, seed, options, text))
             with open(work / "results.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(results[-1]) + "\n")
     summarise(results)

@@ -22,11 +22,9 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from torch import Tensor
+from real_text import RealText, prepare_text
 
 from minnow.data.batches import Batch, PackedDataset, Share
-from minnow.data.prepare import DataConfig, prepare
-from minnow.data.readers import read_texts
 from minnow.data.shards import Shards
 from minnow.data.shuffle import permutation
 from minnow.model.config import ModelConfig
@@ -35,12 +33,10 @@ from minnow.model.size import training_flops_per_token
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
 from minnow.report.plots import save_figure
-from minnow.tokenizer import Tokenizer, train_tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.objective import BatchSource, LanguageModeling, Objective, ObjectiveOutput, PackedBatches
 from minnow.training.session import Machine
 from minnow.training.trainer import Trainer
-from minnow.training.validation import LanguageModelValidation
 
 SEQUENCE_LENGTH = 1024
 MINIMIND_LENGTH = 340
@@ -98,15 +94,13 @@ class MeanOfMeans:
         return ObjectiveOutput(output.loss_sum / tokens, {k: v / tokens for k, v in output.metrics.items()})
 
 
-def run_arm(
-    arm: str, seed: int, options: argparse.Namespace, train: Shards, validation: list[Batch], token_bytes: Tensor
-) -> dict:
+def run_arm(arm: str, seed: int, options: argparse.Namespace, text: RealText) -> dict:
     shape = replace(shape_of(options), max_position_embeddings=SEQUENCE_LENGTH)
     ours = OptimConfig(matrix_lr=options.muon_lr, embedding_lr=options.embedding_lr)
     objective: Objective = LanguageModeling(z_loss=1e-4)
     source: BatchSource
     rows = options.batch_tokens // SEQUENCE_LENGTH
-    packed = PackedDataset(train, SEQUENCE_LENGTH, split_documents=True, seed=seed)
+    packed = PackedDataset(text.train, SEQUENCE_LENGTH, split_documents=True, seed=seed)
     source = PackedBatches(packed, seed, rows, max(1, options.micro_batch_tokens // SEQUENCE_LENGTH))
     steps = round(options.tokens / options.batch_tokens)
     model = CausalLM(shape, seed=seed)
@@ -119,8 +113,8 @@ def run_arm(
         optim = OptimConfig(optimizer="adamw", matrix_lr=5e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
         schedule = ScheduleConfig(shape="cosine", warmup_steps=0, final_fraction=0.1)
         objective = MeanOfMeans()
-        source = PaddedRows(train, seed, 256, 32)
-        real = float(torch.tensor(train.lengths - 1).clamp(max=MINIMIND_LENGTH).double().mean())
+        source = PaddedRows(text.train, seed, 256, 32)
+        real = float(torch.tensor(text.train.lengths - 1).clamp(max=MINIMIND_LENGTH).double().mean())
         steps = round(options.tokens / (256 * real))
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
@@ -151,7 +145,7 @@ def run_arm(
         objective=objective,
         source=source,
         total_steps=steps,
-        validation=LanguageModelValidation(validation, token_bytes.numpy(), machine.device),
+        validation=text.validation(machine.device),
     )
     trainer.fit()
     records = trainer.metrics.read()
@@ -248,20 +242,17 @@ def main() -> None:
     options = parser.parse_args()
     if not options.summarise:
         work = Path(options.work)
-        folder = work / f"tokenizer-{options.vocab_size}"
-        if not (folder / "tokenizer.json").exists():
-            train_tokenizer(read_texts(options.data), options.vocab_size).save_pretrained(folder)
-        tokenizer = Tokenizer.from_pretrained(folder)
-        options.vocab_size = tokenizer.vocab_size
-        data = DataConfig(paths=tuple(options.data), cache_dir=str(work / "cache"))
-        prepared = prepare(data, tokenizer, "pretrain", sequence_length=SEQUENCE_LENGTH)
-        held_out = PackedDataset(prepared.validation, SEQUENCE_LENGTH, split_documents=True)
-        rows = min(held_out.num_rows, options.validation_tokens // SEQUENCE_LENGTH)
-        validation = [held_out.batch(range(i, min(i + 8, rows))) for i in range(0, rows, 8)]
+        text = prepare_text(
+            options.data,
+            work,
+            vocab_size=options.vocab_size,
+            sequence_length=SEQUENCE_LENGTH,
+            validation_tokens=options.validation_tokens,
+        )
+        options.vocab_size = text.tokenizer.vocab_size
         for seed in options.seeds:
             for arm in options.arms:
-                token_bytes = torch.from_numpy(tokenizer.token_bytes())
-                result = run_arm(arm, seed, options, prepared.train, validation, token_bytes)
+                result = run_arm(arm, seed, options, text)
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 with open(options.out, "a") as file:
                     file.write(json.dumps(result) + "\n")
