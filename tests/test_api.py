@@ -16,7 +16,8 @@ from minnow.config import UserError
 from minnow.engine import SamplingParams
 from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
-from minnow.model.pretrained import save_pretrained
+from minnow.model.lora import LoraConfig, add_lora, lora_layers
+from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer.chat import Conversation, Message, render
 from minnow.tokenizer.parse import parse_assistant_ids
@@ -125,3 +126,25 @@ def test_bad_input_is_named(model: Model, tmp_path: Path) -> None:
         model.chat([])
     with pytest.raises(TypeError, match="temprature"):
         model.generate("x", temprature=1.0)
+
+
+def test_adapters_beside_the_model(folder: Path, model: Model, tmp_path: Path) -> None:
+    """Each method with `adapter` is the merged model's, and without it the base's."""
+    adapted = load_pretrained(folder)
+    add_lora(adapted, LoraConfig(rank=4), base=str(folder.resolve()))
+    with torch.no_grad():
+        for layer in lora_layers(adapted).values():
+            layer.lora_B.weight.normal_(0, 0.5, generator=torch.Generator().manual_seed(2))
+    save_pretrained(adapted, tmp_path / "own", model.tokenizer)
+    both = minnow.load(folder, device="cpu", precision="fp32", adapters={"own": tmp_path / "own"})
+    merged = minnow.load(tmp_path / "own", device="cpu", precision="fp32")
+    greedy = {"temperature": 0.0, "max_tokens": 12}
+    for name, alone in (("own", merged), (None, model)):
+        assert both.generate("the pond", adapter=name, **greedy) == alone.generate("the pond", **greedy)
+        assert both.chat("the pond", adapter=name, **greedy) == alone.chat("the pond", **greedy)
+        torch.testing.assert_close(both.embed(["the pond", "鱼"], adapter=name), alone.embed(["the pond", "鱼"]))
+        found, expected = both.logprobs("swims", prompt="it", adapter=name), alone.logprobs("swims", prompt="it")
+        assert [item.logprob for item in found] == pytest.approx([item.logprob for item in expected], abs=1e-4)
+    assert not torch.allclose(model.embed("the pond"), merged.embed("the pond"), atol=1e-2)
+    with pytest.raises(UserError, match="no adapter 'other' here; there are: own"):
+        both.embed("the pond", adapter="other")

@@ -27,14 +27,22 @@ class TokenLogprob(NamedTuple):
     logprob: float
 
 
-def load(model: str | Path, *, device: DeviceName = "auto", precision: Precision = "auto") -> Model:
+def load(
+    model: str | Path,
+    *,
+    device: DeviceName = "auto",
+    precision: Precision = "auto",
+    adapters: Mapping[str, str | Path] | None = None,
+) -> Model:
     """Load MODEL: a model folder, a run folder (its final model) or a Hugging Face Hub id.
 
     device: cpu, cuda, mps or auto. precision: fp32, bf16, fp16 or auto, which takes bf16 where the hardware has it.
+    adapters: by name, folders of adapters beside the model; every method takes `adapter=NAME` then.
     UserError where there is no such model, or one that minnow cannot read.
     """
     where = choose_device(device)
-    return Model(Engine.from_pretrained(model, dtype=choose_precision(precision, where), device=where, frozen=True))
+    dtype = choose_precision(precision, where)
+    return Model(Engine.from_pretrained(model, dtype=dtype, device=where, frozen=True, adapters=adapters))
 
 
 class Model:
@@ -116,7 +124,7 @@ class Model:
         texts = [output.completions[0].text for output in outputs]
         return texts[0] if isinstance(prompt, str) else texts
 
-    def logprobs(self, text: str, *, prompt: str = "") -> list[TokenLogprob]:
+    def logprobs(self, text: str, *, prompt: str = "", adapter: str | None = None) -> list[TokenLogprob]:
         """Natural log of each token's probability, given `prompt` and the tokens before it.
 
         The text stands at a document's beginning, as in pretraining; a prompt's own tokens are not listed.
@@ -124,15 +132,20 @@ class Model:
         before, ids = self.engine.prompt_ids(prompt), self.tokenizer.encode(text)
         if not ids:
             return []
-        logprobs = token_logprobs(self.engine.model, [*before, *ids])[len(before) - 1 :].tolist()
+        with self.engine.adapters.through(adapter, len(before) + len(ids)):
+            logprobs = token_logprobs(self.engine.model, [*before, *ids])[len(before) - 1 :].tolist()
         return [TokenLogprob(i, self.tokenizer.decode([i]), value) for i, value in zip(ids, logprobs, strict=True)]
 
-    def embed(self, texts: str | Sequence[str]) -> Tensor:
+    def embed(self, texts: str | Sequence[str], *, adapter: str | None = None) -> Tensor:
         """Unit vectors fp32, [D] for a text or [N, D] for several: the mean of the final hidden states.
 
         A language model is not trained for this: the vectors of a small one tell topics apart and little more.
         """
         each = [texts] if isinstance(texts, str) else texts
         # One by one: texts of any number need no more memory than the longest.
-        vectors_ND = torch.cat([mean_hidden(self.engine.model, [self.engine.prompt_ids(text)]) for text in each])
+        vectors_ND = torch.cat([self._embed(self.engine.prompt_ids(text), adapter) for text in each])
         return vectors_ND[0] if isinstance(texts, str) else vectors_ND
+
+    def _embed(self, ids: list[int], adapter: str | None) -> Tensor:
+        with self.engine.adapters.through(adapter, len(ids)):
+            return mean_hidden(self.engine.model, [ids])

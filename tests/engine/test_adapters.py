@@ -97,3 +97,22 @@ def test_refused(folders: dict[str, Path]) -> None:
         Engine(tiny_model(), tiny_tokenizer()).generate([[5]], params("plain"))
     with pytest.raises(UserError, match="no linear layer"):
         Engine(tiny_model(num_hidden_layers=1), tiny_tokenizer(), adapters={"plain": folders["plain"]})
+    with pytest.raises(UserError, match="a whole model, not an adapter"):
+        Engine(tiny_model(), tiny_tokenizer(), adapters={"plain": folders["base"]})
+
+
+def test_another_adapter_takes_a_names_place(folders: dict[str, Path]) -> None:
+    """With fewer layers, in the midst of an answer: the rest is what the new one says after the same beginning."""
+    engine = served(folders)
+    prompt = random_prompts(1, seed=3)[0]
+    request = engine.add(prompt, params("plain"))
+    said = [engine.step()[0][1].id for _ in range(4)]
+    engine.adapters.put("plain", engine.adapters.read(folders["dora"]))
+    engine.weights_updated()
+    while engine.has_work:
+        said += [delta.id for id, delta in engine.step() if id == request]
+    (rest,) = alone(folders["dora"], [prompt + said[:4]])
+    assert said[4:] == rest.completions[0].ids[:8]
+    (old,) = alone(folders["plain"], [prompt])
+    assert said[:4] == old.completions[0].ids[:4]
+    assert said != old.completions[0].ids

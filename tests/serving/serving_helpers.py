@@ -51,8 +51,14 @@ def serving(
 ) -> Iterator[Running]:
     """Serve the models at a free port until the block ends."""
     config = config or ServingConfig()
-    models = served(folders, config.max_answers)
-    app = create_app(models, config, hosts=hosts)
+    app = create_app(served(folders, config.max_answers), config, hosts=hosts)
+    with running_app(app) as running:
+        yield running
+
+
+@contextmanager
+def running_app(app: FastAPI) -> Iterator[Running]:
+    """Serve an application at a free port until the block ends."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
@@ -62,7 +68,7 @@ def serving(
         while not server.started:
             time.sleep(0.01)
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        yield Running(app, url, {model.name: model.engine for model in models})
+        yield Running(app, url, {model.name: model.engine for model in app.state.minnow.models})
     finally:
         server.should_exit = True
         thread.join()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from minnow.model.config import ModelConfig
-from minnow.model.pretrained import save_pretrained
+from minnow.model.lora import LoraConfig, add_lora, lora_layers
+from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer.tokenizer import Tokenizer
 from minnow.tokenizer.train import train_tokenizer
@@ -17,11 +19,11 @@ def tiny_tokenizer() -> Tokenizer:
     return train_tokenizer(["the little minnow swims in the pond. 小鱼在池塘里游泳。"] * 10, 320)
 
 
-def save_random_model(folder: Path, context: int = 128) -> Path:
+def save_random_model(folder: Path, context: int = 128, hidden_size: int = 16) -> Path:
     tokenizer = tiny_tokenizer()
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
-        hidden_size=16,
+        hidden_size=hidden_size,
         intermediate_size=32,
         num_hidden_layers=1,
         num_attention_heads=2,
@@ -30,6 +32,32 @@ def save_random_model(folder: Path, context: int = 128) -> Path:
         max_position_embeddings=context,
     )
     save_pretrained(CausalLM(config), folder, tokenizer)
+    return folder
+
+
+def save_lively_model(folder: Path, seed: int = 0, **shape: int) -> Path:
+    """A random model whose weights are so large that no token is likely for a dull reason."""
+    save_random_model(folder, **shape)
+    model = load_pretrained(folder)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            low, high = (0.5, 1.5) if parameter.ndim == 1 else (-0.5, 0.5)
+            parameter.copy_(torch.empty(parameter.shape).uniform_(low, high, generator=generator))
+    save_pretrained(model, folder, tiny_tokenizer())
+    return folder
+
+
+def save_random_adapter(folder: Path, base: Path, seed: int, **settings: Any) -> Path:
+    """An adapter on the model in `base` that says something else than the model does."""
+    model = load_pretrained(base)
+    add_lora(model, LoraConfig(**({"rank": 4} | settings)), base=str(base.resolve()))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            for parameter in (layer.lora_A.weight, layer.lora_B.weight):
+                parameter.add_(torch.empty(parameter.shape).uniform_(-0.4, 0.4, generator=generator))
+    save_pretrained(model, folder, Tokenizer.from_pretrained(base))
     return folder
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from minnow.config import UserError
+from minnow.engine.adapters import Adapters
 from minnow.engine.attention import VARLEN_BLOCK_SIZE, varlen_attention
 from minnow.engine.blocks import BlockManager
 from minnow.engine.cache import PagedCache, Window, bytes_per_token
@@ -31,7 +32,6 @@ from minnow.engine.varlen_runner import VarlenRunner
 from minnow.model.lora import Quantization
 from minnow.model.pretrained import resolve_model_folder
 from minnow.model.quantize import load_quantized
-from minnow.model.switched import add_switched
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer.tokenizer import Tokenizer
 
@@ -78,8 +78,8 @@ class Engine:
         self._block_size = block_size
         self._cache_bytes, self._memory_share = cache_bytes, memory_share
         self._frozen, self._compile = frozen, compile
-        folders = {name: resolve_model_folder(folder) for name, folder in (adapters or {}).items()}
-        self._adapters = add_switched(model, folders) if folders else None
+        self.adapters = Adapters(model, tokenizer, adapters or {})
+        """Call `weights_updated` after one of them changes."""
         self._running: Decoder | None = None
         self._made: Parts | None = None
         self._sampler = Sampler()
@@ -185,11 +185,6 @@ class Engine:
         """Let no later prompt find what earlier ones left in the cache."""
         self._parts().scheduler.blocks.forget_contents()
 
-    @property
-    def adapters(self) -> frozenset[str]:
-        """Names of the adapters that a request may choose."""
-        return frozenset() if self._adapters is None else self._adapters.names
-
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The prompt as the model will read it."""
         if isinstance(prompt, str):
@@ -206,9 +201,7 @@ class Engine:
                 f"the prompt has {len(ids)} tokens, but the model's context is {context} tokens, prompt and "
                 "answer together: shorten the prompt"
             )
-        if params.adapter is not None and params.adapter not in self.adapters:
-            named = ", ".join(sorted(self.adapters)) or "none"
-            raise UserError(f"there is no adapter {params.adapter!r} here; there are: {named}")
+        self.adapters.require(params.adapter)
         room = context - len(ids)
         vocab_size = self.model.config.vocab_size
         for name, tokens in (
@@ -332,7 +325,7 @@ class Engine:
                 runner = Runner(cache, Window(config, max_rows, dtype, device), capture)
             else:
                 runner = VarlenRunner(cache, config, max_rows, attend, capture)
-            runner.adapters = self._adapters
+            runner.adapters = self.adapters.choice if self.adapters.names else None
             scheduler = Scheduler(BlockManager(num_blocks, size), max_rows, self._max_step_tokens)
             self._made = Parts(scheduler, runner)
         return self._made

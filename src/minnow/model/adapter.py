@@ -62,9 +62,14 @@ def load_adapter_weights(model: CausalLM, folder: Path) -> None:
 
 def _copy_weights(layers: dict[str, LoraLinear], weights: dict[str, Tensor], folder: Path) -> None:
     parameters = _adapter_parameters(layers)
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    if {name: tuple(tensor.shape) for name, tensor in weights.items()} != shapes:
-        raise UserError(f"{folder}: its adapters have other layers or another rank than this model's")
+    here = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if here != there:
+        name = min(name for name in here.keys() | there if here.get(name) != there.get(name))
+        raise UserError(
+            f"{folder}: its adapters have other layers or another rank than this model's "
+            f"({name}: {there.get(name, 'nothing')} there, {here.get(name, 'nothing')} here)"
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])

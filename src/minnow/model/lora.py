@@ -137,8 +137,8 @@ def _row_lengths(weight: Tensor) -> Tensor:
 
 
 def linear_names(model: CausalLM) -> list[str]:
-    """Names of the layers that can be adapted: all plain linear ones of the decoder, not the head."""
-    return [f"model.{name}" for name, module in model.model.named_modules() if type(module) is Linear]
+    """Names of the layers of a model without adapters that can be adapted: the decoder's linear ones, not the head."""
+    return [f"model.{name}" for name, module in model.model.named_modules() if isinstance(module, Linear)]
 
 
 def add_lora(model: CausalLM, config: LoraConfig, *, base: str, seed: int = 0) -> None:

@@ -5,22 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minnow.config import UserError
-from minnow.model.adapter import read_adapter
-from minnow.model.lora import LoraLinear, linear_names
+from minnow.model.lora import LoraLinear
 from minnow.model.transformer import CausalLM, Linear
 
 
 class AdapterChoice:
     """Which adapter each token of the next forward pass goes through; none, where nobody chooses."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = frozenset(names)
+    def __init__(self) -> None:
+        self.names: set[str] = set()
         self.places: dict[str, Tensor] = {}
         """By adapter: the places of its tokens among all tokens of the pass, int64."""
 
@@ -45,38 +42,37 @@ class SwitchedLinear(Linear):
     The adapters are no submodules: the model's own parameters, their names and what is saved stay the base's.
     """
 
-    def __init__(self, linear: Linear, adapters: Mapping[str, LoraLinear], choice: AdapterChoice) -> None:
+    def __init__(self, linear: Linear, choice: AdapterChoice) -> None:
         bias = linear.bias is not None
         super().__init__(linear.in_features, linear.out_features, bias=bias, device="meta")
         self.share(linear)
-        self._others = (dict(adapters), choice)  # in a tuple, where nn.Module does not look for modules
+        self.adapters: dict[str, LoraLinear] = {}  # nn.Module does not look for modules in a dict
+        self.choice = choice
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], each token through its adapter."""
-        adapters, choice = self._others
         y = self.product(x)
         x_ND, y_NO = x.flatten(0, -2), y.flatten(0, -2)
-        for name, places in choice.places.items():
-            if name in adapters:
-                y_NO = y_NO.index_copy(0, places, adapters[name].adapt(x_ND[places], y_NO[places]))
+        for name, places in self.choice.places.items():
+            if name in self.adapters:
+                y_NO = y_NO.index_copy(0, places, self.adapters[name].adapt(x_ND[places], y_NO[places]))
         y = y_NO.view(y.shape)
         return y if self.bias is None else y + self.bias.to(x.dtype)
 
 
-def add_switched(model: CausalLM, adapters: Mapping[str, Path]) -> AdapterChoice:
-    """Put the adapters of some folders onto `model`, their base, by name; nothing changes until one is chosen.
+def put_adapter(model: CausalLM, choice: AdapterChoice, name: str, layers: Mapping[str, LoraLinear]) -> None:
+    """Let tokens of `model` choose the adapter `name`, which takes the place of an earlier one of that name.
 
-    UserError for one that does not fit the model, and for a model that has adapters already.
+    layers: what `adapter.read_adapter` gave for this model. Nothing changes for tokens that do not choose it.
     """
-    if model.adapter is not None or len(linear_names(model)) == 0:
-        raise UserError("adapters stand beside a plain model: merge the one it has (minnow merge-lora)")
-    choice = AdapterChoice(list(adapters))
-    layers: dict[str, dict[str, LoraLinear]] = {}
-    for name, folder in adapters.items():
-        for layer, adapted in read_adapter(model, folder).items():
-            layers.setdefault(layer, {})[name] = adapted.eval()
-    for layer, by_name in layers.items():
+    for module in model.modules():
+        if isinstance(module, SwitchedLinear):
+            module.adapters.pop(name, None)
+    for layer, adapted in layers.items():
         linear = model.get_submodule(layer)
         assert isinstance(linear, Linear)
-        model.set_submodule(layer, SwitchedLinear(linear, by_name, choice))
-    return choice
+        if not isinstance(linear, SwitchedLinear):
+            linear = SwitchedLinear(linear, choice)
+            model.set_submodule(layer, linear)
+        linear.adapters[name] = adapted.eval()
+    choice.names.add(name)

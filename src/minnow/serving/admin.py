@@ -39,7 +39,8 @@ async def metrics(request: Request) -> Response:
 
 @router.post("/admin/reload", response_model=None, responses=documented(ModelCard))
 async def reload(body: ReloadBody, request: Request) -> ModelCard:
-    """Load a folder's weights into a served model of the same shape; answers under way go on with them.
+    """Load a folder's weights into a served model of the same shape, or in an adapter's place; answers under way go on
+    with them.
 
     Only on a server with an API key: a path on the server is nothing for everybody.
     """

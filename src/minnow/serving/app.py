@@ -34,9 +34,9 @@ def create_app(
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncGenerator[None, None]:
         yield
-        for model in models:
-            await model.engine.drain(0)
-            model.engine.close()
+        for engine in {model.engine for model in models}:  # a model and its adapters share one
+            await engine.drain(0)
+            engine.close()
 
     app = FastAPI(
         title="minnow",

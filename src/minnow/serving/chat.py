@@ -46,5 +46,6 @@ def _prepare(state: ServerState, model: ServedModel, body: ChatBody) -> tuple[li
         logprobs=bool(body.logprobs),
         top_logprobs=body.top_logprobs or 0,
         grammar=answer_grammar(model.tokenizer, body),
+        adapter=model.adapter,
     )
     return prompt_ids, params

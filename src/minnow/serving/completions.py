@@ -40,6 +40,7 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
         prompts=len(prompts),
         logprobs=body.logprobs is not None,
         top_logprobs=body.logprobs or 0,
+        adapter=model.adapter,
     )
     generations: list[Generation] = []
 

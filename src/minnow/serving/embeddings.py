@@ -52,7 +52,7 @@ async def create_embeddings(body: EmbeddingBody, request: Request) -> Embeddings
 async def _embed(model: ServedModel, texts: Sequence[list[int]]) -> Tensor:
     parts = []
     for group in _groups(texts):
-        parts.append(await model.engine.call(partial(_mean_hidden, texts=group)))
+        parts.append(await model.engine.call(partial(_mean_hidden, adapter=model.adapter, texts=group)))
     return torch.cat(parts)
 
 
@@ -67,8 +67,9 @@ def _groups(texts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
     yield group
 
 
-def _mean_hidden(engine: Engine, texts: Sequence[Sequence[int]]) -> Tensor:
-    return mean_hidden(engine.model, texts)
+def _mean_hidden(engine: Engine, adapter: str | None, texts: Sequence[Sequence[int]]) -> Tensor:
+    with engine.adapters.through(adapter, sum(map(len, texts))):
+        return mean_hidden(engine.model, texts)
 
 
 def _item(index: int, vector_D: Tensor, as_base64: bool) -> Embedding:

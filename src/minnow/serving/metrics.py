@@ -40,7 +40,10 @@ class Metrics:
             registry=self.registry,
         )
         self._in_flight = Gauge(
-            "minnow_answers_in_flight", "Answers under way and waiting", ["model"], registry=self.registry
+            "minnow_answers_in_flight",
+            "Answers under way and waiting, those of its adapters among them",
+            ["model"],
+            registry=self.registry,
         )
 
     def watch_in_flight(self, model: str, count: Callable[[], int]) -> None:

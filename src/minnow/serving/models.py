@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -21,13 +21,21 @@ from minnow.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class ServedModel:
-    """One model by its name."""
+    """One model by its name: a whole one, or an adapter beside it."""
 
     name: str
     folder: Path
     """Where its weights came from."""
     engine: AsyncEngine
+    """Of an adapter, its base's."""
+    parent: str | None = None
+    """Of an adapter, the name of its base; the engine knows the adapter by `name`."""
     created: int = field(default_factory=now)
+
+    @property
+    def adapter(self) -> str | None:
+        """What `SamplingParams.adapter` must be."""
+        return None if self.parent is None else self.name
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -52,15 +60,28 @@ class ServedModel:
             "object": "model",
             "created": self.created,
             "owned_by": "minnow",
+            "parent": self.parent,
             "max_model_len": self.context,
         }
 
     async def reload(self, folder: str | Path) -> None:
-        """Take the weights of another folder of the same shape and tokenizer; answers under way go on with them.
+        """Take the weights of another folder of the same tokenizer; answers under way go on with them.
 
-        UserError where they do not fit; the model stays as it was then.
+        Of the same shape, too, unless it is an adapter. UserError where they do not fit; the model stays as it was
+        then. A base's adapters stay on it, whatever its weights.
         """
+        if self.parent is None:
+            await self._reload_model(folder)
+        else:
+            layers = await asyncio.to_thread(self.engine.engine.adapters.read, folder)
 
+            def put(engine: Engine) -> None:
+                engine.adapters.put(self.name, layers)
+                engine.weights_updated()
+
+            await self.engine.call(put)
+
+    async def _reload_model(self, folder: str | Path) -> None:
         def load(engine: Engine) -> dict:
             found = resolve_model_folder(folder)
             fresh = load_pretrained(found, dtype=engine.model.compute_dtype, device=engine.model.head_weight.device)
@@ -82,11 +103,12 @@ class ServedModel:
 class Models:
     """All models of a server."""
 
-    def __init__(self, models: Iterable[ServedModel], metrics: Metrics) -> None:
+    def __init__(self, models: Sequence[ServedModel], metrics: Metrics) -> None:
         self._models = {model.name: model for model in models}
         self.metrics = metrics
-        for model in self._models.values():
-            metrics.watch_in_flight(model.name, partial(getattr, model.engine, "in_flight"))
+        for model in models:
+            if model.parent is None:  # its adapters' answers are among its own
+                metrics.watch_in_flight(model.name, partial(getattr, model.engine, "in_flight"))
 
     def __iter__(self) -> Iterator[ServedModel]:
         return iter(self._models.values())

@@ -289,4 +289,4 @@ class ReloadBody(BaseModel):
     model: str
     """A name that /v1/models lists."""
     folder: str | None = None
-    """Model or run folder on the server to read the weights from; by default the one the model came from."""
+    """Model, adapter or run folder on the server to read the weights from; by default the one the model came from."""

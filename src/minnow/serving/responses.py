@@ -233,6 +233,8 @@ class ModelCard(TypedDict):
     object: Literal["model"]
     created: int
     owned_by: str
+    parent: str | None
+    """Of an adapter, the model that it stands beside."""
     max_model_len: int
     """Context in tokens, prompt and answer together."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from minnow.config import UserError
 from minnow.engine import Engine, SamplingParams
 from minnow.engine.async_engine import AsyncEngine
+from minnow.model.adapter import base_of, is_adapter
 from minnow.model.pretrained import resolve_model_folder
 from minnow.serving import ServedModel, ServingConfig, create_app
 from minnow.serving.security import LOOPBACK
@@ -27,11 +28,15 @@ _LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
 class Config(ServingConfig):
     """Serve models over OpenAI's API: chat, completions, embeddings.
 
-    A model is called by its folder's name (a run's by the run's); NAME=MODEL calls it otherwise.
+    A model is called by its folder's name (a run's by the run's); NAME=MODEL calls it otherwise. Adapters stand beside
+    the model that they were trained on, by names of their own: --adapters legal=runs/legal,medical=runs/medical
     """
 
     models: tuple[str, ...] = field(metadata={"positional": True})
     """Model folders, run folders or Hub ids, each alone or as NAME=MODEL."""
+    adapters: tuple[str, ...] = ()
+    """Adapters (folders, runs or Hub ids), many on one model in memory: NAME=ADAPTER. Each goes to the served model
+    that its adapter_config.json names; NAME@MODEL=ADAPTER puts it on the one served as MODEL."""
     host: str = "127.0.0.1"
     """Address to listen at; 0.0.0.0 is every network the machine is in and needs an API key."""
     port: int = 8000
@@ -50,6 +55,14 @@ class Config(ServingConfig):
     compiler."""
 
 
+@dataclass(frozen=True)
+class PlacedAdapter:
+    """An adapter's folder, and the name of the served model it goes onto."""
+
+    folder: Path
+    parent: str
+
+
 def run(config: Config) -> None:
     """Serve until SIGTERM or Ctrl-C, then let the answers under way finish."""
     config = replace(config, api_key=config.api_key or os.environ.get("MINNOW_API_KEY") or None)
@@ -59,11 +72,14 @@ def run(config: Config) -> None:
             f"--host {config.host} lets others in: set MINNOW_API_KEY (or --api_key), or --insecure true if anybody may"
         )
     named = name_models(config.models)
+    placed = place_adapters(config.adapters, named)
+    if placed and config.compile:
+        raise UserError("--compile takes a frozen copy of a model, and a model with --adapters is run as it is")
     listening = _listen(config.host, config.port)
-    app = build_app(config, named, local=local)
+    app = build_app(config, named, placed, local=local)
     address, port = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
-    print(f"serving {', '.join(named)} at http://{shown}:{port}/v1", flush=True)
+    print(f"serving {', '.join([*named, *placed])} at http://{shown}:{port}/v1", flush=True)
     server = uvicorn.Server(
         uvicorn.Config(
             app,
@@ -95,18 +111,67 @@ def name_models(models: Sequence[str]) -> dict[str, Path]:
     return named
 
 
-def build_app(config: Config, named: dict[str, Path], *, local: bool) -> FastAPI:
+def place_adapters(adapters: Sequence[str], named: Mapping[str, Path]) -> dict[str, PlacedAdapter]:
+    """Name -> adapter and its base among the models that `name_models` found.
+
+    UserError for a name that is taken, a folder without an adapter, and a base that is not served.
+    """
+    placed: dict[str, PlacedAdapter] = {}
+    for given in adapters:
+        names, _, adapter = given.partition("=")
+        name, at, parent = names.partition("@")
+        if not (name and adapter):
+            raise UserError(f"--adapters {given}: write NAME=ADAPTER, or NAME@MODEL=ADAPTER")
+        if name in named or name in placed:
+            raise UserError(f"--adapters {given}: {name} is the name of another model here: give another")
+        folder = resolve_model_folder(adapter)
+        if not is_adapter(folder):
+            raise UserError(f"--adapters {given}: {folder} holds a whole model, which is served without --adapters")
+        if at and parent not in named:
+            raise UserError(f"--adapters {given}: no model is served as {parent!r}, only {', '.join(named)}")
+        placed[name] = PlacedAdapter(folder, parent if at else _served_base(given, base_of(folder), named))
+    return placed
+
+
+def _served_base(given: str, base: str, named: Mapping[str, Path]) -> str:
+    """The name of the served model that an adapter calls its base."""
+    if base in named:  # a Hub id
+        return base
+    here = Path(base).exists() and resolve_model_folder(base).resolve()
+    fits = [name for name, folder in named.items() if folder.resolve() == here]
+    if not fits:
+        raise UserError(
+            f"--adapters {given}: its model {base} is not served, only {', '.join(named)}; "
+            "if one of these is it, say so with NAME@MODEL=ADAPTER"
+        )
+    if len(fits) > 1:
+        raise UserError(f"--adapters {given}: its model is served as {' and '.join(fits)}; choose: NAME@MODEL=ADAPTER")
+    return fits[0]
+
+
+def build_app(
+    config: Config, named: Mapping[str, Path], placed: Mapping[str, PlacedAdapter], *, local: bool
+) -> FastAPI:
     """Load the models and put the application together."""
     device = choose_device(config.device)
     dtype = choose_precision(config.precision, device)
     models = []
     for name, folder in named.items():
+        adapters = {key: adapter.folder for key, adapter in placed.items() if adapter.parent == name}
         engine = Engine.from_pretrained(
-            folder, dtype=dtype, device=device, frozen=True, compile=config.compile, memory_share=config.memory_share
+            folder,
+            dtype=dtype,
+            device=device,
+            frozen=True,
+            compile=config.compile,
+            memory_share=config.memory_share,
+            adapters=adapters,
         )
         if config.compile:  # now, and not while the first client waits
             engine.generate([[engine.tokenizer.end_of_text_id]], SamplingParams(max_tokens=3, ignore_eos=True))
-        models.append(ServedModel(name=name, folder=folder, engine=AsyncEngine(engine, max_answers=config.max_answers)))
+        shared = AsyncEngine(engine, max_answers=config.max_answers)
+        models.append(ServedModel(name=name, folder=folder, engine=shared))
+        models += [ServedModel(name=key, folder=adapters[key], engine=shared, parent=name) for key in adapters]
     return create_app(models, config, hosts=LOOPBACK if local and config.api_key is None else None)
 
 
