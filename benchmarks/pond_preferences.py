@@ -3,9 +3,10 @@
     minnow data pond --out pond
     python benchmarks/pond_preferences.py --model runs/quickstart --pond pond --work runs/preference-bars
 
-From a fine-tuned pond model (the quickstart leaves one): DPO must take the share of held-out pairs whose better answer
-is the likelier one from about a half to 95%, and leave the answers to held-out questions within two points; a reward
-model must judge 90% of the held-out pairs right. Prints each figure with its 95% interval before and after.
+From a fine-tuned pond model (the quickstart leaves one), by `recipes/dpo-pond.yaml` and `recipes/reward-pond.yaml`: DPO
+must take the share of held-out pairs whose better answer is the likelier one from about a half to 95%, and leave the
+answers to held-out questions within two points; a reward model must judge 90% of the held-out pairs right. Prints each
+figure with its 95% interval before and after.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
-from minnow.data.prepare import DataConfig
-from minnow.optim import OptimConfig
+from minnow.config import parse_config
 from minnow.stages import dpo, reward
 from minnow.stages import eval as evaluation
-from minnow.training.config import TrainingConfig
+
+RECIPES = Path(__file__).parents[1] / "recipes"
 
 
 def main() -> None:
@@ -27,37 +27,19 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--pond", required=True)
     parser.add_argument("--work", required=True)
-    parser.add_argument("--epochs", type=float, default=2.0)
-    parser.add_argument("--rate", type=float, default=1e-4, help="DPO's learning rate")
-    parser.add_argument("--reward_rate", type=float, default=5e-4, help="the reward model's learning rate")
     parser.add_argument("--max_rows", type=int, default=None)
     options = parser.parse_args()
     work, pond = Path(options.work), Path(options.pond)
-    common: dict[str, Any] = {
-        "overwrite": True,
-        "init_from": options.model,
-        "sequence_length": 256,
-        "data": DataConfig(
-            paths=(str(pond / "preference.jsonl"),),
-            validation_paths=(str(pond / "preference_held_out.jsonl"),),
-            cache_dir=str(work / "cache"),
-        ),
-        "training": TrainingConfig(
-            epochs=options.epochs, batch_tokens=4096, micro_batch_tokens=4096, validate_every=50, z_loss=0.0
-        ),
-    }
-    dpo.run(dpo.Config(run=str(work / "dpo"), optim=adamw(options.rate), **common))
-    reward.run(reward.Config(run=str(work / "reward"), optim=adamw(options.reward_rate), **common))
+    for stage, name in ((dpo, "dpo"), (reward, "reward")):
+        words = f"--config {RECIPES}/{name}-pond.yaml --init_from {options.model} --run {work}/{name} --overwrite true"
+        words += f" --data.paths {pond}/preference.jsonl --data.validation_paths {pond}/preference_held_out.jsonl"
+        stage.run(parse_config(stage.Config, words.split(), program=name))
     before, after = (figures(model, options, work) for model in (options.model, str(work / "dpo")))
     for name in before:
         print(f"{name:<40} {shown(before[name])}  ->  {shown(after[name])}")
     lines = [json.loads(line) for line in (work / "reward" / "metrics.jsonl").read_text().splitlines()]
     accuracy = [line["validation_accuracy"] for line in lines if "validation_accuracy" in line][-1]
     print(f"{'reward model, held-out pairs':<40} {accuracy:.1%}, {work}/reward/reliability.png")
-
-
-def adamw(rate: float) -> OptimConfig:
-    return OptimConfig(optimizer="adamw", matrix_lr=rate, weight_decay=0.0, betas=(0.9, 0.99))
 
 
 def figures(model: str, options: argparse.Namespace, work: Path) -> dict[str, dict[str, float]]:

@@ -116,7 +116,7 @@ def test_a_context_is_lengthened_at_a_tiny_setting(data: Path, tmp_path: Path, m
     assert (content["max_position_embeddings"], content["rope_parameters"]["factor"]) == (256, 4.0)
 
 
-@pytest.mark.parametrize("name", ["lora-pond", "sft-reasoning-pond", "sft-tools-pond"])
+@pytest.mark.parametrize("name", ["lora-pond", "sft-reasoning-pond", "sft-tools-pond", "dpo-pond", "reward-pond"])
 def test_the_ponds_recipes_train_at_a_tiny_setting(
     name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from minnow.report.plots import rollout_figure
+from minnow.report.plots import pair_figure, rollout_figure
 
 
 def test_the_rollout_figure_draws_every_phase_and_every_examination() -> None:
@@ -30,3 +30,14 @@ def test_the_rollout_figure_draws_every_phase_and_every_examination() -> None:
     assert drawn["pass@4"] == [n / 5 for n in range(5)]
     assert [list(line.get_ydata()) for line in figure.axes[1].get_lines()] == [[0.2, 0.6]]
     assert "KL to the reference (nats a token)" not in drawn
+
+
+def test_the_figure_of_a_run_on_pairs_draws_what_was_held_out() -> None:
+    training = [
+        {"step": n, "loss": 0.7 - n / 100, "accuracy": n / 10, "lr": 1e-4, "grad_norm": 1.0} for n in range(1, 9)
+    ]
+    held_out = [{"step": 8, "validation_loss": 0.4, "validation_accuracy": 0.9, "validation_chosen_reward": 2.5}]
+    loss, accuracy, rewards, _, _ = pair_figure([*training, *held_out], "a run").axes
+    assert [list(line.get_ydata()) for line in accuracy.get_lines()] == [[n / 10 for n in range(1, 9)], [0.9]]
+    assert [line.get_label() for line in rewards.get_lines()] == ["chosen reward"]
+    assert list(loss.get_lines()[1].get_ydata()) == [0.4]

@@ -13,7 +13,7 @@ from minnow.config import atomic_write
 
 Record = dict[str, Any]
 
-BLUE, ORANGE = "#1f6f8b", "#d9822b"
+BLUE, ORANGE, GREEN, PURPLE = "#1f6f8b", "#d9822b", "#5b8c5a", "#8c5b8a"
 
 
 def run_figure(records: Sequence[Record], title: str) -> Figure:
@@ -26,11 +26,7 @@ def run_figure(records: Sequence[Record], title: str) -> Figure:
     loss.set(title="loss", ylabel="nats per token")
     _curve(bits, records, "bits_per_byte", ORANGE, label="held out")
     bits.set(title="bits per byte", ylabel="bits per UTF-8 byte")
-    _curve(rate, records, "lr", BLUE, label="learning rate")
-    norm = rate.twinx()
-    _curve(norm, records, "grad_norm", ORANGE, label="gradient norm")
-    rate.set(title="learning rate and gradient norm", ylabel="learning rate")
-    norm.set(ylabel="gradient norm", yscale="log")
+    _rate_and_norm(rate, records)
     _curve(speed, records, "tokens_per_second", BLUE, label="tokens/s", smooth=True)
     speed.set(title="speed", ylabel="tokens per second", ylim=(0, None))
     for axes in (loss, bits, rate, speed):
@@ -38,6 +34,30 @@ def run_figure(records: Sequence[Record], title: str) -> Figure:
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, loc="upper right")
+    return figure
+
+
+def pair_figure(records: Sequence[Record], title: str) -> Figure:
+    """Four panels of a run on pairs (preferences, a reward model): loss, accuracy, rewards, learning rate."""
+    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure.suptitle(title)
+    (loss, accuracy), (rewards, rate) = figure.subplots(2, 2)
+    _curve(loss, records, "loss", BLUE, label="training", smooth=True)
+    _curve(loss, records, "validation_loss", ORANGE, label="held out")
+    loss.set(title="loss", ylabel="nats per pair")
+    _curve(accuracy, records, "accuracy", BLUE, label="training", smooth=True)
+    _curve(accuracy, records, "validation_accuracy", ORANGE, label="held out")
+    _curve(accuracy, records, "validation_likelihood_accuracy", GREEN, label="held out, by likelihood alone")
+    accuracy.set(title="accuracy", ylabel="share of pairs", ylim=(-0.02, 1.02))
+    for key, colour in (("margin", BLUE), ("chosen_reward", GREEN), ("rejected_reward", ORANGE), ("reward", GREEN)):
+        _curve(rewards, records, f"validation_{key}", colour, label=key.replace("_", " "))
+    rewards.set(title="rewards of held-out pairs", ylabel="mean")
+    _rate_and_norm(rate, records)
+    for axes in (loss, accuracy, rewards, rate):
+        axes.set_xlabel("update")
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(frameon=False, loc="best")
     return figure
 
 
@@ -49,7 +69,7 @@ def rollout_figure(phases: Sequence[Record], updates: Sequence[Record], title: s
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     figure.suptitle(title)
     (reward, held_out), (length, health) = figure.subplots(2, 2)
-    colours = (BLUE, ORANGE, "#5b8c5a", "#8c5b8a")
+    colours = (BLUE, ORANGE, GREEN, PURPLE)
     pass_at_k = [key for key in (phases[0] if phases else ()) if key.startswith("pass@")]
     for key, colour in zip(("reward", *pass_at_k), colours, strict=False):
         _curve(reward, phases, key, colour, label=key, smooth=True)
@@ -62,13 +82,13 @@ def rollout_figure(phases: Sequence[Record], updates: Sequence[Record], title: s
     _curve(length, phases, "length", BLUE, label="tokens of an answer", smooth=True)
     shares = length.twinx()
     _curve(shares, phases, "truncated", ORANGE, label="cut off")
-    _curve(shares, phases, "equal_groups", colours[2], label="groups without contrast")
+    _curve(shares, phases, "equal_groups", GREEN, label="groups without contrast")
     length.set(title="length, and shares of the answers", ylabel="tokens", ylim=(0, None))
     shares.set(ylabel="share", ylim=(-0.02, 1.02))
     shares.legend(frameon=False, loc="upper left")
     _curve(health, phases, "entropy", BLUE, label="entropy (nats a token)", smooth=True)
     _curve(health, phases, "kl_to_reference", ORANGE, label="KL to the reference (nats a token)", smooth=True)
-    _curve(health, phases, "repetition", colours[2], label="repetition (0 to 1)")
+    _curve(health, phases, "repetition", GREEN, label="repetition (0 to 1)")
     health.set(title="signs of a collapse")
     for axes in (reward, held_out, length, health):
         axes.set_xlabel("update" if axes is held_out else "phase")
@@ -76,6 +96,14 @@ def rollout_figure(phases: Sequence[Record], updates: Sequence[Record], title: s
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, loc="best")
     return figure
+
+
+def _rate_and_norm(rate: Axes, records: Sequence[Record]) -> None:
+    _curve(rate, records, "lr", BLUE, label="learning rate")
+    norm = rate.twinx()
+    _curve(norm, records, "grad_norm", ORANGE, label="gradient norm")
+    rate.set(title="learning rate and gradient norm", ylabel="learning rate")
+    norm.set(ylabel="gradient norm", yscale="log")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

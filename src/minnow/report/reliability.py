@@ -51,9 +51,13 @@ def reliability_figure(bins: Sequence[Bin], title: str) -> Figure:
     curve, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     confidences = [b.confidence for b in bins]
     curve.plot([0.5, 1], [0.5, 1], color="grey", lw=1, ls="--", label="as often right as it says")
-    curve.plot(confidences, [b.accuracy for b in bins], color=BLUE, marker="o", label="the reward model")
+    # As large as the bin is full, and not joined: a bin of one pair is right or wrong and says next to nothing.
+    total = sum(b.count for b in bins)
+    areas = [max(6.0, 300.0 * b.count / total) for b in bins]
+    curve.scatter(confidences, [b.accuracy for b in bins], s=areas, color=BLUE, label="the reward model", zorder=3)
     curve.set(ylabel="share of pairs judged right", xlim=(0.48, 1.02))
-    curve.legend(frameon=False, loc="lower right")
+    (_, handle) = curve.legend(frameon=False, loc="lower right").legend_handles
+    handle.set_sizes([40.0])
     counts.bar(confidences, [b.count for b in bins], width=0.03, color=ORANGE)
     counts.set(ylabel="pairs", xlabel="probability that the model gives its preferred answer")
     for axes in (curve, counts):

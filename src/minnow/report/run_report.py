@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from minnow.config import UserError, atomic_write
 from minnow.report.lineage import read_records, stage_folders
 from minnow.report.model_card import write_model_card
-from minnow.report.plots import rollout_figure, run_figure
+from minnow.report.plots import pair_figure, rollout_figure, run_figure
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2b33; }
@@ -55,7 +55,8 @@ def write_report(
         records = read_records(folder / "metrics.jsonl")
         body.append(f"<h2>{html.escape(folder.name)}</h2>")
         body.append(_table(_summary(records)))
-        body.append(_picture(run_figure(records, folder.name), "curves"))
+        draw = pair_figure if _learns_from_pairs(records) else run_figure
+        body.append(_picture(draw(records, folder.name), "curves"))
         if (folder / "rollouts.jsonl").exists():
             rollouts = read_records(folder / "rollouts.jsonl")
             body.append(_picture(rollout_figure(rollouts, records, folder.name), "rollouts"))
@@ -72,7 +73,8 @@ def write_report(
 
 def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     training = [r for r in records if "loss" in r]
-    held_out = [r for r in records if "bits_per_byte" in r]
+    held_out = [r for r in records if "validation_loss" in r]
+    unit = "pair" if _learns_from_pairs(records) else "token"
     rows: dict[str, str] = {}
     if training:
         last = training[-1]
@@ -81,17 +83,24 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         rows |= {
             "updates": f"{last['step']:,}",
             "tokens": f"{last['tokens']:,}",
-            "training loss": f"{last['loss']:.4f} nats per token",
+            "training loss": f"{last['loss']:.4f} nats per {unit}",
             "time in updates": f"{sum(r['seconds'] for r in training) / 60:.1f} minutes",
             "speed (median)": f"{speed:,.0f} tokens/s",
             "model FLOP utilisation (median)": f"{utilisation:.0%} of the measured matmul peak",
             "peak memory": f"{last['memory_gb']:.2f} GB",
         }
     if held_out:
-        rows["held-out loss"] = f"{held_out[-1]['validation_loss']:.4f} nats per token"
-        if held_out[-1]["bits_per_byte"] is not None:
-            rows["held-out bits per byte"] = f"{held_out[-1]['bits_per_byte']:.4f}"
+        last = held_out[-1]
+        rows["held-out loss"] = f"{last['validation_loss']:.4f} nats per {unit}"
+        if last.get("bits_per_byte") is not None:
+            rows["held-out bits per byte"] = f"{last['bits_per_byte']:.4f}"
+        if "validation_accuracy" in last:
+            rows["held-out pairs judged right"] = f"{last['validation_accuracy']:.1%}"
     return rows
+
+
+def _learns_from_pairs(records: Sequence[Mapping[str, Any]]) -> bool:
+    return any("accuracy" in record for record in records)
 
 
 def _table(rows: Mapping[str, str]) -> str:
