@@ -23,13 +23,14 @@ import zstandard
 
 from minnow.config import UserError, atomic_write
 from minnow.data.decontamination import EvaluationSets
+from minnow.data.files import COMPRESSIONS
 from minnow.data.languages import LanguageFilter
 from minnow.data.near_duplicates import NearDuplicates
 from minnow.data.progress import NUM_SHOWN, complaint, progress_bar
 from minnow.data.readers import Raw, iter_raw, parse_row
 from minnow.data.records import RowError, checked_text
 from minnow.data.said import Said, read_said
-from minnow.data.sources import COMPRESSIONS, FORMATS, Source, find_sources
+from minnow.data.sources import FORMATS, Source, find_sources
 
 Reason = Literal["bad_row", "too_short", "too_long", "language", "contaminated", "exact_duplicate", "near_duplicate"]
 

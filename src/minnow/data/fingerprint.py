@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from minnow.config import UserError, atomic_write
+from minnow.data.files import content_identity
 from minnow.data.shards import file_sha256
 from minnow.data.sources import Source
 
@@ -18,12 +19,15 @@ _SETTLED_SECONDS = 2.0
 
 def fingerprint(sources: Sequence[Source], cache_dir: Path, settings: dict[str, Any]) -> str:
     """Return the sha256 (hex) of the sources' content, their order and weights, and of `settings`."""
-    contents = _file_hashes([source.name for source in sources if source.is_file], cache_dir)
-    inputs = [
-        [contents[source.name] if source.is_file else _hub_revision(source.name), source.format, source.weight]
-        for source in sources
-    ]
+    hashes = _file_hashes([source.name for source in sources if source.is_local], cache_dir)
+    inputs = [[_content(source, hashes), source.format, source.weight, source.entry] for source in sources]
     return hashlib.sha256(json.dumps([inputs, settings], sort_keys=True).encode()).hexdigest()
+
+
+def _content(source: Source, hashes: dict[str, str]) -> Any:
+    if source.is_local:
+        return hashes[source.name]
+    return content_identity(source.name) if source.is_file else _hub_revision(source.name)
 
 
 def _file_hashes(paths: Sequence[str], cache_dir: Path) -> dict[str, str]:

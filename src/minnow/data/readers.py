@@ -8,22 +8,18 @@ done by the processes that tokenise.
 from __future__ import annotations
 
 import codecs
-import gzip
 import io
 import json
-import shutil
-import tempfile
 import zlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import zstandard
 
 from minnow.config import UserError
+from minnow.data.files import BLOCK, COMPRESSIONS, is_url, open_bytes
+from minnow.data.parquet import read_parquet, row_groups
 from minnow.data.records import (
     CONVERSATION_KEYS,
     OTHER_KEYS,
@@ -40,7 +36,7 @@ TEXT_CHARACTERS = 16_384
 """A longer document of a text file is cut at the next blank line, at the latest after four times as much."""
 END_OF_TEXT_LINE = "<|endoftext|>"
 
-_BLOCK = 1 << 20
+_BLOCK = BLOCK
 _COLUMNS = {*TEXT_KEYS, *CONVERSATION_KEYS, *OTHER_KEYS, "image_bytes", "prompt", "chosen", "rejected", "input_ids"}
 
 
@@ -92,38 +88,66 @@ def parse_row(raw: Raw) -> Mapping[str, Any]:
     return raw
 
 
-def iter_raw(source: Source, *, every_column: bool = False) -> Iterator[tuple[int, Raw]]:
+def iter_raw(
+    source: Source, *, every_column: bool = False, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, Raw]]:
     """Yield (number, raw row) of one source, from 1. Raises UserError where the file itself cannot be read.
 
-    Of a parquet file only the columns that make documents and conversations are read, or `every_column`.
+    Of a parquet file only the columns that make documents and conversations are read, or `every_column`. `start` and
+    `stop` choose a stretch of what `is_divisible`: lines that begin in these bytes, or row groups. Numbers then count
+    from its first row, see `rows_before`.
     """
-    parquet = _parquet if every_column else partial(_parquet, columns=_COLUMNS)
-    readers = {"jsonl": _jsonl, "json": _json, "txt": _txt, "parquet": parquet, "hub": _hub}
+    readers = {"json": _json, "txt": _txt, "hub": _hub}
     try:
-        yield from readers[source.format](source.name)
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        raise UserError(f"{source.name}: cannot be read: {error}") from error
-
-
-@contextmanager
-def open_bytes(path: str) -> Iterator[IO[bytes]]:
-    """Open a file, decompressing .gz and .zst on the way."""
-    with open(path, "rb") as file:
-        if path.lower().endswith(".gz"):
-            with gzip.open(file) as plain:
-                yield cast(IO[bytes], plain)
-        elif path.lower().endswith(".zst"):
-            # several frames may follow one another: that is what appending to a .zst gives
-            stream = zstandard.ZstdDecompressor().stream_reader(file, read_size=_BLOCK, read_across_frames=True)
-            yield io.BufferedReader(stream, _BLOCK)
+        if source.format == "jsonl":
+            yield from _jsonl(source.name, start, stop)
+        elif source.format == "parquet":
+            yield from read_parquet(source.name, () if every_column else _COLUMNS, start, stop)
         else:
-            yield file
+            yield from readers[source.format](source.name)
+    except UserError:
+        raise
+    except Exception as error:
+        # what is behind a URL raises its library's own kinds of errors
+        if isinstance(error, OSError | EOFError | zlib.error | zstandard.ZstdError) or is_url(source.name):
+            raise UserError(f"{source.name}: cannot be read: {error}") from error
+        raise
 
 
-def _jsonl(path: str) -> Iterator[tuple[int, Raw]]:
+def is_divisible(source: Source) -> bool:
+    """Whether reading can begin inside the file. Compressed ones, arrays, texts and web servers allow no such thing."""
+    return (
+        source.format in ("jsonl", "parquet")
+        and not source.name.lower().endswith(COMPRESSIONS)
+        and not source.name.startswith(("http://", "https://"))
+    )
+
+
+def rows_before(source: Source, start: int) -> int:
+    """Return how many lines or rows of a divisible source stand before those that `iter_raw` gives from `start`."""
+    if not start:
+        return 0
+    if source.format == "parquet":
+        return sum(rows for rows, _ in row_groups(source.name)[:start])
+    lines, left = 1, start - 1  # the line that holds the byte before `start` is not the stretch's
+    with open_bytes(source.name) as file:
+        while block := file.read(min(_BLOCK, left)):
+            lines += block.count(b"\n")
+            left -= len(block)
+    return lines
+
+
+def _jsonl(path: str, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Raw]]:
     with open_bytes(path) as file:
+        place = start
+        if start:
+            file.seek(start - 1)
+            place += len(file.readline()) - 1  # to the next line's first byte, which may be this one
         for number, line in enumerate(file, 1):
-            if number == 1:
+            if stop is not None and place >= stop:
+                return
+            place += len(line)
+            if number == 1 and not start:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.isspace():
                 yield number, line
@@ -210,29 +234,6 @@ def _txt(path: str) -> Iterator[tuple[int, Raw]]:
             else:
                 first = number + 1
             number += chunk.endswith(b"\n")
-
-
-def _parquet(path: str, columns: Collection[str] = ()) -> Iterator[tuple[int, Raw]]:
-    import pyarrow
-    import pyarrow.parquet
-
-    with tempfile.TemporaryDirectory() as folder:
-        if path.lower().endswith((".gz", ".zst")):  # parquet is read from its end
-            plain = Path(folder) / "plain.parquet"
-            with open_bytes(path) as packed, open(plain, "wb") as file:
-                shutil.copyfileobj(packed, file, _BLOCK)
-        else:
-            plain = Path(path)
-        try:
-            with pyarrow.parquet.ParquetFile(plain, buffer_size=_BLOCK, pre_buffer=False) as table:
-                wanted = [name for name in table.schema_arrow.names if name in columns]
-                number = 0
-                for batch in table.iter_batches(batch_size=256, columns=wanted or None):
-                    for row in batch.to_pylist():
-                        number += 1
-                        yield number, row
-        except pyarrow.ArrowException as error:
-            raise UserError(f"{path}: not a readable parquet file: {error}") from error
 
 
 def _hub(name: str) -> Iterator[tuple[int, Raw]]:

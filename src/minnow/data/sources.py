@@ -1,16 +1,16 @@
-"""Where data comes from: `PATH`, `PATH@WEIGHT`, folders, globs and Hugging Face dataset names -> a list of sources."""
+"""Where data comes from: `PATH`, `PATH@WEIGHT`, folders, globs, URLs and Hub data sets -> a list of sources."""
 
 from __future__ import annotations
 
 import glob
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minnow.config import UserError
+from minnow.data.files import COMPRESSIONS, find_files, is_url
 
-COMPRESSIONS = (".gz", ".zst")
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".txt": "txt"}
 
 _WEIGHT = re.compile(r"(.+)@([0-9.eE+-]+)")
@@ -22,59 +22,77 @@ class Source:
     """One file, or one split of a Hugging Face data set, and how often it counts."""
 
     name: str
-    """Path of the file, or hub:ORG/NAME[:CONFIG[:SPLIT]]."""
+    """Path or URL of the file, or hub:ORG/NAME[:CONFIG[:SPLIT]]."""
     format: str
     """jsonl, json, parquet, txt or hub."""
     weight: float = 1.0
     """Passes over this source in one epoch of the mixture. 2 takes each of its documents twice, 0.3 a fixed 30% of
     them, 1.5 each once and half of them again; which ones is decided by their content."""
+    size: int = 0
+    """Bytes as stored; 0 where nobody tells."""
+    entry: int = 0
+    """Which of the given paths it belongs to."""
 
     @property
     def is_file(self) -> bool:
-        """Whether it lies on this machine."""
+        """Whether it is a file, here or elsewhere, and not a data set of the Hub."""
         return self.format != "hub"
 
     @property
-    def size(self) -> int:
-        """Bytes on disk; 0 for what is streamed."""
-        return Path(self.name).stat().st_size if self.is_file else 0
+    def is_local(self) -> bool:
+        """Whether it lies on this machine."""
+        return self.is_file and not is_url(self.name)
 
 
 def find_sources(paths: Sequence[str]) -> list[Source]:
     """Resolve `paths`, each optionally `@WEIGHT`, to sources in a fixed order (a folder's or glob's files sorted).
 
     A path is a file (jsonl, json, parquet, txt, each also .gz or .zst), a folder (all such files in it, at any
-    depth), a glob, or a Hugging Face data set, ORG/NAME[:CONFIG[:SPLIT]] (split `train` by default).
+    depth), a glob, any of these as a URL, or a Hugging Face data set, ORG/NAME[:CONFIG[:SPLIT]] (split `train` by
+    default).
     Raises UserError for a path that leads nowhere.
     """
     if not paths:
         raise UserError("no data is given: name at least one file, folder, glob or Hugging Face data set")
-    return [source for path in paths for source in _resolve(path)]
+    return [replace(source, entry=entry) for entry, path in enumerate(paths) for source in _resolve(path)]
 
 
 def _resolve(written: str) -> list[Source]:
     path, weight = _split_weight(written)
+    if is_url(path):
+        return _resolve_url(path, weight)
     if Path(path).is_file():
-        return [Source(path, _format(path), weight)]
+        return [_local(path, weight)]
     if Path(path).is_dir():
         found = [p for p in Path(path).rglob("*") if p.is_file() and _is_data(p.relative_to(path))]
         if not found:
             raise UserError(f"{path}: this folder holds no data file ({_known()})")
-        return [Source(str(p), _format(p), weight) for p in sorted(found)]
+        return [_local(p, weight) for p in sorted(found)]
     if glob.has_magic(path):
         matches = sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())
         if not matches:
             raise UserError(f"{path}: no file matches")
-        return [Source(p, _format(p), weight) for p in matches]
+        return [_local(p, weight) for p in matches]
     name = path.removeprefix("hub:")
-    if _HUB_NAME.fullmatch(name) and (path != name or _suffix(Path(path)) not in FORMATS):
+    if _HUB_NAME.fullmatch(name) and (path != name or _suffix(path) not in FORMATS):
         return [Source(f"hub:{name}", "hub", weight)]
     raise UserError(f"{path}: no such file or folder")
 
 
+def _local(path: str | Path, weight: float) -> Source:
+    return Source(str(path), _format(path), weight, Path(path).stat().st_size)
+
+
+def _resolve_url(url: str, weight: float) -> list[Source]:
+    found = find_files(url, lambda below: _is_data(Path(below)))
+    if not found:
+        raise UserError(f"{url}: no data file is there ({_known()})")
+    return [Source(name, _format(name), weight, size) for name, size in found]
+
+
 def _split_weight(written: str) -> tuple[str, float]:
     match = _WEIGHT.fullmatch(written)
-    if match is None or Path(written).exists():
+    if match is None or (not is_url(written) and Path(written).exists()):
         return written, 1.0
     try:
         weight = float(match[2])
@@ -85,8 +103,10 @@ def _split_weight(written: str) -> tuple[str, float]:
     return match[1], weight
 
 
-def _suffix(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
+def _suffix(path: str | Path) -> str:
+    if isinstance(path, str) and is_url(path):
+        path = path.partition("?")[0]  # a web address may end in a query
+    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""
@@ -97,7 +117,7 @@ def _is_data(path: Path) -> bool:
 
 
 def _format(path: str | Path) -> str:
-    suffix = _suffix(Path(path))
+    suffix = _suffix(path)
     if suffix not in FORMATS:
         raise UserError(f"{path}: not a data file by its name; known are {_known()}")
     return FORMATS[suffix]

@@ -1,0 +1,122 @@
+"""Files here and elsewhere: URLs such as s3://, gs://, hf://datasets/ and https:// by way of fsspec, .gz and .zst.
+
+fsspec knows the protocols; the library that speaks one (s3fs, gcsfs, aiohttp, ...) is installed beside it, and takes
+credentials from where its cloud's own tools have them.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import io
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import IO, Any, cast
+
+import zstandard
+
+from minnow.config import UserError
+
+COMPRESSIONS = (".gz", ".zst")
+BLOCK = 1 << 20
+"""Bytes that are read at a time."""
+
+# What storages call the mark of a file's content, or the time of its last change.
+_STAMPS = (
+    *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "content_md5", "md5", "crc32c", "blob_id", "generation"),
+    *("LastModified", "Last-Modified", "last_modified", "mtime", "modified", "updated", "created"),
+)
+
+
+def is_url(path: str) -> bool:
+    """Whether `path` is a URL, not a path of this machine."""
+    return "://" in path
+
+
+def find_files(url: str, wanted: Callable[[str], bool]) -> list[tuple[str, int]]:
+    """Return (URL, bytes) of the file, of those that match the glob, or of the `wanted` ones below the folder; sorted.
+
+    Bytes are 0 where the server does not tell. Raises UserError for what is not there or cannot be reached.
+    """
+    with _told(url):
+        files, path = _open_storage(url)
+        files.invalidate_cache()  # a listing remembered from before would hide what has changed
+        if "*" in path or "[" in path:  # a question mark begins the query of a web address
+            found = files.glob(path, detail=True)
+        else:
+            info = files.info(path)
+            if info["type"] == "file":
+                return [(url, info.get("size") or 0)]
+            below = files.find(path, detail=True)
+            found = {name: info for name, info in below.items() if wanted(name.removeprefix(path).lstrip("/"))}
+        return sorted(
+            (files.unstrip_protocol(name), info.get("size") or 0)
+            for name, info in found.items()
+            if info["type"] == "file"
+        )
+
+
+def content_identity(url: str) -> list[Any]:
+    """Return what changes when the file's content does: address, size and the storage's own marks.
+
+    A storage that has no marks has its content read and hashed.
+    """
+    with _told(url):
+        files, path = _open_storage(url)
+        info = files.info(path)
+        stamps = [[name, str(info[name])] for name in _STAMPS if info.get(name)]
+        if not stamps:
+            with files.open(path, "rb") as file:
+                stamps = [["sha256", hashlib.file_digest(file, "sha256").hexdigest()]]
+        return [url, info.get("size"), stamps]
+
+
+@contextmanager
+def open_bytes(path: str) -> Iterator[IO[bytes]]:
+    """Open a file or URL for reading, decompressing .gz and .zst on the way.
+
+    What is raised while a URL is read is its library's own kind of error.
+    """
+    with _open_url(path) if is_url(path) else open(path, "rb") as file:
+        if path.lower().endswith(".gz"):
+            with gzip.open(file) as plain:
+                yield cast(IO[bytes], plain)
+        elif path.lower().endswith(".zst"):
+            # several frames may follow one another: that is what appending to a .zst gives
+            stream = zstandard.ZstdDecompressor().stream_reader(file, read_size=BLOCK, read_across_frames=True)
+            yield io.BufferedReader(stream, BLOCK)
+        else:
+            yield file
+
+
+@contextmanager
+def _open_url(url: str) -> Iterator[IO[bytes]]:
+    with _told(url):
+        files, path = _open_storage(url)
+        opened = files.open(path, "rb")
+    with opened as file:
+        yield io.BufferedReader(file, BLOCK)  # fsspec's own readline is slow
+
+
+def _open_storage(url: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    try:
+        return url_to_fs(url)
+    except ImportError as error:
+        raise UserError(f"{url}: {error} (with pip, then run again)") from error
+    except ValueError as error:
+        raise UserError(f"{url}: {error}") from error
+
+
+@contextmanager
+def _told(url: str) -> Iterator[None]:
+    """Say in a line what a storage's library says in its own kind of error."""
+    try:
+        yield
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{url}: no such file or folder") from None
+    except Exception as error:
+        raise UserError(f"{url}: cannot be reached: {error}") from error
