@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from minnow.config import UserError
-from minnow.data import prepare as prepare_module
+from minnow.data import lots
 from minnow.data.batches import PackedDataset
+from minnow.data.preparation import Preparation
 from minnow.data.prepare import DataConfig, prepare
 from minnow.data.shards import Shards
 from minnow.tokenizer.chat import render
@@ -212,8 +213,8 @@ def test_the_cache_follows_content_tokenizer_and_options(run, tmp_path, monkeypa
     path = write_texts(tmp_path / "a.jsonl", documents(20))
     first = run(path)
     made = []
-    original = prepare_module._Preparation.run
-    monkeypatch.setattr(prepare_module._Preparation, "run", lambda self: (made.append(1), original(self))[1])
+    original = Preparation.run
+    monkeypatch.setattr(Preparation, "run", lambda self: (made.append(1), original(self))[1])
     assert run(path).folder == first.folder
     os.rename(path, tmp_path / "renamed.jsonl")
     assert run(str(tmp_path / "renamed.jsonl")).folder == first.folder
@@ -238,8 +239,8 @@ def test_file_hashes_are_remembered(run, tmp_path, monkeypatch):
 
 
 def small_shards(monkeypatch):
-    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 1000)
-    monkeypatch.setattr(prepare_module, "SHARD_TOKENS", 500)
+    monkeypatch.setattr(lots, "BATCH_BYTES", 500)
+    monkeypatch.setattr(lots, "LOT_BYTES", 1000)
 
 
 def contents(folder):
@@ -254,7 +255,7 @@ def test_an_interrupted_run_continues_and_gives_the_same_bytes(run, tmp_path, mo
     names = [file["name"] for file in _files(whole.folder / "train")]
     assert len(names) > 10
     checks, closed = [], []
-    original = prepare_module._Preparation._close_shard
+    original = Preparation._close_shard
 
     def close_or_die(self, *arguments):
         if len(closed) in (2, 5) and len(checks) < 2:
@@ -263,7 +264,7 @@ def test_an_interrupted_run_continues_and_gives_the_same_bytes(run, tmp_path, mo
         closed.append(1)
         return original(self, *arguments)
 
-    monkeypatch.setattr(prepare_module._Preparation, "_close_shard", close_or_die)
+    monkeypatch.setattr(Preparation, "_close_shard", close_or_die)
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
             run(path)
@@ -313,9 +314,10 @@ def test_a_killed_run_leaves_nothing_half_written(tmp_path, tokenizer):
     path = write_texts(tmp_path / "a.jsonl", documents(6000))
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     program = textwrap.dedent(f"""
+        from minnow.data import lots
         from minnow.data import prepare as p
         from minnow.tokenizer.tokenizer import Tokenizer
-        p.BATCH_BYTES, p.SHARD_TOKENS = 20_000, 10_000
+        lots.BATCH_BYTES, lots.LOT_BYTES = 20_000, 40_000
         config = p.DataConfig(paths=({path!r},), cache_dir={str(tmp_path / "cache")!r}, workers=1)
         data = p.prepare(config, Tokenizer.from_pretrained({str(tmp_path / "tokenizer")!r}), "pretrain",
                          sequence_length=64, progress=False)
@@ -324,7 +326,7 @@ def test_a_killed_run_leaves_nothing_half_written(tmp_path, tokenizer):
     killed = 0
     for wait in (0.02, 0.08, 10_000):
         process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
-        journal = lambda: list((tmp_path / "cache").glob("*.partial/journal/0*.json"))  # noqa: E731
+        journal = lambda: list((tmp_path / "cache").glob("*/journal/0*.json"))  # noqa: E731
         had = len(journal())
         while process.poll() is None and len(journal()) <= had:
             time.sleep(0.002)
@@ -333,7 +335,7 @@ def test_a_killed_run_leaves_nothing_half_written(tmp_path, tokenizer):
             process.kill()
             killed += 1
             process.wait()
-            assert not list((tmp_path / "cache").glob("pretrain-*[!l]/meta.json"))
+            assert not list((tmp_path / "cache").glob("pretrain-*/meta.json"))
         else:
             out, _ = process.communicate(timeout=60)
             assert out.strip() in (b"6000", b"")

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minnow.config import UserError
-from minnow.data.batches import PackedDataset, Share, global_batch_rows
+from minnow.data.batches import PackedDataset, Share
+from minnow.data.order import global_batch_rows
 from minnow.data.packing import pack
 from minnow.data.shard_writer import ShardWriter, finish_folder
 from minnow.data.shards import Shards

@@ -4,7 +4,8 @@ micro-batches and ranks does not depend on how the rows are dealt out."""
 import numpy as np
 import pytest
 
-from minnow.data.batches import PackedDataset, Share, global_batch_rows
+from minnow.data.batches import PackedDataset, Share
+from minnow.data.order import global_batch_rows
 from minnow.data.shard_writer import ShardWriter, finish_folder
 from minnow.data.shards import Shards
 

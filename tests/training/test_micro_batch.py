@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,10 @@ class Watched(LanguageModeling):
 
 class Rows:
     num_rows = 5  # fewer than a batch: they are read again
+
+    @property
+    def window_rows(self) -> Iterator[int]:
+        return iter([self.num_rows])
 
     def batch(self, row_indices: Any) -> Batch:
         assert max(row_indices) < self.num_rows

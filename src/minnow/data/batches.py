@@ -1,11 +1,10 @@
 # ruff: noqa: N815 (fields carry their shape)
-"""Batches: which rows make up a step, and what a row of packed documents looks like as tensors."""
+"""Batches: what rows of packed documents look like as tensors, and how processes share them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, Self
 
 import numpy as np
@@ -15,10 +14,12 @@ from torch import Tensor
 from minnow.config import UserError
 from minnow.data.packing import PackPlan, pack, pack_groups
 from minnow.data.shards import Shards
-from minnow.data.shuffle import permutation
+from minnow.data.shuffle import hash_of
+from minnow.data.windows import ShuffledWindows, Windows
 from minnow.transfer import to_device
 
-_EPOCH = 0xE90C  # keeps the row order apart from other shuffles with the same seed
+OPEN_WINDOWS = 2
+"""Windows in memory: a batch may end one and begin the next."""
 
 
 @dataclass(frozen=True)
@@ -59,42 +60,16 @@ class Batch:
         return int(self.filler_BT.numel() - self.filler_BT.sum())
 
 
-class PackedDataset:
-    """The rows of one split: documents of `shards` packed into rows of `sequence_length` positions.
+@dataclass(frozen=True)
+class PackedWindow:
+    """The rows of one window: its shards' documents packed into rows."""
 
-    group: so many documents that follow one another share a row, in order (2 for pairs); they are not split.
-    """
-
-    def __init__(
-        self, shards: Shards, sequence_length: int, *, split_documents: bool, group: int = 1, seed: int = 0
-    ) -> None:
-        assert group == 1 or not split_documents, "documents that share a row are not split"
-        self.shards = shards
-        self.sequence_length = sequence_length
-        self.plan: PackPlan = (
-            pack(shards.lengths, sequence_length, split=split_documents, seed=seed)
-            if group == 1
-            else pack_groups(shards.lengths, group, sequence_length, seed=seed)
-        )
-
-    @property
-    def num_rows(self) -> int:
-        """Rows of one epoch."""
-        return self.plan.num_rows
-
-    @property
-    def num_positions(self) -> int:
-        """Real positions of one epoch, filler not counted."""
-        return self.plan.num_positions
-
-    @property
-    def fill(self) -> float:
-        """Real positions as a share of all, 0 to 1."""
-        return self.plan.fill
+    shards: Shards
+    plan: PackPlan
 
     def batch(self, row_indices: Sequence[int] | np.ndarray) -> Batch:
         """Read rows of the plan into a Batch, in the order given."""
-        plan, T = self.plan, self.sequence_length
+        plan, T = self.plan, self.plan.sequence_length
         rows = np.asarray(row_indices, dtype=np.int64)
         B = len(rows)
         first, counts = plan.row_starts[rows], plan.row_starts[rows + 1] - plan.row_starts[rows]
@@ -143,25 +118,136 @@ class PackedDataset:
             cu_seqlens=torch.from_numpy(borders),
             filler_BT=rows_BT(filler),
             text_bytes=float(text_bytes),
-            document_ids=tuple(tuple(part.tolist()) for part in np.split(documents, piece_ends[:-1])),
+            document_ids=tuple(
+                tuple(part.tolist()) for part in np.split(self.shards.numbers(documents), piece_ends[:-1])
+            ),
         )
 
 
-@lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
-    return permutation(num_rows, seed, _EPOCH, epoch)
+class PackedRows:
+    """The rows of one split, window after window, of which OPEN_WINDOWS are in memory.
 
-
-def global_batch_rows(seed: int, step: int, rows_per_batch: int, num_rows: int) -> np.ndarray:
-    """Return the rows of step `step` (from 0), int64 [rows_per_batch], all ranks and micro-batches together.
-
-    Steps read on through endless epochs, each its own shuffle of all rows: every row once an epoch, and a batch may
-    hold the end of one epoch and the start of the next. Pure: resuming needs only the step.
+    group: so many documents that follow one another share a row, in order (2 for pairs); they are not split.
     """
-    places = step * rows_per_batch + np.arange(rows_per_batch)
-    epochs, rows = np.divmod(places, num_rows)
-    return np.concatenate(
-        [_epoch_order(seed, epoch, num_rows)[rows[epochs == epoch]] for epoch in np.unique(epochs).tolist()]
+
+    def __init__(
+        self, windows: Windows, sequence_length: int, *, split_documents: bool, group: int = 1, seed: int = 0
+    ) -> None:
+        assert group == 1 or not split_documents, "documents that share a row are not split"
+        self.windows, self.sequence_length = windows, sequence_length
+        self.split_documents, self.group, self.seed = split_documents, group, seed
+        self._open: dict[int, PackedWindow] = {}
+        self._ends = [0]  # row numbers at which the windows seen so far end
+        self._positions = 0  # of these windows
+
+    @property
+    def window_rows(self) -> Iterator[int]:
+        """Rows of each window, one after the other: the next is looked at when it is asked for."""
+        number = 0
+        while self._see(number):
+            yield self._ends[number + 1] - self._ends[number]
+            number += 1
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of one epoch."""
+        return sum(self.window_rows)
+
+    @property
+    def num_positions(self) -> int:
+        """Real positions of one epoch, filler not counted."""
+        for _ in self.window_rows:
+            pass
+        return self._positions
+
+    @property
+    def fill(self) -> float:
+        """Real positions as a share of all, 0 to 1."""
+        return self.num_positions / max(1, self.num_rows * self.sequence_length)
+
+    def window_fill(self, number: int) -> float:
+        """Real positions of one window as a share of all, 0 to 1; 0 past the last one."""
+        window = self._window(number)
+        return 0.0 if window is None else window.plan.fill
+
+    def batch(self, row_indices: Sequence[int] | np.ndarray) -> Batch:
+        """Read rows into a Batch, in the order given. They are numbered through all windows."""
+        rows = np.asarray(row_indices, dtype=np.int64)
+        while self._ends[-1] <= rows.max():
+            assert self._see(len(self._ends) - 1), "there is no such row"
+        windows = np.searchsorted(self._ends, rows, side="right") - 1
+        borders = np.flatnonzero(np.diff(windows)) + 1
+        parts = []
+        for part in np.split(np.arange(len(rows)), borders):
+            number = int(windows[part[0]])
+            window = self._window(number)
+            assert window is not None
+            parts.append(window.batch(rows[part] - self._ends[number]))
+        return parts[0] if len(parts) == 1 else _join(parts)
+
+    def lacking(self, row: int) -> str | None:
+        """Say what is waited for before row `row`, counted on through epochs, can be read; None if for nothing."""
+        while self._ends[-1] <= row:
+            number = len(self._ends) - 1
+            if missing := self.windows.lacking(number):
+                return missing
+            if not self._see(number):
+                return None  # an epoch is shorter
+        return None
+
+    def _see(self, number: int) -> bool:
+        """Learn how many rows a window has, the ones before it being known; False past the last one."""
+        if number + 1 < len(self._ends):
+            return True
+        window = self._window(number)
+        if window is None:
+            return False
+        self._ends.append(self._ends[-1] + window.plan.num_rows)
+        self._positions += window.plan.num_positions
+        return True
+
+    def _window(self, number: int) -> PackedWindow | None:
+        if number not in self._open:
+            shards = self.windows.window(number)
+            if shards is None:
+                return None
+            if len(self._open) == OPEN_WINDOWS:
+                del self._open[next(iter(self._open))]  # the one opened first
+            self._open[number] = PackedWindow(shards, self._plan(shards, number))
+        return self._open[number]
+
+    def _plan(self, shards: Shards, number: int) -> PackPlan:
+        # The first window's packing is the one of data that has only that: windows came later than runs to reproduce.
+        seed = self.seed if number == 0 else hash_of(self.seed, number)
+        if self.group > 1:
+            return pack_groups(shards.lengths, self.group, self.sequence_length, seed=seed)
+        return pack(shards.lengths, self.sequence_length, split=self.split_documents, seed=seed)
+
+
+class PackedDataset(PackedRows):
+    """The rows of a split that is there as a whole: windows are drawn from all of its shards."""
+
+    def __init__(
+        self, shards: Shards, sequence_length: int, *, split_documents: bool, group: int = 1, seed: int = 0
+    ) -> None:
+        windows = ShuffledWindows(shards, seed)
+        super().__init__(windows, sequence_length, split_documents=split_documents, group=group, seed=seed)
+        self.shards = shards
+
+
+def _join(batches: Sequence[Batch]) -> Batch:
+    """Put the rows of batches one below the other."""
+    ends = np.cumsum([0, *(batch.tokens_BT.numel() for batch in batches)]).tolist()
+    borders = [batch.cu_seqlens[:-1] + end for batch, end in zip(batches, ends[:-1], strict=True)]
+    return Batch(
+        tokens_BT=torch.cat([batch.tokens_BT for batch in batches]),
+        targets_BT=torch.cat([batch.targets_BT for batch in batches]),
+        weights_BT=torch.cat([batch.weights_BT for batch in batches]),
+        positions_BT=torch.cat([batch.positions_BT for batch in batches]),
+        cu_seqlens=torch.cat([*borders, torch.tensor([ends[-1]], dtype=torch.int32)]),
+        filler_BT=torch.cat([batch.filler_BT for batch in batches]),
+        text_bytes=sum(batch.text_bytes for batch in batches),
+        document_ids=tuple(row for batch in batches for row in batch.document_ids),
     )
 
 

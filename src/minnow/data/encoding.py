@@ -23,7 +23,30 @@ from minnow.tokenizer.tokenizer import Tokenizer
 Example = Document | Conversation | PreferencePair
 Kind = Literal["pretrain", "sft", "preference"]
 Side = Literal["split", "train", "validation"]
-RawBatch = list[tuple[int, int, Raw]]  # (source, number in it, row)
+
+
+def documents_per_example(kind: Kind) -> int:
+    """How many documents that follow one another belong together: the two answers of a pair."""
+    return 2 if kind == "preference" else 1
+
+
+@dataclass(frozen=True)
+class RawBatch:
+    """Rows as they were read, and the place of what becomes of them."""
+
+    entry: int
+    """Which of the given paths they come from."""
+    lot: int
+    shard: int
+    """Shard of the lot."""
+    place: float
+    """Where in the path the shard lies, see `Lot.place`."""
+    rows: list[tuple[int, int, Raw]]
+    """(span of the lot, number in it, row)."""
+    closes: bool
+    """Whether the shard ends with this batch."""
+    last: bool
+    """Whether the lot does."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +56,9 @@ class EncodeOptions:
     kind: Kind
     sequence_length: int
     weights: tuple[float, ...]
-    """Weight of each source in the mixture."""
+    """Weight of each path in the mixture."""
     sides: tuple[Side, ...]
-    """For each source: split by hash, or all to one side."""
+    """For each path: split by hash, or all to one side."""
     tag_weight: float = 1.0
     """Loss weight of the tags of an assistant's turn."""
     threshold: int = 0
@@ -49,16 +72,10 @@ class Checked:
     counts: Counter[str] = field(default_factory=Counter)
     """rows, bad_rows, documents, text_bytes."""
     bad: list[tuple[int, int, str]] = field(default_factory=list)
-    """(source, number, what is wrong) of the first bad rows."""
+    """(span, number, what is wrong) of the first bad rows."""
     lowest: int = (1 << 64) - 1
     highest: int = 0
     """Extremes of the split hashes."""
-
-    def add(self, other: Checked) -> None:
-        """Add what a later batch found."""
-        self.counts += other.counts
-        self.bad = (self.bad + other.bad)[:NUM_SHOWN]
-        self.lowest, self.highest = min(self.lowest, other.lowest), max(self.highest, other.highest)
 
 
 @dataclass
@@ -109,23 +126,22 @@ _PARSERS: dict[Kind, Callable[[Mapping[str, Any]], Example]] = {
 def _examples(batch: RawBatch, options: EncodeOptions, found: Checked) -> Iterator[tuple[Example, int, bool]]:
     """Yield (example, copies, is validation) of the good rows that the mixture takes; note the bad ones."""
     parse = _PARSERS[options.kind]
-    for source, number, raw in batch:
+    weight, side = options.weights[batch.entry], options.sides[batch.entry]
+    for span, number, raw in batch.rows:
         found.counts["rows"] += 1
         try:
             example = parse(parse_row(raw))
         except RowError as error:
             found.counts["bad_rows"] += 1
             if len(found.bad) < NUM_SHOWN:
-                found.bad.append((source, number, str(error)))
+                found.bad.append((span, number, str(error)))
             continue
         content = example.canonical() if isinstance(example, PreferencePair) else canonical(example)
         digest = hashlib.blake2b(content, digest_size=16).digest()
         split_hash, mixture_hash = (int.from_bytes(half, "big") for half in (digest[:8], digest[8:]))
-        weight = options.weights[source]
         copies = int(weight) + (mixture_hash < (weight % 1) * 2**64)
         if not copies:
             continue
-        side = options.sides[source]
         is_validation = side == "validation" or (side == "split" and split_hash < options.threshold)
         if side == "split":
             found.lowest, found.highest = min(found.lowest, split_hash), max(found.highest, split_hash)

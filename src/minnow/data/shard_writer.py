@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -90,16 +91,24 @@ def finish_folder(
     folder: Path, shards: list[dict[str, Any]], vocab_size: int, has_weights: bool, token_bytes: np.ndarray
 ) -> None:
     """Write `token_bytes.npy`, then `meta.json`, after which `Shards.open` accepts the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = [shard for shard in shards if shard["documents"]]
+    write_token_bytes(folder, token_bytes)
+    with atomic_write(folder / "meta.json") as temporary:
+        meta = folder_meta(shards, vocab_size, has_weights)
+        temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
+
+
+def write_token_bytes(folder: Path, token_bytes: np.ndarray) -> None:
+    """Write `token_bytes.npy`."""
     with atomic_write(folder / "token_bytes.npy") as temporary, open(temporary, "wb") as file:
         np.save(file, token_bytes.astype(np.int32))
-    meta = {
+
+
+def folder_meta(shards: Sequence[dict[str, Any]], vocab_size: int, has_weights: bool) -> dict[str, Any]:
+    """What meta.json says of a folder with these `shards`, in the order in which their documents are counted."""
+    return {
         "version": FORMAT_VERSION,
         "dtype": token_dtype(vocab_size).name,
         "has_weights": has_weights,
         "vocab_size": vocab_size,
         "shards": shards,
     }
-    with atomic_write(folder / "meta.json") as temporary:
-        temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")

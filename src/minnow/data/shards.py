@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,16 +40,11 @@ class Shards:
         self.folder = folder
         self.has_weights: bool = meta["has_weights"]
         self.vocab_size: int = meta["vocab_size"]
+        self._meta = meta
         self._dtype = np.dtype(meta["dtype"])
         self._names: list[str] = [shard["name"] for shard in meta["shards"]]
-        indexes = [np.load(folder / f"{name}.index.npy") for name in self._names]
-        index = np.concatenate([np.empty((0, 3), np.int64), *indexes])
-        self._offsets = np.ascontiguousarray(index[:, 0])
-        self.lengths: np.ndarray = np.ascontiguousarray(index[:, 1])
-        """int64 [documents]: tokens of each document, control tokens included."""
-        self.text_bytes: np.ndarray = np.ascontiguousarray(index[:, 2])
-        """int64 [documents]: UTF-8 bytes of each document's text (for conversations: of its supervised text)."""
-        self._shard_of = np.repeat(np.arange(len(indexes), dtype=np.int32), [len(part) for part in indexes])
+        self._counts = np.array([shard["documents"] for shard in meta["shards"]], np.int64)
+        self._numbered_from = np.cumsum(self._counts) - self._counts  # number of each shard's first document
         self._maps: dict[tuple[int, str], np.ndarray] = {}
 
     @classmethod
@@ -74,14 +69,50 @@ class Shards:
         return cls(folder, meta)
 
     @property
+    def num_shards(self) -> int:
+        """Shards, empty ones too."""
+        return len(self._names)
+
+    @property
     def num_documents(self) -> int:
         """Documents, repeated ones counted as often as they are repeated."""
-        return len(self.lengths)
+        return int(self._counts.sum())
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all documents."""
-        return int(self.lengths.sum())
+        return sum(shard["tokens"] for shard in self._meta["shards"])
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int64 [documents]: tokens of each document, control tokens included."""
+        return self._index[1]
+
+    @cached_property
+    def text_bytes(self) -> np.ndarray:
+        """int64 [documents]: UTF-8 bytes of each document's text (for conversations: of its supervised text)."""
+        return self._index[2]
+
+    @cached_property
+    def _index(self) -> np.ndarray:
+        """[3, documents]: offset, tokens, bytes; read when it is first asked for."""
+        indexes = [np.load(self.folder / f"{name}.index.npy").T for name in self._names]
+        return np.ascontiguousarray(np.concatenate([np.empty((3, 0), np.int64), *indexes], axis=1))
+
+    @cached_property
+    def _shard_of(self) -> np.ndarray:
+        return np.repeat(np.arange(self.num_shards, dtype=np.int32), self._counts)
+
+    def subset(self, shards: Sequence[int]) -> Shards:
+        """The documents of these shards alone, counted from 0; what is in memory of them is in memory once more."""
+        chosen = Shards(self.folder, {**self._meta, "shards": [self._meta["shards"][shard] for shard in shards]})
+        chosen._numbered_from = self._numbered_from[np.asarray(shards, np.int64)]
+        return chosen
+
+    def numbers(self, documents: np.ndarray) -> np.ndarray:
+        """Return what number `documents` have among all that the folder holds, int64; differs from them in a subset."""
+        shards = self._shard_of[documents]
+        return documents + (self._numbered_from - (np.cumsum(self._counts) - self._counts))[shards]
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
@@ -108,7 +139,7 @@ class Shards:
         ends = np.cumsum(lengths)
         total = int(ends[-1]) if len(ends) else 0
         # position within the shard file of every wanted token
-        sources = np.arange(total) + np.repeat(self._offsets[documents] + starts - (ends - lengths), lengths)
+        sources = np.arange(total) + np.repeat(self._index[0][documents] + starts - (ends - lengths), lengths)
         kind = "weights" if weights else "tokens"
         out = np.empty(total, np.float32 if weights else np.int64)
         touched = np.unique(shards)
@@ -126,7 +157,7 @@ class Shards:
             yield self.tokens(i)
 
     def _view(self, i: int, kind: str, start: int, stop: int | None) -> np.ndarray:
-        offset = int(self._offsets[i])
+        offset = int(self._index[0][i])
         document = self._map(int(self._shard_of[i]), kind)[offset : offset + int(self.lengths[i])]
         return document[start:stop]
 

@@ -16,15 +16,21 @@ def splitmix64(values: np.ndarray) -> np.ndarray:
     return z ^ (z >> np.uint64(31))
 
 
+def hash_of(*key: int) -> int:
+    """Return 64 bits that stand for the integers in `key`, in their order."""
+    state = 0
+    for part in key:
+        mixed = splitmix64(np.array([(state + part) & _MASK], dtype=np.uint64))
+        state = int(mixed[0])
+    return state
+
+
 def permutation(length: int, *key: int) -> np.ndarray:
     """Shuffle 0..length-1; int64 [length], a pure function of `length` and the integers in `key`.
 
     numpy promises stable streams only for its legacy generator, and resume must not hang on numpy's version.
     """
-    state = 0
-    for part in key:
-        mixed = splitmix64(np.array([(state + part) & _MASK], dtype=np.uint64))
-        state = int(mixed[0])
+    state = hash_of(*key)
     with np.errstate(over="ignore"):
         hashes = splitmix64(np.arange(length, dtype=np.uint64) + np.uint64(state))
     return np.argsort(hashes, kind="stable")

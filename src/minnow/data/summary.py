@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -32,15 +34,31 @@ def summarise(data: PreparedData, sequence_length: int) -> dict[str, Any]:
 
 def _split(packed: PackedDataset) -> dict[str, Any]:
     shards = packed.shards
+    text_bytes, counts = 0, Counter[int]()  # a shard at a time: all lengths may be too many for the memory
+    for number in range(shards.num_shards):
+        part = shards.subset([number])
+        text_bytes += int(part.text_bytes.sum())
+        lengths, times = np.unique(part.lengths, return_counts=True)
+        counts.update(dict(zip(lengths.tolist(), times.tolist(), strict=True)))
     return {
         "documents": shards.num_documents,
         "tokens": shards.num_tokens,
-        "text_bytes": int(shards.text_bytes.sum()),
-        "longest": int(shards.lengths.max(initial=0)),
-        "median": float(np.median(shards.lengths)) if shards.num_documents else 0.0,
+        "text_bytes": text_bytes,
+        "longest": max(counts, default=0),
+        "median": median_of(counts),
         "packed_rows": packed.num_rows,
         "fill": packed.fill,
     }
+
+
+def median_of(counts: Mapping[int, int]) -> float:
+    """Return the median of values that occur `counts[value]` times each; 0 of none."""
+    values = np.array(sorted(counts), np.int64)
+    ends = np.cumsum([counts[value] for value in values.tolist()])
+    if not len(values):
+        return 0.0
+    middle = (ends[-1] - 1) // 2, ends[-1] // 2
+    return float(values[np.searchsorted(ends, middle, side="right")].mean())
 
 
 def length_histogram(lengths: np.ndarray) -> list[tuple[int, int, int]]:

@@ -63,19 +63,21 @@ class Workers:
                 process.communicate()  # reaps it and closes its pipes
             self._folder.cleanup()
 
-    def map(self, task: Task, batches: Iterable[RawBatch], options: EncodeOptions) -> Iterator[Any]:
-        """Yield the result of `task` on every batch, in order; at most two batches per worker are read ahead."""
+    def map(self, task: Task, batches: Iterable[RawBatch], options: EncodeOptions) -> Iterator[tuple[RawBatch, Any]]:
+        """Yield every batch and the result of `task` on it, in order; at most two per worker are read ahead."""
         if not self.num_workers:
             for batch in batches:
-                yield _perform(task, batch, options, self.tokenizer, num_threads=2)
+                yield batch, _perform(task, batch, options, self.tokenizer, num_threads=2)
             return
-        pending: deque[Future[Checked]] = deque()
+        pending: deque[tuple[RawBatch, Future[Checked]]] = deque()
         for batch in batches:
-            pending.append(self._threads.submit(self._ask, task, batch, options))
+            pending.append((batch, self._threads.submit(self._ask, task, batch, options)))
             if len(pending) >= 2 * self.num_workers:
-                yield pending.popleft().result()
+                done, result = pending.popleft()
+                yield done, result.result()
         while pending:
-            yield pending.popleft().result()
+            done, result = pending.popleft()
+            yield done, result.result()
 
     def _ask(self, task: Task, batch: RawBatch, options: EncodeOptions) -> Checked:
         process = self._idle.get()

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from minnow.config import UserError
-from minnow.data.batches import Share, global_batch_rows
+from minnow.data.batches import Share
+from minnow.data.order import global_batch_rows
 from minnow.data.prompts import Prompt
 from minnow.model.lora import adapters_off
 from minnow.model.transformer import CausalLM

@@ -12,7 +12,8 @@ from rich.table import Table
 
 from minnow.config import atomic_write
 from minnow.data.encoding import Kind
-from minnow.data.prepare import DataConfig, PreparedData, prepare
+from minnow.data.journal import Part
+from minnow.data.prepare import DataConfig, PreparedData, prepare, prepare_part
 from minnow.data.summary import summarise
 from minnow.tokenizer.tokenizer import Tokenizer
 
@@ -30,6 +31,9 @@ class Config:
     sequence_length: int = 1024
     """Positions in a packed row. Longer conversations are cut and longer pairs left out, so for sft and preference it
     must be the one trained with."""
+    part: str | None = None
+    """I/N: do the I-th of N parts of the work, beside other processes or machines that share data.cache_dir; the part
+    that is done last puts them together."""
     json: str | None = None
     """File to write the figures to."""
 
@@ -37,6 +41,12 @@ class Config:
 def run(config: Config) -> None:
     """Prepare, then print what came of it."""
     tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+    if config.part is not None:
+        part = Part.parse(config.part)
+        missing = prepare_part(config.data, tokenizer, config.kind, part, sequence_length=config.sequence_length)
+        if missing is not None:
+            Console().print(f"part {config.part} is done. {missing}", highlight=False, markup=False, soft_wrap=True)
+            return
     data = prepare(config.data, tokenizer, config.kind, sequence_length=config.sequence_length)
     summary = summarise(data, config.sequence_length)
     print_summary(Console(), data, summary, config.sequence_length)

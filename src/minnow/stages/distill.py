@@ -38,6 +38,8 @@ class Config(pretrain.Config):
 
 def run(config: Config) -> None:
     """Train, and leave the student in `RUN/model`."""
+    if config.stream and config.loss.top_k:
+        raise UserError("--stream: loss.top_k asks the teacher about all rows before training; leave one of them out")
     folder = resolve_model_folder(config.teacher)
     if config.init_from is None and config.tokenizer is None:
         config = dataclasses.replace(config, tokenizer=str(folder))
@@ -58,7 +60,7 @@ def run(config: Config) -> None:
         teacher.compute_dtype = student.compute_dtype
         rows: Rows[Batch] = packed.train
         if config.loss.top_k:
-            key = f"{packed.prepared.folder.name}/{config.sequence_length}/{config.training.seed}"
+            key = f"{packed.key}/{config.sequence_length}/{config.training.seed}"
             with first_goes_first():
                 rows = teacher_store(
                     teacher,

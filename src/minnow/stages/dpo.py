@@ -79,7 +79,9 @@ def run(config: Config) -> None:
         return PreferenceRows(dataset, reference, reference_logprobs(model, unrelated, documents // 2, cache, key))
 
     def lesson(packed: PackedData) -> Lesson[PreferenceBatch]:
-        key = packed.prepared.folder.name
+        assert isinstance(packed.train, PackedDataset), "pairs are not streamed"
+        assert isinstance(packed.validation, PackedDataset)
+        key = packed.key
         objective = PreferenceOptimization(config.loss)
         scored_rows = num_held_out_rows(packed.validation, config)
         held_out = held_out_batches(with_reference(packed.validation, f"{key}/held-out", scored_rows), config)

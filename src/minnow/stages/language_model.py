@@ -6,7 +6,7 @@ Pretraining and supervised fine-tuning are this with the next-token loss. Other 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Literal
@@ -15,9 +15,9 @@ import numpy as np
 from rich.console import Console
 
 from minnow.config import UserError
-from minnow.data.batches import Batch, PackedDataset, Share
+from minnow.data.batches import Batch, PackedRows, Share
 from minnow.data.encoding import Kind
-from minnow.data.prepare import DataConfig, PreparedData, prepare
+from minnow.data.prepare import DataConfig, prepare, stream
 from minnow.model.lora import LoraConfig
 from minnow.model.size import parameter_count, training_flops_per_token
 from minnow.model.transformer import CausalLM
@@ -29,7 +29,7 @@ from minnow.training.config import TrainingConfig
 from minnow.training.distribution import first_goes_first, is_first, rank, world_size
 from minnow.training.hardware import device_name
 from minnow.training.micro_batch import find_micro_batch
-from minnow.training.objective import BatchT, LanguageModeling, Objective, PackedBatches, Rows
+from minnow.training.objective import BatchT, LanguageModeling, Objective, PackedBatches, Rows, StreamedBatches
 from minnow.training.session import Machine, RunFolder, train, with_machine, with_micro_batch
 from minnow.training.trainer import Trainer
 from minnow.training.validation import Evaluation, LanguageModelValidation
@@ -45,6 +45,9 @@ class LanguageModelConfig:
     """Delete what is in the run folder and start anew."""
     data: DataConfig
     """What to train on."""
+    stream: bool = False
+    """Start training on the first rows while the rest of the data is still being read and tokenised, in the order of
+    the data; needs training.steps."""
     sequence_length: int = 1024
     """Tokens in a packed row; the longest text the model sees at once."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -59,11 +62,16 @@ class LanguageModelConfig:
 
 @dataclass(frozen=True)
 class PackedData:
-    """Prepared shards, packed for training and for validation."""
+    """Shards, prepared or being prepared, packed for training and for validation."""
 
-    prepared: PreparedData
-    train: PackedDataset
-    validation: PackedDataset
+    key: str
+    """Stands for the documents."""
+    warnings: Sequence[str]
+    """What the user should know about them."""
+    train: PackedRows
+    validation: PackedRows
+    close: Callable[[], None] = lambda: None
+    """Stops what is still being prepared."""
 
 
 @dataclass(frozen=True)
@@ -76,14 +84,25 @@ class Lesson(Generic[BatchT]):
 
 
 def pack_data(config: LanguageModelConfig, tokenizer: Tokenizer, kind: Kind) -> PackedData:
-    """Tokenise (or reuse) and pack."""
-    prepared = prepare(config.data, tokenizer, kind, sequence_length=config.sequence_length)
-    return PackedData(prepared, *prepared.packed(config.sequence_length, config.training.seed))
+    """Tokenise (or reuse) and pack; with `stream`, as soon as the first rows are there."""
+    length, seed = config.sequence_length, config.training.seed
+    if not config.stream:
+        prepared = prepare(config.data, tokenizer, kind, sequence_length=length)
+        return PackedData(prepared.folder.name, prepared.report.warnings(), *prepared.packed(length, seed))
+    if config.training.steps is None:
+        raise UserError("--stream needs --training.steps: how many an epoch has is not known before all is prepared")
+    streamed = stream(config.data, tokenizer, kind, sequence_length=length, leads=is_first())
+    return PackedData(streamed.folder.name, (), *streamed.packed(length, seed), streamed.close)
 
 
 def num_held_out_rows(rows: Rows[Batch], config: LanguageModelConfig) -> int:
     """Return how many held-out rows a validation scores."""
-    return min(rows.num_rows, max(1, config.training.validation_tokens // config.sequence_length))
+    wanted, found = max(1, config.training.validation_tokens // config.sequence_length), 0
+    for window in rows.window_rows:
+        found += window
+        if found >= wanted:
+            return wanted
+    return found
 
 
 def held_out_batches(rows: Rows[BatchT], config: LanguageModelConfig) -> list[BatchT]:
@@ -102,9 +121,9 @@ def trained_parameters(model: CausalLM) -> str:
     return f"{trained:,} parameters in adapters beside {total:,} frozen ones"
 
 
-def total_steps(config: TrainingConfig, rows: int, rows_per_batch: int) -> int:
+def total_steps(config: TrainingConfig, rows: PackedRows, rows_per_batch: int) -> int:
     """Return the number of updates: `steps`, or enough for `epochs` passes over `rows`."""
-    return config.steps or max(1, math.ceil(config.epochs * rows / rows_per_batch))
+    return config.steps or max(1, math.ceil(config.epochs * rows.num_rows / rows_per_batch))
 
 
 def run_language_model(
@@ -138,8 +157,7 @@ def run_lesson(
 
     make_lesson: called once the model is on its device in its compute dtype.
     """
-    run = RunFolder(config.run)
-    machine = Machine.choose(config.training)
+    run, machine = RunFolder(config.run), Machine.choose(config.training)
     config = with_machine(config, machine)
     # Everything a user may have got wrong comes before the run folder is touched.
     rows_per_batch = config.training.rows_per_batch(config.sequence_length)
@@ -149,21 +167,41 @@ def run_lesson(
     Share(rank(), world_size()).cut(np.arange(rows_per_batch), rows_at_once)
     with first_goes_first():
         packed = pack_data(config, tokenizer, kind)
-    for warning in packed.prepared.report.warnings():
-        console.print(f"note: {warning}", highlight=False)
-    if not packed.train.num_rows:
-        raise UserError("the training split is empty: give more data or a smaller data.validation_fraction")
-    run.open(config, overwrite=config.overwrite)
-    run.claim_data(packed.prepared.folder.name)
-    if run.finished:
-        console.print(f"{run.path} is finished; --overwrite trains it again", highlight=False)
-        return run.model_folder
-    steps = total_steps(config.training, packed.train.num_rows, rows_per_batch)
+    try:
+        for warning in packed.warnings:
+            console.print(f"note: {warning}", highlight=False)
+        if not any(packed.train.window_rows):  # looks no further than to the first row
+            raise UserError("the training split is empty: give more data or a smaller data.validation_fraction")
+        run.open(config, overwrite=config.overwrite)
+        run.claim_data(packed.key)
+        if run.finished:
+            console.print(f"{run.path} is finished; --overwrite trains it again", highlight=False)
+        else:
+            _train(config, run, machine, tokenizer, model, title, packed, console, make_lesson)
+    finally:
+        packed.close()
+    return run.model_folder
+
+
+def _train(
+    config: LanguageModelConfig,
+    run: RunFolder,
+    machine: Machine,
+    tokenizer: Tokenizer,
+    model: CausalLM,
+    title: str,
+    packed: PackedData,
+    console: Console,
+    make_lesson: Callable[[PackedData], Lesson[BatchT]],
+) -> None:
+    rows_per_batch = config.training.rows_per_batch(config.sequence_length)
+    rows_at_once = config.training.rows_at_once(config.sequence_length)
+    steps = total_steps(config.training, packed.train, rows_per_batch)
     tokens = steps * rows_per_batch * config.sequence_length
     flops = tokens * training_flops_per_token(model.config, config.sequence_length / 4)
     console.print(
         f"{title}: {trained_parameters(model)}; {tokens:,} tokens in {steps} updates of "
-        f"{config.training.batch_tokens:,}; {flops:.2e} FLOPs; rows {packed.train.fill:.1%} full; "
+        f"{config.training.batch_tokens:,}; {flops:.2e} FLOPs; rows {packed.train.window_fill(0):.1%} full; "
         f"{device_name(machine.device)}, {config.training.precision}",
         highlight=False,
     )
@@ -185,6 +223,7 @@ def run_lesson(
             config = with_micro_batch(config, rows_at_once * config.sequence_length)
             say(f"micro-batches of {config.training.micro_batch_tokens:,} tokens")
     run.record(config)
+    source = PackedBatches(lesson.rows, config.training.seed, rows_per_batch, rows_at_once)
     trainer = Trainer(
         config.training,
         folder=run.path,
@@ -193,7 +232,7 @@ def run_lesson(
         optimizers=optimizers,
         schedule=config.schedule,
         objective=lesson.objective,
-        source=PackedBatches(lesson.rows, config.training.seed, rows_per_batch, rows_at_once),
+        source=StreamedBatches(**vars(source), written=packed.train) if config.stream else source,
         total_steps=steps,
         validation=lesson.validation,
     )
@@ -201,4 +240,3 @@ def run_lesson(
         train(trainer, run, tokenizer, console)
     if is_first():
         write_report(run.path)
-    return run.model_folder

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minnow.data.batches import Batch, PackedDataset
+from minnow.data.batches import Batch, PackedRows
 from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.distillation import CHUNK_SIZE, DistillationLossConfig, TeacherChunk, linear_distillation
@@ -37,7 +37,7 @@ class TaughtBatch(Batch):
 class TaughtRows:
     """Packed rows with what `teacher_store` kept about them."""
 
-    dataset: PackedDataset
+    dataset: PackedRows
     ids_RTK: np.ndarray
     logprobs_RTK: np.ndarray
 
@@ -45,6 +45,11 @@ class TaughtRows:
     def num_rows(self) -> int:
         """Rows of one epoch."""
         return self.dataset.num_rows
+
+    @property
+    def window_rows(self) -> Iterator[int]:
+        """Rows of each window."""
+        return self.dataset.window_rows
 
     def batch(self, row_indices: Sequence[int] | np.ndarray) -> TaughtBatch:
         """Read rows, in the order given."""
@@ -105,7 +110,7 @@ def soft_logprobs(teacher: CausalLM, hidden_ND: Tensor, temperature: float, voca
 
 def teacher_store(
     teacher: CausalLM,
-    dataset: PackedDataset,
+    dataset: PackedRows,
     cache: Path,
     data_key: str,
     config: DistillationLossConfig,
@@ -136,7 +141,7 @@ def teacher_store(
 @torch.no_grad()
 def _ask(
     teacher: CausalLM,
-    dataset: PackedDataset,
+    dataset: PackedRows,
     folder: Path,
     config: DistillationLossConfig,
     vocab_size: int,

@@ -91,11 +91,13 @@ def find_micro_batch(
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         budget = -largest_over_ranks(-free) * (1 - HEADROOM)  # the least of all processes
 
+        num_rows = next(filter(None, rows.window_rows))  # the first ones will do
+
         def trial(size: int) -> float:
             _free(optimizers)
             torch.cuda.reset_peak_memory_stats(device)
             try:
-                _two_passes(model, objective, rows.batch(np.arange(size) % rows.num_rows), device)
+                _two_passes(model, objective, rows.batch(np.arange(size) % num_rows), device)
                 used: float = torch.cuda.max_memory_reserved(device)
             except RuntimeError as error:
                 if not is_out_of_memory(error):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from torch import Tensor
 
-from minnow.data.batches import Batch, Share, global_batch_rows
+from minnow.data.batches import Batch, PackedRows, Share
+from minnow.data.order import windowed_batch_rows
 from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import linear_cross_entropy
@@ -60,6 +61,15 @@ class BatchSource(Protocol[BatchT_co]):
 
 
 @runtime_checkable
+class Growing(Protocol):
+    """A BatchSource whose data is still being written: the Trainer waits for it."""
+
+    def lacking(self, step: int) -> str | None:
+        """Say what `step` waits for, None when it can be read. Raises UserError when it will not come."""
+        ...
+
+
+@runtime_checkable
 class Stateful(Protocol):
     """A BatchSource that remembers something between steps: the Trainer keeps it in checkpoints."""
 
@@ -103,8 +113,8 @@ class Rows(Protocol[BatchT_co]):
     """A data set of rows: `PackedDataset`, or one that adds something to its batches."""
 
     @property
-    def num_rows(self) -> int:
-        """Rows of one epoch."""
+    def window_rows(self) -> Iterator[int]:
+        """Rows of each window of an epoch, one after the other; of what has no windows, all rows."""
         ...
 
     def batch(self, row_indices: Sequence[int] | np.ndarray) -> BatchT_co:
@@ -123,5 +133,17 @@ class PackedBatches(Generic[BatchT]):
 
     def micro_batches(self, step: int, share: Share) -> list[BatchT]:
         """Return the share's rows, at most `rows_per_micro_batch` at a time."""
-        rows = global_batch_rows(self.seed, step, self.rows_per_batch, self.dataset.num_rows)
+        rows = windowed_batch_rows(self.seed, step, self.rows_per_batch, lambda: self.dataset.window_rows)
         return [self.dataset.batch(part) for part in share.cut(rows, self.rows_per_micro_batch)]
+
+
+@dataclass(frozen=True)
+class StreamedBatches(PackedBatches[BatchT]):
+    """Global batches of rows that are still being written."""
+
+    written: PackedRows
+    """The rows below `dataset`."""
+
+    def lacking(self, step: int) -> str | None:
+        """See `Growing`."""
+        return self.written.lacking((step + 1) * self.rows_per_batch - 1)

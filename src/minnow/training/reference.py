@@ -63,6 +63,11 @@ class PreferenceRows:
         """Rows of one epoch."""
         return self.dataset.num_rows
 
+    @property
+    def window_rows(self) -> Iterator[int]:
+        """Rows of each window."""
+        return self.dataset.window_rows
+
     def batch(self, row_indices: Sequence[int] | np.ndarray) -> PreferenceBatch:
         """Read rows, in the order given."""
         batch = self.dataset.batch(row_indices)

@@ -22,15 +22,26 @@ from minnow.training.balance import ExpertBalance
 from minnow.training.checkpoint import delete_after, list_checkpoints, newest_valid
 from minnow.training.checkpoint_writer import CheckpointWriter
 from minnow.training.config import TrainingConfig
-from minnow.training.distribution import gather, is_first, largest_over_ranks, rank, sum_over_ranks, world_size
+from minnow.training.distribution import (
+    from_first,
+    gather,
+    is_first,
+    largest_over_ranks,
+    rank,
+    sum_over_ranks,
+    world_size,
+)
 from minnow.training.hardware import matmul_peak, peak_memory_bytes, synchronize
 from minnow.training.loss_scale import LossScale
-from minnow.training.objective import BatchSource, BatchT, LooksAhead, Objective, ObjectiveOutput, Stateful
+from minnow.training.objective import BatchSource, BatchT, Growing, LooksAhead, Objective, ObjectiveOutput, Stateful
 from minnow.training.parallel import sync_gradients
 from minnow.training.progress import TrainingProgress
 from minnow.training.run_folder import MetricsLog
 from minnow.training.signals import Interrupted, StopRequest, stop_requests
 from minnow.training.validation import Evaluation
+
+WAIT_SECONDS = 1.0
+"""Between two looks for data that is being written."""
 
 
 class NonFiniteLossError(UserError):
@@ -132,6 +143,7 @@ class Trainer(Generic[BatchT]):
         if self.state.step and self._validation_due() and not self._validate(progress):
             return
         while self.state.step < self.total_steps:
+            self._await_data(request, progress)
             record = self._timed_step(peak)
             progress.update(self.state.step, f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tok/s")
             if self.state.step % self.config.log_every == 0 or self.state.step == self.total_steps:
@@ -144,6 +156,18 @@ class Trainer(Generic[BatchT]):
             elif self.config.save_every and self.state.step % self.config.save_every == 0:
                 self._save()
             self._obey(request)
+
+    def _await_data(self, request: StopRequest, progress: TrainingProgress) -> None:
+        """Wait until the next step's rows are written, if they are being written; a signal still stops the run."""
+        said = None
+        while isinstance(self.source, Growing):
+            lacking = from_first(self.source.lacking(self.state.step) if is_first() else None)
+            if lacking is None:
+                return
+            if lacking != said:
+                progress.say(said := lacking)
+            self._obey(request)
+            time.sleep(WAIT_SECONDS)
 
     def load_best(self) -> None:
         """Go back to the checkpoint with the best validation loss."""

@@ -1,0 +1,240 @@
+"""The work of a preparation: check rows, tokenise lot by lot, close. Several may share a folder, each a part."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from minnow.config import UserError, atomic_write
+from minnow.data.encoding import Checked, Encoded, RawBatch, documents_per_example
+from minnow.data.job import Job
+from minnow.data.journal import Journal, Part, Tally, shard_name
+from minnow.data.lots import Lot, interleaved, raw_batches
+from minnow.data.prepare_report import PrepareReport
+from minnow.data.progress import complaint, progress_bar
+from minnow.data.readers import rows_before
+from minnow.data.shard_writer import ShardWriter, finish_folder, write_token_bytes
+from minnow.data.windows import WINDOW_SHARDS
+from minnow.data.workers import Workers
+
+_SMALL_INPUT = 8 << 20  # bytes below which starting processes costs more than they save
+
+
+class Preparation:
+    """One process's work on a job."""
+
+    def __init__(self, job: Job, *, part: Part | None = None, check_first: bool = True, progress: bool = True) -> None:
+        """part: None does all there is. check_first: look at all rows before any is tokenised."""
+        self.job, self.named_part, self.part = job, part, part or Part()
+        self.check_first, self.progress = check_first, progress
+        self.journal = Journal(job.folder, job.lots, job.options.threshold)
+        self.journal.folder.mkdir(parents=True, exist_ok=True)
+        self._lines = lru_cache(maxsize=64)(rows_before)
+
+    def run(self) -> None:
+        """Do what is missing of all lots, and close. Raises UserError where work is divided and parts are missing."""
+        with self.journal.failures(self.named_part):
+            if self.journal.num_parts is None:
+                self._work()
+            elif missing := self.journal.missing_parts():
+                raise UserError(self.missing_parts(missing))
+            self.close()
+
+    def run_part(self) -> None:
+        """Do what is missing of this part's lots."""
+        with self.journal.failures(self.named_part):
+            self._work()
+
+    def missing_parts(self, missing: Sequence[int]) -> str:
+        """Say which parts are not done, and what to do."""
+        of = self.journal.num_parts
+        names = ", ".join(f"{number}/{of}" for number in missing)
+        return (
+            f"{self.job.folder} is prepared in {of} parts, of which {names} are not done: run `minnow data prepare "
+            f"--part {missing[0]}/{of}` with the same settings, or delete the folder to do it in one go"
+        )
+
+    def close(self) -> None:
+        """Write what makes the folder whole, once every lot is. Raises UserError if there is nothing to learn from."""
+        entries = [entry for entry in self.journal.in_order() if entry is not None]
+        threshold = self._better_threshold(entries)
+        if threshold != self.journal.threshold:
+            self.journal.remember_threshold(threshold)
+            self.part, self.check_first = Part(), False
+            self._work()
+            entries = [entry for entry in self.journal.in_order() if entry is not None]
+        total = _sum(entries)
+        if not any(entry["train"]["documents"] for entry in entries):
+            shutil.rmtree(self.job.folder)
+            raise UserError(self._nothing(total))
+        tokenizer = self.job.tokenizer
+        for left_over in self.job.folder.glob("*/.*.tmp"):  # of processes that were killed
+            left_over.unlink()
+        for side in ("train", "validation"):
+            shards = [entry[side] for entry in entries]
+            has_weights = self.job.options.kind != "pretrain"
+            finish_folder(self.job.folder / side, shards, tokenizer.vocab_size, has_weights, tokenizer.token_bytes())
+        meta = {
+            "settings": self.job.settings,
+            "sources": [asdict(source) for source in self.job.sources],
+            "report": asdict(PrepareReport.of(total.counts, total.bad)),
+        }
+        with atomic_write(self.job.folder / "meta.json") as temporary:
+            temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+        self.journal.delete()
+
+    def _work(self) -> None:
+        mine = [lot for lot in self.job.lots if self.part.owns(lot)]
+        todo = [lot for lot in self.journal.missing() if self.part.owns(lot)]
+        if not todo:
+            return
+        for side in ("train", "validation"):
+            write_token_bytes(self.job.folder / side, self.job.tokenizer.token_bytes())
+        with Workers(self._num_workers(), self.job.tokenizer) as pool:
+            size = self._check(pool, mine).counts["text_bytes"] if self.check_first else None
+            self._tokenise(pool, todo, size or None)
+
+    def _num_workers(self) -> int:
+        if self.job.config.workers is not None:
+            return self.job.config.workers
+        is_small = sum(source.size for source in self.job.sources) < _SMALL_INPUT
+        return 0 if is_small and self._is_local else num_cores()
+
+    @property
+    def _is_local(self) -> bool:
+        return all(source.is_local for source in self.job.sources)
+
+    def _check(self, pool: Workers, lots: Sequence[Lot]) -> Tally:
+        """Look at every row of every file of this machine once; a resumed run remembers what it saw."""
+        total = self.journal.checked(self.part)
+        if total is None:
+            total = Tally()
+            batches = (batch for lot in lots for batch in raw_batches(lot, self.job.sources, only_local=True))
+            with progress_bar(self.progress, "checking rows", None) as advance:
+                for batch, found in pool.map("check", batches, self.job.options):
+                    total.add(found, self._located(batch, found))
+                    advance(found.counts["rows"])
+            self._stop_if_bad(total)
+            self.journal.remember_checked(self.part, total)
+        return total
+
+    def _stop_if_bad(self, checked: Tally) -> None:
+        counts = checked.counts
+        problem = None
+        if counts["bad_rows"] and self.job.config.on_bad_row == "stop":
+            problem = complaint(checked.bad, counts["bad_rows"], counts["rows"])
+        elif self.named_part is None and self._is_local and not counts["documents"]:
+            problem = self._nothing(checked)
+        if problem is not None:
+            if self.named_part is None:  # nobody else works here
+                shutil.rmtree(self.job.folder)
+            raise UserError(problem)
+
+    def _nothing(self, total: Tally) -> str:
+        names = ", ".join([*self.job.config.paths, *self.job.config.validation_paths])
+        if not total.counts["rows"]:
+            return f"{names}: the data set is empty, there is not one row"
+        if total.counts["bad_rows"] == total.counts["rows"]:
+            return f"{names}: none of the {total.counts['rows']} rows is usable; the first: {total.bad[0]}"
+        if total.counts["long_pairs"]:
+            return f"{names}: no pair fits a row; give a longer sequence_length"
+        return f"{names}: the weights of the mixture leave no document"
+
+    def _located(self, batch: RawBatch, found: Checked) -> list[str]:
+        """FILE:LINE and what is wrong with the bad rows of a batch."""
+        located = []
+        for number, row, message in found.bad:
+            span = self.job.lots[batch.lot].spans[number]
+            source = self.job.sources[span.source]
+            located.append(f"{source.name}:{self._lines(source, span.start) + row}: {message}")
+        return located
+
+    def _better_threshold(self, entries: Sequence[Any]) -> int:
+        """The hash below which documents are held out; moved so that neither side is empty where two differ.
+
+        Only few documents can all fall on one side. What is beyond a window may be trained on already.
+        """
+        total = _sum(entries)
+        wanted = self.job.options.threshold
+        if len(entries) >= WINDOW_SHARDS or total.lowest > total.highest:
+            return wanted
+        if self.job.config.validation_fraction == 0 or total.lowest == total.highest:
+            return 0
+        return min(max(wanted, total.lowest + 1), total.highest)
+
+    def _tokenise(self, pool: Workers, lots: Sequence[Lot], size: int | None) -> None:
+        options = replace(self.job.options, threshold=self.journal.threshold)
+        shard: _OpenShard | None = None
+        done = sum(_sum(self._entries(lot)).counts["text_bytes"] for lot in self.job.lots if self.part.owns(lot))
+        with progress_bar(self.progress, "tokenising", size, done) as advance:
+            for batch, part in pool.map("encode", interleaved(lots, self._batches), options):
+                shard = shard or _OpenShard(self.job, batch)
+                shard.append(part, self._located(batch, part))
+                counts = shard.tally.counts
+                if counts["bad_rows"] and self.job.config.on_bad_row == "stop":  # only what was not checked first
+                    raise UserError(complaint(shard.tally.bad, counts["bad_rows"], counts["rows"]))
+                advance(part.counts["text_bytes"])
+                if batch.closes:
+                    self._close_shard(shard, batch)
+                    shard = None
+
+    def _batches(self, lot: Lot) -> Iterator[RawBatch]:
+        return raw_batches(lot, self.job.sources, self.journal.num_shards(lot))
+
+    def _entries(self, lot: Lot) -> list[Any]:
+        return [self.journal.entry(lot, shard) for shard in range(self.journal.num_shards(lot))]
+
+    def _close_shard(self, shard: _OpenShard, batch: RawBatch) -> None:
+        self.journal.write(batch.lot, batch.shard, batch.last, shard.tally, shard.finish())
+
+
+class _OpenShard:
+    """The training and the validation half of one shard."""
+
+    def __init__(self, job: Job, first: RawBatch) -> None:
+        kind = job.options.kind
+        self.tally = Tally()
+        self.group = documents_per_example(kind)
+        name = shard_name(first.lot, first.shard)
+        self.sides = {
+            side: ShardWriter(job.folder / side, name, job.tokenizer.vocab_size, kind != "pretrain")
+            for side in ("train", "validation")
+        }
+
+    def append(self, part: Encoded, bad: Sequence[str]) -> None:
+        self.tally.add(part, bad)
+        for side, chosen in (("train", ~part.is_validation), ("validation", part.is_validation)):
+            if not chosen.any():
+                continue
+            of_tokens = slice(None) if chosen.all() else np.repeat(chosen, part.lengths)
+            self.sides[side].append(
+                part.tokens[of_tokens],
+                part.lengths[chosen],
+                part.text_bytes[chosen],
+                None if part.weights is None else part.weights[of_tokens],
+                part.copies[chosen],
+                self.group,
+            )
+
+    def finish(self) -> dict[str, Any]:
+        return {side: writer.finish() for side, writer in self.sides.items()}
+
+
+def num_cores() -> int:
+    """Return the cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _sum(entries: Sequence[Any]) -> Tally:
+    total = Tally()
+    for entry in entries:
+        tally = Tally.read(entry["tally"])
+        total.add(tally, tally.bad)
+    return total
