@@ -1,0 +1,184 @@
+"""Work in parts: the same bytes as from one process, whoever does what in which order, and however often it dies."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from minnow.config import UserError
+from minnow.data import lots
+from minnow.data.journal import Part
+from minnow.data.preparation import Preparation
+from minnow.data.prepare import DataConfig, prepare, prepare_part
+
+
+def texts(n, name="otter"):
+    return [f"The {name} number {i} lives in the river. 它吃鱼。" for i in range(n)]
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps({"text": row}, ensure_ascii=False) + "\n" for row in rows))
+    return str(path)
+
+
+def contents(folder):
+    """Every file: path -> bytes."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def small_lots(monkeypatch):
+    monkeypatch.setattr(lots, "BATCH_BYTES", 500)
+    monkeypatch.setattr(lots, "LOT_BYTES", 1000)
+
+
+class Folder:
+    """Prepares the same data in several cache folders."""
+
+    def __init__(self, tmp_path, tokenizer, *paths, **options):
+        options = {"workers": 0, "validation_fraction": 0.1, **options}
+        self.tmp_path, self.tokenizer, self.paths, self.options = tmp_path, tokenizer, paths, options
+
+    def config(self, cache):
+        return DataConfig(paths=self.paths, cache_dir=str(self.tmp_path / cache), **self.options)
+
+    def whole(self, cache):
+        return prepare(self.config(cache), self.tokenizer, "pretrain", sequence_length=64, progress=False)
+
+    def part(self, cache, number, of):
+        part = Part(number, of)
+        return prepare_part(self.config(cache), self.tokenizer, "pretrain", part, sequence_length=64, progress=False)
+
+
+@pytest.fixture
+def folder(tmp_path, tokenizer, small_lots):
+    first = write(tmp_path / "a.jsonl", [*texts(100), 3, *texts(50, "newt")])
+    second = write(tmp_path / "b.jsonl", texts(80, "heron"))
+    held_out = write(tmp_path / "c.jsonl", texts(20, "toad"))
+    return Folder(tmp_path, tokenizer, first + "@1.5", second, validation_paths=(held_out,), on_bad_row="skip")
+
+
+@pytest.mark.parametrize("order", [[1, 2, 3], [3, 1, 2], [2, 3, 1]])
+def test_parts_in_any_order_give_the_bytes_of_one_process(folder, order):
+    alone = folder.whole("alone")
+    said = [folder.part("parts", number, 3) for number in order]
+    assert f"of which {min(order[1:])}/3, {max(order[1:])}/3 are not done" in said[0]
+    assert f"of which {order[2]}/3 are not done" in said[1]
+    assert said[2] is None
+    together = folder.whole("parts")
+    assert contents(together.folder) == contents(alone.folder)
+    assert together.report.bad_rows == (
+        f"{folder.paths[0].removesuffix('@1.5')}:101: `text` must be text, it is a number",
+    )
+    assert not list((folder.tmp_path / "parts").glob("*.lock"))
+
+
+def test_a_part_that_breaks_off_goes_on_where_it_was(folder, monkeypatch):
+    alone = folder.whole("alone")
+    folder.part("parts", 1, 2)
+    closed = []
+    close = Preparation._close_shard
+
+    def close_or_die(self, *arguments):
+        closed.append(1)
+        if len(closed) in (3, 6):
+            raise KeyboardInterrupt
+        close(self, *arguments)
+
+    monkeypatch.setattr(Preparation, "_close_shard", close_or_die)
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            folder.part("parts", 2, 2)
+    assert folder.part("parts", 2, 2) is None
+    others = len(list((alone.folder / "train").glob("*.tokens"))) // 2
+    assert len(closed) <= others + 3  # a shard that was not closed is made again, no other
+    assert contents(folder.whole("parts").folder) == contents(alone.folder)
+
+
+def test_who_asks_too_early_is_told_which_parts_are_missing(folder):
+    folder.part("parts", 2, 4)
+    with pytest.raises(
+        UserError, match=r"in 4 parts, of which 1/4, 3/4, 4/4 are not done: run `minnow data prepare --p"
+    ):
+        folder.whole("parts")
+    with pytest.raises(
+        UserError, match=r"in 4 parts: go on with them \(--part I/4\), or delete .*/parts/pretrain-\w+ to"
+    ):
+        folder.part("parts", 1, 3)
+    for text in ("0/4", "5/4", "2", "a/b", "-1/4"):
+        with pytest.raises(UserError, match="give the number of this part and of all parts, such as 2/8"):
+            Part.parse(text)
+    assert Part.parse("2/8") == Part(2, 8)
+
+
+def test_parts_of_little_data_split_it_as_one_process_does(tmp_path, tokenizer, small_lots):
+    """Of few documents none may have a hash low enough for validation; then the lowest one is moved there."""
+    for n in range(2, 7):
+        path = write(tmp_path / f"{n}.jsonl", texts(10 * n)[-n:])
+        data = Folder(tmp_path, tokenizer, path, validation_fraction=0.001)
+        alone = data.whole("alone")
+        assert (alone.train.num_documents, alone.validation.num_documents) == (n - 1, 1)
+        for number in (2, 1):
+            data.part("parts", number, 2)
+        assert contents(data.whole("parts").folder) == contents(alone.folder)
+
+
+def test_a_bad_row_ends_its_part_alone(tmp_path, tokenizer, small_lots):
+    path = write(tmp_path / "a.jsonl", [*texts(40), 3])
+    data = Folder(tmp_path, tokenizer, path)
+    ended = []
+    for number in (1, 2, 3):
+        try:
+            data.part("parts", number, 3)
+        except UserError as error:
+            ended.append(str(error))
+    assert len(ended) == 1
+    assert ended[0].startswith(f"{path}:41: `text` must be text, it is a number\n1 of ")
+    assert len(list((tmp_path / "parts").glob("*/journal/0*.json"))) > 0
+
+
+@pytest.mark.timeout(240)
+def test_processes_that_share_a_folder_and_one_is_killed(tmp_path, tokenizer):
+    data = Folder(tmp_path, tokenizer, write(tmp_path / "a.jsonl", texts(6000)))
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    program = (
+        "import sys\n"
+        "from minnow import cli\n"
+        "from minnow.data import lots\n"
+        "lots.BATCH_BYTES, lots.LOT_BYTES = 10_000, 20_000\n"
+        "sys.exit(cli.main(['data', 'prepare', *sys.argv[1:]]))"
+    )
+
+    def start(number):
+        words = ["--data.paths", *data.paths, "--data.cache_dir", str(tmp_path / "parts"), "--data.workers", "0"]
+        words += [
+            "--data.validation_fraction",
+            "0.1",
+            "--tokenizer",
+            str(tmp_path / "tokenizer"),
+            "--part",
+            f"{number}/2",
+        ]
+        return subprocess.Popen([sys.executable, "-c", program, *words], stdout=subprocess.PIPE, text=True)
+
+    first, second = start(1), start(2)
+    while second.poll() is None and not list((tmp_path / "parts").glob("*/journal/0*.json")):
+        time.sleep(0.002)
+    second.kill()
+    out, _ = first.communicate(timeout=100)
+    second.communicate()
+    assert first.returncode == 0
+    assert "part 1/2 is done." in out
+    assert "2/2 are not done" in out
+    third = start(2)
+    out, _ = third.communicate(timeout=100)
+    assert third.returncode == 0
+    assert "stored in" in out
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lots, "BATCH_BYTES", 10_000)
+        patch.setattr(lots, "LOT_BYTES", 20_000)
+        alone = data.whole("alone")
+    (together,) = (path for path in (tmp_path / "parts").glob("pretrain-*") if path.is_dir())
+    assert contents(together) == contents(alone.folder)
