@@ -2,42 +2,19 @@
 
 import json
 from itertools import chain, pairwise
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shard_helpers import documents_of, write_shards
 
 from minnow.config import UserError
 from minnow.data.batches import PackedDataset, Share
 from minnow.data.order import global_batch_rows
 from minnow.data.packing import pack
-from minnow.data.shard_writer import ShardWriter, finish_folder
 from minnow.data.shards import Shards
-
-VOCAB = 1000
-
-
-def write_shards(folder: Path, documents, weights=None, *, vocab_size=VOCAB, per_shard=5) -> Shards:
-    entries = []
-    for number, first in enumerate(range(0, len(documents), per_shard)):
-        part = documents[first : first + per_shard]
-        writer = ShardWriter(folder, f"{number:05d}", vocab_size, weights is not None)
-        lengths = np.array([len(d) for d in part], dtype=np.int64)
-        part_weights = None if weights is None else np.concatenate(weights[first : first + per_shard])
-        writer.append(np.concatenate(part), lengths, lengths - 2, part_weights)
-        entries.append(writer.finish())
-    token_bytes = np.ones(vocab_size, np.int32)
-    token_bytes[0] = 0
-    finish_folder(folder, entries, vocab_size, weights is not None, token_bytes)
-    return Shards.open(folder, verify=True)
-
-
-def documents_of(lengths, seed=0):
-    rng = np.random.default_rng(seed)
-    return [rng.integers(1, VOCAB, n) for n in lengths]
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])

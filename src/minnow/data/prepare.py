@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,11 +129,17 @@ def prepare_streaming(config: DataConfig, tokenizer: Tokenizer, kind: Kind, *, s
 
 
 def stream(
-    config: DataConfig, tokenizer: Tokenizer, kind: Kind, *, sequence_length: int, leads: bool = True
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    kind: Kind,
+    *,
+    sequence_length: int,
+    leads: bool = True,
+    say: Callable[[str], None] = lambda text: None,
 ) -> StreamedData:
     """Start to prepare in the background, if need be, and return what can be read along.
 
-    leads: of several processes that read along, one starts the preparation.
+    leads: of several processes that read along, one starts the preparation. say: told what reading waits for.
     """
     if kind == "preference":
         raise UserError("--stream: pairs are read as a whole before training; leave it out")
@@ -141,7 +148,7 @@ def stream(
     if leads and not job.done:
         Journal(job.folder, job.lots, job.options.threshold).forget_failure(None)
         background = Background(config, tokenizer, kind, sequence_length)
-    growing = GrowingShards(job, background.ended_badly if background else lambda: None)
+    growing = GrowingShards(job, background.ended_badly if background else lambda: None, say)
     return StreamedData(job.folder, growing, kind, background)
 
 

@@ -60,9 +60,12 @@ class ShuffledWindows:
 class GrowingShards:
     """The shards of a preparation in the order of training, finished or going on, read as they come."""
 
-    def __init__(self, job: Job, ended_badly: Callable[[], str | None]) -> None:
-        """ended_badly: asked while there is something to wait for; says why nothing more will come, if so."""
-        self.job, self._ended_badly = job, ended_badly
+    def __init__(self, job: Job, ended_badly: Callable[[], str | None], say: Callable[[str], None]) -> None:
+        """ended_badly: asked while there is something to wait for; says why nothing more will come, if so.
+
+        say: told what `window` waits for.
+        """
+        self.job, self._ended_badly, self._say = job, ended_badly, say
         self._journal = Journal(job.folder, job.lots, job.options.threshold)
         self._walk = self._journal.in_order()
         self._entries: list[Any] = []
@@ -88,7 +91,10 @@ class GrowingShards:
 
     def window(self, number: int, side: str) -> Shards | None:
         """Return a window's shards of one side, None past the last one. Waits for it."""
-        while self.lacking(number) is not None:
+        said = None
+        while (lacking := self.lacking(number)) is not None:
+            if lacking != said:
+                self._say(said := lacking)
             time.sleep(_POLL_SECONDS)
         chosen = range(number * WINDOW_SHARDS, min((number + 1) * WINDOW_SHARDS, len(self._entries)))
         if not chosen:

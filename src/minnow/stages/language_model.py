@@ -83,15 +83,15 @@ class Lesson(Generic[BatchT]):
     validation: Evaluation | None
 
 
-def pack_data(config: LanguageModelConfig, tokenizer: Tokenizer, kind: Kind) -> PackedData:
-    """Tokenise (or reuse) and pack; with `stream`, as soon as the first rows are there."""
+def pack_data(config: LanguageModelConfig, tokenizer: Tokenizer, kind: Kind, say: Callable[[str], None]) -> PackedData:
+    """Tokenise (or reuse) and pack; with `stream`, as rows are asked for, and what they wait for is said."""
     length, seed = config.sequence_length, config.training.seed
     if not config.stream:
         prepared = prepare(config.data, tokenizer, kind, sequence_length=length)
         return PackedData(prepared.folder.name, prepared.report.warnings(), *prepared.packed(length, seed))
     if config.training.steps is None:
         raise UserError("--stream needs --training.steps: how many an epoch has is not known before all is prepared")
-    streamed = stream(config.data, tokenizer, kind, sequence_length=length, leads=is_first())
+    streamed = stream(config.data, tokenizer, kind, sequence_length=length, leads=is_first(), say=say)
     return PackedData(streamed.folder.name, (), *streamed.packed(length, seed), streamed.close)
 
 
@@ -166,7 +166,7 @@ def run_lesson(
     rows_at_once = config.training.rows_at_once(config.sequence_length)
     Share(rank(), world_size()).cut(np.arange(rows_per_batch), rows_at_once)
     with first_goes_first():
-        packed = pack_data(config, tokenizer, kind)
+        packed = pack_data(config, tokenizer, kind, lambda text: console.print(text, highlight=False))
     try:
         for warning in packed.warnings:
             console.print(f"note: {warning}", highlight=False)
