@@ -88,7 +88,7 @@ def config(tmp_path: Path) -> pretrain.Config:
             head_dim=16,
         ),
         sequence_length=32,
-        training=TrainingConfig(steps=16, batch_tokens=256, device="cpu", log_every=1, save_every=4),
+        training=TrainingConfig(steps=16, batch_tokens=128, device="cpu", log_every=1, save_every=4),
     )
 
 
@@ -104,7 +104,7 @@ def slow_preparation(monkeypatch: pytest.MonkeyPatch, after: int) -> threading.E
     def close_later(self: Preparation, *arguments: Any) -> None:
         closed[0] += 1
         if closed[0] > after:
-            assert go_on.wait(60)
+            assert go_on.wait(30)
         close(self, *arguments)
 
     monkeypatch.setattr(Preparation, "_close_shard", close_later)
@@ -161,6 +161,7 @@ def test_a_bad_row_far_behind_ends_the_training_in_words(config: pretrain.Config
     (path,) = config.data.paths
     with open(path, "a") as file:
         file.write('{"text": 3}\n')
+    config = replace(config, training=replace(config.training, steps=100, save_every=None))  # to the end of the data
     with pytest.raises(
         UserError, match=r"^the preparation of the data has failed: .*texts\.jsonl:201: `text` must be text"
     ):

@@ -74,7 +74,7 @@ def _serve(tokenizer_folder: str) -> int:
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()
+    os.read(sys.stdin.fileno(), 1)  # not by way of sys.stdin, whose lock it would hold when the process ends
     os._exit(1)
 
 
