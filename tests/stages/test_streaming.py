@@ -161,7 +161,7 @@ def test_a_bad_row_far_behind_ends_the_training_in_words(config: pretrain.Config
     (path,) = config.data.paths
     with open(path, "a") as file:
         file.write('{"text": 3}\n')
-    config = replace(config, training=replace(config.training, steps=100, save_every=None))  # to the end of the data
+    config = replace(config, training=replace(config.training, steps=100, save_every=0))  # to the end of the data
     with pytest.raises(
         UserError, match=r"^the preparation of the data has failed: .*texts\.jsonl:201: `text` must be text"
     ):
