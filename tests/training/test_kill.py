@@ -14,34 +14,38 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from minnow.training.checkpoint import list_checkpoints
 from minnow.training.run_folder import MetricsLog
 
 from .helpers import make_trainer
 from .test_trainer import VOLATILE
 
-STEPS = 150
 ROOT = Path(__file__).parents[2]
 
-PROGRAM = f"""
+PROGRAM = """
 import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
 from tests.training.helpers import make_trainer
-trainer = make_trainer(Path(sys.argv[1]), steps={STEPS}, validate_every=20, save_every=7)
+trainer = make_trainer(Path(sys.argv[1]), steps=int(sys.argv[2]), validate_every=20, save_every=7)
 trainer.resume()
 print("ready", flush=True)
 trainer.fit()
 """
 
 
-@pytest.mark.parametrize("wanted", [3, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])])
-def test_sigkill_at_random_moments_changes_nothing(tmp_path: Path, wanted: int) -> None:
+@pytest.mark.parametrize(
+    ("wanted", "steps"), [(3, 150), pytest.param(50, 1500, marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
+)
+def test_sigkill_at_random_moments_changes_nothing(tmp_path: Path, wanted: int, steps: int) -> None:
+    """Every second kill is aimed at a checkpoint that is being written, the others come when they come."""
     rng = random.Random(5)
-    kills = 0
+    kills = torn = 0
+    checkpoints = tmp_path / "killed" / "checkpoints"
     while True:
         process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(tmp_path / "killed")],
+            [sys.executable, "-c", PROGRAM, str(tmp_path / "killed"), str(steps)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -50,16 +54,24 @@ def test_sigkill_at_random_moments_changes_nothing(tmp_path: Path, wanted: int) 
         assert process.stdout is not None
         assert process.stdout.readline() == b"ready\n"
         if kills < wanted:
-            time.sleep(rng.uniform(0.05, 0.6 if wanted < 10 else 0.3))
+            if kills % 2:
+                time.sleep(rng.uniform(0.05, 0.6 if wanted < 10 else 0.3))
+            else:
+                while process.poll() is None and not is_writing(checkpoints):
+                    time.sleep(0.001)
+                time.sleep(rng.uniform(0, 0.02))
             process.send_signal(signal.SIGKILL)
         process.wait()
         if process.returncode == 0:
             break
         assert process.returncode == -signal.SIGKILL
         kills += 1
-    uninterrupted = make_trainer(tmp_path / "straight", steps=STEPS, validate_every=20, save_every=7)
+        torn += is_writing(checkpoints)
+    assert kills == wanted, "the run ended before it had been killed so often: make it longer"
+    assert torn >= wanted // 4, f"only {torn} of {kills} kills fell into the writing of a checkpoint"
+    uninterrupted = make_trainer(tmp_path / "straight", steps=steps, validate_every=20, save_every=7)
     uninterrupted.fit()
-    last = f"checkpoints/step-{STEPS:08d}"
+    last = f"checkpoints/step-{steps:08d}"
     left, right = (load_file(next((tmp_path / run / last).glob("shard-*"))) for run in ("killed", "straight"))
     assert left.keys() == right.keys()
     for key, tensor in left.items():
@@ -69,4 +81,9 @@ def test_sigkill_at_random_moments_changes_nothing(tmp_path: Path, wanted: int) 
         for run in ("killed", "straight")
     ]
     assert histories[0] == histories[1]
-    assert kills > 0, "the run ended before it could be killed: make it longer"
+
+
+def is_writing(checkpoints: Path) -> bool:
+    """Whether the newest folder is no whole checkpoint: it is being written, or a kill has left it so."""
+    whole = [checkpoint.folder.name for checkpoint in list_checkpoints(checkpoints)]
+    return any(folder.name > max(whole, default="") for folder in checkpoints.glob("step-*"))
