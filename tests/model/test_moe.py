@@ -38,6 +38,18 @@ def naive(experts: Experts, x_ND: torch.Tensor, chosen_Nk: torch.Tensor, weights
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("width", [16, 7])  # in one call; expert by expert
+def test_without_a_token_every_expert_has_a_gradient_of_zeros(width: int) -> None:
+    """A process whose micro-batch is filler must take part in the exchange of gradients like the others."""
+    experts = Experts(width, softmax_experts())
+    for parameter in experts.parameters():
+        torch.nn.init.ones_(parameter)
+    out_ND = experts(torch.zeros(0, width), torch.zeros(0, 2, dtype=torch.int64), torch.zeros(0, 2))
+    assert out_ND.shape == (0, width)
+    out_ND.sum().backward()
+    assert all(p.grad is not None and not p.grad.any() for p in experts.parameters())
+
+
 @given(
     tokens=st.integers(1, 40), count=st.integers(1, 6), width=st.sampled_from([4, 7, 16]), seed=st.integers(0, 99),
     data=st.data(),

@@ -83,8 +83,8 @@ def test_sequence_balance_is_the_papers_formula():
             mean = sum(float(probabilities[t, expert]) for t in tokens) / length
             expected += length * f * mean
     assert float(sequence_balance_sum(probabilities, chosen, pieces)) == pytest.approx(expected, rel=1e-5)
-    # A document counts by its tokens, so that cutting the batch between documents changes nothing.
-    parts = [(0, 8), (8, 30)]
+    # A document counts by its tokens, so that cutting the batch between documents changes nothing. No tokens count 0.
+    parts = [(0, 8), (8, 30), (30, 30)]
     summed = sum(sequence_balance_sum(probabilities[a:b], chosen[a:b], pieces[a:b]) for a, b in parts)
     assert float(summed) == pytest.approx(expected, rel=1e-5)
 

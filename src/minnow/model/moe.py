@@ -136,7 +136,7 @@ class Experts(nn.Module):
         gate_PF = multiply(x_PD, self.gate_proj, self.gate_proj_scale)
         hidden_PF = F.silu(gate_PF) * multiply(x_PD, self.up_proj, self.up_proj_scale)
         out_AD = _FromExperts.apply(multiply(hidden_PF, self.down_proj, self.down_proj_scale), plan)
-        return torch.einsum("nk,nkd->nd", weights_Nk.to(x_ND.dtype), out_AD.view(*experts_Nk.shape, -1))
+        return torch.einsum("nk,nkd->nd", weights_Nk.to(x_ND.dtype), out_AD.view(*experts_Nk.shape, x_ND.shape[1]))
 
 
 class MoE(nn.Module):
@@ -232,14 +232,15 @@ def looped_product(x_PI: Tensor, weight_EOI: Tensor, plan: Plan) -> Tensor:
     """Each expert's slots times its matrix: [P, I] x [E, O, I] -> [P, O]."""
     counts = plan.counts.tolist()
     # Split and unbound once: the gradients of single slices would each be filled up with zeros to full size.
-    groups = zip(x_PI.split(counts), weight_EOI.to(x_PI.dtype).unbind(0), strict=True)
-    return torch.cat([F.linear(group, weight) for group, weight in groups if len(group)])
+    groups = list(zip(x_PI.split(counts), weight_EOI.to(x_PI.dtype).unbind(0), strict=True))
+    # Without any token the first expert's nothing stands for all: every weight has a gradient, if of zeros.
+    return torch.cat([F.linear(group, weight) for group, weight in groups if len(group)] or [F.linear(*groups[0])])
 
 
 def looped_int8_product(x_PI: Tensor, weight_EOI: Tensor, scale_EO: Tensor, plan: Plan) -> Tensor:
     """The same with int8 weights: of an expert that no token chose nothing is read."""
-    groups = zip(x_PI.split(plan.counts.tolist()), weight_EOI, scale_EO, strict=True)
-    return torch.cat([int8_linear(group, *expert) for group, *expert in groups if len(group)])
+    groups = list(zip(x_PI.split(plan.counts.tolist()), weight_EOI, scale_EO, strict=True))
+    return torch.cat([int8_linear(*group) for group in groups if len(group[0])] or [int8_linear(*groups[0])])
 
 
 def grouped_product(x_PI: Tensor, weight_EOI: Tensor, plan: Plan) -> Tensor:

@@ -58,7 +58,7 @@ def sequence_balance_sum(probabilities_NE: Tensor, experts_Nk: Tensor, pieces_N:
     length; here each counts by its tokens. pieces_N (int64): the document of each token, numbered from 0, each N > 0.
     """
     num_experts = probabilities_NE.shape[1]
-    num_pieces = int(pieces_N.max()) + 1
+    num_pieces = int(pieces_N.max()) + 1 if len(pieces_N) else 0
     choices_NE = torch.zeros_like(probabilities_NE).scatter_(1, experts_Nk, 1.0)
     lengths_P = torch.zeros(num_pieces, dtype=torch.float32, device=pieces_N.device)
     lengths_P.index_add_(0, pieces_N, torch.ones_like(pieces_N, dtype=torch.float32))
