@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 
@@ -15,6 +20,27 @@ def whole(tensor: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """Return this process's slice of `tensor`, sharing its memory; a plain tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def examined(model: nn.Module) -> Iterator[None]:
+    """Let `model` compute without gradients and without dropout; afterwards it is in the mode that it was in."""
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        yield
+    model.train(was_training)
+    release(model)
+
+
+def release(model: nn.Module) -> None:
+    """Free what a forward pass has gathered of a model in slices and no backward pass has freed.
+
+    Until then `parameters()` gives the gathered tensors: an optimizer that was built on those would train nothing.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def writes() -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from minnow.data.batches import Share
+from minnow.model.slices import release
 from minnow.model.transformer import CausalLM
 from minnow.out_of_memory import OutOfMemory, is_out_of_memory
 from minnow.training.distribution import largest_over_ranks, world_size
@@ -108,6 +109,7 @@ def find_micro_batch(
         largest = largest_that_fits(sizes_of(rows_per_batch, world_size()), trial, budget)
         _free(optimizers)
     model.train(was_training)
+    release(model)  # the trial that ran out of memory had no backward pass
     if not largest:
         raise OutOfMemory(
             f"not even one row fits into the {budget / 1e9:.1f} GB of GPU memory that may be used: give "

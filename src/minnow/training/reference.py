@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from minnow.config import atomic_write
 from minnow.data.batches import Batch, PackedDataset
 from minnow.model.attention import PackedAttention
+from minnow.model.slices import examined
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import token_logprobs
 from minnow.training.distribution import from_first, is_first
@@ -178,19 +179,16 @@ def reference_logprobs(
     return logprobs
 
 
-@torch.no_grad()
 def _ask(model: CausalLM, batches: Iterable[Batch], num_documents: int) -> AnswerLogprobs:
     device = next(model.parameters()).device
     by_document: list[Tensor] = [torch.empty(0)] * num_documents
-    was_training = model.training
-    model.eval()
-    for batch in batches:
-        documents = documents_of(batch)
-        lengths = torch.bincount(answer_of_targets(batch), minlength=len(documents)).tolist()
-        values_N = target_logprobs(model, batch.to(device)).float().cpu()
-        for document, values in zip(documents, values_N.split(lengths), strict=True):
-            by_document[document] = values
-    model.train(was_training)
+    with examined(model):
+        for batch in batches:
+            documents = documents_of(batch)
+            lengths = torch.bincount(answer_of_targets(batch), minlength=len(documents)).tolist()
+            values_N = target_logprobs(model, batch.to(device)).float().cpu()
+            for document, values in zip(documents, values_N.split(lengths), strict=True):
+                by_document[document] = values
     lengths_D = torch.tensor([0, *map(len, by_document)])
     return AnswerLogprobs(torch.cat([torch.empty(0), *by_document]), lengths_D.cumsum(0))
 

@@ -13,6 +13,7 @@ from minnow.config import UserError
 from minnow.data.batches import Batch
 from minnow.model.attention import PackedAttention
 from minnow.model.reward_model import RewardModel
+from minnow.model.slices import examined
 from minnow.model.transformer import CausalLM
 from minnow.objectives.reward import bradley_terry_loss
 from minnow.training.objective import ObjectiveOutput
@@ -66,16 +67,12 @@ def packed_rewards(model: RewardModel, batch: Batch) -> Tensor:
     return model.rewards(hidden_BTD.flatten(0, 1)[last])
 
 
-@torch.no_grad()
 def reward_margins(model: RewardModel, batches: Sequence[Batch]) -> list[float]:
     """How much more each pair's better answer is worth to the model."""
     device = model.score.weight.device
-    was_training = model.training
-    model.eval()
-    margins = [
-        -float(difference)
-        for batch in batches
-        for difference in packed_rewards(model, batch.to(device)).view(-1, 2).diff(dim=1).squeeze(1)
-    ]
-    model.train(was_training)
-    return margins
+    with examined(model):
+        return [
+            -float(difference)
+            for batch in batches
+            for difference in packed_rewards(model, batch.to(device)).view(-1, 2).diff(dim=1).squeeze(1)
+        ]

@@ -12,6 +12,7 @@ import torch
 
 from minnow.data.batches import Batch
 from minnow.model.attention import PackedAttention
+from minnow.model.slices import examined
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import bits_per_byte, token_logprobs
 from minnow.training.distribution import rank, sum_over_ranks, world_size
@@ -39,9 +40,7 @@ def validate(model: CausalLM, batches: Sequence[Batch], token_bytes: np.ndarray,
     """
     bytes_of_token = torch.from_numpy(token_bytes).to(device)
     nats = weight = text_nats = text_bytes = 0.0
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
+    with examined(model):
         for batch, is_mine in _my_part(batches):
             batch = batch.to(device)
             hidden_BTD = model(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens, device))
@@ -55,7 +54,6 @@ def validate(model: CausalLM, batches: Sequence[Batch], token_bytes: np.ndarray,
             weight += float(weights_N.sum())
             text_nats += float(nll_N[bytes_N > 0].sum())
             text_bytes += float(bytes_N.sum())
-    model.train(was_training)
     nats, weight, text_nats, text_bytes = sum_over_ranks([nats, weight, text_nats, text_bytes])
     return Validation(
         loss=nats / weight if weight else math.nan,
@@ -85,19 +83,16 @@ class ObjectiveValidation(Generic[BatchT]):
     batches: Sequence[BatchT]
     device: torch.device
 
-    @torch.no_grad()
     def __call__(self, model: CausalLM) -> dict[str, float]:
         """Return `validation_loss`, and each metric as `validation_NAME`."""
-        was_training = model.training
-        model.eval()
         sums: dict[str, float] = {}
-        if isinstance(self.objective, LooksAhead):
-            self.objective.look_ahead(model, self.batches[rank() :: world_size()] or self.batches[-1:])
-        for batch, is_mine in _my_part(self.batches):
-            output = self.objective(model, batch.to(self.device))
-            for name, value in {"loss": output.loss_sum, **output.metrics}.items():
-                sums[name] = sums.get(name, 0.0) + is_mine * float(value)
-        model.train(was_training)
+        with examined(model):
+            if isinstance(self.objective, LooksAhead):
+                self.objective.look_ahead(model, self.batches[rank() :: world_size()] or self.batches[-1:])
+            for batch, is_mine in _my_part(self.batches):
+                output = self.objective(model, batch.to(self.device))
+                for name, value in {"loss": output.loss_sum, **output.metrics}.items():
+                    sums[name] = sums.get(name, 0.0) + is_mine * float(value)
         count = sum(self.objective.count(batch) for batch in self.batches)
         totals = sum_over_ranks(list(sums.values()))
         return {f"validation_{name}": total / count for name, total in zip(sums, totals, strict=True)}
