@@ -93,6 +93,11 @@ def pack_trajectories(
     return batches
 
 
+def nothing(sequence_length: int) -> PackedTrajectories:
+    """One row of filler: a micro-batch that teaches nothing and keeps the other processes company."""
+    return _batch([], [[]], sequence_length)
+
+
 def _batch(trajectories: Sequence[Trajectory], placed: Sequence[Sequence[int]], T: int) -> PackedTrajectories:
     B = len(placed)
     tokens_BT, targets_BT = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)

@@ -28,7 +28,7 @@ class HeldOut:
 
     def __call__(self, model: CausalLM) -> dict[str, float]:
         """Mean of every reward over the held-out prompts, and the mean length in tokens."""
-        model.eval()
+        self.engine.model.eval()
         self.engine.weights_updated()
         environments = [self.make_environment(prompt) for prompt in self.prompts]
         places = range(len(environments))

@@ -27,12 +27,18 @@ from minnow.rl.advantages import PhaseScores, advantages_of
 from minnow.rl.algorithm import AlgorithmConfig
 from minnow.rl.critic import Critic
 from minnow.rl.environment import Environment
-from minnow.rl.experience import PackedTrajectories, PolicyBatch, pack_trajectories, score_trajectories
+from minnow.rl.experience import (
+    PackedTrajectories,
+    PolicyBatch,
+    nothing,
+    pack_trajectories,
+    score_trajectories,
+)
 from minnow.rl.figures import phase_figures
 from minnow.rl.rewards import Rewarder
 from minnow.rl.rollouts import RolloutConfig, RolloutEngine, Trajectory, play
 from minnow.rl.value_tracker import ValueTracker
-from minnow.training.distribution import gather, is_first, world_size
+from minnow.training.distribution import gather, is_first, largest_over_ranks, world_size
 from minnow.training.run_folder import MetricsLog
 
 T = TypeVar("T")
@@ -309,8 +315,12 @@ class Phases:
             )
         algorithm, scores = self.settings.algorithm, experience.scores
         sampler = [np.array(t.sampler_logprobs, dtype=np.float32) for t in experience.trajectories]
+        micro_batches = self._pack(experience.trajectories, part[share.rank :: share.world_size])
+        # All processes meet in every pass over a model in slices, so none may have one less.
+        missing = int(largest_over_ranks(len(micro_batches))) - len(micro_batches)
+        micro_batches += [nothing(self.settings.sequence_length)] * missing
         batches = []
-        for packed in self._pack(experience.trajectories, part[share.rank :: share.world_size]):
+        for packed in micro_batches:
             sequence_N, old_N = packed.sequence_N, packed.flat(scores.old)
             correction_N = None
             if algorithm.correction_cap is not None:

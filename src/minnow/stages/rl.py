@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +26,7 @@ from minnow.rl.environment import Environment
 from minnow.rl.environments import EnvironmentName, environment_maker
 from minnow.rl.experience import PolicyBatch, PolicyObjective
 from minnow.rl.figures import Watch, WatchConfig
+from minnow.rl.gathered_engine import GatheredEngine, as_computed
 from minnow.rl.held_out import HeldOut
 from minnow.rl.phases import Phases, PhaseSettings
 from minnow.rl.remote_engine import RemoteEngine, RemoteEngineConfig
@@ -34,6 +36,7 @@ from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.chat import render
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import is_first, world_size
+from minnow.training.parallel import choose_parallel
 from minnow.training.run_folder import MetricsLog
 from minnow.training.session import Machine, RunFolder, load_start, train, with_machine
 from minnow.training.trainer import Trainer
@@ -109,8 +112,6 @@ def run(config: Config) -> None:
         raise UserError(
             f"training.micro_batch_tokens is {tokens}: it must hold a row of sequence_length {config.sequence_length}"
         )
-    if config.training.parallel in ("fsdp", "hsdp"):
-        raise UserError("rl plays with the whole model on every process: use --training.parallel ddp")
     prompts, held_out = read_prompts(config.prompts), read_prompts(config.held_out) if config.held_out else []
     environment = environment_maker(config.environment, pond=config.pond)
     if config.environment != "question" and config.rollout.max_turns < 2:
@@ -130,8 +131,9 @@ def run(config: Config) -> None:
     steps = config.phases * config.algorithm.updates_per_phase
     console.print(_summary(config, prompts, steps, machine), highlight=False)
     flops = _flops(config, model)
+    replica = _replica(config, model, machine)
     machine.place(model, config.training, flops, lambda text: console.print(text, highlight=False))
-    engine = _engine(config, model, tokenizer)
+    engine = _engine(config, model, replica, tokenizer)
     source = Phases(
         PhaseSettings(
             algorithm=config.algorithm,
@@ -141,7 +143,7 @@ def run(config: Config) -> None:
             seed=config.training.seed,
         ),
         engine=engine,
-        reference=_reference(config, model, machine),
+        reference=_reference(config, engine, machine),
         critic=_critic(config, machine),
         prompts=prompts,
         make_environment=environment,
@@ -191,7 +193,16 @@ def _summary(config: Config, prompts: list[Prompt], steps: int, machine: Machine
     )
 
 
-def _engine(config: Config, model: CausalLM, tokenizer: Tokenizer) -> RolloutEngine:
+def _replica(config: Config, model: CausalLM, machine: Machine) -> CausalLM | None:
+    """What plays where the model itself will be in slices; None where it stays whole."""
+    if world_size() == 1 or choose_parallel(config.training.parallel, model, machine.device) == "ddp":
+        return None
+    return as_computed(copy.deepcopy(model), machine.device, machine.dtype)
+
+
+def _engine(config: Config, model: CausalLM, replica: CausalLM | None, tokenizer: Tokenizer) -> RolloutEngine:
+    if replica is not None:
+        return GatheredEngine(model, replica, tokenizer)
     if config.rollout_engine.url is None:
         return Engine(model, tokenizer)
     return RemoteEngine(config.rollout_engine, model, tokenizer, Path(config.run) / "policy")
@@ -204,13 +215,15 @@ def _flops(config: Config, model: CausalLM) -> float:
     return tokens * training_flops_per_token(model.config, config.rollout.max_tokens / 2)
 
 
-def _reference(config: Config, model: CausalLM, machine: Machine) -> CausalLM | None:
+def _reference(config: Config, engine: RolloutEngine, machine: Machine) -> CausalLM | None:
     """The model as it was, in the policy's own precision (another would show as a KL divergence: bug B4)."""
     if not config.algorithm.needs_reference:
         return None
     if config.lora.rank:
-        return model
+        return engine.model
     reference = load_pretrained(resolve_model_folder(config.init_from)).requires_grad_(False).eval()
+    if isinstance(engine, GatheredEngine):
+        return as_computed(reference, machine.device, machine.dtype)
     return _alone(reference, machine)
 
 
