@@ -88,6 +88,8 @@ def pack_data(config: LanguageModelConfig, tokenizer: Tokenizer, kind: Kind, say
     length, seed = config.sequence_length, config.training.seed
     if not config.stream:
         prepared = prepare(config.data, tokenizer, kind, sequence_length=length)
+        if is_first():  # the disk may have changed what was written, weeks ago perhaps
+            prepared.verify()
         return PackedData(prepared.folder.name, prepared.report.warnings(), *prepared.packed(length, seed))
     if config.training.steps is None:
         raise UserError("--stream needs --training.steps: how many an epoch has is not known before all is prepared")
