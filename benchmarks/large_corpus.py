@@ -3,12 +3,13 @@
     python benchmarks/large_corpus.py --gigabytes 1 3 10 --work /tmp/large_corpus
 
 The text is drawn from a seed: 50,000 made-up words at Zipf's frequencies, documents of log-normal length, 2 kB in the
-median. Each size is (1) streamed: a model of 40,000 parameters trains 20 steps on the first rows while the rest is being
-prepared; (2) prepared to the end, and trained on for 20 steps of an epoch over all of it; (3) read: every 16th batch of
-that epoch, without the model. Writes results.json: seconds, and the peak of resident memory in MiB of the main process
-and of the largest of those that tokenise (or of the main one when it started them, if that was more). Ends with code 1
-where the largest corpus needs over a quarter more memory than the one before it. Resident memory counts the pages of
-the shards that are mapped, which the system takes back when it needs them.
+median. Each size is (1) streamed: a model of 35,000 parameters trains 20 steps on the first rows while the rest is
+being prepared; (2) prepared to the end, and trained on for 20 steps of an epoch over all of it; (3) read: every 16th
+batch of that epoch, without the model. Writes results.json: seconds, and the peak of resident memory in MiB of the main
+process and of the largest of those that tokenise (or of the main one when it started them, if that was more). Ends with
+code 1 where the largest corpus needs over a quarter more memory than the one before it. Resident memory counts the
+pages of the shards that are mapped, which the system takes back when it needs them. A window is half a gigabyte of text
+and two are open, so below 1.1 GB memory still grows with the corpus.
 
 Needs about 1.5 times the largest size on disk. Sizes are done in their order; finished ones are not done again.
 """

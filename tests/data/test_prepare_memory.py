@@ -1,10 +1,12 @@
 """Memory of prepare stays flat: hundreds of MB in, and what it needs does not grow with them."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
 
+import large_corpus
 import pytest
 
 MEGABYTES = 300
@@ -48,3 +50,34 @@ def test_memory_does_not_grow_with_the_input(tmp_path, tokenizer):
     before, ours, workers = (float(value) for value in out.split())
     print(f"before {before:.0f}, ours {ours:.0f}, workers {workers:.0f} MiB")
     assert ours - before + workers < 700
+
+
+READ = textwrap.dedent("""
+    import os, sys
+    from pathlib import Path
+    import large_corpus
+    from minnow.data import lots
+    lots.LOT_BYTES = lots.SHARD_BYTES = 1 << 20
+    large_corpus.SKIP = 4
+    os.cpu_count = lambda: 1
+    print(large_corpus.read(Path(sys.argv[1]))["main"])
+""")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_memory_of_reading_does_not_grow_with_the_data(tmp_path, tokenizer, monkeypatch):
+    """Both sizes have more windows (here of 16 MB of text) than are open at a time. Short documents: an index or a
+    packing of all of them at once, or pages that stay mapped, would each cost more than is allowed."""
+    monkeypatch.setattr(large_corpus, "MEDIAN_BYTES", 100)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    found = []
+    for megabytes in (40, 160):
+        large_corpus.write_corpus(tmp_path / "corpus", megabytes * 1_000_000)
+        # by way of a shell: see above
+        command = ["sh", "-c", '"$0" "$@"; exit $?', sys.executable, "-c", READ, str(tmp_path)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}
+        out = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout
+        found.append(float(out.split()[-1]))
+    print("peak MiB", found)
+    assert found[1] - found[0] < 60
