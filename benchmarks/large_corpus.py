@@ -96,7 +96,7 @@ def pretrain_config(work: Path, run: str, *, stream: bool):
         run=str(work / run),
         overwrite=True,
         tokenizer=str(work / "tokenizer"),
-        data=DataConfig(paths=(str(work / "corpus"),), cache_dir=str(work / "cache"), workers=os.cpu_count()),
+        data=DataConfig(paths=(str(work / "corpus"),), cache_dir=str(work / "cache" / run), workers=os.cpu_count()),
         stream=stream,
         sequence_length=SEQUENCE_LENGTH,
         model=ModelConfig(
@@ -171,13 +171,14 @@ def make_tokenizer(work: Path) -> None:
 
 def measure(work: Path, gigabytes: float) -> dict:
     """All phases on one size, each in a process of its own, whose peak is not another's."""
-    shutil.rmtree(work / "cache", ignore_errors=True)
     write_corpus(work / "corpus", int(gigabytes * 1e9))
     found = {"gigabytes": gigabytes}
     for phase in PHASES:
         command = [sys.executable, __file__, "--work", str(work), "--phase", phase]
         subprocess.run(command, check=True)
         found[phase] = json.loads((work / f"{phase}.json").read_text())
+        if phase != "whole":  # which is read afterwards
+            shutil.rmtree(work / "cache")
     return found
 
 
