@@ -26,15 +26,9 @@ EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 
 SOFTMAX = NEW | {f"model.experts.{key}": value for key, value in EXPERTS.items()}
 SIGMOID = SOFTMAX | {"model.experts.scoring": "sigmoid", "model.experts.n_shared_experts": 1}
 # Rows of one answer each, minibatches of 5 and 4: one of two processes has a micro-batch more than the other.
-PLAYED = COMMON | {
-    "phases": 10,
-    "rollout.prompts": 3,
-    "rollout.samples": 3,
-    "rollout.max_tokens": 6,
-    "watch.patience": 0,
-}
+PLAYED = COMMON | {"phases": 5, "rollout.prompts": 3, "rollout.samples": 3, "rollout.max_tokens": 6}
 PLAYED |= {"sequence_length": 48, "training.micro_batch_tokens": 48, "rewards.length": 0.5, "rewards.longest": 4}
-PLAYED |= {"algorithm.minibatches": 2}
+PLAYED |= {"algorithm.epochs": 2, "algorithm.minibatches": 2, "watch.patience": 0}
 
 STAGES = {
     "pretrain": ("pretrain", PACKED | NEW),
@@ -47,10 +41,7 @@ STAGES = {
     "distill": ("distill", PACKED | NEW),
     "grpo": ("grpo", PLAYED),
     "grpo of adapters": ("grpo", PLAYED | {"lora.rank": 4}),
-    "ppo": (
-        "ppo",
-        PLAYED | {"rollout.samples": 1, "rollout.prompts": 9, "algorithm.critic.warmup_phases": 1, "phases": 5},
-    ),
+    "ppo": ("ppo", PLAYED | {"rollout.samples": 1, "rollout.prompts": 9, "algorithm.critic.warmup_phases": 1}),
 }
 FILES = {"pretrain": "texts", "sft": "talks", "lora": "talks", "distill": "talks", "dpo": "pairs", "reward": "pairs"}
 

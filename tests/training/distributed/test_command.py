@@ -2,95 +2,36 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from minnow import cli
-from minnow.tokenizer.train import train_tokenizer
 
-from .processes import ROOT
-
-SETTINGS = {
-    "sequence_length": 64,
-    "steps": 6,
-    "batch_tokens": 512,
-    "micro_batch_tokens": 128,
-    "device": "cpu",
-    "precision": "fp32",
-    "compile": "off",
-    "validation_tokens": 256,
-    "optim.optimizer": "adamw",
-    "optim.matrix_lr": 0.0003,
-}
-SHAPE = {
-    "model.hidden_size": 32,
-    "model.intermediate_size": 48,
-    "model.num_hidden_layers": 2,
-    "model.num_attention_heads": 2,
-    "model.num_key_value_heads": 1,
-    "model.head_dim": 16,
-}
+from .command_line import difference, environment, losses, words, write_world
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pond, a tokenizer, and the models that one process makes of them."""
     folder = tmp_path_factory.mktemp("world")
-    pond = [
-        "data",
-        "pond",
-        "--out",
-        str(folder / "pond"),
-        "--creatures",
-        "30",
-        "--held_out",
-        "6",
-        "--mentions",
-        "8",
-        "--conversations",
-        "60",
-    ]
-    assert cli.main(pond) == 0
-    texts = [row["text"] for row in map(json.loads, (folder / "pond" / "pretrain.jsonl").open())]
-    train_tokenizer(texts[:200], 500).save_pretrained(folder / "tokenizer")
+    write_world(folder)
     assert cli.main(words(folder, "pretrain", folder / "pretrain-1")) == 0
     assert cli.main(words(folder, "sft", folder / "sft-1")) == 0
     return folder
 
 
-def words(folder: Path, stage: str, run: Path, **settings: object) -> list[str]:
-    """The command line of a tiny run."""
-    own = {"init_from": folder / "pretrain-1"}
-    if stage == "pretrain":
-        own = {"tokenizer": folder / "tokenizer", **SHAPE}
-    data = {"data.paths": folder / "pond" / f"{stage}.jsonl", "data.cache_dir": folder / "cache", "run": run}
-    pairs = {**SETTINGS, **own, **data, **settings}.items()
-    return [stage, *(word for key, value in pairs for word in (f"--{key}", str(value)))]
-
-
 def start(program: list[str]) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", *program], env=environment, capture_output=True, text=True, timeout=240
+        [sys.executable, "-m", *program], env=environment(), capture_output=True, text=True, timeout=240
     )
-
-
-def losses(run: Path) -> list[float]:
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [record.get("loss", record.get("validation_loss")) for record in map(json.loads, lines)]
 
 
 def assert_same_run(left: Path, right: Path) -> None:
     assert losses(right) == pytest.approx(losses(left), rel=1e-5)
-    expected, got = (load_file(run / "model" / "model.safetensors") for run in (left, right))
-    for name, weight in expected.items():
-        assert float((weight - got[name]).abs().max()) < 1e-5, name
+    assert difference(left, right) < 1e-5
 
 
 def test_nproc_trains_what_one_process_trains(world: Path) -> None:
