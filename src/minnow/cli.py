@@ -50,6 +50,7 @@ COMMANDS: dict[str, Command] = {
     "dpo": Command("dpo", "teach a model which of two answers is the better one (DPO and its kin)"),
     "reward": Command("reward", "make a model that judges answers from one that writes them"),
     "distill": Command("distill", "train a student beside a teacher with the same tokenizer"),
+    "distill on-policy": Command("distill_on_policy", "train a student on its own answers, as its teacher sees them"),
     "distill generate": Command("distill_generate", "write an SFT file of a teacher's answers"),
     "generate": Command("generate", "continue a text"),
     "chat": Command("chat", "talk with a model in the terminal"),

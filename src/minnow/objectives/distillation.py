@@ -25,11 +25,9 @@ CHUNK_SIZE = 512
 
 
 @dataclass(frozen=True, kw_only=True)
-class DistillationLossConfig:
-    """How a student learns from a teacher."""
+class DivergenceConfig:
+    """How far a student is from a teacher."""
 
-    alpha: float = 0.5
-    """Weight of the data's own next token; the teacher has the rest."""
     temperature: float = 1.5
     """Both distributions are softened by it; the teacher's part counts its square, so gradients keep their size."""
     divergence: DivergenceName = "forward"
@@ -37,17 +35,28 @@ class DistillationLossConfig:
     teacher is sure of; jsd: the generalised Jensen-Shannon divergence between them."""
     jsd_beta: float = 0.5
     """jsd: the teacher's share of the mixture; near 0 it acts like forward, near 1 like reverse."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise UserError(f"loss.temperature is {self.temperature}: it must be positive")
+        if not 0 < self.jsd_beta < 1:
+            raise UserError(f"loss.jsd_beta is {self.jsd_beta}: it must lie between 0 and 1 (else: forward or reverse)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillationLossConfig(DivergenceConfig):
+    """How a student learns from data beside a teacher."""
+
+    alpha: float = 0.5
+    """Weight of the data's own next token; the teacher has the rest."""
     top_k: int = 0
     """Ask the teacher once, before training, and keep its k most likely tokens at every position on disk; 0: the
     teacher runs beside the student and gives its whole distribution."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.alpha < 1:
             raise UserError(f"loss.alpha is {self.alpha}: it must lie from 0 to below 1 (at 1 there is no teacher)")
-        if not self.temperature > 0:
-            raise UserError(f"loss.temperature is {self.temperature}: it must be positive")
-        if not 0 < self.jsd_beta < 1:
-            raise UserError(f"loss.jsd_beta is {self.jsd_beta}: it must lie between 0 and 1 (else: forward or reverse)")
         if self.top_k < 0:
             raise UserError(f"loss.top_k is {self.top_k}: it must be at least 0")
 

@@ -35,7 +35,8 @@ def _of_training(config: Any) -> Iterator[str]:
     if isinstance(tokens, int) and tokens > length:
         half = max(length, tokens // 2 // length * length)
         yield f"--training.micro_batch_tokens {half}: half as much at once; the result stays the same"
-    if tokens != "auto" and training.device == "cuda" and hasattr(config, "data"):
+    packed_rows_only = hasattr(config, "data") and not hasattr(config, "rollout")
+    if tokens != "auto" and training.device == "cuda" and packed_rows_only:
         yield "--training.micro_batch_tokens auto: looks for the most that fits (in a new run)"
     if training.gradient_checkpointing != "full":
         yield "--training.gradient_checkpointing full: keeps one activation a layer and computes the rest again"

@@ -12,6 +12,7 @@ from rich.console import Console
 from minnow.config import UserError
 from minnow.data.batches import Batch
 from minnow.model.pretrained import load_pretrained, resolve_model_folder
+from minnow.model.transformer import CausalLM
 from minnow.objectives.distillation import DistillationLossConfig
 from minnow.stages import pretrain
 from minnow.stages.language_model import Lesson, PackedData, held_out_batches, run_lesson
@@ -40,24 +41,16 @@ def run(config: Config) -> None:
     """Train, and leave the student in `RUN/model`."""
     if config.stream and config.loss.top_k:
         raise UserError("--stream: loss.top_k asks the teacher about all rows before training; leave one of them out")
-    folder = resolve_model_folder(config.teacher)
     if config.init_from is None and config.tokenizer is None:
-        config = dataclasses.replace(config, tokenizer=str(folder))
+        config = dataclasses.replace(config, tokenizer=str(resolve_model_folder(config.teacher)))
     config, student, tokenizer = pretrain.start(config)
-    if Tokenizer.from_pretrained(folder).fingerprint != tokenizer.fingerprint:
-        raise UserError(
-            f"--teacher {config.teacher} has another tokenizer than the student: their tokens do not compare "
-            "(to learn from its answers instead: minnow distill generate)"
-        )
-    teacher = load_pretrained(folder).requires_grad_(False).eval()
-    teacher.config.check_sequence_length(config.sequence_length)
+    teacher = load_teacher(config.teacher, tokenizer, config.sequence_length)
     rows_at_once = config.training.rows_at_once(config.sequence_length)
     cache = Path(config.data.cache_dir).expanduser()
 
     def lesson(packed: PackedData) -> Lesson[Batch]:
         device = student.head_weight.device
-        teacher.to(device, student.compute_dtype)
-        teacher.compute_dtype = student.compute_dtype
+        place_beside(teacher, student)
         rows: Rows[Batch] = packed.train
         if config.loss.top_k:
             key = f"{packed.key}/{config.sequence_length}/{config.training.seed}"
@@ -77,3 +70,22 @@ def run(config: Config) -> None:
         return Lesson(rows, objective, validation)
 
     run_lesson(config, tokenizer, student, "distill", config.kind, Console(stderr=True), lesson)
+
+
+def load_teacher(teacher: str, tokenizer: Tokenizer, sequence_length: int) -> CausalLM:
+    """The frozen teacher. UserError for another tokenizer than the student's, and for a context that is too short."""
+    folder = resolve_model_folder(teacher)
+    if Tokenizer.from_pretrained(folder).fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"--teacher {teacher} has another tokenizer than the student: their tokens do not compare "
+            "(to learn from its answers instead: minnow distill generate)"
+        )
+    model = load_pretrained(folder).requires_grad_(False).eval()
+    model.config.check_sequence_length(sequence_length)
+    return model
+
+
+def place_beside(teacher: CausalLM, student: CausalLM) -> None:
+    """Put the teacher on the device of a student that the Trainer has placed, in its compute dtype."""
+    teacher.to(student.head_weight.device, student.compute_dtype)
+    teacher.compute_dtype = student.compute_dtype

@@ -11,19 +11,16 @@ import torch
 from rich.console import Console
 
 from minnow.config import UserError
-from minnow.data.prompts import Prompt, read_prompts
+from minnow.data.prompts import Prompt
 from minnow.engine import Engine
 from minnow.model.lora import LoraConfig
 from minnow.model.pretrained import is_reward_model, load_pretrained, load_reward_model, resolve_model_folder
 from minnow.model.reward_model import RewardModel
-from minnow.model.size import training_flops_per_token
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
 from minnow.report.run_report import write_report
 from minnow.rl.algorithm import AlgorithmConfig
 from minnow.rl.critic import Critic
-from minnow.rl.environment import Environment
-from minnow.rl.environments import EnvironmentName, environment_maker
 from minnow.rl.experience import PolicyBatch, PolicyObjective
 from minnow.rl.figures import Watch, WatchConfig
 from minnow.rl.gathered_engine import GatheredEngine, as_computed
@@ -31,9 +28,9 @@ from minnow.rl.held_out import HeldOut
 from minnow.rl.phases import Phases, PhaseSettings
 from minnow.rl.remote_engine import RemoteEngine, RemoteEngineConfig
 from minnow.rl.rewards import RewardConfig, Rewarder
-from minnow.rl.rollouts import RolloutConfig, RolloutEngine
+from minnow.rl.rollouts import RolloutEngine
+from minnow.stages.practice import Practice, PracticeConfig, practice_flops, practice_rows, read_practice
 from minnow.tokenizer import Tokenizer
-from minnow.tokenizer.chat import render
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import is_first, world_size
 from minnow.training.parallel import choose_parallel
@@ -45,7 +42,7 @@ ModelT = TypeVar("ModelT", bound=CausalLM)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(PracticeConfig):
     """Train a model by reinforcement: rollouts, rewards, policy updates. `--preset` names an algorithm (or use `minnow
     ppo`,
     `grpo`, `spo`)."""
@@ -58,22 +55,8 @@ class Config:
     """Model to start from, which is the reference too: a fine-tuned model's folder, a run folder or a Hub id."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters instead of the whole model; the reference is then the model without them."""
-    prompts: tuple[str, ...]
-    """Files with what to practise on: prompt or question and answer, or conversations (see docs/rl.md)."""
-    held_out: tuple[str, ...] = ()
-    """Files of the same kind that are only asked, greedily, at validations."""
-    environment: EnvironmentName = "question"
-    """question: one answer, which the rewards judge. Over several turns (rollout.max_turns): calculator, look_up (in a
-    pond),
-    python (in a closed room), guess (a game)."""
-    pond: str | None = None
-    """Folder of the world that the environment look_up knows."""
     phases: int = 100
     """Phases of rollouts; each gives algorithm.epochs x algorithm.minibatches updates."""
-    sequence_length: int = 1024
-    """Positions of a packed row; no episode is longer."""
-    rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    """How answers are drawn."""
     rollout_engine: RemoteEngineConfig = field(default_factory=RemoteEngineConfig)
     """A server that plays the policy, instead of the engine in this process."""
     rewards: RewardConfig = field(default_factory=RewardConfig)
@@ -105,19 +88,8 @@ def run(config: Config) -> None:
     model, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
     tokenizer.require_chat_tokens()
     model.config.check_sequence_length(config.sequence_length)
-    tokens = config.training.micro_batch_tokens
-    if tokens == "auto":
-        raise UserError("rl shares the memory with its engine: give training.micro_batch_tokens as a number")
-    if tokens < config.sequence_length:
-        raise UserError(
-            f"training.micro_batch_tokens is {tokens}: it must hold a row of sequence_length {config.sequence_length}"
-        )
-    prompts, held_out = read_prompts(config.prompts), read_prompts(config.held_out) if config.held_out else []
-    environment = environment_maker(config.environment, pond=config.pond)
-    if config.environment != "question" and config.rollout.max_turns < 2:
-        raise UserError(f"environment {config.environment} replies to the model: give rollout.max_turns of at least 2")
-    for prompt in (*prompts, *held_out):
-        _check_room(config, tokenizer, environment(prompt))
+    rows_per_micro_batch = practice_rows(config.training, config.sequence_length)
+    practice = read_practice(config, tokenizer)
     if config.rollout_engine.url is not None and world_size() > 1:
         raise UserError("rollout_engine.url: one process pushes weights to a server; leave out --nproc and torchrun")
     thinking = config.rollout.enable_thinking
@@ -129,8 +101,9 @@ def run(config: Config) -> None:
         console.print(f"{folder.path} is finished; --overwrite trains it again", highlight=False)
         return
     steps = config.phases * config.algorithm.updates_per_phase
-    console.print(_summary(config, prompts, steps, machine), highlight=False)
-    flops = _flops(config, model)
+    console.print(_summary(config, practice.prompts, steps, machine), highlight=False)
+    answers = config.phases * config.rollout.prompts * config.rollout.samples * config.algorithm.epochs
+    flops = practice_flops(config.rollout, answers, model)
     replica = _replica(config, model, machine)
     machine.place(model, config.training, flops, lambda text: console.print(text, highlight=False))
     engine = _engine(config, model, replica, tokenizer)
@@ -139,14 +112,14 @@ def run(config: Config) -> None:
             algorithm=config.algorithm,
             rollout=config.rollout,
             sequence_length=config.sequence_length,
-            rows_per_micro_batch=tokens // config.sequence_length,
+            rows_per_micro_batch=rows_per_micro_batch,
             seed=config.training.seed,
         ),
         engine=engine,
         reference=_reference(config, engine, machine),
         critic=_critic(config, machine),
-        prompts=prompts,
-        make_environment=environment,
+        prompts=practice.prompts,
+        make_environment=practice.make_environment,
         rewarder=rewarder,
         log=MetricsLog(folder.path / "rollouts.jsonl"),
         watch=Watch(config.watch),
@@ -163,26 +136,17 @@ def run(config: Config) -> None:
         ),
         source=source,
         total_steps=steps,
-        evaluations=[HeldOut(engine, held_out, environment, rewarder, config.rollout, config.sequence_length)]
-        if held_out
-        else [],
+        evaluations=[_held_out(config, engine, practice, rewarder)] if practice.held_out else [],
     )
     train(trainer, folder, tokenizer, console)
     if is_first():
         write_report(folder.path)
 
 
-def _check_room(config: Config, tokenizer: Tokenizer, environment: Environment) -> None:
-    """UserError where a prompt and its first answer might not fit a row: an episode is never cut or dropped later."""
-    conversation = environment.reset()
-    length = len(render(tokenizer, conversation, add_generation_prompt=True).ids)
-    if length + config.rollout.max_tokens > config.sequence_length:
-        shown = conversation.messages[-1].content[:60]
-        raise UserError(
-            f"the prompt {shown!r} has {length} tokens; with an answer of rollout.max_tokens "
-            f"{config.rollout.max_tokens} it does not fit sequence_length {config.sequence_length}: "
-            "raise it, or shorten the prompt or the answer"
-        )
+def _held_out(config: Config, engine: RolloutEngine, practice: Practice, rewarder: Rewarder) -> HeldOut:
+    return HeldOut(
+        engine, practice.held_out, practice.make_environment, rewarder, config.rollout, config.sequence_length
+    )
 
 
 def _summary(config: Config, prompts: list[Prompt], steps: int, machine: Machine) -> str:
@@ -206,13 +170,6 @@ def _engine(config: Config, model: CausalLM, replica: CausalLM | None, tokenizer
     if config.rollout_engine.url is None:
         return Engine(model, tokenizer)
     return RemoteEngine(config.rollout_engine, model, tokenizer, Path(config.run) / "policy")
-
-
-def _flops(config: Config, model: CausalLM) -> float:
-    """Of the updates, with answers at half their longest."""
-    answers = config.phases * config.rollout.prompts * config.rollout.samples * config.algorithm.epochs
-    tokens = answers * config.rollout.max_tokens * config.rollout.max_turns / 2
-    return tokens * training_flops_per_token(model.config, config.rollout.max_tokens / 2)
 
 
 def _reference(config: Config, engine: RolloutEngine, machine: Machine) -> CausalLM | None:
