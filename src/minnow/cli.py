@@ -33,7 +33,7 @@ COMMANDS: dict[str, Command] = {
     "quickstart": Command("quickstart", "raw text to a chatting model on this machine, offline, in minutes"),
     "data pond": Command("data_pond", "write the small closed world that tests and the quickstart learn from"),
     "data inspect": Command("data_inspect", "show rows, tokens, lengths and a sample with its loss mask"),
-    "data prepare": Command("data_prepare", "tokenise data into shards ahead of training"),
+    "data prepare": Command("data_prepare", "tokenise data into shards ahead of training, on one machine or many"),
     "data clean": Command("data_clean", "remove duplicates, other languages and pieces of evaluation sets from data"),
     "tokenizer train": Command("tokenizer_train", "train a byte-level BPE tokenizer on your text"),
     "tokenizer inspect": Command("tokenizer_inspect", "bytes per token by language, the split of a text"),

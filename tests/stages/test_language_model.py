@@ -73,12 +73,12 @@ def test_data_that_changed_under_a_run_is_refused(config: pretrain.Config) -> No
 
 def test_a_run_does_not_learn_from_a_damaged_shard(config: pretrain.Config, tmp_path: Path) -> None:
     pretrain.run(config)
-    (shard,) = Path(config.data.cache_dir).glob("*/train/00000.tokens")
+    (shard,) = Path(config.data.cache_dir).glob("*/train/00000-000.tokens")
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     other = tmp_path / "other"
-    with pytest.raises(UserError, match=r"train/00000\.tokens: content does not match its checksum; delete"):
+    with pytest.raises(UserError, match=r"train/00000-000\.tokens: content does not match its checksum; delete"):
         pretrain.run(replace(config, run=str(other)))
     assert not (other / "metrics.jsonl").exists()
 
