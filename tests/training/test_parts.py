@@ -15,7 +15,7 @@ from minnow.config import UserError
 from minnow.data.batches import Share
 from minnow.training.hardware import choose_device, choose_precision, matmul_peak
 from minnow.training.loss_scale import LossScale
-from minnow.training.run_folder import MetricsLog
+from minnow.training.run_folder import LogFollower, MetricsLog
 from minnow.training.signals import Interrupted, stop_requests
 from minnow.training.validation import validate
 
@@ -109,6 +109,28 @@ def test_metrics_log_survives_a_cut_line_and_rewinds(tmp_path: Path) -> None:
     assert log.read() == [{"step": s, "loss": 1.5} for s in (1, 2, 3)]
     log.rewind(2)
     assert [r["step"] for r in log.read()] == [1, 2]
+
+
+def test_a_follower_reads_what_is_added_and_begins_again_after_a_rewind(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    follower = LogFollower(log.path)
+    assert follower.read() == []
+    log.append({"step": 1, "loss": 1.5})
+    assert (follower.read(), follower.from_start) == ([{"step": 1, "loss": 1.5}], True)
+    with open(log.path, "a") as file:
+        file.write('{"step": 2, "lo')  # half a line is no line yet
+    assert (follower.read(), follower.from_start) == ([], False)
+    with open(log.path, "a") as file:
+        file.write('ss": 0.5}\n')
+    assert (follower.read(), follower.from_start) == ([{"step": 2, "loss": 0.5}], False)
+    log.rewind(1)
+    log.append({"step": 2, "loss": 0.25})  # as long as before: only the file is another
+    log.append({"step": 3, "loss": 0.125})
+    assert ([r["loss"] for r in follower.read()], follower.from_start) == ([1.5, 0.25, 0.125], True)
+    log.path.unlink()
+    assert follower.read() == []
+    log.append({"step": 1, "loss": 1.5})
+    assert ([r["step"] for r in follower.read()], follower.from_start) == ([1], True)
 
 
 def test_validation_equals_a_naive_loop(tmp_path: Path) -> None:

@@ -1,13 +1,18 @@
-"""The run folder: config.yaml, metrics.jsonl, checkpoints/, model/. Everything about a run is in it."""
+"""The run folder's logs, metrics.jsonl and rollouts.jsonl: written as it happens, read back while they grow."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 from minnow.config import atomic_write
+
+METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
+
+Record = dict[str, Any]
 
 
 class MetricsLog:
@@ -19,13 +24,13 @@ class MetricsLog:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, record: dict[str, Any]) -> None:
+    def append(self, record: Record) -> None:
         """Add one line and hand it to the operating system at once. Non-finite numbers become null (JSON has none)."""
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(clean, ensure_ascii=False) + "\n")
 
-    def read(self) -> list[dict[str, Any]]:
+    def read(self) -> list[Record]:
         """Return all whole lines; a last line that a kill cut short is left out."""
         if not self.path.exists():
             return []
@@ -45,3 +50,30 @@ class MetricsLog:
         kept = [r for r in self.read() if r["step"] < step or (r["step"] == step and "loss" in r)]
         with atomic_write(self.path) as temporary:
             temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
+
+
+class LogFollower:
+    """Reads a log while another process, or another part of this one, writes it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.from_start = True
+        """Whether the last `read` began at the start: the log is new, or a resumed run has rewound it."""
+        self._inode, self._offset = 0, 0
+
+    def read(self) -> list[Record]:
+        """Return the whole lines that were added since the last call; of a log that was rewritten, all of them."""
+        try:
+            file = open(self.path, "rb")  # noqa: SIM115 - closed by the block below
+        except FileNotFoundError:
+            self._inode, self._offset = 0, 0
+            return []
+        with file:
+            status = os.fstat(file.fileno())
+            self.from_start = status.st_ino != self._inode or status.st_size < self._offset
+            if self.from_start:
+                self._inode, self._offset = status.st_ino, 0
+            file.seek(self._offset)
+            whole, newline, _ = file.read().rpartition(b"\n")
+        self._offset += len(whole + newline)
+        return [json.loads(line) for line in whole.splitlines()]
