@@ -108,8 +108,6 @@ class Phases:
         """Return this process's share of the step's minibatch, in micro-batches."""
         phase, update = divmod(step, self.settings.algorithm.updates_per_phase)
         if phase != self.phase:
-            if self.phase < 0 and is_first():
-                self.log.path.unlink(missing_ok=True)
             if self.phase < 0 and self.critic is not None:
                 for warmup in range(self.settings.algorithm.critic.warmup_phases):
                     self._begin(-1 - warmup, share)
@@ -167,7 +165,8 @@ class Phases:
             figures["value_loss"] = self._teach_critic(phase, self.experience, share)
         figures |= {"seconds_playing": played - start, "seconds_scoring": time.perf_counter() - played}
         if is_first():
-            self.log.append({"step": phase, **figures, "sample": self._sample(trajectories[0])})
+            updates = max(phase, 0) * self.settings.algorithm.updates_per_phase
+            self.log.append({"step": phase, "updates": updates, **figures, "sample": self._sample(trajectories[0])})
         self.watch(figures)
 
     def _play(self, phase: int, share: Share) -> tuple[list[Trajectory], np.ndarray, dict[str, float]]:

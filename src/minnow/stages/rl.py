@@ -34,7 +34,7 @@ from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import is_first, world_size
 from minnow.training.parallel import choose_parallel
-from minnow.training.run_folder import MetricsLog
+from minnow.training.run_folder import ROLLOUTS, MetricsLog
 from minnow.training.session import Machine, RunFolder, load_start, train, with_machine
 from minnow.training.trainer import Trainer
 
@@ -67,7 +67,7 @@ class Config(PracticeConfig):
     """When to stop because the policy has collapsed."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            micro_batch_tokens=8192, z_loss=0.0, compile="off", validate_every=20, save_every=20
+            micro_batch_tokens=8192, z_loss=0.0, compile="off", validate_every=20, save_every=20, stall_seconds=1800.0
         )
     )
     """The training loop; steps, epochs and batch_tokens are not used here (see phases and rollout)."""
@@ -121,7 +121,7 @@ def run(config: Config) -> None:
         prompts=practice.prompts,
         make_environment=practice.make_environment,
         rewarder=rewarder,
-        log=MetricsLog(folder.path / "rollouts.jsonl"),
+        log=MetricsLog(folder.path / ROLLOUTS),
         watch=Watch(config.watch),
     )
     trainer: Trainer[PolicyBatch] = Trainer(

@@ -9,6 +9,7 @@ from minnow.config import UserError
 from minnow.model.checkpointing import GradientCheckpointing
 from minnow.training.balance import BalanceConfig
 from minnow.training.hardware import DeviceName, Precision
+from minnow.training.tracking import TrackerName
 
 Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 
@@ -54,6 +55,12 @@ class TrainingConfig:
     """With nproc: how often all processes start again, from the last checkpoint, when one has died."""
     log_every: int = 1
     """Updates between lines in metrics.jsonl."""
+    track: tuple[TrackerName, ...] = ()
+    """Show the figures in these too (docs/observability.md); without a key for them nothing leaves the machine."""
+    stall_seconds: float = 300.0
+    """When nothing has moved for so long, print where every thread stands; the run goes on. 0 never does."""
+    profile: bool = False
+    """Record three updates after a warm-up with torch.profiler, into RUN/profile."""
     validate_every: int = 100
     """Updates between validations (a checkpoint is saved before each); 0 validates at the end only."""
     validation_tokens: int = 131_072
@@ -73,6 +80,8 @@ class TrainingConfig:
         for name in ("batch_tokens", "micro_batch_tokens", "nproc", "log_every", "keep_last"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.stall_seconds < 0:
+            raise UserError(f"training.stall_seconds is {self.stall_seconds}: it must be positive, or 0 for never")
         if self.steps is None and self.epochs <= 0:
             raise UserError(f"training.epochs is {self.epochs}: it must be positive, or set training.steps")
         if self.steps is not None and self.steps < 1:

@@ -12,6 +12,7 @@ from minnow.config import UserError
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import first_to_say, in_torchrun, only_first_speaks, process_group
 from minnow.training.hardware import choose_device
+from minnow.training.tracking import require_trackers
 
 # What a SIGTERM leaves for the last checkpoint before torchrun kills; its own default is 30 seconds.
 SHUTDOWN_SECONDS = 600
@@ -22,6 +23,7 @@ def run_stage(work: Callable[[], None], words: Sequence[str], training: Training
 
     Under torchrun this process is one of those: it joins the others, and only the first one prints.
     """
+    require_trackers(training.track)
     if not in_torchrun():
         if training.nproc > 1:
             return launch(words, training.nproc, training.restarts)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from minnow.data.batches import Batch, PackedRows, Share
@@ -14,6 +16,7 @@ from minnow.data.order import windowed_batch_rows
 from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import linear_cross_entropy
+from minnow.training.distribution import sum_over_ranks
 
 # A stage's own batches are Batches with more in them (reference log-probabilities, a teacher's logits, advantages).
 BatchT = TypeVar("BatchT", bound=Batch)
@@ -29,6 +32,13 @@ class ObjectiveOutput:
     """() float32, differentiable."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     """Further sums, () each, to be divided by the same count and logged by these names."""
+
+
+def totals(outputs: Sequence[ObjectiveOutput]) -> dict[str, float]:
+    """Add up loss and metrics over micro-batches and processes; read from the device once."""
+    names = ["loss", *outputs[0].metrics]
+    table = torch.stack([torch.stack([o.loss_sum, *o.metrics.values()]).detach() for o in outputs]).tolist()
+    return dict(zip(names, sum_over_ranks([math.fsum(column) for column in zip(*table, strict=True)]), strict=True))
 
 
 class Objective(Protocol[BatchT_contra]):

@@ -47,6 +47,9 @@ MAY_CHANGE = {
     # What memory suffices for. Sums differ by rounding, as with another number of processes.
     "training.micro_batch_tokens",
     "training.gradient_checkpointing",
+    "training.track",
+    "training.stall_seconds",
+    "training.profile",
 }
 
 

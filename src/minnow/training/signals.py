@@ -11,6 +11,8 @@ from types import FrameType
 class Interrupted(SystemExit):
     """The run was asked to stop and has saved its state; the exit code is 128 + the signal's number."""
 
+    code: int
+
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(128 + signal_number)
         self.message = message

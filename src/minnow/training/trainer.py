@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from minnow.config import UserError
-from minnow.data.batches import Batch, Share
-from minnow.model.size import training_flops_per_token
+from minnow.data.batches import Share
 from minnow.model.slices import whole
 from minnow.model.transformer import CausalLM
 from minnow.optim import ScheduleConfig, learning_rate_factor, set_learning_rates
@@ -22,30 +21,29 @@ from minnow.training.balance import ExpertBalance
 from minnow.training.checkpoint import delete_after, list_checkpoints, newest_valid
 from minnow.training.checkpoint_writer import CheckpointWriter
 from minnow.training.config import TrainingConfig
-from minnow.training.distribution import (
-    from_first,
-    gather,
-    is_first,
-    largest_over_ranks,
-    rank,
-    sum_over_ranks,
-    world_size,
-)
-from minnow.training.hardware import matmul_peak, peak_memory_bytes, synchronize
+from minnow.training.distribution import from_first, is_first, largest_over_ranks, rank, sum_over_ranks, world_size
+from minnow.training.hardware import synchronize
 from minnow.training.loss_scale import LossScale
-from minnow.training.objective import BatchSource, BatchT, Growing, LooksAhead, Objective, ObjectiveOutput, Stateful
+from minnow.training.non_finite import NonFiniteLossError
+from minnow.training.objective import (
+    BatchSource,
+    BatchT,
+    Growing,
+    LooksAhead,
+    Objective,
+    ObjectiveOutput,
+    Stateful,
+    totals,
+)
+from minnow.training.observer import Observer
 from minnow.training.parallel import sync_gradients
-from minnow.training.progress import TrainingProgress
-from minnow.training.run_folder import MetricsLog
+from minnow.training.run_folder import METRICS, ROLLOUTS, MetricsLog
 from minnow.training.signals import Interrupted, StopRequest, stop_requests
+from minnow.training.speed import Speedometer, batch_flops
 from minnow.training.validation import Evaluation
 
 WAIT_SECONDS = 1.0
 """Between two looks for data that is being written."""
-
-
-class NonFiniteLossError(UserError):
-    """Loss or gradient is NaN or infinite; the weights are those before the step. Names the step and the documents."""
 
 
 @dataclass
@@ -98,7 +96,7 @@ class Trainer(Generic[BatchT]):
         self.share = Share(rank(), world_size())
         if is_first():
             folder.mkdir(parents=True, exist_ok=True)
-        self.metrics = MetricsLog(folder / "metrics.jsonl")
+        self.metrics = MetricsLog(folder / METRICS)
         self.checkpoints = folder / "checkpoints"
         self.writer = CheckpointWriter(self.checkpoints, keep_last=config.keep_last)
         self.passed_over: list[str] = []
@@ -115,7 +113,8 @@ class Trainer(Generic[BatchT]):
             delete_after(self.checkpoints, chosen.step if chosen else -1)
         if chosen is None:
             if is_first():
-                self.metrics.path.unlink(missing_ok=True)
+                for log in (METRICS, ROLLOUTS):  # of a run that left no checkpoint
+                    (self.folder / log).unlink(missing_ok=True)
             return False
         saved = chosen.load(self.model, self.optimizers)
         self.state = LoopState(**saved["loop"])
@@ -131,33 +130,41 @@ class Trainer(Generic[BatchT]):
     def fit(self) -> None:
         """Train to `total_steps`. Raises Interrupted after SIGTERM or SIGINT, NonFiniteLossError on NaN or infinity."""
         self.model.train()
-        peak = matmul_peak(self.device, self.model.compute_dtype)
-        progress = TrainingProgress(self.title, done=self.state.step, total=self.total_steps)
-        try:
-            with stop_requests() as request, progress:
-                self._loop(request, progress, peak)
-        finally:
-            self.writer.wait()
+        speed = Speedometer.measure(self.device, self.model.compute_dtype)
+        observer = Observer(
+            self.config,
+            self.folder,
+            self.metrics,
+            title=self.title,
+            device=self.device,
+            done=self.state.step,
+            total=self.total_steps,
+        )
+        # Signals are ours from inside the observer on: a tracker may have taken Ctrl-C for itself when it was opened.
+        with observer:
+            try:
+                with stop_requests() as request:
+                    self._loop(request, observer, speed)
+            finally:
+                self.writer.wait()
 
-    def _loop(self, request: StopRequest, progress: TrainingProgress, peak: float) -> None:
-        if self.state.step and self._validation_due() and not self._validate(progress):
+    def _loop(self, request: StopRequest, observer: Observer, speed: Speedometer) -> None:
+        if self.state.step and self._validation_due() and not self._validate(observer):
             return
         while self.state.step < self.total_steps:
-            self._await_data(request, progress)
-            record = self._timed_step(peak)
-            progress.update(self.state.step, f"loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tok/s")
-            if self.state.step % self.config.log_every == 0 or self.state.step == self.total_steps:
-                self._log(record)
+            self._await_data(request, observer)
+            observer.after_step(self._timed_step(speed))
             if self._validation_due():
                 self._save()
                 self._obey(request)
-                if not self._validate(progress):
+                if not self._validate(observer):
                     return
             elif self.config.save_every and self.state.step % self.config.save_every == 0:
                 self._save()
+            observer.alive()
             self._obey(request)
 
-    def _await_data(self, request: StopRequest, progress: TrainingProgress) -> None:
+    def _await_data(self, request: StopRequest, observer: Observer) -> None:
         """Wait until the next step's rows are written, if they are being written; a signal still stops the run."""
         said = None
         while isinstance(self.source, Growing):
@@ -165,7 +172,8 @@ class Trainer(Generic[BatchT]):
             if lacking is None:
                 return
             if lacking != said:
-                progress.say(said := lacking)
+                observer.say(said := lacking)
+            observer.alive()
             self._obey(request)
             time.sleep(WAIT_SECONDS)
 
@@ -188,7 +196,7 @@ class Trainer(Generic[BatchT]):
                 sum(self.objective.count(batch) for batch in batches),
                 sum(len(batch.tokens_BT) for batch in batches),
                 sum(batch.num_real_tokens for batch in batches),
-                sum(self._flops(batch) for batch in batches),
+                sum(batch_flops(self.model.config, batch) for batch in batches),
             ]
         )
         if count == 0:
@@ -208,14 +216,14 @@ class Trainer(Generic[BatchT]):
             loss.backward()
             outputs.append(output)
             first_row += len(batch.tokens_BT)
-        figures = {name: value / count for name, value in _total(outputs).items()}
+        figures = {name: value / count for name, value in totals(outputs).items()}
         figures["flops"] = flops
         if not math.isfinite(figures["loss"]):
-            raise self._non_finite("loss", figures["loss"], batches)
+            raise NonFiniteLossError.of("loss", figures["loss"], self.state.step, batches)
         figures["grad_norm"] = self._clip_gradients()
         finite = math.isfinite(figures["grad_norm"])
         if not finite and (not self.loss_scale.enabled or self.loss_scale.scale < 1):
-            raise self._non_finite("gradient norm", figures["grad_norm"], batches)
+            raise NonFiniteLossError.of("gradient norm", figures["grad_norm"], self.state.step, batches)
         factor = learning_rate_factor(self.schedule, self.state.step, self.total_steps)
         set_learning_rates(self.optimizers, factor)
         for optimizer in self.optimizers:
@@ -238,12 +246,6 @@ class Trainer(Generic[BatchT]):
             output = self.objective(self.model, batch)
         return output, self.balance.loss_sum(routing, batch)
 
-    def _flops(self, batch: Batch) -> float:
-        """Operations of one micro-batch, with attention inside its pieces only."""
-        lengths = batch.cu_seqlens.diff().double()
-        mean_context = float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
-        return training_flops_per_token(self.model.config, mean_context) * float(lengths.sum())
-
     def _clip_gradients(self) -> float:
         """Undo the loss scale and clip to `clip_norm`; return the norm before clipping."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
@@ -254,41 +256,25 @@ class Trainer(Generic[BatchT]):
             torch._foreach_mul_(grads, coefficient)
         return norm
 
-    def _non_finite(self, what: str, value: float, batches: Sequence[Batch]) -> NonFiniteLossError:
-        here = {document for batch in batches for row in batch.document_ids for document in row}
-        documents = sorted(set().union(*gather(here)))
-        shown = ", ".join(map(str, documents[:20])) + (" ..." if len(documents) > 20 else "")
-        return NonFiniteLossError(
-            f"step {self.state.step}: {what} is {value}; the weights were left as they were before this step. "
-            f"Its batch holds {len(documents)} documents (numbers in the training shards): {shown}. "
-            "Look at them with `minnow data inspect`, or lower the learning rate"
-        )
-
-    def _timed_step(self, peak: float) -> dict[str, Any]:
+    def _timed_step(self, speed: Speedometer) -> dict[str, Any]:
         """`train_step` with the figures of the machine beside those of the model."""
         tokens_before, start = self.state.tokens, time.perf_counter()
         figures = self.train_step()
         synchronize(self.device)
-        seconds = time.perf_counter() - start
-        rate = (self.state.tokens - tokens_before) / seconds
-        flops_per_second = figures.pop("flops") / seconds
-        return {
-            "step": self.state.step,
-            **figures,
-            "tokens": self.state.tokens,
-            "tokens_per_second": rate,
-            "mfu": flops_per_second / (peak * world_size()),
-            "memory_gb": peak_memory_bytes(self.device) / 1e9,
-            "eta_seconds": seconds * (self.total_steps - self.state.step),
-            "seconds": seconds,
-        }
+        of_machine = speed.figures(
+            seconds=time.perf_counter() - start,
+            tokens=self.state.tokens - tokens_before,
+            flops=figures.pop("flops"),
+            steps_left=self.total_steps - self.state.step,
+        )
+        return {"step": self.state.step, **figures, "tokens": self.state.tokens, **of_machine}
 
     def _validation_due(self) -> bool:
         at_end = self.state.step == self.total_steps
         every = self.config.validate_every
         return at_end or (every > 0 and self.state.step % every == 0)
 
-    def _validate(self, progress: TrainingProgress) -> bool:
+    def _validate(self, observer: Observer) -> bool:
         """Score held-out data, log it, remember the best. Returns False when patience has run out."""
         record: dict[str, Any] = {"step": self.state.step}
         patient = True
@@ -304,25 +290,14 @@ class Trainer(Generic[BatchT]):
         for evaluation in self.evaluations:
             record |= evaluation(self.model)
         if len(record) > 1:
-            self._log(record)
+            observer.log(record)
             shown = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "step")
-            progress.say(f"step {self.state.step}: {shown}")
+            observer.say(f"step {self.state.step}: {shown}")
         self.model.train()
         self.writer.prune(self.state.best_step)
         if not patient:
-            progress.say(f"stopped early: no better validation loss since step {self.state.best_step}")
+            observer.say(f"stopped early: no better validation loss since step {self.state.best_step}")
         return patient
-
-    def _log(self, record: dict[str, Any]) -> None:
-        if not is_first():
-            return
-        try:
-            self.metrics.append(record)
-        except OSError as error:
-            raise UserError(
-                f"{self.metrics.path}: could not be written ({error.strerror}); the run stops at step "
-                f"{self.state.step}. Make room, and run the same command again to continue from the last checkpoint"
-            ) from error
 
     def _save(self) -> None:
         state = {"loop": vars(self.state).copy(), "loss_scale": self.loss_scale.state_dict()}
@@ -344,10 +319,3 @@ class Trainer(Generic[BatchT]):
             number,
             f"stopped at step {self.state.step}; run the same command again to continue from there",
         )
-
-
-def _total(outputs: Sequence[ObjectiveOutput]) -> dict[str, float]:
-    """Add up loss and metrics over micro-batches and processes; read from the device once."""
-    names = ["loss", *outputs[0].metrics]
-    table = torch.stack([torch.stack([o.loss_sum, *o.metrics.values()]).detach() for o in outputs]).tolist()
-    return dict(zip(names, sum_over_ranks([math.fsum(column) for column in zip(*table, strict=True)]), strict=True))
