@@ -57,6 +57,7 @@ COMMANDS: dict[str, Command] = {
     "serve": Command("serve", "models behind OpenAI's API, streaming, many clients at once, and a web chat"),
     "eval": Command("eval", "score a model on tasks, with error bars"),
     "export": Command("export", "a model for llama.cpp, ollama or ONNX runtimes, or onto the Hugging Face Hub"),
+    "watch": Command("watch", "follow a run in the terminal: progress, curves, speed, whether it is alive"),
     "report": Command("report", "write a run's report: curves, settings, samples"),
     "plan": Command("plan", "parameters, FLOPs, memory and time of a configuration; starts nothing"),
     "bench generate": Command("bench_generate", "generation speed beside transformers.generate, one stream and many"),
