@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from minnow.report.dashboard import RunView, columns, dashboard, state_of, value_range
+from minnow.report.dashboard import RunView, bars, column_means, dashboard, state_of, value_range
 
 
 def screen(*views: RunView, width: int = 100) -> str:
@@ -55,14 +55,19 @@ def test_the_state(changes: dict[str, Any], expected: str) -> None:
     assert state_of(**given | changes) == expected
 
 
-def test_columns_by_hand() -> None:
+def test_bars_by_hand() -> None:
     # Two rows are 16 eighths. Of the range 0 to 4: 0 is one eighth (to be seen at all), 1 is 4, 2 is 8, 4 is 16.
-    assert columns([0.0, 1.0, 2.0, 4.0], width=4, height=2) == ["   █", "▁▄██"]
-    # Eight values in four columns: the means are 0.5, 2, 3, 4 of 0 to 4; 0.5 is 2 eighths, 3 is 12.
-    assert columns([0.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0], width=4, height=2) == ["  ▄█", "▂███"]
-    # Two values in four columns are two columns each; all alike stand half high.
-    assert columns([4.0, 0.0], width=4, height=1) == ["██▁▁"]
-    assert columns([7.0, 7.0], width=2, height=1) == ["▄▄"]
+    assert bars([0.0, 1.0, 2.0, 4.0], 2) == ["   █", "▁▄██"]
+    # 3 of 0 to 4 is 12 eighths: a full row and half of one.
+    assert bars([0.0, 3.0, 4.0], 2) == [" ▄█", "▁██"]
+    assert bars([7.0, 7.0], 1) == ["▄▄"]  # all alike stand half high
+
+
+def test_columns_are_means_of_their_share() -> None:
+    assert column_means([0.0, 1.0, 2.0, 2.0, 3.0, 3.0, 4.0, 4.0], 4) == [0.5, 2.0, 3.0, 4.0]
+    assert column_means([4.0, 0.0], 4) == [4.0, 4.0, 0.0, 0.0]
+    # Three values in two columns: the middle one belongs to both.
+    assert column_means([1.0, 2.0, 3.0], 2) == [1.5, 2.5]
 
 
 def test_the_fall_at_the_beginning_does_not_flatten_the_rest() -> None:

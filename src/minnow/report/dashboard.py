@@ -30,6 +30,9 @@ COLOURS: dict[State, str] = {
     "finished": "bold green",
 }
 
+MARGIN = 9
+"""Columns of a chart's labels."""
+
 RECENT = 50
 """Lines whose mean pace the time left is reckoned from."""
 
@@ -95,9 +98,10 @@ def _line(view: RunView) -> Text:
 
 
 def _panel(view: RunView) -> Panel:
-    heading = Text.assemble((f"{view.name}  ", "bold"), (view.state, COLOURS[view.state]))
+    heading = Text(view.state, COLOURS[view.state])  # first, so that a long name does not cut it off
     if view.beat is not None and view.state not in ("finished", "trained"):
-        heading.append(f"  heartbeat {_duration(view.age)} ago")
+        heading.append(f", heartbeat {_duration(round(view.age))} ago", "default")
+    heading.append(f"  {view.name}", "bold default")
     if not view.training:
         return Panel(Text("no update yet"), title=heading, title_align="left")
     parts = Group(_progress(view), Text(), _charts(view), Text(), _table(view))
@@ -184,15 +188,20 @@ class Chart:
     """Rows of the terminal."""
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        low, high = value_range(self.values)
+        means = column_means(self.values, max(1, options.max_width - MARGIN - 2))
+        low, high = value_range(means)
         labels = [f"{high:.4g}", *[""] * (self.height - 2), f"{low:.4g}"]
-        margin = max(map(len, labels))
-        rows = columns(self.values, width=max(1, options.max_width - margin - 2), height=self.height)
         yield Text(f"{self.name}  {self.values[-1]:.4g}", "bold")
-        for label, row in zip(labels, rows, strict=True):
-            yield Segment(f"{label:>{margin}} ", Style(dim=True))
+        for label, row in zip(labels, bars(means, self.height), strict=True):
+            yield Segment(f"{label:>{MARGIN}} ", Style(dim=True))
             yield Segment(row, Style(color="cyan"))
             yield Segment.line()
+
+
+def column_means(values: Sequence[float], width: int) -> list[float]:
+    """The mean of each column's share of `values`; where there are fewer than columns, each fills several."""
+    edges = [(column * len(values) // width, -(-(column + 1) * len(values) // width)) for column in range(width)]
+    return [sum(values[start:stop]) / (stop - start) for start, stop in edges]
 
 
 def value_range(values: Sequence[float]) -> tuple[float, float]:
@@ -201,14 +210,10 @@ def value_range(values: Sequence[float]) -> tuple[float, float]:
     return min(values), max(values[len(values) // 10 :])
 
 
-def columns(values: Sequence[float], *, width: int, height: int) -> list[str]:
-    """Rows of characters, the top one first. A column is the mean of its share of `values`, in eighths of a row."""
+def bars(values: Sequence[float], height: int) -> list[str]:
+    """Rows of block characters, the top one first: a column for each value, in eighths of a row."""
     low, high = value_range(values)
-    eighths = []
-    for column in range(width):
-        start, stop = column * len(values) // width, -(-(column + 1) * len(values) // width)
-        mean = sum(values[start:stop]) / (stop - start)
-        share = min(1.0, (mean - low) / (high - low)) if high > low else 0.5
-        eighths.append(max(1, round(share * 8 * height)))
+    shares = [min(1.0, (value - low) / (high - low)) if high > low else 0.5 for value in values]
+    eighths = [max(1, round(share * 8 * height)) for share in shares]
     blocks = " ▁▂▃▄▅▆▇█"
     return ["".join(blocks[min(8, max(0, count - 8 * row))] for count in eighths) for row in reversed(range(height))]
