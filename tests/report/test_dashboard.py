@@ -80,7 +80,7 @@ def test_the_screen_of_a_running_run() -> None:
     lines += [{"step": 4, "validation_loss": 2.25, "bits_per_byte": 1.125}, update(5, 1.0)]
     view = RunView("runs/a", updates=lines, state="running", beat=BEAT, age=3.0)
     text = screen(view)
-    assert "runs/a  running  heartbeat 3 s ago" in text
+    assert "running, heartbeat 3 s ago  runs/a" in text
     assert "5/10  50%  2:30 left" in text  # 5 updates of 30 s
     assert "loss 1.0000  lr 0.001  gradient norm 0.5" in text
     assert "12,346 tokens/s  31.4% of the matmul peak  30 s an update" in text
