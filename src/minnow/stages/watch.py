@@ -115,8 +115,8 @@ def _read_beat(file: Path) -> Record | None:
 
 def _is_alive(beat: Record | None) -> bool:
     """False where the process that wrote `beat` is known to be gone: it ran on this machine."""
-    if beat is None or beat["host"] != socket.gethostname():
-        return True
+    if beat is None or beat["host"] != socket.gethostname() or os.name == "nt":
+        return True  # on Windows the signal 0 would be Ctrl-C
     try:
         os.kill(beat["pid"], 0)
     except ProcessLookupError:
