@@ -125,6 +125,29 @@ def test_held_out_prompts_are_asked_greedily(start, tmp_path):
     assert any("held_out/answer" in line for line in lines)
 
 
+def test_rollouts_are_told_to_trackers_and_shown_by_watch(start, tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    more = ["--preset", "ppo", "--rollout.samples", "1", "--phases", "2", "--algorithm.epochs", "1"]
+    more += ["--algorithm.minibatches", "2", "--algorithm.critic.warmup_phases", "1", "--track", "tensorboard"]
+    assert rl(start, run, *more) == 0
+    # A phase is two updates. The warm-up (phase -1) and phase 0 are played before the first, phase 1 before the third.
+    assert list(zip(figures(run, "step"), figures(run, "updates"), strict=True)) == [(-1, 0), (0, 0), (1, 2)]
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    shown = [(point.step, point.value) for point in events.Scalars("rollouts/reward")]
+    assert [step for step, _ in shown] == [0, 0, 2]
+    assert [value for _, value in shown] == pytest.approx(figures(run, "reward"), rel=1e-6)
+    assert [point.step for point in events.Scalars("loss")] == [1, 2, 3, 4]
+    capsys.readouterr()
+    assert main(["watch", str(run), "--once"]) == 0
+    text = capsys.readouterr().out
+    assert "finished" in text
+    assert "reward of the rollouts" in text
+    assert "phase 1" in text
+
+
 def test_the_watch_names_the_sign_and_the_remedy():
     healthy = {"repetition": 0.0, "truncated": 0.1, "equal_groups": 0.5, "entropy": 1.0, "pass@1": 0.2}
     watch = Watch(WatchConfig(patience=2))
