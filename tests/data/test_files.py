@@ -126,6 +126,14 @@ def test_the_key_sees_what_the_storage_says_of_the_content(store, mark):
     assert content_identity("store://bucket/a.jsonl") != first
 
 
+def test_a_copy_is_the_same_content_where_the_storage_marks_it(store):
+    store.pipe("/bucket/a.jsonl", b"first")
+    Store.marks = {"ETag": "1", "LastModified": "noon"}
+    first = content_identity("store://bucket/a.jsonl")
+    Store.marks = {"ETag": "1", "LastModified": "midnight"}
+    assert content_identity("store://bucket/a.jsonl") == first
+
+
 def test_a_storage_that_says_nothing_has_its_content_read(store):
     store.pipe("/bucket/a.jsonl", b"first")
     first = content_identity("store://bucket/a.jsonl")

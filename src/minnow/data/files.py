@@ -21,11 +21,9 @@ COMPRESSIONS = (".gz", ".zst")
 BLOCK = 1 << 20
 """Bytes that are read at a time."""
 
-# What storages call the mark of a file's content, or the time of its last change.
-_STAMPS = (
-    *("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "content_md5", "md5", "crc32c", "blob_id", "generation"),
-    *("LastModified", "Last-Modified", "last_modified", "mtime", "modified", "updated", "created"),
-)
+# What storages call the mark of a file's content, and the time of its last change.
+_MARKS = ("ETag", "etag", "Content-MD5", "Digest", "md5Hash", "content_md5", "md5", "crc32c", "blob_id", "generation")
+_TIMES = ("LastModified", "Last-Modified", "last_modified", "mtime", "modified", "updated", "created")
 
 
 def is_url(path: str) -> bool:
@@ -59,12 +57,14 @@ def find_files(url: str, wanted: Callable[[str], bool]) -> list[tuple[str, int]]
 def content_identity(url: str) -> list[Any]:
     """Return what changes when the file's content does: address, size and the storage's own marks.
 
-    A storage that has no marks has its content read and hashed.
+    Times count only where there are no marks: a copy is the same content, and a listing may tell the time less exactly.
+    A storage that has neither has its content read and hashed.
     """
     with _told(url):
         files, path = _open_storage(url)
         info = files.info(path)
-        stamps = [[name, str(info[name])] for name in _STAMPS if info.get(name)]
+        marks, times = ([[name, str(info[name])] for name in names if info.get(name)] for names in (_MARKS, _TIMES))
+        stamps = marks or times
         if not stamps:
             with files.open(path, "rb") as file:
                 stamps = [["sha256", hashlib.file_digest(file, "sha256").hexdigest()]]
