@@ -15,9 +15,10 @@ from minnow.config import UserError
 from minnow.data import lots, windows
 from minnow.data import prepare as prepare_module
 from minnow.data.background import Background
+from minnow.data.job import find_job
 from minnow.data.journal import Part
-from minnow.data.preparation import Preparation
-from minnow.data.prepare import DataConfig, prepare, prepare_part, prepare_streaming, stream
+from minnow.data.preparation import Preparation, prepare_part, prepare_streaming
+from minnow.data.prepare import DataConfig, prepare, stream
 from minnow.data.windows import GrowingShards
 from minnow.model.config import ModelConfig
 from minnow.stages import pretrain
@@ -35,7 +36,7 @@ class Thread:
     def __init__(self, config: DataConfig, tokenizer: Tokenizer, kind: Any, sequence_length: int) -> None:
         def work() -> None:
             try:
-                prepare_streaming(config, tokenizer, kind, sequence_length=sequence_length)
+                prepare_streaming(find_job(config, tokenizer, kind, sequence_length))
             except (UserError, Killed):
                 self.code = 2
 

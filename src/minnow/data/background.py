@@ -14,8 +14,9 @@ from typing import Any
 
 from minnow.config import UserError
 from minnow.data.encoding import Kind
-from minnow.data.job import DataConfig
-from minnow.data.preparation import num_cores
+from minnow.data.job import DataConfig, find_job
+from minnow.data.preparation import num_cores, prepare_streaming
+from minnow.data.prepare_report import PrepareReport
 from minnow.tokenizer.tokenizer import Tokenizer
 
 
@@ -56,19 +57,18 @@ class Background:
 
 
 def _serve(tokenizer_folder: str) -> int:
-    from minnow.data.prepare import prepare_streaming
-
     task = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     data: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in task["data"].items()
     }
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
+    job = find_job(DataConfig(**data), tokenizer, task["kind"], task["sequence_length"])
     try:
-        found = prepare_streaming(DataConfig(**data), tokenizer, task["kind"], sequence_length=task["sequence_length"])
+        prepare_streaming(job)
     except UserError:
         return 2  # the journal tells it to whoever reads along
-    for warning in found.report.warnings():
+    for warning in PrepareReport.read(job.folder).warnings():
         print(f"note: {warning}", file=sys.stderr)
     return 0
 

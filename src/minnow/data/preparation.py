@@ -1,10 +1,14 @@
-"""The work of a preparation: check rows, tokenise lot by lot, close. Several may share a folder, each a part."""
+"""The work of a preparation: check rows, tokenise lot by lot, close. Several may share a folder, each a part.
+
+Imports no torch: processes that only prepare need not hold it in memory.
+"""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
@@ -13,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from minnow.config import UserError, atomic_write
-from minnow.data.encoding import Checked, Encoded, RawBatch, documents_per_example
-from minnow.data.job import Job
+from minnow.data.encoding import Checked, Encoded, Kind, RawBatch, documents_per_example
+from minnow.data.job import DataConfig, Job, find_job
 from minnow.data.journal import Journal, Part, Tally, shard_name
 from minnow.data.lots import Lot, interleaved, raw_batches
 from minnow.data.prepare_report import PrepareReport
@@ -23,8 +27,51 @@ from minnow.data.readers import rows_before
 from minnow.data.shard_writer import ShardWriter, finish_folder, write_token_bytes
 from minnow.data.windows import WINDOW_SHARDS
 from minnow.data.workers import Workers
+from minnow.tokenizer.tokenizer import Tokenizer
 
+_POLL_SECONDS = 1.0
 _SMALL_INPUT = 8 << 20  # bytes below which starting processes costs more than they save
+
+
+def finish(job: Job, *, check_first: bool, progress: bool) -> None:
+    """Do the whole job, or what is missing of it, and close; see `Preparation`."""
+    if not job.done:
+        with job.lock():
+            if not job.done:  # another process may have been faster
+                Preparation(job, check_first=check_first, progress=progress).run()
+
+
+def prepare_part(
+    config: DataConfig, tokenizer: Tokenizer, kind: Kind, part: Part, *, sequence_length: int, progress: bool = True
+) -> str | None:
+    """Do one part of what `prepare` does, beside other processes or machines with the same folder.
+
+    The part that is done last closes the shards, which are the same as if one process had made them. Returns None then,
+    else which parts are missing, in words.
+    """
+    job = find_job(config, tokenizer, kind, sequence_length)
+    with job.lock(f".part-{part.number}"):
+        with job.lock():
+            if job.done:
+                return None
+            preparation = Preparation(job, part=part, progress=progress)
+            preparation.journal.claim_parts(part.of)
+        preparation.run_part()
+    with job.lock():
+        if job.done:
+            return None
+        if missing := preparation.journal.missing_parts():
+            return preparation.missing_parts(missing)
+        preparation.close()
+    return None
+
+
+def prepare_streaming(job: Job) -> None:
+    """Do what `prepare` does for somebody who reads along: without checking first, and patient with missing parts."""
+    journal = Journal(job.folder, job.lots, job.options.threshold)
+    while not job.done and journal.num_parts is not None and journal.missing_parts():
+        time.sleep(_POLL_SECONDS)  # without the lock: parts that come later need it
+    finish(job, check_first=False, progress=False)
 
 
 class Preparation:

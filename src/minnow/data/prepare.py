@@ -1,12 +1,10 @@
 """`prepare`: rows in, checked token shards out; parallel, flat in memory, resumable, cached by content.
 
-In one go, in parts that share the work, or while training already reads the first shards.
+`stream` is the same for who does not want to wait: the first rows can be read while the others are prepared.
 """
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +14,12 @@ from minnow.data.background import Background
 from minnow.data.batches import PackedDataset, PackedRows
 from minnow.data.encoding import Kind, documents_per_example
 from minnow.data.job import DataConfig, Job, find_job
-from minnow.data.journal import Journal, Part
-from minnow.data.preparation import Preparation
+from minnow.data.journal import Journal
+from minnow.data.preparation import finish
 from minnow.data.prepare_report import PrepareReport
 from minnow.data.shards import Shards
 from minnow.data.windows import GrowingShards, GrowingWindows
 from minnow.tokenizer.tokenizer import Tokenizer
-
-_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -94,42 +90,7 @@ def prepare(
     divided into parts of which some are not done.
     """
     job = find_job(config, tokenizer, kind, sequence_length)
-    _finish(job, check_first=True, progress=progress)
-    return _open(job)
-
-
-def prepare_part(
-    config: DataConfig, tokenizer: Tokenizer, kind: Kind, part: Part, *, sequence_length: int, progress: bool = True
-) -> str | None:
-    """Do one part of what `prepare` does, beside other processes or machines with the same folder.
-
-    The part that is done last closes the shards, which are the same as if one process had made them. Returns None then,
-    else which parts are missing, in words.
-    """
-    job = find_job(config, tokenizer, kind, sequence_length)
-    with job.lock(f".part-{part.number}"):
-        with job.lock():
-            if job.done:
-                return None
-            preparation = Preparation(job, part=part, progress=progress)
-            preparation.journal.claim_parts(part.of)
-        preparation.run_part()
-    with job.lock():
-        if job.done:
-            return None
-        if missing := preparation.journal.missing_parts():
-            return preparation.missing_parts(missing)
-        preparation.close()
-    return None
-
-
-def prepare_streaming(config: DataConfig, tokenizer: Tokenizer, kind: Kind, *, sequence_length: int) -> PreparedData:
-    """Do what `prepare` does for somebody who reads along: without checking first, and patient with missing parts."""
-    job = find_job(config, tokenizer, kind, sequence_length)
-    journal = Journal(job.folder, job.lots, job.options.threshold)
-    while not job.done and journal.num_parts is not None and journal.missing_parts():
-        time.sleep(_POLL_SECONDS)  # without the lock: parts that come later need it
-    _finish(job, check_first=False, progress=False)
+    finish(job, check_first=True, progress=progress)
     return _open(job)
 
 
@@ -157,15 +118,6 @@ def stream(
     return StreamedData(job.folder, growing, kind, background)
 
 
-def _finish(job: Job, *, check_first: bool, progress: bool) -> None:
-    if not job.done:
-        with job.lock():
-            if not job.done:  # another process may have been faster
-                Preparation(job, check_first=check_first, progress=progress).run()
-
-
 def _open(job: Job) -> PreparedData:
-    meta = json.loads((job.folder / "meta.json").read_text(encoding="utf-8"))
-    report = PrepareReport(**{**meta["report"], "bad_rows": tuple(meta["report"]["bad_rows"])})
     train, validation = (Shards.open(job.folder / side) for side in ("train", "validation"))
-    return PreparedData(train, validation, job.folder, report, job.options.kind)
+    return PreparedData(train, validation, job.folder, PrepareReport.read(job.folder), job.options.kind)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,12 @@ class PrepareReport:
             bad_rows=tuple(bad_rows),
             long_pairs=counts["long_pairs"],
         )
+
+    @classmethod
+    def read(cls, folder: Path) -> PrepareReport:
+        """Of a folder that is whole."""
+        report = json.loads((folder / "meta.json").read_text(encoding="utf-8"))["report"]
+        return cls(**{**report, "bad_rows": tuple(report["bad_rows"])})
 
     def warnings(self) -> list[str]:
         """Sentences for what the user should know."""

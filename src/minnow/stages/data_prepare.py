@@ -13,7 +13,8 @@ from rich.table import Table
 from minnow.config import atomic_write
 from minnow.data.encoding import Kind
 from minnow.data.journal import Part
-from minnow.data.prepare import DataConfig, PreparedData, prepare, prepare_part
+from minnow.data.preparation import prepare_part
+from minnow.data.prepare import DataConfig, PreparedData, prepare
 from minnow.data.summary import summarise
 from minnow.tokenizer.tokenizer import Tokenizer
 
