@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
 
 from minnow.config import UserError
 from minnow.data import lots
+from minnow.data.job import find_job
 from minnow.data.journal import Part
 from minnow.data.preparation import Preparation, prepare_part
 from minnow.data.prepare import DataConfig, prepare
@@ -186,3 +188,27 @@ def test_processes_that_only_prepare_load_no_torch():
     """It would take more memory than the tokenizing."""
     program = "import sys, minnow.data.background, minnow.data.workers; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+def test_one_at_a_time_closes_the_data_however_many_wait(tmp_path, tokenizer):
+    """The lock's file is removed by its holder: who waited for that one must not go in beside who made a new one."""
+    data = Folder(tmp_path, tokenizer, write(tmp_path / "a.jsonl", texts(3)))
+    job = find_job(data.config("parts"), tokenizer, "pretrain", 64)
+    inside, most, start = [0], [0], threading.Barrier(8)
+
+    def go_in():
+        start.wait()
+        for _ in range(40):
+            with job.lock():
+                inside[0] += 1
+                most[0] = max(most[0], inside[0])
+                time.sleep(0.0005)
+                inside[0] -= 1
+
+    threads = [threading.Thread(target=go_in) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most[0] == 1
+    assert not list((tmp_path / "parts").glob("*.lock"))

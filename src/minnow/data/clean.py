@@ -174,7 +174,7 @@ class _Pass:
         (self.out / "kept").mkdir()
         with progress_bar(self.progress, "cleaning", None) as advance, _writer(self.out / "removed.jsonl") as removed:
             for index, (source, name) in enumerate(zip(self.sources, self.names, strict=True)):
-                if self._doomed and not source.is_file:
+                if self._doomed and not source.is_local:
                     continue  # what is left to do is to count bad rows, which a download is not worth
                 with _writer(self.out / "kept" / name) as kept:
                     self._source(index, source, kept, removed, advance)
