@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from minnow.config import UserError
 from minnow.data import lots
 from minnow.data.batches import PackedDataset
+from minnow.data.encoding import EncodeOptions, RawBatch
 from minnow.data.preparation import Preparation
 from minnow.data.prepare import DataConfig, prepare
 from minnow.data.shards import Shards
@@ -308,6 +310,20 @@ def test_a_killed_worker_is_told_and_the_run_continues(run, tmp_path, monkeypatc
             run(path, workers=1)
     data = run(path, workers=1)
     assert data.train.num_documents + data.validation.num_documents == 200
+
+
+def test_a_worker_that_is_left_alone_ends_without_a_word(tmp_path, tokenizer):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    command = [sys.executable, "-m", "minnow.data.workers", str(tmp_path / "tokenizer")]
+    pipe = subprocess.PIPE
+    worker = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe)
+    worker.stdout.close()
+    rows = [(0, number, json.dumps({"text": text}).encode()) for number, text in enumerate(documents(9), 1)]
+    options = EncodeOptions("pretrain", 64, weights=(1.0,), sides=("split",))
+    pickle.dump(("encode", RawBatch(0, 0, 0, 0.0, rows, True, True), options), worker.stdin)
+    worker.stdin.flush()
+    assert worker.wait(60) == 1
+    assert worker.stderr.read() == b""
 
 
 def test_a_killed_run_leaves_nothing_half_written(tmp_path, tokenizer):

@@ -119,8 +119,11 @@ def _serve(tokenizer_folder: str) -> None:
             reply: object = _perform(task, batch, options, tokenizer, num_threads=1)
         except Exception as error:
             reply = error
-        pickle.dump(reply, replies, pickle.HIGHEST_PROTOCOL)
-        replies.flush()
+        try:
+            pickle.dump(reply, replies, pickle.HIGHEST_PROTOCOL)
+            replies.flush()
+        except BrokenPipeError:
+            os._exit(1)  # whoever asked is gone, and nobody else wants the rest of the buffer
 
 
 if __name__ == "__main__":
