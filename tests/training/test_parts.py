@@ -127,8 +127,9 @@ def test_a_follower_reads_what_is_added_and_begins_again_after_a_rewind(tmp_path
     log.append({"step": 2, "loss": 0.25})  # as long as before: only the file is another
     log.append({"step": 3, "loss": 0.125})
     assert ([r["loss"] for r in follower.read()], follower.from_start) == ([1.5, 0.25, 0.125], True)
+    assert (follower.read(), follower.from_start) == ([], False)
     log.path.unlink()
-    assert follower.read() == []
+    assert (follower.read(), follower.from_start) == ([], True), "what was read before is gone"
     log.append({"step": 1, "loss": 1.5})
     assert ([r["step"] for r in follower.read()], follower.from_start) == ([1], True)
 

@@ -43,9 +43,8 @@ ModelT = TypeVar("ModelT", bound=CausalLM)
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PracticeConfig):
-    """Train a model by reinforcement: rollouts, rewards, policy updates. `--preset` names an algorithm (or use `minnow
-    ppo`,
-    `grpo`, `spo`)."""
+    """Train a model by reinforcement: rollouts, rewards, policy updates. `--preset` names an algorithm (or use
+    `minnow ppo`, `grpo`, `spo`)."""
 
     run: str = "runs/rl"
     """Run folder: config.yaml, metrics.jsonl, rollouts.jsonl, checkpoints/, model/ and report.html go there."""

@@ -7,14 +7,13 @@ which is what one needs to know of a run that hangs, and leaves the run alone.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import json
 import os
 import socket
 import sys
-import tempfile
 import threading
 import time
+import traceback
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -104,16 +103,23 @@ class StallDetector:
             f"{when}: process {self.process} has not moved on from step {self._step} for {self.seconds:g} s "
             f"(training.stall_seconds); the run goes on. Where its threads stand:\n{_stacks()}\n"
         )
-        # stderr first: what hangs may be the disk.
+        # stderr first, and nothing needed from the disk before it: that may be what hangs, or full.
         print(text, file=sys.stderr, flush=True)
-        self.file.parent.mkdir(exist_ok=True)
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(text)
+        with contextlib.suppress(OSError):
+            self.file.parent.mkdir(exist_ok=True)
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write(text)
 
 
 def _stacks() -> str:
-    """All threads' stacks by faulthandler, which takes no lock and needs a file of the operating system's."""
-    with tempfile.TemporaryFile() as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read().decode(errors="replace")
+    """Where every thread stands, the most recent call first, without the source's lines: those would be read from
+    disk."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    lines: list[str] = []
+    for ident, innermost in sys._current_frames().items():
+        lines.append(f"Thread {names.get(ident, ident)}:")
+        lines += [
+            f'  File "{frame.f_code.co_filename}", line {line} in {frame.f_code.co_name}'
+            for frame, line in traceback.walk_stack(innermost)
+        ]
+    return "\n".join(lines)

@@ -66,7 +66,7 @@ class LogFollower:
         try:
             file = open(self.path, "rb")  # noqa: SIM115 - closed by the block below
         except FileNotFoundError:
-            self._inode, self._offset = 0, 0
+            self.from_start, self._inode, self._offset = True, 0, 0
             return []
         with file:
             status = os.fstat(file.fileno())

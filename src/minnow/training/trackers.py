@@ -55,6 +55,7 @@ class WandB:
         is_online = mode == "online"
         if not is_online:
             os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # it sends telemetry offline, too
+        if mode == "offline":
             for written_before in run.folder.glob(f"wandb/offline-run-*-{run.id}"):
                 shutil.rmtree(written_before)
         self.run = wandb.init(
@@ -97,7 +98,7 @@ class SwanLab:
         settings = swanlab.Settings()
         mode = "offline" if settings.mode == "online" and not settings.api_key else settings.mode
         folder = run.folder / "swanlab"
-        if mode != "online":
+        if mode not in ("online", "disabled"):
             shutil.rmtree(folder, ignore_errors=True)
         with _quiet():
             self.run = swanlab.init(
