@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import subprocess
 import sys
@@ -26,6 +27,8 @@ def run(config: Config) -> None:
         raise UserError("the word is wrong; say go")
     if config.word == "stop":
         raise KeyboardInterrupt
+    if config.word.startswith("load "):
+        importlib.import_module(config.word.removeprefix("load "))
     print(f"ran {config.word}")
 
 
@@ -47,6 +50,20 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["act", "mend"]) == 2
     assert capsys.readouterr().err == "error: the word is wrong; say go\n"
     assert cli.main(["act", "stop"]) == 130
+
+
+def test_a_package_of_an_optional_part_is_named_with_its_part(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)  # as if it were not installed
+    assert cli.main(["act", "load prometheus_client"]) == 2
+    told = capsys.readouterr().err
+    assert told == "error: prometheus_client is not installed; pip install 'minnow[serve]' brings it\n"
+
+
+def test_a_missing_module_of_nobody_stays_a_traceback() -> None:
+    with pytest.raises(ModuleNotFoundError, match="no_such_module_anywhere"):
+        cli.main(["act", "load no_such_module_anywhere"])
 
 
 @pytest.mark.parametrize(

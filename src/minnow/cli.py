@@ -6,7 +6,9 @@ A command's module is imported only when it is called, so `minnow --help` answer
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,6 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:
+        extra = _extra_with(error.name)
+        if extra is None:
+            raise
+        print(f"error: {error.name} is not installed; pip install 'minnow[{extra}]' brings it", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -138,6 +146,16 @@ def with_preset(name: str, arguments: list[str]) -> list[str]:
     if preset not in known:
         raise UserError(f"--preset {preset!r}: there is no such preset; there are {', '.join(known)}")
     return ["--config", str(known[preset]), *arguments]
+
+
+def _extra_with(module: str | None) -> str | None:
+    """The optional part of minnow that brings a module, as the package's metadata say; None if there is none."""
+    distribution = (module or "").partition(".")[0].replace("_", "-")
+    for requirement in importlib.metadata.requires("minnow") or ():
+        found = re.fullmatch(r"([\w-]+).*; extra == ['\"](\w+)['\"]", requirement)
+        if found and found[1] == distribution and found[2] != "dev":
+            return found[2]
+    return None
 
 
 def _command_name(words: list[str]) -> str | None:
