@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from minnow.cli import PRESETS, main
 from minnow.config import UserError
 from minnow.rl.figures import CollapseError, Watch, WatchConfig
+from minnow.rl.value_tracker import ValueTracker
 from tests.rl.helpers import saved, write_prompts
 
 PRESET_NAMES = sorted(file.stem for file in PRESETS.glob("*.yaml"))
@@ -90,6 +91,31 @@ def test_a_resumed_run_equals_an_uninterrupted_one(start, tmp_path, preset, monk
     whole, cut = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
     assert figures(tmp_path / "whole", "reward") == figures(tmp_path / "cut", "reward")
+
+
+def test_spo_knows_every_prompt_before_its_first_phase_if_told_to(start, tmp_path, monkeypatch):
+    calls = []
+    original_seed, original_update = ValueTracker.seed, ValueTracker.update
+
+    def seed(self, prompt, rewards):
+        calls.append((prompt, len(rewards)))
+        original_seed(self, prompt, rewards)
+
+    def update(self, prompts, rewards, drift):
+        calls.append("update")
+        assert calls[:8] == [(n, 5) for n in range(8)]
+        if calls.count("update") == 1:
+            worth = self.alpha_P + self.beta_P
+            assert worth == pytest.approx([8.0] * 8)  # 1 / (1 - 0.875) observations
+            assert len(set(self.alpha_P)) > 1
+        original_update(self, prompts, rewards, drift)
+
+    monkeypatch.setattr(ValueTracker, "seed", seed)
+    monkeypatch.setattr(ValueTracker, "update", update)
+    more = ["--preset", "spo", "--rewards.answer", "0", "--rewards.functions", f"{__name__}:even_ids", "--phases", "2"]
+    more += ["--rollout.prompts", "3", "--algorithm.tracker_answers", "5"]  # 8 prompts, in threes
+    assert rl(start, tmp_path / "run", *more) == 0
+    assert calls[8:] == ["update", "update"]
 
 
 def test_lora_uses_itself_without_adapters_as_reference(start, tmp_path):

@@ -36,8 +36,7 @@ class AlgorithmConfig:
     advantage: AdvantageKind = "group"
     """group: reward minus the group's mean, over its deviation (GRPO); group_centred: without the deviation (Dr. GRPO);
     leave_one_out (RLOO); batch: reward, whitened over the batch (REINFORCE++); tracker: reward minus the prompt's
-    remembered
-    value, whitened (SPO); gae: a critic's generalised advantage, whitened (PPO)."""
+    remembered value, whitened (SPO); gae: a critic's generalised advantage, whitened (PPO)."""
     loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     """Ratio term, aggregation, KL term of the loss."""
     epochs: int = 1
@@ -59,10 +58,15 @@ class AlgorithmConfig:
     """Largest weight policy / sampler of a token, where the sampler is not quite the policy; null: no correction."""
     correction_level: RatioLevel = "token"
     """Whether a token's weight is its own or its answer's."""
+    tracker_answers: int = 0
+    """Only with `advantage: tracker`: answers to *every* prompt before the first phase, from which its value starts
+    (the paper draws 8); 0 starts at one half, and learns on the way."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """Only with `advantage: gae`."""
 
     def __post_init__(self) -> None:
+        if self.tracker_answers < 0:
+            raise UserError(f"algorithm.tracker_answers is {self.tracker_answers}: it must be 0 or more")
         for name in ("epochs", "minibatches"):
             if getattr(self, name) < 1:
                 raise UserError(f"algorithm.{name} is {getattr(self, name)}: it must be at least 1")

@@ -108,9 +108,8 @@ class Phases:
         """Return this process's share of the step's minibatch, in micro-batches."""
         phase, update = divmod(step, self.settings.algorithm.updates_per_phase)
         if phase != self.phase:
-            if self.phase < 0 and self.critic is not None:
-                for warmup in range(self.settings.algorithm.critic.warmup_phases):
-                    self._begin(-1 - warmup, share)
+            if self.phase < 0:
+                self._prepare(share)
             self._begin(phase, share)
             self.phase = phase
         assert self.experience is not None
@@ -143,6 +142,24 @@ class Phases:
         }
         if is_first():
             self.log.rewind(self.phase + 1)
+
+    # --- Before the first phase -----------------------------------------------------------------------------------
+
+    def _prepare(self, share: Share) -> None:
+        """Teach the critic, or the tracker, what the policy that starts is worth."""
+        if self.critic is not None:
+            for warmup in range(self.settings.algorithm.critic.warmup_phases):
+                self._begin(-1 - warmup, share)
+        answers = self.settings.algorithm.tracker_answers
+        if self.tracker is not None and answers:
+            self.engine.model.eval()
+            self.engine.weights_updated()
+            for first in range(0, len(self.prompts), self.settings.rollout.prompts):
+                numbers = range(first, min(first + self.settings.rollout.prompts, len(self.prompts)))
+                trajectories = self._answers(numbers, answers, f"{self.settings.seed}/tracker/{first}", share)
+                rewards = np.array([t.reward for t in trajectories]).reshape(-1, answers)
+                for number, rewards_of_prompt in zip(numbers, rewards, strict=True):
+                    self.tracker.seed(number, rewards_of_prompt)
 
     # --- One phase ------------------------------------------------------------------------------------------------
 
@@ -192,24 +209,26 @@ class Phases:
         return kept, np.array(prompts), {"prompts": drawn, "equal_groups": equal / drawn}
 
     def _round(self, phase: int, round_: int, wanted: int, share: Share) -> list[tuple[int, list[Trajectory]]]:
-        """Every chosen prompt with its answers. This process plays and judges every `world_size`-th of them."""
+        """Every chosen prompt with its answers."""
         samples = self.settings.rollout.samples
         numbers = self._choose(phase, round_, wanted)
+        trajectories = self._answers(numbers.tolist(), samples, f"{self.settings.seed}/{phase}/{round_}", share)
+        return [(int(n), trajectories[i * samples : (i + 1) * samples]) for i, n in enumerate(numbers)]
+
+    def _answers(self, numbers: Sequence[int], samples: int, seed: str, share: Share) -> list[Trajectory]:
+        """`samples` judged answers to each prompt, in order; this process plays every `world_size`-th of them."""
         places = range(share.rank, len(numbers) * samples, share.world_size)
-        seed = zlib.crc32(f"{self.settings.seed}/{phase}/{round_}".encode())
-        environments = [self.make_environment(self.prompts[numbers[place // samples]]) for place in places]
         mine = play(
             self.engine,
-            environments,
+            [self.make_environment(self.prompts[numbers[place // samples]]) for place in places],
             places,
             self.settings.rollout,
-            seed=seed,
+            seed=zlib.crc32(seed.encode()),
             longest=self.settings.sequence_length,
         )
         self.rewarder.score(mine)
         everyone = _told_to_all(dict(zip(places, mine, strict=True)))
-        trajectories = [everyone[place] for place in sorted(everyone)]
-        return [(int(n), trajectories[i * samples : (i + 1) * samples]) for i, n in enumerate(numbers)]
+        return [everyone[place] for place in sorted(everyone)]
 
     def _choose(self, phase: int, round_: int, wanted: int) -> np.ndarray:
         """Prompt numbers: a pure function of (seed, phase, round), for SPO also of the tracker."""
