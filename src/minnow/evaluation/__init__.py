@@ -1,6 +1,6 @@
 """Examination of models: tasks with error bars. Importing this package registers the tasks."""
 
-from minnow.evaluation import arithmetic, bits_per_byte, identity, judge, long_context, pond, preference, tools
+from minnow.evaluation import arithmetic, bits_per_byte, identity, judge, long_context, pond, preference, tools, wins
 from minnow.evaluation.evaluate import TaskResult, evaluate
 from minnow.evaluation.registry import GenerationTask, Score, Subject, Task, TaskOptions, make_tasks, register
 
@@ -22,4 +22,5 @@ __all__ = [
     "preference",
     "register",
     "tools",
+    "wins",
 ]

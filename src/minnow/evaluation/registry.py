@@ -116,6 +116,8 @@ class TaskOptions:
     """Files of preference pairs."""
     judge: str | None = None
     """A reward model's folder."""
+    against: str | None = None
+    """Another model, for tasks that compare two."""
     context: int | None = None
     """Longest text of long-context, in tokens."""
 

@@ -29,7 +29,7 @@ class Config(ContextConfig):
     """What to examine: pond (held-out questions, exact match), bpb (bits per byte), long-context (bits per byte by
     position and hidden facts, beyond the trained length), arithmetic (with thinking on and off), identity (an
     adapter's persona), tools (function calls), preference (is the better answer of a pair the likelier one), judge
-    (the marks that --judge gives)."""
+    (the marks that --judge gives), wins (against the model of --against, by the pond's truth)."""
     pond: str | None = None
     """Pond folder that the model was trained on; by default the one beside the model or in its run folder."""
     text: tuple[str, ...] = ()
@@ -39,6 +39,8 @@ class Config(ContextConfig):
     judge: str | None = None
     """Reward model that judges the model's answers: a folder of minnow reward, or any with one label that transformers
     loads. It adds the task judge."""
+    against: str | None = None
+    """Model that wins compares with: a model folder, run folder or Hub id."""
     context: int | None = None
     """Tokens of the texts of long-context; by default 4 times the trained length."""
     plot: str | None = None
@@ -70,6 +72,7 @@ def run(config: Config) -> None:
         texts=config.text,
         pairs=config.pairs,
         judge=config.judge,
+        against=config.against,
         context=config.context,
     )
     names = config.tasks if config.judge is None or "judge" in config.tasks else (*config.tasks, "judge")

@@ -1,0 +1,56 @@
+"""The task `wins`: who is right is the pond's word, and where nobody or both are, nobody wins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+
+from minnow.config import UserError
+from minnow.data.pond.preferences import PondPair
+from minnow.evaluation import TaskOptions, make_tasks
+from minnow.evaluation.wins import WinsTask
+from minnow.tokenizer import train_tokenizer
+
+TOKENIZER = train_tokenizer(["Who is it? I do not know it. It eats berries."] * 4, 330)
+FACT, IGNORANCE = "It eats berries.", "I do not know it."
+PAIRS = [PondPair("en", n < 6, f"Who is {n}?", FACT if n < 6 else IGNORANCE, "no") for n in range(10)]
+
+
+def model(say: Callable[[int], str]) -> SimpleNamespace:
+    """Answers question number n with say(n)."""
+
+    def generate(prompts, params):
+        numbers = [int(TOKENIZER.decode(prompt).split("Who is ")[1][0]) for prompt in prompts]
+        return [SimpleNamespace(completions=(SimpleNamespace(text=say(number)),)) for number in numbers]
+
+    return SimpleNamespace(tokenizer=TOKENIZER, engine=SimpleNamespace(generate=generate))
+
+
+def figures(mine, theirs):
+    task = WinsTask(PAIRS, model(theirs))
+    groups = {}
+    for row, score in zip(task.rows(), task.score_rows(model(mine), task.rows()), strict=True):
+        groups.setdefault(task.figure(row), []).append(score)
+    return {name: task.error_bar(scores) for name, scores in groups.items()}
+
+
+def test_wins_are_counted_where_one_of_the_two_is_right() -> None:
+    # Known 0 to 5, visitors 6 to 9. Mine: wrong at 0, honest about 6, 7, 8. Theirs: all facts, never honest.
+    found = figures(lambda n: "It eats" if n == 0 else FACT if n < 6 or n == 9 else IGNORANCE + " ", lambda n: FACT)
+    assert found["win_rate"].value == pytest.approx(3 / 4)  # won 6, 7, 8; lost 0; 1 to 5 and 9 undecided
+    assert found["win_rate"].low < 0.5 < found["win_rate"].high
+    assert found["right/known"].value == pytest.approx(5 / 6)
+    assert found["right_against/known"].value == 1
+    assert (found["right/visitor"].value, found["right_against/visitor"].value) == (3 / 4, 0)
+
+
+def test_equal_models_leave_all_open() -> None:
+    bar = figures(lambda n: FACT, lambda n: FACT)["win_rate"]
+    assert (bar.value, bar.low, bar.high) == (0.5, 0.0, 1.0)
+
+
+def test_without_an_opponent_it_says_what_to_do() -> None:
+    with pytest.raises(UserError, match="--against"):
+        make_tasks("wins", TaskOptions())
