@@ -151,6 +151,14 @@ def test_held_out_prompts_are_asked_greedily(start, tmp_path):
     assert any("held_out/answer" in line for line in lines)
 
 
+def test_held_out_prompts_are_asked_before_the_first_update(start, tmp_path):
+    _, prompts = start
+    more = ["--preset", "grpo", "--rollout.samples", "2", "--phases", "2", "--held_out", str(prompts)]
+    assert rl(start, tmp_path / "run", *more, "--training.validate_every", "2") == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "held_out/answer" in line] == [0, 2, 4]
+
+
 def test_rollouts_are_told_to_trackers_and_shown_by_watch(start, tmp_path, capsys):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

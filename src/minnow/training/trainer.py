@@ -149,6 +149,8 @@ class Trainer(Generic[BatchT]):
                 self.writer.wait()
 
     def _loop(self, request: StopRequest, observer: Observer, speed: Speedometer) -> None:
+        if not self.state.step and self.config.validate_every and self.evaluations:
+            self._report(observer, self._evaluated({"step": 0}))  # the start, which later figures are measured against
         if self.state.step and self._validation_due() and not self._validate(observer):
             return
         while self.state.step < self.total_steps:
@@ -287,17 +289,23 @@ class Trainer(Generic[BatchT]):
                 self.state.validations_without_progress += 1
             patience = self.config.patience
             patient = not patience or self.state.validations_without_progress < patience
-        for evaluation in self.evaluations:
-            record |= evaluation(self.model)
-        if len(record) > 1:
-            observer.log(record)
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "step")
-            observer.say(f"step {self.state.step}: {shown}")
-        self.model.train()
+        self._report(observer, self._evaluated(record))
         self.writer.prune(self.state.best_step)
         if not patient:
             observer.say(f"stopped early: no better validation loss since step {self.state.best_step}")
         return patient
+
+    def _evaluated(self, record: dict[str, Any]) -> dict[str, Any]:
+        for evaluation in self.evaluations:
+            record |= evaluation(self.model)
+        self.model.train()
+        return record
+
+    def _report(self, observer: Observer, record: dict[str, Any]) -> None:
+        if len(record) > 1:
+            observer.log(record)
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in record.items() if k != "step")
+            observer.say(f"step {self.state.step}: {shown}")
 
     def _save(self) -> None:
         state = {"loop": vars(self.state).copy(), "loss_scale": self.loss_scale.state_dict()}
