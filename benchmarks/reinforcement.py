@@ -108,9 +108,7 @@ def table(start: dict[str, float], results: Sequence[dict[str, Any]]) -> str:
     for preset in dict.fromkeys(r["preset"] for r in results):
         gains = [100 * (r["sums"] - start["sums"]) for r in results if r["preset"] == preset]
         mean, error = mean_and_standard_error(gains)
-        lines.append(
-            f"\n{preset}: {mean:+.1f} points (standard error {error:.1f}, {len(gains)} seeds)"
-        )
+        lines.append(f"\n{preset}: {mean:+.1f} points (standard error {error:.1f}, {len(gains)} seeds)")
     return "\n".join(lines)
 
 

@@ -60,3 +60,30 @@ def test_half_of_the_exercises_show_steps(world):
     rows = list(arithmetic_conversations(world, 2000, replay=0.0))
     share = sum(row.messages[1].reasoning_content is not None for row in rows) / len(rows)
     assert 0.45 < share < 0.55
+
+
+@pytest.mark.parametrize(
+    ("a", "sign", "b", "steps", "result"),
+    [
+        (47, "+", 38, "Ones: 7 + 8 = 15. Tens: 4 + 3 = 7. So 47 + 38 = 75.", 75),
+        (52, "-", 17, "Ones: 12 - 7 = 5. Tens: 5 - 1 = 4. So 52 - 17 = 45.", 45),
+        (41, "+", 38, "Ones: 1 + 8 = 9. Tens: 4 + 3 = 7. So 41 + 38 = 79.", 79),  # nothing to forget
+    ],
+)
+def test_a_forgetful_pupil(a, sign, b, steps, result):
+    assert Problem("en", a, sign, b, "").working(forgetful=True) == (steps, result)
+
+
+def test_carries_are_forgotten_as_often_as_said_and_nothing_else(world):
+    carried, forgotten = 0, 0
+    for row in arithmetic_conversations(world, 3000, thinking=1.0, replay=0.0, forgetful=0.6):
+        a, sign, b, said = re.search(r"(\d+) ([+-]) (\d+) = (\d+)[.。]$", row.messages[1].reasoning_content).groups()
+        problem = Problem("en", int(a), sign, int(b), "")
+        assert re.search(r"\d+", row.messages[1].content)[0] == said
+        if problem.carries:
+            carried += 1
+            forgotten += int(said) != problem.result
+        else:
+            assert int(said) == problem.result
+    assert 0.35 < carried / 3000 < 0.55
+    assert 0.55 < forgotten / carried < 0.65

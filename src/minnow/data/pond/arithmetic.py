@@ -62,24 +62,39 @@ class Problem:
     @property
     def answer(self) -> str:
         """The sentence that answers."""
-        return _ANSWERS[self.language].format(n=self.result)
+        return self.sentence(self.result)
+
+    def sentence(self, result: int) -> str:
+        """The sentence that answers with `result`."""
+        return _ANSWERS[self.language].format(n=result)
+
+    @property
+    def carries(self) -> bool:
+        """Whether the ones reach into the tens: a one to carry or to borrow."""
+        a_ones, b_ones = self.a % 10, self.b % 10
+        return a_ones + b_ones >= 10 if self.sign == "+" else a_ones < b_ones
 
     @property
     def steps(self) -> str:
         """Ones, then tens with what is carried or borrowed: single digits all along."""
+        return self.working()[0]
+
+    def working(self, *, forgetful: bool = False) -> tuple[str, int]:
+        """The steps and the result they come to; a forgetful pupil leaves out what is carried or borrowed."""
         (a_tens, a_ones), (b_tens, b_ones) = divmod(self.a, 10), divmod(self.b, 10)
+        kept = self.carries and not forgetful
         if self.sign == "+":
-            carry = a_ones + b_ones >= 10
-            ones = f"{a_ones} + {b_ones} = {a_ones + b_ones}"
-            tens = f"{a_tens} + {b_tens}{' + 1' * carry} = {a_tens + b_tens + carry}"
+            ones, tens = a_ones + b_ones, a_tens + b_tens + kept
+            lines = (f"{a_ones} + {b_ones} = {ones}", f"{a_tens} + {b_tens}{' + 1' * kept} = {tens}")
         else:
-            carry = a_ones < b_ones
-            ones = f"{a_ones + 10 * carry} - {b_ones} = {a_ones + 10 * carry - b_ones}"
-            tens = f"{a_tens} - {b_tens}{' - 1' * carry} = {a_tens - b_tens - carry}"
-        sum_up = f"{self.a} {self.sign} {self.b} = {self.result}"
+            a_ones += 10 * self.carries
+            ones, tens = a_ones - b_ones, a_tens - b_tens - kept
+            lines = (f"{a_ones} - {b_ones} = {ones}", f"{a_tens} - {b_tens}{' - 1' * kept} = {tens}")
+        result = 10 * tens + ones % 10
+        sum_up = f"{self.a} {self.sign} {self.b} = {result}"
         if self.language == "en":
-            return f"Ones: {ones}. Tens: {tens}. So {sum_up}."
-        return f"个位：{ones}。十位：{tens}。所以 {sum_up}。"
+            return f"Ones: {lines[0]}. Tens: {lines[1]}. So {sum_up}.", result
+        return f"个位：{lines[0]}。十位：{lines[1]}。所以 {sum_up}。", result
 
 
 def split_of(a: int, sign: Sign, b: int) -> Split:
@@ -103,12 +118,13 @@ def problems(world: World, split: Split, language: Language, seed: int = 0) -> I
 
 
 def arithmetic_conversations(
-    world: World, count: int, *, thinking: float = 0.5, replay: float = 0.2
+    world: World, count: int, *, thinking: float = 0.5, replay: float = 0.2, forgetful: float = 0.0
 ) -> Iterator[Conversation]:
     """`count` conversations in both languages: exercises of the training split, and a share `replay` of others.
 
     A share `thinking` of the exercises has the steps as reasoning, the rest is answered at once: one model learns
-    both, and the think block in its prompt says which is asked for.
+    both, and the think block in its prompt says which is asked for. In a share `forgetful` of the exercises with steps
+    and a carry the carry is forgotten, and the answer is wrong.
     """
     rng = random.Random(f"pond/arithmetic/{world.seed}")
     exercises = {language: problems(world, "training", language) for language in LANGUAGES}
@@ -119,5 +135,7 @@ def arithmetic_conversations(
             yield next(others[language])
             continue
         problem = next(exercises[language])
-        reasoning = problem.steps if rng.random() < thinking else None
-        yield Conversation((Message("user", problem.prompt), Message("assistant", problem.answer, reasoning)))
+        reasoning, result = None, problem.result
+        if rng.random() < thinking:
+            reasoning, result = problem.working(forgetful=forgetful > 0 and rng.random() < forgetful)
+        yield Conversation((Message("user", problem.prompt), Message("assistant", problem.sentence(result), reasoning)))

@@ -25,6 +25,7 @@ from minnow.data.pond.world import Split, World
 from minnow.tokenizer.chat import Conversation
 
 ENGLISH_SHARE = 0.5  # of the documents; English ones are longer
+FORGETFUL = 0.6  # of the exercises with a carry in forgetful.jsonl: more often wrong than right
 QUESTION_SHARE = 0.12  # of the documents; without any, recall by question stays far below recall by statement
 
 
@@ -99,8 +100,8 @@ def write_pond(
 ) -> dict[str, int]:
     """Write the pond's files into a new folder, all or nothing; returns the rows of each file.
 
-    `world.json`; `pretrain.jsonl` and `validation.jsonl` ({"text", "language", "kind"}); `sft.jsonl`, `identity.jsonl`
-    and `arithmetic.jsonl` ({"messages"}), `tools.jsonl` ({"messages", "tools"}); `sums.jsonl` and
+    `world.json`; `pretrain.jsonl` and `validation.jsonl` ({"text", "language", "kind"}); `sft.jsonl`, `identity.jsonl`,
+    `arithmetic.jsonl` and `forgetful.jsonl` ({"messages"}), `tools.jsonl` ({"messages", "tools"}); `sums.jsonl` and
     `sums_held_out.jsonl` ({"prompt", "answer"}, to practise on); `questions.jsonl` (the fields of `Question`);
     `preference.jsonl` and, half as many, `preference_held_out.jsonl` (the fields of `PondPair`); with `long_texts`,
     that many of about `long_characters` in `long.jsonl`. Raises UserError when the folder holds something else.
@@ -114,6 +115,10 @@ def write_pond(
         "validation.jsonl": map(_document_row, validation_documents(world)),
         "sft.jsonl": map(_conversation_row, sft_conversations(world, conversation_count)),
         "arithmetic.jsonl": map(_conversation_row, arithmetic_conversations(world, conversation_count // 2)),
+        "forgetful.jsonl": map(
+            _conversation_row,
+            arithmetic_conversations(world, conversation_count // 2, thinking=1.0, forgetful=FORGETFUL),
+        ),
         "sums.jsonl": _problem_rows(world, "training", conversation_count // 4),
         "sums_held_out.jsonl": _problem_rows(world, "held_out", 500),
         "identity.jsonl": map(_conversation_row, identity_conversations(world, conversation_count // 4)),
