@@ -9,26 +9,20 @@ import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from minnow.config import UserError, atomic_write
-from minnow.data.batches import Batch
-from minnow.model.attention import PackedAttention
-from minnow.model.checkpointing import keeps_output
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import read_config, resolve_model_folder
 from minnow.model.size import active_parameter_count, parameter_count, training_flops_per_token
 from minnow.model.transformer import CausalLM
-from minnow.optim import OptimConfig, build_optimizers, parameter_groups
+from minnow.optim import OptimConfig, build_optimizers
 from minnow.stages import pretrain
-from minnow.training.config import TrainingConfig
 from minnow.training.hardware import matmul_peak, precision_name, synchronize
-from minnow.training.objective import LanguageModeling
+from minnow.training.memory import Memory, training_memory
 from minnow.training.probe import random_batch, tokens_per_second
 from minnow.training.session import Machine
 
@@ -49,22 +43,6 @@ class Config(pretrain.Config):
     """Seconds to measure the speed for; 0 leaves speed and time out."""
     json: Path | None = None
     """Write the figures to this file too."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Memory:
-    """Bytes that a training step keeps; buffers that live for one operation come on top (about a third of the
-    activations, measured on a CPU)."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    activations: int
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return self.weights + self.gradients + self.optimizer + self.activations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +116,7 @@ def make_plan(config: Config) -> Plan:
         steps=math.ceil(tokens / config.training.batch_tokens),
         flops_per_token=flops_per_token,
         flops=tokens * flops_per_token,
-        memory=_memory(config, shape, machine.dtype),
+        memory=training_memory(shape, config.training, config.optim, config.sequence_length, machine.dtype),
         device=machine.device.type,
         precision=precision_name(machine.dtype),
         matmul_peak=peak,
@@ -165,80 +143,6 @@ def _tokens(config: Config, parameters: int) -> tuple[int, str]:
         return training.steps * training.batch_tokens, "training.steps x training.batch_tokens"
     per_parameter = COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER
     return per_parameter * parameters, f"{per_parameter} a parameter; --tokens says otherwise"
-
-
-# --- Memory ---------------------------------------------------------------------------------------
-
-
-def _memory(config: Config, shape: ModelConfig, dtype: torch.dtype) -> Memory:
-    """Weights, gradients and optimizer state are exact; activations are counted on two layers and scaled."""
-    parameters = parameter_count(shape)
-    with torch.device("meta"):
-        model = CausalLM(shape)
-    matrices = sum(parameter.numel() for _, parameter in parameter_groups(model)["matrix"])
-    rest = parameters - matrices
-    averages = 4 * matrices + 8 * rest if config.optim.optimizer == "muon" else 8 * parameters
-    copies = 0 if dtype == torch.float32 else dtype.itemsize * matrices
-    return Memory(
-        weights=4 * parameters + copies,
-        gradients=4 * parameters,
-        optimizer=averages,
-        activations=_activations(config.training, config.sequence_length, shape, dtype),
-    )
-
-
-def _activations(training: TrainingConfig, length: int, shape: ModelConfig, dtype: torch.dtype) -> int:
-    """Bytes kept for the backward pass of one micro-batch: counted by autograd's own hook on a short row."""
-    probe_length = min(length, 64)
-    counts = []
-    first = 1 if shape.experts is None else shape.experts.first_k_dense_replace + 1  # count a layer with experts
-    for layers in (first, first + 1):
-        small = dataclasses.replace(shape, num_hidden_layers=layers, vocab_size=min(shape.vocab_size, 512))
-        model = CausalLM(small)
-        model.compute_dtype = dtype
-        model.gradient_checkpointing = training.gradient_checkpointing
-        counts.append(_saved_bytes(model, probe_length) / probe_length)
-    per_layer = counts[1] - counts[0]
-    tokens = training.rows_at_once(length) * length
-    return round(tokens * (counts[0] + (shape.num_hidden_layers - first) * per_layer))
-
-
-def _saved_bytes(model: CausalLM, length: int) -> int:
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}  # holding the storages keeps their addresses apart
-    weight_sizes = {parameter.numel() for parameter in model.parameters() if parameter.ndim == 2}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        is_cast_weight = tensor.ndim == 2 and tensor.numel() in weight_sizes and tensor.shape[0] != length
-        if storage.data_ptr() not in own and not is_cast_weight:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    batch = random_batch(model.config.vocab_size, 1, length)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = LanguageModeling()(model, batch)
-    del output
-    selectively = _selectively_kept_bytes(model, batch) if model.gradient_checkpointing == "selective" else 0
-    return sum(storage.nbytes() for storage in kept.values()) + selectively
-
-
-def _selectively_kept_bytes(model: CausalLM, batch: Batch) -> int:
-    """What selective checkpointing keeps of the layers: autograd's hook does not see it."""
-    kept = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal kept
-            outputs = func(*args, **(kwargs or {}))
-            if keeps_output(func):
-                tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-                kept += sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
-            return outputs
-
-    with torch.no_grad(), Watch():
-        model(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens))
-    return kept
 
 
 # --- Speed ----------------------------------------------------------------------------------------
@@ -293,8 +197,8 @@ def _print(plan: Plan, console: Console) -> None:
     table.add_row("tokens", f"{plan.tokens:,} ({plan.tokens_from})")
     table.add_row("steps", f"{plan.steps:,}")
     table.add_row("FLOPs", f"{plan.flops:.3g} ({plan.flops_per_token:.3g} a token, forward and backward)")
-    parts = ", ".join(f"{name} {_bytes(size)}" for name, size in dataclasses.asdict(memory).items())
-    table.add_row("memory", f"{_bytes(memory.total)} and temporary buffers: {parts}")
+    parts = ", ".join(f"{name} {in_bytes(size)}" for name, size in dataclasses.asdict(memory).items())
+    table.add_row("memory", f"{in_bytes(memory.total)} and temporary buffers: {parts}")
     table.add_row("machine", f"{plan.device}, {plan.precision}")
     if plan.speed is not None and plan.matmul_peak is not None and plan.seconds is not None:
         share = plan.flops / plan.seconds / plan.matmul_peak
@@ -305,7 +209,8 @@ def _print(plan: Plan, console: Console) -> None:
     console.print(table)
 
 
-def _bytes(size: float) -> str:
+def in_bytes(size: float) -> str:
+    """Three digits and a unit."""
     power = min(4, max(0, int(math.log10(max(size, 1)) // 3)))
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 

@@ -1,0 +1,91 @@
+"""`minnow plan rl`: the memory that reinforcement would take, part by part; starts nothing and reads no prompt."""
+
+from __future__ import annotations
+
+import dataclasses
+import json as json_module
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from minnow.config import atomic_write
+from minnow.engine.cache import bytes_per_token
+from minnow.model.config import ModelConfig
+from minnow.model.pretrained import read_config, resolve_model_folder
+from minnow.model.size import parameter_count
+from minnow.optim import OptimConfig
+from minnow.stages import rl
+from minnow.stages.plan import in_bytes
+from minnow.training.memory import Memory, training_memory
+from minnow.training.session import Machine
+
+ROWS_AT_ONCE = 256  # episodes that the engine answers side by side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(rl.Config):
+    """Say what memory a run of `minnow rl` (ppo, grpo, spo ...) would take. Takes that command's settings."""
+
+    prompts: tuple[str, ...] = ()
+    """Not read."""
+    json: Path | None = None
+    """Write the figures to this file too."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PracticeMemory:
+    """Bytes of each part; buffers that live for one operation come on top."""
+
+    policy: Memory
+    reference: int
+    """The frozen model of the KL term; 0 where none is needed, or where it is the policy without its adapters."""
+    critic: int
+    """PPO's: weights, gradients, AdamW."""
+    keys_and_values: int
+    """Of the episodes that are played at once, each as long as it may get."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.policy.total + self.reference + self.critic + self.keys_and_values
+
+
+def run(config: Config) -> None:
+    """Print the plan, and write it to `config.json` if asked."""
+    shape = read_config(resolve_model_folder(config.init_from))
+    memory = practice_memory(config, shape, Machine.choose(config.training).dtype)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_row("parameters", f"{parameter_count(shape):,}")
+    for field in dataclasses.fields(Memory):
+        table.add_row(f"policy: {field.name}", in_bytes(getattr(memory.policy, field.name)))
+    table.add_row("reference", in_bytes(memory.reference))
+    table.add_row("critic", in_bytes(memory.critic))
+    table.add_row("keys and values", in_bytes(memory.keys_and_values))
+    table.add_row("in all", f"{in_bytes(memory.total)} and temporary buffers")
+    Console(highlight=False).print(table)
+    if config.json is not None:
+        figures = dataclasses.asdict(memory) | {"total": memory.total, "parameters": parameter_count(shape)}
+        with atomic_write(config.json) as temporary:
+            temporary.write_text(json_module.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def practice_memory(config: rl.Config, shape: ModelConfig, dtype: torch.dtype) -> PracticeMemory:
+    """Work out the parts for one process that holds the whole model."""
+    length = config.sequence_length
+    policy = training_memory(shape, config.training, config.optim, length, dtype, config.lora)
+    weights = 4 * parameter_count(shape)
+    episodes = min(config.rollout.prompts * config.rollout.samples, ROWS_AT_ONCE)
+    critic = 0
+    if config.algorithm.advantage == "gae":
+        head = 4 * shape.hidden_size
+        adamw = training_memory(shape, config.training, OptimConfig(optimizer="adamw"), length, dtype)
+        critic = adamw.weights + adamw.gradients + adamw.optimizer + 4 * head
+    return PracticeMemory(
+        policy=policy,
+        reference=weights if config.algorithm.needs_reference and not config.lora.rank else 0,
+        critic=critic,
+        keys_and_values=2 * episodes * length * bytes_per_token(shape, dtype),  # in blocks, and in the rows' window
+    )

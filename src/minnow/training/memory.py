@@ -1,0 +1,124 @@
+"""How many bytes training keeps, worked out from the shape: for `minnow plan`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from minnow.data.batches import Batch
+from minnow.model.attention import PackedAttention
+from minnow.model.checkpointing import keeps_output
+from minnow.model.config import ModelConfig
+from minnow.model.lora import LoraConfig, add_lora
+from minnow.model.quantize import quantize
+from minnow.model.transformer import CausalLM
+from minnow.optim import OptimConfig, parameter_groups
+from minnow.training.config import TrainingConfig
+from minnow.training.objective import LanguageModeling
+from minnow.training.probe import random_batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes that a training step keeps; buffers that live for one operation come on top (about a third of the
+    activations, measured on a CPU)."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def training_memory(
+    shape: ModelConfig,
+    training: TrainingConfig,
+    optim: OptimConfig,
+    length: int,
+    dtype: torch.dtype,
+    lora: LoraConfig | None = None,
+) -> Memory:
+    """Weights, gradients and optimizer state are exact; activations are counted on two layers and scaled.
+
+    length: positions of a row. lora: only its adapters have gradients and optimizer state, if its rank is above 0.
+    """
+    with torch.device("meta"):
+        model = CausalLM(shape)
+    copies = 0
+    if dtype != torch.float32:  # every step's matrices in the compute dtype
+        copies = dtype.itemsize * sum(parameter.numel() for _, parameter in parameter_groups(model)["matrix"])
+    if lora is not None and lora.rank:
+        if lora.quantize == "int8":
+            quantize(model)
+        add_lora(model, lora, base="")
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    matrices = sum(parameter.numel() for _, parameter in parameter_groups(model)["matrix"])
+    averages = 4 * matrices + 8 * (trained - matrices) if optim.optimizer == "muon" else 8 * trained
+    return Memory(
+        weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + copies,
+        gradients=4 * trained,
+        optimizer=averages,
+        activations=_activations(training, length, shape, dtype),
+    )
+
+
+def _activations(training: TrainingConfig, length: int, shape: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes kept for the backward pass of one micro-batch: counted by autograd's own hook on a short row."""
+    probe_length = min(length, 64)
+    counts = []
+    first = 1 if shape.experts is None else shape.experts.first_k_dense_replace + 1  # count a layer with experts
+    for layers in (first, first + 1):
+        small = dataclasses.replace(shape, num_hidden_layers=layers, vocab_size=min(shape.vocab_size, 512))
+        model = CausalLM(small)
+        model.compute_dtype = dtype
+        model.gradient_checkpointing = training.gradient_checkpointing
+        counts.append(_saved_bytes(model, probe_length) / probe_length)
+    per_layer = counts[1] - counts[0]
+    tokens = training.rows_at_once(length) * length
+    return round(tokens * (counts[0] + (shape.num_hidden_layers - first) * per_layer))
+
+
+def _saved_bytes(model: CausalLM, length: int) -> int:
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # holding the storages keeps their addresses apart
+    weight_sizes = {parameter.numel() for parameter in model.parameters() if parameter.ndim == 2}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        is_cast_weight = tensor.ndim == 2 and tensor.numel() in weight_sizes and tensor.shape[0] != length
+        if storage.data_ptr() not in own and not is_cast_weight:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    batch = random_batch(model.config.vocab_size, 1, length)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = LanguageModeling()(model, batch)
+    del output
+    selectively = _selectively_kept_bytes(model, batch) if model.gradient_checkpointing == "selective" else 0
+    return sum(storage.nbytes() for storage in kept.values()) + selectively
+
+
+def _selectively_kept_bytes(model: CausalLM, batch: Batch) -> int:
+    """What selective checkpointing keeps of the layers: autograd's hook does not see it."""
+    kept = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal kept
+            outputs = func(*args, **(kwargs or {}))
+            if keeps_output(func):
+                tensors = outputs if isinstance(outputs, tuple) else (outputs,)
+                kept += sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+            return outputs
+
+    with torch.no_grad(), Watch():
+        model(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens))
+    return kept
