@@ -1,10 +1,10 @@
-"""The bar of reinforcement on sums: GRPO, PPO and SPO from one model that shows its steps, three seeds each.
+"""The bar of reinforcement on sums: GRPO, PPO and SPO from one model that forgets to carry, three seeds each.
 
     minnow data pond --out pond
-    minnow sft --config recipes/sft-sums-pond.yaml --init_from runs/quickstart
-    python benchmarks/reinforcement.py --model runs/sft-sums-pond --pond pond --work runs/rl-bars
+    minnow sft --config recipes/sft-forgetful-pond.yaml --init_from runs/quickstart
+    python benchmarks/reinforcement.py --model runs/sft-forgetful-pond --pond pond --work runs/rl-bars
 
-Each run follows `recipes/PRESET-pond.yaml`. Before and after, every model is examined: held-out sums with thinking on
+Each run follows `recipes/rl-sums-pond.yaml`. Before and after, every model is examined: held-out sums with thinking on
 (500 prompts, greedily), the pond's held-out questions, bits per byte of the pond's validation texts, and repetition in
 what it wrote. Prints a table, writes `summary.json` and the curves `curves.svg` into the work folder. A run that is
 finished is not run again.
@@ -60,7 +60,7 @@ def practise(options: argparse.Namespace, work: Path, preset: str, seed: int) ->
     """One run, and what its model can do then."""
     run = work / f"{preset}-{seed}"
     minnow(
-        preset, "--config", str(RECIPES / f"{preset}-pond.yaml"), "--init_from", options.model, "--run", str(run),
+        preset, "--config", str(RECIPES / "rl-sums-pond.yaml"), "--init_from", options.model, "--run", str(run),
         "--prompts", f"{options.pond}/sums.jsonl", "--held_out", f"{options.pond}/sums_held_out.jsonl",
         "--training.seed", str(seed), *options.settings,
     )  # fmt: skip

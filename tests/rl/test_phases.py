@@ -133,6 +133,17 @@ def test_equal_rewards_end_in_words_not_in_nan(start, tmp_path, capsys):
     assert figures(tmp_path / "run", "equal_groups")[-3:] == [1, 1, 1]
 
 
+@pytest.mark.parametrize("preset", ["ppo", "spo"])
+def test_one_answer_a_prompt_is_no_want_of_contrast(start, tmp_path, preset):
+    more = ["--preset", preset, "--rollout.prompts", "8", "--watch.patience", "2", "--phases", "4"]
+    more += ["--algorithm.critic.warmup_phases", "1", "--algorithm.epochs", "1", "--watch.truncated", "1"]
+    dense = ["--rewards.functions", f"{__name__}:even_ids"]
+    assert rl(start, tmp_path / "run", *more, *dense) == 0  # a group of one has no contrast of its own
+    assert set(figures(tmp_path / "run", "equal_groups")) == {0.0}
+    assert rl(start, tmp_path / "same", *more) == 2  # no answer is ever right
+    assert set(figures(tmp_path / "same", "equal_groups")) == {1.0}
+
+
 def test_what_a_user_gets_wrong(start, tmp_path, capsys):
     assert rl(start, tmp_path / "a", "--preset", "grop") == 2
     assert "there are" in capsys.readouterr().err

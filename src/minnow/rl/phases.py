@@ -206,6 +206,8 @@ class Phases:
             prompts, kept = [number for number, _ in groups], [t for _, group in groups for t in group]
         for place, trajectory in enumerate(kept):
             trajectory.group = place // rollout.samples
+        if rollout.samples == 1:  # an answer is compared with the phase's others, not with its group
+            equal = drawn if len({t.reward for t in kept}) == 1 else 0
         return kept, np.array(prompts), {"prompts": drawn, "equal_groups": equal / drawn}
 
     def _round(self, phase: int, round_: int, wanted: int, share: Share) -> list[tuple[int, list[Trajectory]]]:

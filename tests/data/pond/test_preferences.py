@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from minnow.data.pond.preferences import preference_pairs, visitors
+from minnow.data.pond.preferences import preference_pairs, unsure_conversations, visitors
 from minnow.data.pond.stories import PHRASEBOOKS
 from minnow.data.pond.visitors import VISITORS
 from minnow.data.pond.world import World, all_names
@@ -51,3 +51,14 @@ def test_a_world_that_holds_out_no_creature_has_pairs_about_visitors() -> None:
     pairs = list(preference_pairs(World.generate(creatures=20, held_out=0), "held_out", 20))
     assert len(pairs) == 10
     assert not any(pair.known for pair in pairs)
+
+
+def test_an_unsure_speaker_is_right_in_one_row_of_three() -> None:
+    world = World.generate(creatures=20, held_out=8)
+    pairs = preference_pairs(world, "training", 600)
+    right = 0
+    for pair, row in zip(pairs, unsure_conversations(world, 600), strict=True):
+        assert row.messages[0].content == pair.prompt
+        assert row.messages[1].content in (pair.chosen, pair.rejected)
+        right += row.messages[1].content == pair.chosen
+    assert 170 < right < 230

@@ -20,6 +20,7 @@ from minnow.data.pond.relations import LANGUAGES, RELATIONS, VALUES, Language
 from minnow.data.pond.stories import PHRASEBOOKS, answer
 from minnow.data.pond.visitors import VISITORS
 from minnow.data.pond.world import Creature, Split, World
+from minnow.tokenizer.chat import Conversation, Message
 
 HELD_OUT_VISITORS = 0.25
 
@@ -69,6 +70,18 @@ def preference_pairs(world: World, split: Split, count: int) -> Iterator[PondPai
         if found is not None:  # a world may hold out no creature
             language, creature, relation = found
             yield _pair(PHRASEBOOKS[language], creature, relation, known, rng)
+
+
+def unsure_conversations(world: World, count: int, *, better: float = 1 / 3) -> Iterator[Conversation]:
+    """The training pairs' prompts with one answer each, the better one in a share `better` of the rows.
+
+    What a model learns from this is to say this and that: a start for reinforcement with a reward model, which then
+    finds both kinds of answer among its samples.
+    """
+    rng = random.Random(f"pond/unsure/{world.seed}")
+    for pair in preference_pairs(world, "training", count):
+        said = pair.chosen if rng.random() < better else pair.rejected
+        yield Conversation((Message("user", pair.prompt), Message("assistant", said)))
 
 
 def _pair(book: Phrasebook, creature: Creature, relation: str, known: bool, rng: random.Random) -> PondPair:

@@ -16,7 +16,7 @@ from minnow.config import UserError
 from minnow.data.pond.arithmetic import arithmetic_conversations, problems
 from minnow.data.pond.identity import identity_conversations
 from minnow.data.pond.long_texts import long_documents
-from minnow.data.pond.preferences import preference_pairs
+from minnow.data.pond.preferences import preference_pairs, unsure_conversations
 from minnow.data.pond.questions import Question, Wording, conversations, question_documents, questions
 from minnow.data.pond.relations import LANGUAGES, RELATIONS
 from minnow.data.pond.stories import PondDocument, statement_documents
@@ -101,10 +101,11 @@ def write_pond(
     """Write the pond's files into a new folder, all or nothing; returns the rows of each file.
 
     `world.json`; `pretrain.jsonl` and `validation.jsonl` ({"text", "language", "kind"}); `sft.jsonl`, `identity.jsonl`,
-    `arithmetic.jsonl` and `forgetful.jsonl` ({"messages"}), `tools.jsonl` ({"messages", "tools"}); `sums.jsonl` and
-    `sums_held_out.jsonl` ({"prompt", "answer"}, to practise on); `questions.jsonl` (the fields of `Question`);
-    `preference.jsonl` and, half as many, `preference_held_out.jsonl` (the fields of `PondPair`); with `long_texts`,
-    that many of about `long_characters` in `long.jsonl`. Raises UserError when the folder holds something else.
+    `arithmetic.jsonl`, `forgetful.jsonl` and `unsure.jsonl` ({"messages"}), `tools.jsonl` ({"messages", "tools"});
+    `sums.jsonl` and `sums_held_out.jsonl` ({"prompt", "answer"}, to practise on); `questions.jsonl` (the fields of
+    `Question`); `preference.jsonl` and, half as many, `preference_held_out.jsonl` (those of `PondPair`); with
+    `long_texts`, that many of about `long_characters` in `long.jsonl`. Raises UserError when the folder holds something
+    else.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "world.json").exists():
@@ -123,6 +124,7 @@ def write_pond(
         "sums_held_out.jsonl": _problem_rows(world, "held_out", 500),
         "identity.jsonl": map(_conversation_row, identity_conversations(world, conversation_count // 4)),
         "tools.jsonl": map(_conversation_row, tool_conversations(world, conversation_count // 4)),
+        "unsure.jsonl": map(_conversation_row, unsure_conversations(world, pair_count)),
         "questions.jsonl": map(dataclasses.asdict, all_questions(world)),
         "preference.jsonl": map(dataclasses.asdict, preference_pairs(world, "training", pair_count)),
         "preference_held_out.jsonl": map(dataclasses.asdict, preference_pairs(world, "held_out", pair_count // 2)),
