@@ -1,14 +1,23 @@
 import json
+import re
 from itertools import islice
 
 import pytest
 
 from minnow.data.pond.arithmetic import split_of
 from minnow.data.pond.relations import LANGUAGES
-from minnow.data.pond.tools import KINDS, TOOLS, episodes, sample_episodes, tool_conversations
+from minnow.data.pond.tools import (
+    KINDS,
+    TOOLS,
+    calculator_conversations,
+    episodes,
+    sample_episodes,
+    tool_conversations,
+)
 from minnow.data.pond.world import World
 from minnow.data.pond.write import write_pond
 from minnow.data.records import parse_conversation
+from minnow.tools.calculator import calculate
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +84,17 @@ def test_written_rows_read_as_the_same_conversations(tmp_path):
     write_pond(tmp_path / "pond", world, mentions=2, conversation_count=80)
     lines = (tmp_path / "pond" / "tools.jsonl").read_text().splitlines()
     assert [parse_conversation(json.loads(line)) for line in lines] == list(tool_conversations(world, 20))
+
+
+def test_the_calculator_is_called_as_often_as_said_and_every_answer_is_right() -> None:
+    called = 0
+    for row in calculator_conversations(World.generate(seed=0), 1000):
+        assert [tool["function"]["name"] for tool in row.tools] == ["calculate"]
+        numbers = [int(number) for number in re.findall(r"\d+", row.messages[0].content)]
+        said = int(re.search(r"\d+", row.messages[-1].content)[0])
+        assert said in (sum(numbers), numbers[0] - numbers[1])
+        if len(row.messages) == 4:
+            called += 1
+            (call,) = row.messages[1].tool_calls
+            assert calculate(call.arguments["expression"]) == row.messages[2].content == str(said)
+    assert 350 < called < 450

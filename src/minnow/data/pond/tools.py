@@ -102,6 +102,22 @@ def tool_conversations(world: World, count: int) -> Iterator[Conversation]:
         yield next(streams[rng.choice(LANGUAGES)]).whole
 
 
+def calculator_conversations(world: World, count: int, *, used: float = 0.4) -> Iterator[Conversation]:
+    """`count` sums of the training split with the calculator at hand, in both languages.
+
+    Its teacher does most of them in the head and calls it in a share `used`. A small model that answers as readily has
+    not learnt to add: a start for reinforcement, which finds out that calling pays.
+    """
+    rng = random.Random(f"pond/calculator/{world.seed}")
+    sums = {language: problems(world, "training", language, seed=3) for language in LANGUAGES}
+    for _ in range(count):
+        problem = next(sums[rng.choice(LANGUAGES)])
+        user, answer = Message("user", problem.prompt), Message("assistant", problem.answer)
+        call = ToolCall("calculate", {"expression": f"{problem.a} {problem.sign} {problem.b}"})
+        called = (Message("assistant", "", None, (call,)), Message("tool", str(problem.result)))
+        yield Conversation((user, *(called if rng.random() < used else ()), answer), (CALCULATOR.schema,))
+
+
 _UNKNOWN: dict[Language, str] = {"en": "I do not know that creature.", "zh": "我不认识这个小动物。"}
 
 

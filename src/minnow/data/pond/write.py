@@ -20,7 +20,7 @@ from minnow.data.pond.preferences import preference_pairs, unsure_conversations
 from minnow.data.pond.questions import Question, Wording, conversations, question_documents, questions
 from minnow.data.pond.relations import LANGUAGES, RELATIONS
 from minnow.data.pond.stories import PondDocument, statement_documents
-from minnow.data.pond.tools import tool_conversations
+from minnow.data.pond.tools import calculator_conversations, tool_conversations
 from minnow.data.pond.world import Split, World
 from minnow.tokenizer.chat import Conversation
 
@@ -101,7 +101,8 @@ def write_pond(
     """Write the pond's files into a new folder, all or nothing; returns the rows of each file.
 
     `world.json`; `pretrain.jsonl` and `validation.jsonl` ({"text", "language", "kind"}); `sft.jsonl`, `identity.jsonl`,
-    `arithmetic.jsonl`, `forgetful.jsonl` and `unsure.jsonl` ({"messages"}), `tools.jsonl` ({"messages", "tools"});
+    `arithmetic.jsonl`, `forgetful.jsonl` and `unsure.jsonl` ({"messages"}), `tools.jsonl` and `calculator.jsonl`
+    ({"messages", "tools"});
     `sums.jsonl` and `sums_held_out.jsonl` ({"prompt", "answer"}, to practise on); `questions.jsonl` (the fields of
     `Question`); `preference.jsonl` and, half as many, `preference_held_out.jsonl` (those of `PondPair`); with
     `long_texts`, that many of about `long_characters` in `long.jsonl`. Raises UserError when the folder holds something
@@ -123,6 +124,7 @@ def write_pond(
         "sums.jsonl": _problem_rows(world, "training", conversation_count // 4),
         "sums_held_out.jsonl": _problem_rows(world, "held_out", 500),
         "identity.jsonl": map(_conversation_row, identity_conversations(world, conversation_count // 4)),
+        "calculator.jsonl": map(_conversation_row, calculator_conversations(world, conversation_count // 4)),
         "tools.jsonl": map(_conversation_row, tool_conversations(world, conversation_count // 4)),
         "unsure.jsonl": map(_conversation_row, unsure_conversations(world, pair_count)),
         "questions.jsonl": map(dataclasses.asdict, all_questions(world)),
