@@ -31,7 +31,7 @@ def load(recipe: Path, *words: str) -> Any:
 
 def needed(recipe: Path) -> list[str]:
     """What a recipe leaves to its user."""
-    return [] if recipe.stem == "quickstart" else ["--data.paths", "data.jsonl"]
+    return [] if recipe.stem.startswith(("quickstart", "rl-")) else ["--data.paths", "data.jsonl"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
@@ -116,23 +116,52 @@ def test_a_context_is_lengthened_at_a_tiny_setting(data: Path, tmp_path: Path, m
     assert (content["max_position_embeddings"], content["rope_parameters"]["factor"]) == (256, 4.0)
 
 
-@pytest.mark.parametrize("name", ["lora-pond", "sft-reasoning-pond", "sft-tools-pond", "dpo-pond", "reward-pond"])
-def test_the_ponds_recipes_train_at_a_tiny_setting(
-    name: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def pond(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with a small pond and a tiny model `start`."""
     monkeypatch.chdir(tmp_path)
     shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048}
     tokenizer = Tokenizer.from_pretrained(data / "tokenizer")
     save_pretrained(CausalLM(ModelConfig(vocab_size=320, **shape, **heads)), tmp_path / "start", tokenizer)
-    write_pond("pond", World.generate(0, 12, 4), mentions=1, conversation_count=80)
+    write_pond("pond", World.generate(0, 12, 4), mentions=1, conversation_count=80, pair_count=80)
+    return tmp_path
+
+
+PONDS = ("lora", "sft-reasoning", "sft-tools", "sft-forgetful", "sft-unsure", "sft-calculator", "dpo", "reward")
+
+
+def train(name: str) -> None:
     recipe = RECIPES[0].parent / f"{name}.yaml"
-    words = (
-        f"--config {recipe} --init_from start --data.cache_dir cache {TRAINING.replace('_length 64', '_length 2048')}"
-    )
-    words = words.replace("_tokens 256", "_tokens 2048").replace("_tokens 128", "_tokens 2048")
+    words = f"--config {recipe} --init_from start --data.cache_dir cache {TRAINING}"
+    for small, large in (
+        ("_length 64", "_length 2048"),
+        ("_tokens 256", "_tokens 2048"),
+        ("_tokens 128", "_tokens 2048"),
+    ):
+        words = words.replace(small, large)
     assert cli.main([name.partition("-")[0], *words.split()]) == 0
-    assert len((tmp_path / f"runs/{name}/metrics.jsonl").read_text().splitlines()) >= 2
+
+
+@pytest.mark.parametrize("name", PONDS)
+def test_the_ponds_recipes_train_at_a_tiny_setting(name: str, pond: Path) -> None:
+    train(f"{name}-pond")
+    assert len((pond / f"runs/{name}-pond/metrics.jsonl").read_text().splitlines()) >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [("sums", "grpo"), ("sums", "ppo"), ("sums", "spo"), ("preference", "ppo"), ("calculator", "grpo")],
+)
+def test_the_ponds_recipes_practise_at_a_tiny_setting(name: str, command: str, pond: Path) -> None:
+    if name == "preference":
+        train("reward-pond")
+    words = f"--config {RECIPES[0].parent}/rl-{name}-pond.yaml --init_from start --phases 1 --watch.patience 0"
+    words += " --rollout.prompts 4 --rollout.max_tokens 4 --training.device cpu --training.precision fp32"
+    words += " --algorithm.critic.warmup_phases 0 --sequence_length 2048 --training.validate_every 0"
+    assert cli.main([command, *words.split()]) == 0
+    lines = (pond / f"runs/rl-{name}-pond/metrics.jsonl").read_text().splitlines()
+    assert any("held_out/reward" in json.loads(line) for line in lines)
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
