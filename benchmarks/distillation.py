@@ -48,7 +48,12 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, default=0.3, help="weight of the labels; the rest is the teacher's")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--max_rows", type=int, default=None, help="questions to examine at most")
+    parser.add_argument("--only", help="one run, such as taught-1, and no table: to share the runs out over cores")
     options = parser.parse_args()
+    if options.only is not None:
+        arm, _, seed = options.only.partition("-")
+        print(one_run(options, int(seed), arm))
+        return
     found = {arm: [one_run(options, seed, arm) for seed in range(options.seeds)] for arm in ("alone", "taught")}
     for name in found["alone"][0]:
         alone, taught = ([figures[name] for figures in found[arm]] for arm in ("alone", "taught"))

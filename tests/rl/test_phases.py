@@ -1,6 +1,7 @@
 """Whole runs of `minnow rl` on a tiny model: every preset climbs, resumes bit for bit, says what is wrong."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -162,12 +163,14 @@ def test_held_out_prompts_are_asked_greedily(start, tmp_path):
     assert any("held_out/answer" in line for line in lines)
 
 
-def test_held_out_prompts_are_asked_before_the_first_update(start, tmp_path):
+def test_held_out_prompts_are_asked_before_the_first_update(start, tmp_path, capsys):
     _, prompts = start
     more = ["--preset", "grpo", "--rollout.samples", "2", "--phases", "2", "--held_out", str(prompts)]
     assert rl(start, tmp_path / "run", *more, "--training.validate_every", "2") == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "held_out/answer" in line] == [0, 2, 4]
+    shares = re.search(r"time: (\d+)% playing, (\d+)% scoring, (\d+)% updating", capsys.readouterr().err)
+    assert 98 <= sum(map(int, shares.groups())) <= 102
 
 
 def test_rollouts_are_told_to_trackers_and_shown_by_watch(start, tmp_path, capsys):

@@ -10,7 +10,7 @@ import json
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import numpy as np
@@ -35,10 +35,11 @@ from minnow.rl.experience import (
     score_trajectories,
 )
 from minnow.rl.figures import phase_figures
+from minnow.rl.phase_experience import Experience, told_to_all
 from minnow.rl.rewards import Rewarder
 from minnow.rl.rollouts import RolloutConfig, RolloutEngine, Trajectory, play
 from minnow.rl.value_tracker import ValueTracker
-from minnow.training.distribution import gather, is_first, largest_over_ranks, world_size
+from minnow.training.distribution import is_first, largest_over_ranks
 from minnow.training.run_folder import MetricsLog
 
 T = TypeVar("T")
@@ -56,16 +57,6 @@ class PhaseSettings:
     """Positions of a packed row; no episode may be longer."""
     rows_per_micro_batch: int
     seed: int
-
-
-@dataclass
-class Experience:
-    """A phase's episodes and everything known about them, the same on every process."""
-
-    trajectories: list[Trajectory]
-    kept: list[int]
-    """Those that are trained on."""
-    scores: PhaseScores
 
 
 class Phases:
@@ -119,7 +110,7 @@ class Phases:
         """Return what a checkpoint keeps: tensors, numbers, lists and dicts of them."""
         return {
             "phase": self.phase,
-            "experience": _experience_state(self.experience) if self.experience else None,
+            "experience": self.experience.state_dict() if self.experience else None,
             "tracker": self.tracker.state_dict() if self.tracker else None,
             "critic": self.critic.state_dict() if self.critic else None,
             "previous": {
@@ -131,7 +122,7 @@ class Phases:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a checkpoint."""
         self.phase = state["phase"]
-        self.experience = _experience(state["experience"]) if state["experience"] else None
+        self.experience = Experience.from_state(state["experience"]) if state["experience"] else None
         if self.tracker:
             self.tracker.load_state_dict(state["tracker"])
         if self.critic:
@@ -229,7 +220,7 @@ class Phases:
             longest=self.settings.sequence_length,
         )
         self.rewarder.score(mine)
-        everyone = _told_to_all(dict(zip(places, mine, strict=True)))
+        everyone = told_to_all(dict(zip(places, mine, strict=True)))
         return [everyone[place] for place in sorted(everyone)]
 
     def _choose(self, phase: int, round_: int, wanted: int) -> np.ndarray:
@@ -305,7 +296,7 @@ class Phases:
         """Run `compute` on this process's share of the trajectories, and tell all processes the results."""
         numbers = range(share.rank, len(trajectories), share.world_size)
         results = compute(self._pack(trajectories, numbers), len(trajectories))
-        everyone = _told_to_all({number: results[number] for number in numbers})
+        everyone = told_to_all({number: results[number] for number in numbers})
         return [everyone[number] for number in range(len(trajectories))]
 
     def _teach_critic(self, phase: int, experience: Experience, share: Share) -> float:
@@ -378,42 +369,5 @@ class Phases:
         }
 
 
-def _told_to_all(mine: dict[int, T]) -> dict[int, T]:
-    """The union of what all processes bring; what this one brought stays the same object."""
-    union: dict[int, T] = {}
-    for part in gather(mine if world_size() == 1 else {key: _plain(value) for key, value in mine.items()}):
-        union |= part
-    return union | mine
-
-
-def _plain(value: T) -> T:
-    """A value fit for a journey: an episode goes without its environment, which need not pickle."""
-    return replace(value, environment=None) if isinstance(value, Trajectory) else value  # type: ignore[arg-type]
-
-
 def _kl(old: np.ndarray, ref: np.ndarray, estimator: Any) -> np.ndarray:
     return kl_divergence(torch.from_numpy(old), torch.from_numpy(ref), estimator).numpy()
-
-
-def _experience_state(experience: Experience) -> dict[str, Any]:
-    return {
-        "trajectories": [
-            {"group": t.group, "ids": t.ids, "trained": t.trained, "sampler_logprobs": t.sampler_logprobs}
-            for t in experience.trajectories
-        ],
-        "kept": experience.kept,
-        "scores": {
-            name: None if arrays is None else [torch.from_numpy(array) for array in arrays]
-            for name, arrays in vars(experience.scores).items()
-        },
-    }
-
-
-def _experience(state: dict[str, Any]) -> Experience:
-    """What the updates still need of a phase: not the answers' texts, rewards and environments."""
-    trajectories = [Trajectory(environment=None, **kept) for kept in state["trajectories"]]  # type: ignore[arg-type]
-    scores: dict[str, Any] = {
-        name: None if tensors is None else [tensor.numpy() for tensor in tensors]
-        for name, tensors in state["scores"].items()
-    }
-    return Experience(trajectories, state["kept"], PhaseScores(**scores))

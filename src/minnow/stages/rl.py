@@ -34,7 +34,7 @@ from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import is_first, world_size
 from minnow.training.parallel import choose_parallel
-from minnow.training.run_folder import ROLLOUTS, MetricsLog
+from minnow.training.run_folder import METRICS, ROLLOUTS, MetricsLog
 from minnow.training.session import Machine, RunFolder, load_start, train, with_machine
 from minnow.training.trainer import Trainer
 
@@ -139,7 +139,18 @@ def run(config: Config) -> None:
     )
     train(trainer, folder, tokenizer, console)
     if is_first():
+        console.print(_where_time_went(folder.path), highlight=False)
         write_report(folder.path)
+
+
+def _where_time_went(folder: Path) -> str:
+    """Shares of the updates' time, rollouts included; validations and checkpoints are not counted."""
+    phases, updates = MetricsLog(folder / ROLLOUTS).read(), MetricsLog(folder / METRICS).read()
+    playing, scoring = (sum(phase[f"seconds_{name}"] for phase in phases) for name in ("playing", "scoring"))
+    total = sum(update.get("seconds", 0.0) for update in updates)
+    updating = total - playing - scoring
+    shares = {"playing": playing, "scoring": scoring, "updating": updating}
+    return "time: " + ", ".join(f"{seconds / total:.0%} {name}" for name, seconds in shares.items())
 
 
 def _held_out(config: Config, engine: RolloutEngine, practice: Practice, rewarder: Rewarder) -> HeldOut:
