@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from minnow.report.plots import pair_figure, rollout_figure
+from minnow.report.plots import figures_of, pair_figure, rollout_figure
 
 
 def test_the_rollout_figure_draws_every_phase_and_every_examination() -> None:
@@ -41,3 +41,16 @@ def test_the_figure_of_a_run_on_pairs_draws_what_was_held_out() -> None:
     assert [list(line.get_ydata()) for line in accuracy.get_lines()] == [[n / 10 for n in range(1, 9)], [0.9]]
     assert [line.get_label() for line in rewards.get_lines()] == ["chosen reward"]
     assert list(loss.get_lines()[1].get_ydata()) == [0.4]
+
+
+def test_a_run_is_drawn_by_what_it_did() -> None:
+    losses = [{"step": 1, "loss": 0.5, "lr": 0.1, "grad_norm": 1.0, "tokens_per_second": 9.0}]
+    phase = {"step": 0, "reward": 0.5, "length": 3.0, "truncated": 0.0, "equal_groups": 0.0, "entropy": 0.1}
+    phase |= {"repetition": 0.0, "pass@1": 0.5}
+    titles = [[axes.get_title() for axes in figure.axes] for figure in figures_of(losses, [phase], "a run")]
+    assert "rollouts" in titles[0]  # a card shows the first
+    assert "bits per byte" not in titles[1]  # no panel stands empty
+    (pairs,) = figures_of([losses[0] | {"accuracy": 0.5, "validation_accuracy": 0.5}], [], "a run")
+    assert "accuracy" in [axes.get_title() for axes in pairs.axes]
+    (language,) = figures_of([losses[0], {"step": 1, "bits_per_byte": 1.0}], [], "a run")
+    assert "bits per byte" in [axes.get_title() for axes in language.axes]

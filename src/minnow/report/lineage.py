@@ -40,6 +40,12 @@ def read_records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def read_rollouts(run: Path) -> list[dict[str, Any]]:
+    """Lines of a run's rollouts.jsonl; none where it did not practise."""
+    path = run / "rollouts.jsonl"
+    return read_records(path) if path.is_file() else []
+
+
 def lineage(run: Path) -> list[Run]:
     """`run` and the local runs that it started from; of a run of several stages, its last one. Empty for no run."""
     if not (run / "metrics.jsonl").is_file():

@@ -16,8 +16,8 @@ from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 
 from minnow import __version__
 from minnow.config import atomic_write
-from minnow.report.lineage import Run, lineage
-from minnow.report.plots import run_figure, save_figure
+from minnow.report.lineage import Run, lineage, read_rollouts
+from minnow.report.plots import figures_of, save_figure
 
 MARK = "<!-- minnow wrote this card from the run's log and rewrites it; delete this line to keep changes of yours. -->"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -38,7 +38,8 @@ def write_model_card(folder: Path, *, repo: str | None = None) -> Path | None:
     results = _results(run / "evaluation.json")
     name = repo.rpartition("/")[2] if repo else (run.name if folder.name == "model" else folder.name)
     if runs:
-        save_figure(run_figure(runs[-1].records, runs[-1].folder.name), folder / _CURVES)
+        last = runs[-1]
+        save_figure(figures_of(last.records, read_rollouts(last.folder), last.folder.name)[0], folder / _CURVES)
     text = "\n\n".join(
         [
             f"---\n{_metadata(folder, name, runs, results)}\n---",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,21 @@ from minnow.config import atomic_write
 Record = dict[str, Any]
 
 BLUE, ORANGE, GREEN, PURPLE = "#1f6f8b", "#d9822b", "#5b8c5a", "#8c5b8a"
+
+
+def figures_of(records: Sequence[Record], rollouts: Sequence[Record], title: str) -> list[Figure]:
+    """The figures that fit what a run did, the telling one first.
+
+    records: lines of metrics.jsonl; rollouts: of rollouts.jsonl, none unless the run practised.
+    """
+    draw = pair_figure if learns_from_pairs(records) else run_figure
+    figures = [draw(records, title)]
+    return [rollout_figure(rollouts, records, title), *figures] if rollouts else figures
+
+
+def learns_from_pairs(records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether these are lines of a run on preference pairs."""
+    return any("accuracy" in record for record in records)
 
 
 def run_figure(records: Sequence[Record], title: str) -> Figure:
@@ -34,6 +49,8 @@ def run_figure(records: Sequence[Record], title: str) -> Figure:
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, loc="upper right")
+    if not any("bits_per_byte" in record for record in records):  # reinforcement has none
+        bits.remove()
     return figure
 
 
@@ -85,7 +102,7 @@ def rollout_figure(phases: Sequence[Record], updates: Sequence[Record], title: s
     _curve(shares, phases, "equal_groups", GREEN, label="groups without contrast")
     length.set(title="length, and shares of the answers", ylabel="tokens", ylim=(0, None))
     shares.set(ylabel="share", ylim=(-0.02, 1.02))
-    shares.legend(frameon=False, loc="upper left")
+    shares.legend(frameon=False, loc="center left")
     _curve(health, phases, "entropy", BLUE, label="entropy (nats a token)", smooth=True)
     _curve(health, phases, "kl_to_reference", ORANGE, label="KL to the reference (nats a token)", smooth=True)
     _curve(health, phases, "repetition", GREEN, label="repetition (0 to 1)")

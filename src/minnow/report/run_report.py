@@ -13,9 +13,9 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from minnow.config import UserError, atomic_write
-from minnow.report.lineage import read_records, stage_folders
+from minnow.report.lineage import read_records, read_rollouts, stage_folders
 from minnow.report.model_card import write_model_card
-from minnow.report.plots import pair_figure, rollout_figure, run_figure
+from minnow.report.plots import figures_of, learns_from_pairs
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2b33; }
@@ -55,11 +55,7 @@ def write_report(
         records = read_records(folder / "metrics.jsonl")
         body.append(f"<h2>{html.escape(folder.name)}</h2>")
         body.append(_table(_summary(records)))
-        draw = pair_figure if _learns_from_pairs(records) else run_figure
-        body.append(_picture(draw(records, folder.name), "curves"))
-        if (folder / "rollouts.jsonl").exists():
-            rollouts = read_records(folder / "rollouts.jsonl")
-            body.append(_picture(rollout_figure(rollouts, records, folder.name), "rollouts"))
+        body += [_picture(figure, "curves") for figure in figures_of(records, read_rollouts(folder), folder.name)]
         config = (folder / "config.yaml").read_text(encoding="utf-8")
         body.append(f"<details><summary>configuration</summary><pre>{html.escape(config)}</pre></details>")
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title or run.name)}</title>'
@@ -74,7 +70,7 @@ def write_report(
 def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     training = [r for r in records if "loss" in r]
     held_out = [r for r in records if "validation_loss" in r]
-    unit = "pair" if _learns_from_pairs(records) else "token"
+    unit = "pair" if learns_from_pairs(records) else "token"
     rows: dict[str, str] = {}
     if training:
         last = training[-1]
@@ -97,10 +93,6 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         if "validation_accuracy" in last:
             rows["held-out pairs judged right"] = f"{last['validation_accuracy']:.1%}"
     return rows
-
-
-def _learns_from_pairs(records: Sequence[Mapping[str, Any]]) -> bool:
-    return any("accuracy" in record for record in records)
 
 
 def _table(rows: Mapping[str, str]) -> str:

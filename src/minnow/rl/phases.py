@@ -139,8 +139,8 @@ class Phases:
     def _prepare(self, share: Share) -> None:
         """Teach the critic, or the tracker, what the policy that starts is worth."""
         if self.critic is not None:
-            for warmup in range(self.settings.algorithm.critic.warmup_phases):
-                self._begin(-1 - warmup, share)
+            for phase in range(-self.settings.algorithm.critic.warmup_phases, 0):
+                self._begin(phase, share)
         answers = self.settings.algorithm.tracker_answers
         if self.tracker is not None and answers:
             self.engine.model.eval()
