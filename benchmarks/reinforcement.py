@@ -68,7 +68,10 @@ def practise(options: argparse.Namespace, work: Path, preset: str, seed: int) ->
 
 
 def examine(model: str, pond: str, out: Path) -> dict[str, float]:
-    """Questions, bits per byte, and repetition of every answer and reasoning that the examination made it write."""
+    """Questions, bits per byte, and repetition in the answers to questions and in the sums with thinking on.
+
+    With thinking off the start was never taught a sum: what it writes there is noise before and after.
+    """
     figures_file, rows_file = out.with_suffix(".figures.json"), out.with_suffix(".rows.jsonl")
     if not figures_file.exists():
         minnow(
@@ -76,9 +79,8 @@ def examine(model: str, pond: str, out: Path) -> dict[str, float]:
             "--json", str(figures_file), "--rows", str(rows_file),
         )  # fmt: skip
     tasks = json.loads(figures_file.read_text())["tasks"]
-    wrote = [
-        row.get(part) or "" for row in map(json.loads, rows_file.open()) for part in ("answer", "reasoning")
-    ]  # rows without an answer were only read
+    rows = [row for row in map(json.loads, rows_file.open()) if row.get("thinking") is not False]
+    wrote = [row.get(part) or "" for row in rows for part in ("answer", "reasoning")]
     return {
         **{f"questions/{code}": tasks["pond"]["figures"][f"exact_match/{code}"]["value"] for code in ("en", "zh")},
         **{name: bar["value"] for name, bar in tasks["bpb"]["figures"].items()},
