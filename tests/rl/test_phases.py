@@ -209,3 +209,12 @@ def test_the_watch_names_the_sign_and_the_remedy():
         watch = Watch(WatchConfig(patience=1))
         with pytest.raises(UserError, match="for 1 phases"):
             watch({**healthy, **sign})
+
+
+def test_a_run_that_has_solved_everything_is_no_collapse():
+    solved = {"repetition": 0.0, "truncated": 0.0, "equal_groups": 1.0, "entropy": 0.001, "pass@1": 1.0}
+    watch = Watch(WatchConfig(patience=1))
+    for _ in range(3):
+        watch(solved)
+    with pytest.raises(CollapseError, match="earn the same"):
+        watch({**solved, "pass@1": 0.5})  # half of the prompts always, half never

@@ -74,9 +74,8 @@ class Watch:
                 "raise rollout.max_tokens, give rewards.overlong a weight, or lower the learning rate",
             ),
             "the answers to each prompt all earn the same, so nothing is learnt": (
-                figures["equal_groups"] == 1,
-                "mix in easier prompts (or harder ones, if all are solved), reward partial success, or teach the model "
-                "more before",
+                figures["equal_groups"] == 1 and figures["pass@1"] < 1,  # where all is solved, nothing is wrong
+                "mix in easier prompts, reward partial success, or teach the model more before",
             ),
             "the policy has stopped exploring": (
                 figures["entropy"] < config.entropy and figures["pass@1"] < 0.9,
