@@ -84,7 +84,7 @@ def examine(model: str, pond: str, out: Path) -> dict[str, float]:
     return {
         **{f"questions/{code}": tasks["pond"]["figures"][f"exact_match/{code}"]["value"] for code in ("en", "zh")},
         **{name: bar["value"] for name, bar in tasks["bpb"]["figures"].items()},
-        "repetition": -sum(map(repetition_reward, wrote)) / len(wrote),
+        "repetition": sum(-repetition_reward(text) for text in wrote) / len(wrote),
     }
 
 
