@@ -119,6 +119,24 @@ def test_spo_knows_every_prompt_before_its_first_phase_if_told_to(start, tmp_pat
     assert calls[8:] == ["update", "update"]
 
 
+def right_on_even_prompts(trajectories):
+    """Prompts "say 0", "say 2" ... are always right, "say 1" half of the time, the others never."""
+    numbers = [int(t.environment.prompt.reference) for t in trajectories]
+    return [float(n % 2 == 0 or (n == 1 and place % 2 == 0)) for place, n in enumerate(numbers)]
+
+
+def test_a_curriculum_asks_what_is_open(start, tmp_path, monkeypatch):
+    weights = []
+    original = ValueTracker.sampling_weights
+    monkeypatch.setattr(ValueTracker, "sampling_weights", lambda self: weights.append(original(self)) or weights[-1])
+    more = ["--preset", "grpo", "--phases", "12", "--rollout.samples", "4", "--algorithm.curriculum", "true"]
+    more += ["--rewards.answer", "0", "--rewards.functions", f"{__name__}:right_on_even_prompts"]
+    assert rl(start, tmp_path / "run", *more) == 0
+    assert len(set(weights[0])) == 1  # nothing is known yet
+    assert weights[-1].argmax() == 1
+    assert weights[-1][1] > 1.5 * max(weights[-1][n] for n in range(8) if n != 1)
+
+
 def test_lora_uses_itself_without_adapters_as_reference(start, tmp_path):
     more = ["--preset", "grpo", "--lora.rank", "2", "--phases", "2", "--rewards.functions", f"{__name__}:even_ids"]
     assert rl(start, tmp_path / "run", *more, "--rollout.samples", "4", "--optim.matrix_lr", "0.01") == 0

@@ -58,9 +58,12 @@ class AlgorithmConfig:
     """Largest weight policy / sampler of a token, where the sampler is not quite the policy; null: no correction."""
     correction_level: RatioLevel = "token"
     """Whether a token's weight is its own or its answer's."""
+    curriculum: bool = False
+    """Remember how often each prompt was answered right, and ask oftener what is neither always nor never right. Needs
+    rewards from 0 to 1. SPO's tracker always does."""
     tracker_answers: int = 0
-    """Only with `advantage: tracker`: answers to *every* prompt before the first phase, from which its value starts
-    (the paper draws 8); 0 starts at one half, and learns on the way."""
+    """Only with a tracker (SPO's, or a curriculum): answers to *every* prompt before the first phase, from which its
+    value starts (SPO's paper draws 8); 0 starts at one half, and learns on the way."""
     critic: CriticConfig = field(default_factory=CriticConfig)
     """Only with `advantage: gae`."""
 
@@ -75,6 +78,11 @@ class AlgorithmConfig:
     def needs_reference(self) -> bool:
         """Whether the reference model's log-probabilities are used."""
         return self.loss.kl_coef > 0 or self.kl_reward_coef > 0
+
+    @property
+    def tracks_prompts(self) -> bool:
+        """Whether it is remembered what each prompt is worth."""
+        return self.curriculum or self.advantage == "tracker"
 
     @property
     def updates_per_phase(self) -> int:

@@ -89,7 +89,7 @@ class Phases:
         self.phase = -1
         self.experience: Experience | None = None
         algorithm = settings.algorithm
-        self.tracker = ValueTracker(len(prompts)) if algorithm.advantage == "tracker" else None
+        self.tracker = ValueTracker(len(prompts)) if algorithm.tracks_prompts else None
         self.critic = critic
         assert (critic is not None) == (algorithm.advantage == "gae")
         assert (reference is not None) == algorithm.needs_reference
@@ -206,6 +206,9 @@ class Phases:
         samples = self.settings.rollout.samples
         numbers = self._choose(phase, round_, wanted)
         trajectories = self._answers(numbers.tolist(), samples, f"{self.settings.seed}/{phase}/{round_}", share)
+        if self.tracker is not None and self.settings.algorithm.advantage != "tracker":
+            rewards = np.array([t.reward for t in trajectories])
+            self.tracker.update(np.repeat(numbers, samples), rewards, np.zeros(len(rewards)))
         return [(int(n), trajectories[i * samples : (i + 1) * samples]) for i, n in enumerate(numbers)]
 
     def _answers(self, numbers: Sequence[int], samples: int, seed: str, share: Share) -> list[Trajectory]:
@@ -224,7 +227,7 @@ class Phases:
         return [everyone[place] for place in sorted(everyone)]
 
     def _choose(self, phase: int, round_: int, wanted: int) -> np.ndarray:
-        """Prompt numbers: a pure function of (seed, phase, round), for SPO also of the tracker."""
+        """Prompt numbers: a pure function of (seed, phase, round), with a tracker also of what it remembers."""
         total = len(self.prompts)
         if self.tracker is not None:
             weights = self.tracker.sampling_weights()
@@ -257,7 +260,7 @@ class Phases:
         if self.critic is not None:
             scores.values = self._shared(trajectories, share, self.critic.values)
         baseline = None
-        if self.tracker is not None:
+        if self.tracker is not None and algorithm.advantage == "tracker":
             groups = np.array([t.group for t in trajectories])
             numbers = prompts[groups]
             baseline = self.tracker.values(numbers)

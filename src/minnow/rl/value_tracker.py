@@ -69,4 +69,7 @@ class ValueTracker:
 def _check(rewards: np.ndarray) -> None:
     outside = rewards[(rewards < 0) | (rewards > 1)]
     if len(outside):
-        raise UserError(f"SPO needs rewards from 0 to 1, but one is {outside[0]:g}: make the rewards' weights sum to 1")
+        raise UserError(
+            f"SPO and algorithm.curriculum need rewards from 0 to 1, but one is {outside[0]:g}: make the rewards' "
+            "weights sum to 1"
+        )
