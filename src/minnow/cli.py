@@ -62,7 +62,7 @@ COMMANDS: dict[str, Command] = {
     "watch": Command("watch", "follow a run in the terminal: progress, curves, speed, whether it is alive"),
     "report": Command("report", "write a run's report: curves, settings, samples"),
     "plan": Command("plan", "parameters, FLOPs, memory and time of a configuration; starts nothing"),
-    "plan rl": Command("plan_rl", "memory of a reinforcement run, part by part; starts nothing"),
+    "plan rl": Command("plan_rl", "memory of a reinforcement run, part by part; starts nothing", preset=""),
     "bench generate": Command("bench_generate", "generation speed beside transformers.generate, one stream and many"),
     "bench train": Command("bench_train", "training speed beside transformers' own model, same shape and batch"),
 }

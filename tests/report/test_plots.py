@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from minnow.report.plots import figures_of, pair_figure, rollout_figure
+import pytest
+
+from minnow.report.plots import figures_of, pair_figure, rollout_figure, run_figure, save_figure
 
 
 def test_the_rollout_figure_draws_every_phase_and_every_examination() -> None:
@@ -54,3 +57,9 @@ def test_a_run_is_drawn_by_what_it_did() -> None:
     assert "accuracy" in [axes.get_title() for axes in pairs.axes]
     (language,) = figures_of([losses[0], {"step": 1, "bits_per_byte": 1.0}], [], "a run")
     assert "bits per byte" in [axes.get_title() for axes in language.axes]
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_run_that_taught_nothing_is_drawn_without_a_warning(tmp_path: Path) -> None:
+    records = [{"step": step, "loss": 0.0, "lr": 0.1, "grad_norm": 0.0, "tokens_per_second": 9.0} for step in (1, 2)]
+    save_figure(run_figure(records, "a run"), tmp_path / "curves.png")

@@ -69,10 +69,12 @@ def test_every_preset_runs_and_climbs(start, tmp_path, preset):
     assert max(figures(tmp_path / "run", "sampler_mismatch_max")) < 1e-4
 
 
-@pytest.mark.parametrize("preset", ["grpo", "ppo", "spo"])
+@pytest.mark.parametrize("preset", ["grpo", "ppo", "spo", "grpo with a curriculum"])
 def test_a_resumed_run_equals_an_uninterrupted_one(start, tmp_path, preset, monkeypatch):
+    preset, curriculum, _ = preset.partition(" with a curriculum")
     more = ["--preset", preset, "--rewards.functions", f"{__name__}:even_ids", "--phases", "4", "--rollout.samples"]
     more += ["1" if preset != "grpo" else "4", "--rollout.prompts", "8", "--algorithm.minibatches", "2"]
+    more += ["--algorithm.curriculum", "true", "--rollout.prompts", "4"] if curriculum else []
     more += ["--training.save_every", "1", "--optim.matrix_lr", "0.001"]
     assert rl(start, tmp_path / "whole", *more) == 0
 

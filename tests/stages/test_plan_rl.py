@@ -24,8 +24,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def planned(start: Path, out: Path, preset: str, *more: str) -> dict:
-    config = str(cli.PRESETS / f"{preset}.yaml")
-    words = ["plan", "rl", "--config", config, "--init_from", str(start), "--sequence_length", "64", "--json", str(out)]
+    words = ["plan", "rl", "--preset", preset, "--init_from", str(start), "--sequence_length", "64", "--json", str(out)]
     words += ["--training.device", "cpu", "--training.precision", "fp32", "--training.micro_batch_tokens", "128"]
     assert cli.main([*words, *more]) == 0
     return json.loads(out.read_text())

@@ -40,6 +40,8 @@ Prompt = str | Listing[int]
 the text."""
 
 
+MAX_ROWS = 256
+"""Requests that are answered side by side, unless the engine is told otherwise."""
 USUAL_LENGTH = 1024
 """Tokens that memory is set aside for in each row; rows may be longer, to the end of the context."""
 
@@ -62,7 +64,7 @@ class Engine:
         model: CausalLM,
         tokenizer: Tokenizer,
         *,
-        max_rows: int = 256,
+        max_rows: int = MAX_ROWS,
         max_step_tokens: int = 8192,
         block_size: int | None = None,
         cache_bytes: int | None = None,

@@ -28,7 +28,7 @@ class TaskResult:
     unit: str
     figures: dict[str, Interval]
     counts: dict[str, int]
-    """Rows behind each figure."""
+    """Rows behind each figure: those that weigh something in it."""
     seconds: float
     rows: list[dict[str, Any]]
     """Each row's figure, value, weight and details."""
@@ -67,7 +67,7 @@ def _run(task: Task[Any], subject: Subject, max_rows: int | None) -> TaskResult:
         task=task.name,
         unit=task.unit,
         figures={name: task.error_bar(group) for name, group in by_figure.items()},
-        counts={name: len(group) for name, group in by_figure.items()},
+        counts={name: sum(score.weight > 0 for score in group) for name, group in by_figure.items()},
         seconds=seconds,
         rows=[
             {"task": task.name, "figure": name, "value": score.value, "weight": score.weight, **score.details}

@@ -9,10 +9,9 @@ from typing import Any, Protocol
 import torch
 
 from minnow.config import UserError
-from minnow.engine.sampling import SamplingParams
 from minnow.evaluation.bits_per_byte import packed_hidden
 from minnow.evaluation.preference import LabelledPair, PairTask, groups, in_pairs, labelled_pairs, shown, win
-from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, register
+from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, greedy_answers, register
 from minnow.evaluation.statistics import Interval, bootstrap_ratio
 from minnow.model.pretrained import is_reward_model, load_reward_model, resolve_model_folder
 from minnow.model.reward_model import RewardModel
@@ -124,7 +123,8 @@ class JudgedAnswers(PairTask):
 
     def score_rows(self, subject: Subject, rows: Sequence[LabelledPair]) -> list[Score]:
         """Let the model answer greedily, and judge."""
-        answers = _answers(subject, rows)
+        asked = [Conversation(row.pair.prompt, row.pair.tools) for row in rows]
+        answers = greedy_answers(subject, asked, MAX_TOKENS)
         rewards = self.judge(
             [
                 Conversation((*row.pair.prompt, Message("assistant", answer)), row.pair.tools)
@@ -139,17 +139,6 @@ class JudgedAnswers(PairTask):
     def error_bar(self, scores: Sequence[Score]) -> Interval:
         """Bootstrap over prompts."""
         return bootstrap_ratio([score.value for score in scores], [1.0] * len(scores))
-
-
-def _answers(subject: Subject, rows: Sequence[LabelledPair]) -> list[str]:
-    prompts = [
-        render(
-            subject.tokenizer, Conversation(row.pair.prompt, row.pair.tools), add_generation_prompt=True
-        ).ids.tolist()
-        for row in rows
-    ]
-    results = subject.engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS))
-    return [result.completions[0].text for result in results]
 
 
 @register("judge")

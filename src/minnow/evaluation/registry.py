@@ -74,6 +74,14 @@ class Task(ABC, Generic[Row]):
         """A figure and its 95% interval from the scores of its rows."""
 
 
+def greedy_answers(subject: Subject, conversations: Sequence[Conversation], max_tokens: int) -> list[str]:
+    """The turn that the model adds to each conversation, by the likeliest token every time."""
+    subject.tokenizer.require_chat_tokens()
+    prompts = [render(subject.tokenizer, each, add_generation_prompt=True).ids.tolist() for each in conversations]
+    results = subject.engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens))
+    return [result.completions[0].text for result in results]
+
+
 class GenerationTask(Task[Row]):
     """A task that the model answers in writing, greedily, through the engine in batches."""
 
@@ -90,10 +98,8 @@ class GenerationTask(Task[Row]):
 
     def score_rows(self, subject: Subject, rows: Sequence[Row]) -> list[Score]:
         """Generate all answers and judge each."""
-        subject.tokenizer.require_chat_tokens()
-        prompts = [render(subject.tokenizer, self.prompt(row), add_generation_prompt=True).ids.tolist() for row in rows]
-        results = subject.engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=self.max_tokens))
-        return [self.score(row, result.completions[0].text) for row, result in zip(rows, results, strict=True)]
+        answers = greedy_answers(subject, [self.prompt(row) for row in rows], self.max_tokens)
+        return [self.score(row, answer) for row, answer in zip(rows, answers, strict=True)]
 
     def error_bar(self, scores: Sequence[Score]) -> Interval:
         """Wilson's: the rows are trials that succeed or fail."""

@@ -10,13 +10,12 @@ from typing import Literal
 from minnow.config import UserError
 from minnow.data.pond.preferences import PondPair, preference_pairs
 from minnow.data.pond.questions import normal_form
-from minnow.engine.sampling import SamplingParams
 from minnow.evaluation.pond import find_world
 from minnow.evaluation.preference import POND_PAIRS
-from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, register
+from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, greedy_answers, register
 from minnow.evaluation.statistics import Interval, wilson_interval
 from minnow.model.pretrained import load_pretrained, resolve_model_folder
-from minnow.tokenizer.chat import Conversation, Message, render
+from minnow.tokenizer.chat import Conversation, Message
 from minnow.tokenizer.tokenizer import Tokenizer
 
 Measure = Literal["win_rate", "right", "right_against"]
@@ -78,15 +77,7 @@ def _score(row: Comparison, mine: str, theirs: str) -> Score:
 
 
 def _answers(subject: Subject, pairs: Sequence[PondPair]) -> list[str]:
-    subject.tokenizer.require_chat_tokens()
-    prompts = [
-        render(
-            subject.tokenizer, Conversation((Message("user", pair.prompt),)), add_generation_prompt=True
-        ).ids.tolist()
-        for pair in pairs
-    ]
-    results = subject.engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS))
-    return [result.completions[0].text for result in results]
+    return greedy_answers(subject, [Conversation((Message("user", pair.prompt),)) for pair in pairs], MAX_TOKENS)
 
 
 @register("wins")

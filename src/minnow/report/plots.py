@@ -120,7 +120,8 @@ def _rate_and_norm(rate: Axes, records: Sequence[Record]) -> None:
     norm = rate.twinx()
     _curve(norm, records, "grad_norm", ORANGE, label="gradient norm")
     rate.set(title="learning rate and gradient norm", ylabel="learning rate")
-    norm.set(ylabel="gradient norm", yscale="log")
+    some = any((record.get("grad_norm") or 0) > 0 for record in records)  # an axis of zeros has no logarithm
+    norm.set(ylabel="gradient norm", yscale="log" if some else "linear")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

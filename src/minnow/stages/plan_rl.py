@@ -13,6 +13,7 @@ from rich.table import Table
 
 from minnow.config import atomic_write
 from minnow.engine.cache import bytes_per_token
+from minnow.engine.engine import MAX_ROWS
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import read_config, resolve_model_folder
 from minnow.model.size import parameter_count
@@ -22,12 +23,10 @@ from minnow.stages.plan import in_bytes
 from minnow.training.memory import Memory, training_memory
 from minnow.training.session import Machine
 
-ROWS_AT_ONCE = 256  # episodes that the engine answers side by side
-
 
 @dataclass(frozen=True, kw_only=True)
 class Config(rl.Config):
-    """Say what memory a run of `minnow rl` (ppo, grpo, spo ...) would take. Takes that command's settings."""
+    """Say what memory a run of `minnow rl` would take. Takes that command's settings, `--preset` too."""
 
     prompts: tuple[str, ...] = ()
     """Not read."""
@@ -77,7 +76,7 @@ def practice_memory(config: rl.Config, shape: ModelConfig, dtype: torch.dtype) -
     length = config.sequence_length
     policy = training_memory(shape, config.training, config.optim, length, dtype, config.lora)
     weights = 4 * parameter_count(shape)
-    episodes = min(config.rollout.prompts * config.rollout.samples, ROWS_AT_ONCE)
+    episodes = min(config.rollout.prompts * config.rollout.samples, MAX_ROWS)
     critic = 0
     if config.algorithm.advantage == "gae":
         head = 4 * shape.hidden_size

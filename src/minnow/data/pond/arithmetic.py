@@ -137,5 +137,6 @@ def arithmetic_conversations(
         problem = next(exercises[language])
         reasoning, result = None, problem.result
         if rng.random() < thinking:
+            # Nothing is drawn where nothing is forgotten, so that arithmetic.jsonl stays what it was.
             reasoning, result = problem.working(forgetful=forgetful > 0 and rng.random() < forgetful)
         yield Conversation((Message("user", problem.prompt), Message("assistant", problem.sentence(result), reasoning)))

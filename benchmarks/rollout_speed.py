@@ -1,0 +1,95 @@
+"""Are rollouts as fast as the engine that plays them? Paired, round by round, on one model.
+
+    python benchmarks/rollout_speed.py --model runs/sft-forgetful-pond --prompts pond/sums.jsonl
+
+In each round the same prompts, drawn with the same seeds, are answered by the engine with a packed copy of the weights
+(as a server runs it), by the engine with the live model (as reinforcement must run it), and as rollouts: rendered,
+played by the live model with log-probabilities, parsed and rewarded. Prints tokens/s, medians over the rounds, and the
+rollouts' median share of each. The first round warms up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+import zlib
+from collections.abc import Sequence
+
+import torch
+
+from minnow.data.prompts import Prompt, read_prompts
+from minnow.engine import Engine, SamplingParams
+from minnow.model.pretrained import load_pretrained, resolve_model_folder
+from minnow.rl.environment import SingleTurn
+from minnow.rl.rewards import RewardConfig, Rewarder
+from minnow.rl.rollouts import RolloutConfig, play
+from minnow.tokenizer import Tokenizer
+from minnow.tokenizer.chat import render
+
+ROLLOUT = RolloutConfig(enable_thinking=True, max_tokens=96, temperature=0.7)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--rows", type=int, nargs="+", default=[32, 128], help="episodes side by side")
+    parser.add_argument("--rounds", type=int, default=6)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    folder = resolve_model_folder(options.model)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    live = Engine(load_pretrained(folder).eval(), tokenizer)
+    frozen = Engine(load_pretrained(folder).eval(), tokenizer, frozen=True)
+    rewarder = Rewarder(RewardConfig(answer_kind="number"), enable_thinking=True, device=torch.device("cpu"))
+    prompts = read_prompts((options.prompts,))
+    for rows in options.rows:
+        rates: dict[str, list[float]] = {"frozen": [], "live": [], "rollouts": []}
+        for number in range(options.rounds):
+            chosen = [prompts[(number * rows + row) % len(prompts)] for row in range(rows)]
+            rates["frozen"].append(generated(frozen, chosen, number))
+            rates["live"].append(generated(live, chosen, number))
+            rates["rollouts"].append(played(live, rewarder, chosen, number))
+        warm = {name: found[1:] for name, found in rates.items()}
+        told = ", ".join(f"{name} {statistics.median(found):,.0f}" for name, found in warm.items())
+        shares = [
+            f"{statistics.median(a / b for a, b in zip(warm['rollouts'], warm[name], strict=True)):.0%} of {name}"
+            for name in ("frozen", "live")
+        ]
+        print(f"{rows} side by side, tokens/s: {told}; rollouts are {' and '.join(shares)}")
+
+
+def generated(engine: Engine, prompts: Sequence[Prompt], seed: int) -> float:
+    """Tokens a second of the engine alone."""
+    ids = [
+        render(engine.tokenizer, prompt.conversation, add_generation_prompt=True, enable_thinking=True).ids.tolist()
+        for prompt in prompts
+    ]
+    params = [
+        SamplingParams(
+            temperature=ROLLOUT.temperature,
+            max_tokens=ROLLOUT.max_tokens,
+            seed=zlib.crc32(f"{seed}/0/{place}".encode()),  # as `play` draws them
+        )
+        for place in range(len(ids))
+    ]
+    start = time.perf_counter()
+    answers = engine.generate(ids, params)
+    return sum(len(answer.completions[0].ids) for answer in answers) / (time.perf_counter() - start)
+
+
+def played(engine: Engine, rewarder: Rewarder, prompts: Sequence[Prompt], seed: int) -> float:
+    """Tokens a second of a phase's play, rewards included."""
+    start = time.perf_counter()
+    engine.weights_updated()
+    episodes = play(
+        engine, [SingleTurn(prompt) for prompt in prompts], range(len(prompts)), ROLLOUT, seed=seed, longest=512
+    )
+    rewarder.score(episodes)
+    return sum(episode.num_trained for episode in episodes) / (time.perf_counter() - start)
+
+
+if __name__ == "__main__":
+    main()
