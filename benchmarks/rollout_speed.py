@@ -2,10 +2,11 @@
 
     python benchmarks/rollout_speed.py --model runs/sft-forgetful-pond --prompts pond/sums.jsonl
 
-In each round the same prompts, drawn with the same seeds, are answered by the engine with a packed copy of the weights
-(as a server runs it), by the engine with the live model (as reinforcement must run it), and as rollouts: rendered,
-played by the live model with log-probabilities, parsed and rewarded. Prints tokens/s, medians over the rounds, and the
-rollouts' median share of each. The first round warms up.
+In each round the same prompts, drawn with the same seeds, are answered by the engine with a packed copy of the weights,
+compiled where there is a C++ compiler (so `minnow bench generate` and the server run it), by the same without compiling,
+by the engine with the live model (as reinforcement must run it), and as rollouts: rendered, played by the live model
+with log-probabilities, parsed and rewarded. Prints tokens/s, medians over the rounds, and the rollouts' median share of
+each. The first round warms up.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from minnow.rl.rewards import RewardConfig, Rewarder
 from minnow.rl.rollouts import RolloutConfig, play
 from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.chat import render
+from minnow.training.hardware import has_cpp_compiler
 
 ROLLOUT = RolloutConfig(enable_thinking=True, max_tokens=96, temperature=0.7)
 
@@ -42,23 +44,27 @@ def main() -> None:
     folder = resolve_model_folder(options.model)
     tokenizer = Tokenizer.from_pretrained(folder)
     live = Engine(load_pretrained(folder).eval(), tokenizer)
-    frozen = Engine(load_pretrained(folder).eval(), tokenizer, frozen=True)
+    engines = {
+        "compiled": Engine(load_pretrained(folder).eval(), tokenizer, frozen=True, compile=has_cpp_compiler()),
+        "frozen": Engine(load_pretrained(folder).eval(), tokenizer, frozen=True),
+        "live": live,
+    }
     rewarder = Rewarder(RewardConfig(answer_kind="number"), enable_thinking=True, device=torch.device("cpu"))
     prompts = read_prompts((options.prompts,))
     for rows in options.rows:
-        rates: dict[str, list[float]] = {"frozen": [], "live": [], "rollouts": []}
+        rates: dict[str, list[float]] = {name: [] for name in (*engines, "rollouts")}
         for number in range(options.rounds):
             chosen = [prompts[(number * rows + row) % len(prompts)] for row in range(rows)]
-            rates["frozen"].append(generated(frozen, chosen, number))
-            rates["live"].append(generated(live, chosen, number))
+            for name, engine in engines.items():
+                rates[name].append(generated(engine, chosen, number))
             rates["rollouts"].append(played(live, rewarder, chosen, number))
         warm = {name: found[1:] for name, found in rates.items()}
         told = ", ".join(f"{name} {statistics.median(found):,.0f}" for name, found in warm.items())
         shares = [
             f"{statistics.median(a / b for a, b in zip(warm['rollouts'], warm[name], strict=True)):.0%} of {name}"
-            for name in ("frozen", "live")
+            for name in engines
         ]
-        print(f"{rows} side by side, tokens/s: {told}; rollouts are {' and '.join(shares)}")
+        print(f"{rows} side by side, tokens/s: {told}; rollouts are {', '.join(shares)}")
 
 
 def generated(engine: Engine, prompts: Sequence[Prompt], seed: int) -> float:
