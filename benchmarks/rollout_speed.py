@@ -2,9 +2,9 @@
 
     python benchmarks/rollout_speed.py --model runs/sft-forgetful-pond --prompts pond/sums.jsonl
 
-In each round the same prompts, drawn with the same seeds, are answered by the engine with a packed copy of the weights,
-compiled where there is a C++ compiler (so `minnow bench generate` and the server run it), by the same without compiling,
-by the engine with the live model (as reinforcement must run it), and as rollouts: rendered, played by the live model
+In each round the same prompts, drawn with the same seeds, are answered by the engine with a packed copy of the weights
+compiled where there is a C++ compiler (so `minnow bench generate` and the server run it), by that copy uncompiled, by
+the engine with the live model (as reinforcement must run it), and as rollouts: rendered, played by the live model
 with log-probabilities, parsed and rewarded. Prints tokens/s, medians over the rounds, and the rollouts' median share of
 each. The first round warms up.
 """
