@@ -3,9 +3,9 @@
     python benchmarks/rollout_speed.py --model runs/sft-forgetful-pond --prompts pond/sums.jsonl
 
 In each round the same prompts, drawn with the same seeds, are answered by the engine with a packed copy of the weights
-compiled where there is a C++ compiler (so `minnow bench generate` and the server run it), by that copy uncompiled, by
-the engine with the live model (as reinforcement must run it), and as rollouts: rendered, played by the live model
-with log-probabilities, parsed and rewarded. Prints tokens/s, medians over the rounds, and the rollouts' median share of
+(frozen), by the engine with the live model, by each of the two compiled (so `minnow bench generate` runs the one
+and reinforcement the other, where there is a C++ compiler), and as rollouts: rendered, played by the last of these with
+log-probabilities, parsed and rewarded. Prints tokens/s, medians over the rounds, and the rollouts' median share of
 each. The first round warms up.
 """
 
@@ -43,11 +43,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     folder = resolve_model_folder(options.model)
     tokenizer = Tokenizer.from_pretrained(folder)
-    live = Engine(load_pretrained(folder).eval(), tokenizer)
     engines = {
-        "compiled": Engine(load_pretrained(folder).eval(), tokenizer, frozen=True, compile=has_cpp_compiler()),
-        "frozen": Engine(load_pretrained(folder).eval(), tokenizer, frozen=True),
-        "live": live,
+        name: Engine(
+            load_pretrained(folder).eval(),
+            tokenizer,
+            frozen="frozen" in name,
+            compile="compiled" in name and has_cpp_compiler(),
+        )
+        for name in ("frozen", "live", "frozen compiled", "live compiled")
     }
     rewarder = Rewarder(RewardConfig(answer_kind="number"), enable_thinking=True, device=torch.device("cpu"))
     prompts = read_prompts((options.prompts,))
@@ -57,7 +60,7 @@ def main() -> None:
             chosen = [prompts[(number * rows + row) % len(prompts)] for row in range(rows)]
             for name, engine in engines.items():
                 rates[name].append(generated(engine, chosen, number))
-            rates["rollouts"].append(played(live, rewarder, chosen, number))
+            rates["rollouts"].append(played(engines["live compiled"], rewarder, chosen, number))
         warm = {name: found[1:] for name, found in rates.items()}
         told = ", ".join(f"{name} {statistics.median(found):,.0f}" for name, found in warm.items())
         shares = [

@@ -178,6 +178,19 @@ def test_texts_for_the_tokenizer(tmp_path):
         list(read_texts([str(write(tmp_path / "c.jsonl", [{"x": "y"}]))]))
 
 
+def test_the_tokenizer_reads_what_the_template_writes_of_tools(tmp_path):
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "look_up", "arguments": {"subject": "鱼"}}]}
+    row = {"messages": [{"role": "user", "content": "q"}, call, {"role": "tool", "content": "r"}], "tools": [tool]}
+    texts = list(read_texts([str(write(tmp_path / "a.jsonl", [row]))]))
+    assert texts[0].endswith(
+        f"<tools>\n{json.dumps(tool)}\n</tools>\n\nFor each function call, return a json object with "
+        "function name and arguments within "
+    )
+    assert texts[-3:] == ["q", '{"name": "look_up", "arguments": {"subject": "鱼"}}\n', "r"]
+    assert not any("<tool_call>" in text for text in texts)
+
+
 def test_prompts_from_parquet_keep_their_answers(tmp_path):
     """Columns that only rewards know, such as the right answer, are read too."""
     from minnow.data.prompts import read_prompts

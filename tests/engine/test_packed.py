@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from functools import partial
 from typing import Any
 
 import pytest
@@ -9,8 +11,10 @@ import torch
 from engine_helpers import random_prompts, tiny_model, tiny_tokenizer
 
 from minnow.engine import Engine, SamplingParams
+from minnow.engine.compiled import CompiledDecode
 from minnow.engine.packed import PackedModel, can_pack
 from minnow.model.attention import CausalAttention
+from minnow.model.experts_config import ExpertsConfig
 
 SHAPES = [{}, {"tie_word_embeddings": False}, {"qk_norm": False, "attention_bias": True}]
 
@@ -77,3 +81,55 @@ def test_the_compiled_step_gives_the_same_tokens() -> None:
     engine.weights_updated()
     expected = Engine(other, tiny_tokenizer()).generate(prompts[:1], single)[0].completions[0].ids
     assert engine.generate(prompts[:1], single)[0].completions[0].ids == expected
+
+
+def test_a_live_model_may_be_compiled_and_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for inductor, run as it is: what matters here is that one step serves all weights and lengths."""
+    steps: list[CompiledDecode] = []
+    whole, compile = CompiledDecode.__call__, torch.compile
+
+    def counted(step: CompiledDecode, *inputs: torch.Tensor) -> torch.Tensor:
+        steps.append(step)
+        return whole(step, *inputs)
+
+    monkeypatch.setattr(CompiledDecode, "__call__", counted)
+    monkeypatch.setattr(torch, "compile", partial(compile, backend="eager"))
+    check_live_compiled()
+    assert len(steps) > 50
+    assert len(set(map(id, steps))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_live_model_compiled_by_inductor_gives_the_same_tokens() -> None:
+    check_live_compiled()
+
+
+def check_live_compiled() -> None:
+    """Equal tokens, from one row to several, before and after an update of the weights; nothing is compiled anew."""
+    prompts = random_prompts(6, 7)
+    params = SamplingParams(seed=2, n=2, max_tokens=40, ignore_eos=True, logprobs=True)
+    model, other = tiny_model(7), tiny_model(8)
+    engine = Engine(model, tiny_tokenizer(), compile=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for weights in (tiny_model(7), other):
+            model.load_state_dict(weights.state_dict())
+            engine.weights_updated()
+            for asked in (prompts, prompts[:3]):
+                plain = Engine(weights, tiny_tokenizer()).generate(asked, params)
+                found = engine.generate(asked, params)
+                assert [[c.ids for c in o.completions] for o in found] == [
+                    [c.ids for c in o.completions] for o in plain
+                ]
+                for a, b in zip(found, plain, strict=True):
+                    for mine, theirs in zip(a.completions, b.completions, strict=True):
+                        assert mine.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+
+
+def test_a_model_with_routers_is_not_compiled() -> None:
+    experts = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    engine = Engine(tiny_model(9, experts=experts), tiny_tokenizer(), compile=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert engine.generate([[5, 6], [7]], SamplingParams(max_tokens=3))

@@ -1,6 +1,8 @@
 """Rollouts are tokens from beginning to end; batches hold exactly what the model wrote."""
 
+import copy
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from minnow.data.prompts import Prompt
 from minnow.engine import Engine
 from minnow.rl.environment import Reply, SingleTurn
 from minnow.rl.experience import pack_trajectories, score_trajectories, trained_logprobs
-from minnow.rl.rollouts import RolloutConfig, play
+from minnow.rl.rollouts import RolloutConfig, live_engine, play
 from minnow.tokenizer.chat import Conversation, Message, ToolCall, render, render_continuation
 from tests.rl.helpers import tiny
 
@@ -54,6 +56,25 @@ def test_draws_repeat_and_do_not_depend_on_company(engine):
     assert alone[0].ids == first[0].ids
     other = play(engine, [SingleTurn(p) for p in prompts(4)], range(4), config, seed=4, longest=128)
     assert [t.ids for t in first] != [t.ids for t in other]
+
+
+def test_a_compiled_model_plays_compiled_with_the_weights_it_has_then(engine, monkeypatch):
+    """Traced as for inductor and run as it is; the second phase follows an update of the weights."""
+    model, tokenizer = tiny()
+    played = partial(play, seed=3, longest=128)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    model.compile_backbone()
+    compiled = live_engine(model, tokenizer)
+    for weights in (model.state_dict(), engine.model.state_dict()):
+        model.load_state_dict(weights)
+        plain = Engine(copy.deepcopy(model), tokenizer)
+        compiled.weights_updated()
+        config = RolloutConfig(max_tokens=12)
+        found, expected = (
+            played(each, [SingleTurn(p) for p in prompts(4)], range(4), config) for each in (compiled, plain)
+        )
+        assert [t.ids for t in found] == [t.ids for t in expected]
+    assert compiled._parts().runner.compiled is not None
 
 
 def test_a_tool_dialogue_stays_tokens_and_its_results_are_not_trained(engine):

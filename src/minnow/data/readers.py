@@ -29,6 +29,7 @@ from minnow.data.records import (
     parse_document,
 )
 from minnow.data.sources import Source, find_sources
+from minnow.tokenizer.chat import written_texts
 
 Raw = bytes | str | Mapping[str, Any]
 
@@ -57,15 +58,14 @@ def read_rows(paths: Sequence[str], *, every_column: bool = True) -> Iterator[tu
 
 
 def read_texts(paths: Sequence[str]) -> Iterator[str]:
-    """Yield every text in `paths`: documents, and what conversations say (contents and reasoning).
+    """Yield every text in `paths`: documents, and what is written in conversations (see `written_texts`).
 
     For training tokenizers. Raises UserError at the first row that is neither.
     """
     for location, row in read_rows(paths, every_column=False):
         try:
             if any(row.get(key) is not None for key in (*CONVERSATION_KEYS, "instruction")):
-                for message in parse_conversation(row).messages:
-                    yield from (text for text in (message.reasoning_content, message.content) if text)
+                yield from written_texts(parse_conversation(row))
             else:
                 yield parse_document(row).text
         except RowError as error:

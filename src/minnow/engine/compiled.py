@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from minnow.engine.attention import DecodeAttention
 from minnow.engine.cache import PagedCache, Window
-from minnow.engine.packed import PackedModel
+
+if TYPE_CHECKING:
+    from minnow.engine.runner import Decoder
 
 
 def decode_step(
-    model: PackedModel,
+    model: Decoder,
     cache: PagedCache,
     window: Window,
     tokens_B: Tensor,
@@ -27,21 +31,26 @@ def decode_step(
 
 
 class CompiledDecode:
-    """`decode_step`, compiled with the weights as constants, so that they are laid out as the products want them.
+    """`decode_step`, compiled; two variants, for one row and for any number of rows, the length free in both.
 
-    Two variants, for one row and for any number of rows; the length is free in both. Each takes about a minute to
-    make, on its first use. Where compiling fails the plain function goes on, with a warning.
+    constant_weights: lay the weights out as the products want them, which a change of theirs makes void. Otherwise
+    each step reads them where they lie, and rows that come alone are not compiled for: in training they are the last
+    of many. A variant takes half a minute to a minute to make, on its first use. Where compiling fails the plain
+    function goes on, with a warning.
     """
 
-    def __init__(self, model: PackedModel, cache: PagedCache, window: Window):
+    def __init__(self, model: Decoder, cache: PagedCache, window: Window, *, constant_weights: bool):
         self._parts = (model, cache, window)
         self._step = torch.compile(decode_step, fullgraph=True)
         self._made: set[bool] = set()
+        self.constant_weights = constant_weights
 
     def __call__(self, tokens_B: Tensor, positions_B: Tensor, slots_B: Tensor, mask_B11T: Tensor) -> Tensor:
         """Logits [B, V]."""
         inputs = (tokens_B, positions_B, slots_B, mask_B11T)
         single = tokens_B.shape[0] == 1
+        if single and not self.constant_weights:
+            return decode_step(*self._parts, *inputs)
         if single in self._made:
             return self._step(*self._parts, *inputs)
         torch._dynamo.mark_dynamic(mask_B11T, 3)
@@ -49,12 +58,19 @@ class CompiledDecode:
             torch._dynamo.mark_dynamic(tensor, 0)
         self._made.add(single)
         try:
-            import torch._inductor.config as inductor  # late: it takes a while
-
-            # Freezing is asked for while tracing, so it cannot be one of torch.compile's options.
-            with inductor.patch(freezing=True, max_autotune=True):
+            with self._while_compiling(), warnings.catch_warnings():
+                # The table of rotary frequencies is cached, and may be: it depends on its arguments alone.
+                warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
                 return self._step(*self._parts, *inputs)
         except Exception as error:
             warnings.warn(f"the decode step could not be compiled and runs as it is: {error}", stacklevel=2)
             self._step = decode_step
             return self._step(*self._parts, *inputs)
+
+    def _while_compiling(self) -> AbstractContextManager[object]:
+        if not self.constant_weights:
+            return nullcontext()
+        import torch._inductor.config as inductor  # late: it takes a while
+
+        # Freezing is asked for while tracing, so it cannot be one of torch.compile's options.
+        return inductor.patch(freezing=True, max_autotune=True)

@@ -54,7 +54,8 @@ class Engine:
     for keys and values, which bounds the rows too; None takes memory_share, by default 0.5, of the GPU's free memory,
     or 0.25 of the machine's.
     frozen: run a packed copy of the weights, for speed where they do not change; `weights_updated` has it made
-    anew. compile: compile the frozen copy's decode step; takes a C++ compiler and, at its first use, about a minute.
+    anew. compile: compile the step in which every row decodes; takes a C++ compiler and, at its first use, up to a
+    minute. The step of a frozen copy holds the weights as constants; that of the model reads them where they lie.
     adapters: folders of adapters by name, one of which a request may choose (`SamplingParams.adapter`); the model
     is run as it is then, never packed.
     """
@@ -295,12 +296,17 @@ class Engine:
         if self._running is None:
             self._running = self.model
             if self._frozen and can_pack(self.model):
-                self._running = packed = PackedModel(self.model)
-                if self._compile:
-                    runner = self._parts().runner
-                    if isinstance(runner, Runner):
-                        runner.compiled = CompiledDecode(packed, runner.cache, runner.window)
+                self._running = PackedModel(self.model)
+            runner = self._parts().runner
+            if self._compile and isinstance(runner, Runner) and runner.compiled is None and self._can_compile:
+                constant = self._running is not self.model
+                runner.compiled = CompiledDecode(self._running, runner.cache, runner.window, constant_weights=constant)
         return self._running
+
+    @property
+    def _can_compile(self) -> bool:
+        """Whether a step is one function of tensors: routers and a choice of adapters look at their data."""
+        return self.model.config.experts is None and not self.adapters.names
 
     def _parts(self) -> Parts:
         """Scheduler and runner, made when first needed: until then the model may change its device."""

@@ -67,7 +67,7 @@ class Runner:
         """The weights changed."""
         self.window.clear()
         self._recordings.forget()
-        if self.compiled is not None:  # it holds the weights as constants, and so do recordings of it
+        if self.compiled is not None and self.compiled.constant_weights:  # recordings of it hold them too
             self._recordings.clear()
             self.compiled = None
 

@@ -234,11 +234,13 @@ class CausalLM(nn.Module):
         positions_BT (int64) are places within the document, always given: a cached decoder that left them
         out would turn every new token as if it stood at place 0. `attention` decides who sees whom.
         UserError when a position lies beyond max_position_embeddings (looked at on the CPU only, where it
-        costs no synchronisation), unless `allow_beyond_trained_length`: an examination of just that.
+        costs no synchronisation, and not while compiling), unless `allow_beyond_trained_length`: an examination of
+        just that.
         """
         if tokens_BT.shape != positions_BT.shape:
             raise ValueError(f"tokens {tuple(tokens_BT.shape)} and positions {tuple(positions_BT.shape)} differ")
-        if positions_BT.device.type == "cpu" and positions_BT.numel() and not allow_beyond_trained_length:
+        looks = positions_BT.device.type == "cpu" and not torch.compiler.is_compiling()
+        if looks and positions_BT.numel() and not allow_beyond_trained_length:
             self.config.check_sequence_length(int(positions_BT.max()) + 1)
         config = self.config
         cos, sin = rotary_tables(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from minnow.config import UserError
-from minnow.engine import Completion, Completions, SamplingParams
+from minnow.engine import Completion, Completions, Engine, SamplingParams
 from minnow.model.transformer import CausalLM
 from minnow.rl.environment import Environment
 from minnow.tokenizer import Tokenizer
@@ -32,6 +32,11 @@ class RolloutEngine(Protocol):
     def weights_updated(self) -> None:
         """The model has changed."""
         ...
+
+
+def live_engine(model: CausalLM, tokenizer: Tokenizer) -> Engine:
+    """The engine around the module that is trained; on a CPU compiled where that is (a GPU records its steps)."""
+    return Engine(model, tokenizer, compile=model.is_compiled and model.head_weight.device.type == "cpu")
 
 
 @dataclass(frozen=True, kw_only=True)

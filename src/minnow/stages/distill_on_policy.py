@@ -12,13 +12,12 @@ from rich.console import Console
 from minnow.config import UserError
 from minnow.data.batches import Batch, Share
 from minnow.data.prepare import DataConfig
-from minnow.engine import Engine
 from minnow.model.transformer import CausalLM
 from minnow.objectives.distillation import DistillationLossConfig, DivergenceConfig
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
 from minnow.report.run_report import write_report
 from minnow.rl.on_policy import Agreement, OnPolicyBatches, Student
-from minnow.rl.rollouts import RolloutConfig
+from minnow.rl.rollouts import RolloutConfig, live_engine
 from minnow.stages.distill import load_teacher, place_beside
 from minnow.stages.language_model import LanguageModelConfig, PackedData, held_out_batches, pack_data
 from minnow.stages.practice import PracticeConfig, practice_flops, practice_rows, read_practice
@@ -115,7 +114,7 @@ def run(config: Config) -> None:
     loss = DistillationLossConfig(alpha=0.0, **dataclasses.asdict(config.loss))  # own tokens are nobody's labels
     objective = Distillation(loss, teacher, tokenizer.vocab_size)
     writer = Student(
-        Engine(student, tokenizer),
+        live_engine(student, tokenizer),
         practice.make_environment,
         config.rollout,
         config.sequence_length,

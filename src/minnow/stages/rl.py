@@ -12,7 +12,6 @@ from rich.console import Console
 
 from minnow.config import UserError
 from minnow.data.prompts import Prompt
-from minnow.engine import Engine
 from minnow.model.lora import LoraConfig
 from minnow.model.pretrained import is_reward_model, load_pretrained, load_reward_model, resolve_model_folder
 from minnow.model.reward_model import RewardModel
@@ -28,7 +27,7 @@ from minnow.rl.held_out import HeldOut
 from minnow.rl.phases import Phases, PhaseSettings
 from minnow.rl.remote_engine import RemoteEngine, RemoteEngineConfig
 from minnow.rl.rewards import RewardConfig, Rewarder
-from minnow.rl.rollouts import RolloutEngine
+from minnow.rl.rollouts import RolloutEngine, live_engine
 from minnow.stages.practice import Practice, PracticeConfig, practice_flops, practice_rows, read_practice
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
@@ -178,7 +177,7 @@ def _engine(config: Config, model: CausalLM, replica: CausalLM | None, tokenizer
     if replica is not None:
         return GatheredEngine(model, replica, tokenizer)
     if config.rollout_engine.url is None:
-        return Engine(model, tokenizer)
+        return live_engine(model, tokenizer)
     return RemoteEngine(config.rollout_engine, model, tokenizer, Path(config.run) / "policy")
 
 

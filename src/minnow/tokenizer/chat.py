@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -164,6 +164,19 @@ def training_examples(tokenizer: Tokenizer, conversation: Conversation, *, tag_w
     return examples
 
 
+def written_texts(conversation: Conversation) -> Iterator[str]:
+    """Yield what is written in a conversation, for training tokenizers: tools, reasoning, contents and calls.
+
+    Tools and calls come in the template's form, without its control tokens.
+    """
+    if conversation.tools:
+        described = _TOOLS_BEFORE + _described(conversation.tools) + _TOOLS_AFTER
+        yield from (text for text in _CONTROL.split(described) if text not in CHAT_TOKENS)
+    for message in conversation.messages:
+        yield from (text for text in (message.reasoning_content, message.content) if text)
+        yield from (_called(call) for call in message.tool_calls)
+
+
 @lru_cache(maxsize=4)
 def _between(tokenizer: Tokenizer) -> dict[str, list[int]]:
     """Ids of what stands between two control tokens in every turn: half of all the texts there are to encode."""
@@ -252,8 +265,7 @@ def _write_system(writer: _Writer, conversation: Conversation) -> None:
         if system is not None:
             writer.text("\n\n")
         writer.text(_TOOLS_BEFORE)
-        for tool in conversation.tools:
-            writer.text("\n" + _json(tool))
+        writer.text(_described(conversation.tools))
         writer.template(_TOOLS_AFTER)
     _end(writer)
 
@@ -279,7 +291,7 @@ def _write_assistant(writer: _Writer, message: Message, *, think: bool, weight: 
         if content or i > 0:
             writer.text("\n", weight)
         writer.template("<tool_call>\n", weight)
-        writer.text(f'{{"name": {_json(call.name)}, "arguments": {_json(call.arguments)}}}\n', weight)
+        writer.text(_called(call), weight)
         writer.control("</tool_call>", weight)
     _end(writer, weight)
 
@@ -293,6 +305,14 @@ def _write_tool_result(writer: _Writer, messages: tuple[Message, ...], i: int) -
     writer.template("\n</tool_response>")
     if i + 1 == len(messages) or messages[i + 1].role != "tool":
         _end(writer)
+
+
+def _described(tools: Sequence[Mapping[str, Any]]) -> str:
+    return "".join("\n" + _json(tool) for tool in tools)
+
+
+def _called(call: ToolCall) -> str:
+    return f'{{"name": {_json(call.name)}, "arguments": {_json(call.arguments)}}}\n'
 
 
 def _opening(*, think: bool) -> str:
