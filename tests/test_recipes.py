@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -128,18 +129,15 @@ def pond(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-PONDS = ("lora", "sft-reasoning", "sft-tools", "sft-forgetful", "sft-unsure", "sft-calculator", "dpo", "reward")
+PONDS = ("lora", "sft-reasoning", "sft-forgetful", "sft-unsure", "sft-calculator", "dpo", "reward")
 
 
-def train(name: str) -> None:
+LONG = re.sub(r"tokens \d+|length \d+", lambda setting: setting[0].split()[0] + " 2048", TRAINING)
+
+
+def train(name: str, start: str = "start") -> None:
     recipe = RECIPES[0].parent / f"{name}.yaml"
-    words = f"--config {recipe} --init_from start --data.cache_dir cache {TRAINING}"
-    for small, large in (
-        ("_length 64", "_length 2048"),
-        ("_tokens 256", "_tokens 2048"),
-        ("_tokens 128", "_tokens 2048"),
-    ):
-        words = words.replace(small, large)
+    words = f"--config {recipe} --init_from {start} --data.cache_dir cache {LONG}"
     assert cli.main([name.partition("-")[0], *words.split()]) == 0
 
 
@@ -147,6 +145,17 @@ def train(name: str) -> None:
 def test_the_ponds_recipes_train_at_a_tiny_setting(name: str, pond: Path) -> None:
     train(f"{name}-pond")
     assert len((pond / f"runs/{name}-pond/metrics.jsonl").read_text().splitlines()) >= 2
+
+
+def test_the_ponds_tools_are_taught_at_a_tiny_setting(pond: Path) -> None:
+    """From a tokenizer that has read them, as the recipes say."""
+    texts = "[pond/pretrain.jsonl, pond/sft.jsonl, pond/tools.jsonl]"
+    words = ["--data", texts, "--vocab_size", "400", "--out", "runs/tools-tokenizer"]
+    assert cli.main(["tokenizer", "train", *words]) == 0
+    recipe = f"--config {RECIPES[0].parent}/pretrain-tools-pond.yaml --data.cache_dir cache {LONG} {SHAPE}"
+    assert cli.main(["pretrain", *recipe.split()]) == 0
+    train("sft-tools-pond", start="runs/pretrain-tools-pond")
+    assert (pond / "runs/sft-tools-pond/model/model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
