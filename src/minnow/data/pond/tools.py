@@ -7,7 +7,7 @@ import json
 import random
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from minnow.data.pond.arithmetic import problems
@@ -56,7 +56,11 @@ class Episode:
 
 
 def episodes(world: World, split: Split, language: Language, seed: int = 0) -> Iterator[Episode]:
-    """An endless stream. Held out are its creatures, the names that nobody bears, and the pairs of numbers."""
+    """An endless stream. Held out are its creatures, the names that nobody bears, and the pairs of numbers.
+
+    What the look-up says in training episodes is drawn at random: a model that has read the stories would otherwise
+    learn to answer from memory, and not from the result. In the held-out ones it says what is true.
+    """
     rng = random.Random(f"pond/tools/{world.seed}/{seed}/{split}/{language}")
     sums = problems(world, split, language, seed=seed + 1)
     strangers = _strangers(world, split)
@@ -64,6 +68,8 @@ def episodes(world: World, split: Split, language: Language, seed: int = 0) -> I
 
     def look_up(creature: Creature, known: bool) -> Episode:
         relation = rng.choice(RELATIONS)
+        if known and split == "training":
+            creature = replace(creature, facts=dict(creature.facts) | {relation: rng.choice(VALUES[relation])})
         name = creature.name(language)
         call = ToolCall("look_up", {"subject": name, "property": relation})
         result = creature.fact(relation, language) if known else _error(f"nothing is known about '{name}'")
