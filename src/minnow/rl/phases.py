@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from minnow.config import UserError
 from minnow.data.batches import Share
 from minnow.data.order import global_batch_rows
 from minnow.data.prompts import Prompt
@@ -174,7 +173,7 @@ class Phases:
         figures |= {"seconds_playing": played - start, "seconds_scoring": time.perf_counter() - played}
         if is_first():
             updates = max(phase, 0) * self.settings.algorithm.updates_per_phase
-            self.log.append({"step": phase, "updates": updates, **figures, "sample": self._sample(trajectories[0])})
+            self.log.append({"step": phase, "updates": updates, **figures, **self._sample(trajectories)})
         self.watch(figures)
 
     def _play(self, phase: int, share: Share) -> tuple[list[Trajectory], np.ndarray, dict[str, float]]:
@@ -322,15 +321,11 @@ class Phases:
         return parts
 
     def _minibatch(self, experience: Experience, part: Sequence[int], share: Share) -> list[PolicyBatch]:
-        if len(part) < share.world_size:
-            raise UserError(
-                f"a minibatch of {len(part)} answers cannot be shared by {share.world_size} processes: draw more "
-                "answers (rollout.prompts, rollout.samples) or use fewer algorithm.minibatches"
-            )
         algorithm, scores = self.settings.algorithm, experience.scores
         sampler = [np.array(t.sampler_logprobs, dtype=np.float32) for t in experience.trajectories]
         micro_batches = self._pack(experience.trajectories, part[share.rank :: share.world_size])
-        # All processes meet in every pass over a model in slices, so none may have one less.
+        # All processes meet in every pass over a model in slices, so none may have one less; where little of a
+        # phase was kept, some have no answer at all.
         missing = int(largest_over_ranks(len(micro_batches))) - len(micro_batches)
         micro_batches += [nothing(self.settings.sequence_length)] * missing
         batches = []
@@ -362,14 +357,15 @@ class Phases:
     def _dropped(self, trajectory: Trajectory) -> bool:
         return self.settings.algorithm.drop_truncated and trajectory.ending == "length"
 
-    def _sample(self, episode: Trajectory) -> dict[str, Any]:
-        """One episode for a person to read."""
-        return {
-            "text": self.engine.tokenizer.decode(episode.ids),
-            "reward": episode.reward,
-            "rewards": episode.rewards,
-            "reference": json.loads(json.dumps(episode.environment.prompt.reference, default=str)),
-        }
+    def _sample(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
+        """One episode for a person to read: the first of this process's own, as others come without environment."""
+        for episode in trajectories:
+            if episode.environment is not None:
+                reference = json.loads(json.dumps(episode.environment.prompt.reference, default=str))
+                text = self.engine.tokenizer.decode(episode.ids)
+                judged = {"reward": episode.reward, "rewards": episode.rewards}
+                return {"sample": {"text": text, **judged, "reference": reference}}
+        return {}
 
 
 def _kl(old: np.ndarray, ref: np.ndarray, estimator: Any) -> np.ndarray:

@@ -14,8 +14,14 @@ from minnow.config import UserError
 from minnow.evaluation.judge import Judge, load_judge
 from minnow.rl.answers import AnswerKind, is_right
 from minnow.rl.judge import JudgeConfig, judge_reward
-from minnow.rl.rollouts import Trajectory
-from minnow.rl.text_rewards import format_reward, language_reward, length_reward, repetition_reward
+from minnow.rl.rollouts import RolloutConfig, Trajectory
+from minnow.rl.text_rewards import (
+    format_reward,
+    language_reward,
+    length_reward,
+    overlong_reward,
+    repetition_reward,
+)
 from minnow.tokenizer.chat import Conversation
 
 RewardFunction = Callable[[Sequence[Trajectory]], Sequence[float]]
@@ -44,8 +50,10 @@ class RewardConfig:
     """Tokens of the longest answer that `length` likes."""
     overlong: float = 0.0
     """-1 for an answer that was cut off (DAPO's overlong punishment)."""
+    overlong_buffer: float = 0.0
+    """Last share of the tokens an episode may have, over which `overlong` already falls from 0 to -1 (DAPO: 0.2)."""
     repetition: float = 0.0
-    """Down to -1 for an answer that goes round in a loop."""
+    """Down to -1 for an episode that goes round in a loop, thoughts included."""
     language: float = 0.0
     """Share of the answer's letters in the script of the prompt, 0 to 1."""
     json_schema: float = 0.0
@@ -66,8 +74,19 @@ class RewardConfig:
 class Rewarder:
     """Scores trajectories: `rewards` by name, and `reward`, their weighted sum."""
 
-    def __init__(self, config: RewardConfig, *, enable_thinking: bool, device: torch.device | str = "cpu") -> None:
-        """`device`: where a reward model is put. UserError for a function or a model that cannot be loaded."""
+    def __init__(
+        self,
+        config: RewardConfig,
+        *,
+        enable_thinking: bool,
+        max_tokens: int = RolloutConfig.max_tokens,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`max_tokens`: most tokens of an episode; `device`: where a reward model is put.
+
+        UserError for a function or a model that cannot be loaded.
+        """
+        buffer = config.overlong_buffer * max_tokens
         built_in: dict[str, tuple[float, RewardFunction]] = {
             "answer": (config.answer, lambda items: _answers(items, config.answer_kind)),
             "environment": (config.environment, lambda items: [item.reward for item in items]),
@@ -76,8 +95,8 @@ class Rewarder:
                 config.length,
                 lambda items: [length_reward(item.num_trained, config.shortest, config.longest) for item in items],
             ),
-            "overlong": (config.overlong, lambda items: [-float(item.ending == "length") for item in items]),
-            "repetition": (config.repetition, lambda items: [repetition_reward(_said(item)) for item in items]),
+            "overlong": (config.overlong, lambda items: [_overlong(item, max_tokens, buffer) for item in items]),
+            "repetition": (config.repetition, lambda items: [repetition_reward(item.written) for item in items]),
             "language": (config.language, lambda items: [_language(item) for item in items]),
             "json_schema": (config.json_schema, lambda items: [_fits_schema(item) for item in items]),
         }
@@ -93,6 +112,11 @@ class Rewarder:
             self._rewards["reward_model"] = (config.reward_model_weight, lambda items: _marks(items, judge, squash))
         if not self._rewards:
             raise UserError("every reward has weight 0: give at least one, such as rewards.answer")
+
+    @property
+    def names(self) -> list[str]:
+        """What is rewarded."""
+        return list(self._rewards)
 
     def score(self, trajectories: Sequence[Trajectory]) -> None:
         """Fill in `rewards` and `reward`. UserError when a reward fails or is not a finite number."""
@@ -129,6 +153,10 @@ def _marks(trajectories: Sequence[Trajectory], judge: Judge, squash: bool) -> li
     return [1 / (1 + math.exp(-mark)) for mark in marks] if squash else marks
 
 
+def _overlong(trajectory: Trajectory, max_tokens: int, buffer: float) -> float:
+    return -1.0 if trajectory.ending == "length" else overlong_reward(trajectory.num_trained, max_tokens, buffer)
+
+
 def _answers(trajectories: Sequence[Trajectory], kind: AnswerKind) -> list[float]:
     values = []
     for trajectory in trajectories:
@@ -157,11 +185,12 @@ def _fits_schema(trajectory: Trajectory) -> float:
     schema = trajectory.environment.prompt.row.get("schema")
     if not isinstance(schema, dict):
         raise UserError("the reward json_schema needs a `schema` object in every row of the prompts")
+    validator = jsonschema_rs.validator_for(schema)  # a wrong schema is the user's mistake and stops the run
     try:
         value = json.loads(_said(trajectory))
-    except ValueError:
+        return float(validator.is_valid(value))
+    except (ValueError, RecursionError):  # no JSON, half a character, or brackets without end
         return 0.0
-    return float(jsonschema_rs.is_valid(schema, value))
 
 
 def _load(written: str) -> tuple[str, float, RewardFunction]:

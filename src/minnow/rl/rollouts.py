@@ -72,6 +72,7 @@ class Trajectory:
     """One finished episode."""
 
     environment: Environment
+    """None, whatever the type says, once the episode has come from another process or a checkpoint."""
     group: int
     """Which prompt of the phase."""
     ids: list[int]
@@ -93,6 +94,11 @@ class Trajectory:
     def answer(self) -> Message:
         """The last turn."""
         return self.answers[-1]
+
+    @property
+    def written(self) -> str:
+        """All that the model wrote, its thoughts included: what a loop may hide in."""
+        return "\n".join(text for turn in self.answers for text in (turn.reasoning_content, turn.content) if text)
 
     @property
     def num_trained(self) -> int:

@@ -28,6 +28,12 @@ def length_reward(tokens: int, shortest: int, longest: int) -> float:
     return max(0.0, min(1.0, 2 - tokens / longest))
 
 
+def overlong_reward(tokens: int, max_tokens: int, buffer: float) -> float:
+    """0 up to `max_tokens` less `buffer`, then down to -1 at `max_tokens` (DAPO, 2503.14476, equation 13)."""
+    over = tokens - (max_tokens - buffer)
+    return -min(1.0, over / buffer) if over > 0 and buffer > 0 else 0.0
+
+
 def repetition_reward(text: str) -> float:
     """0 for ordinary text, down to -1 for a loop: the share of character 6-grams that were there before, beyond 20%."""
     squeezed = re.sub(r"\s+", " ", text.strip())

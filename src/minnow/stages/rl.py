@@ -91,7 +91,9 @@ def run(config: Config) -> None:
     if config.rollout_engine.url is not None and world_size() > 1:
         raise UserError("rollout_engine.url: one process pushes weights to a server; leave out --nproc and torchrun")
     thinking = config.rollout.enable_thinking
-    rewarder = Rewarder(config.rewards, enable_thinking=thinking, device=machine.device)
+    longest = config.rollout.max_tokens * config.rollout.max_turns
+    rewarder = Rewarder(config.rewards, enable_thinking=thinking, max_tokens=longest, device=machine.device)
+    _require_references(config, practice, rewarder)
 
     folder = RunFolder(config.run)
     folder.open(config, overwrite=config.overwrite)
@@ -150,6 +152,16 @@ def _where_time_went(folder: Path) -> str:
     updating = total - playing - scoring
     shares = {"playing": playing, "scoring": scoring, "updating": updating}
     return "time: " + ", ".join(f"{seconds / total:.0%} {name}" for name, seconds in shares.items())
+
+
+def _require_references(config: Config, practice: Practice, rewarder: Rewarder) -> None:
+    """UserError where nothing but right answers counts and no row says what right is: every one would earn 0."""
+    only = "answer" in rewarder.names and set(rewarder.names) <= {"answer", "environment"}
+    if only and config.environment != "guess" and all(prompt.reference is None for prompt in practice.prompts):
+        raise UserError(
+            "rewards.answer has a weight, but no prompt has an answer to compare with: name the column `answer`, or "
+            "set rewards.answer 0 and reward something else"
+        )
 
 
 def _held_out(config: Config, engine: RolloutEngine, practice: Practice, rewarder: Rewarder) -> HeldOut:

@@ -7,6 +7,7 @@ every access to files but reading Python's own library and using the folder it s
 
 import ctypes
 import os
+import resource
 import struct
 import sys
 
@@ -43,6 +44,8 @@ def lock_files(readable: list[str], writable: str) -> None:
 def main() -> None:
     """Lock the room, then run the code of standard input as a program of its own."""
     code = sys.stdin.read()
+    # Here and not with the other limits: it counts the processes of a user, and this namespace has a user of its own.
+    resource.setrlimit(resource.RLIMIT_NPROC, (16, 16))
     lock_files([os.path.dirname(os.__file__), "/usr/lib", "/lib", "/lib64"], os.getcwd())
     exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
 

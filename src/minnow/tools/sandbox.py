@@ -15,6 +15,7 @@ import sys
 import tempfile
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 from minnow.config import UserError
 from minnow.tools.tool import Tool, ToolError
@@ -62,7 +63,8 @@ def run_python(code: str, *, seconds: int, megabytes: int) -> str:
     """Run `code`; what it printed, cut at MAX_OUTPUT. Raises ToolError with the last line of an exception or the limit
     met.
 
-    Limits: CPU seconds, address space, no file above 1 MB, 16 open files. The folder it runs in is deleted afterwards.
+    Limits: CPU seconds, address space, no file above 1 MB (output is one), 16 open files; 16 processes
+    where the caller is not root. The folder it runs in is deleted afterwards.
     """
 
     def limit() -> None:
@@ -72,11 +74,17 @@ def run_python(code: str, *, seconds: int, megabytes: int) -> str:
         resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
-    with tempfile.TemporaryDirectory(prefix="minnow-python-") as folder:
+    # Output goes to files, which have a limit; a pipe would carry all of it into this process's memory.
+    with (
+        tempfile.TemporaryDirectory(prefix="minnow-python-") as folder,
+        tempfile.TemporaryFile() as printed,
+        tempfile.TemporaryFile() as complaints,
+    ):
         try:
             result = subprocess.run(
                 [*_ROOM, sys.executable, "-I", "-S", _PROGRAM],
-                capture_output=True,
+                stdout=printed,
+                stderr=complaints,
                 input=code.encode("utf-8", "replace"),
                 cwd=folder,
                 env={},
@@ -85,10 +93,15 @@ def run_python(code: str, *, seconds: int, megabytes: int) -> str:
             )
         except subprocess.TimeoutExpired:
             raise ToolError(f"stopped after {2 * seconds + 1} seconds") from None
-    output = result.stdout.decode("utf-8", "replace")[:MAX_OUTPUT]
+        output, errors = _text(printed)[:MAX_OUTPUT], _text(complaints)
     if result.returncode == 0:
         return output.strip() or "(nothing was printed)"
-    lines = result.stderr.decode("utf-8", "replace").strip().splitlines()
+    lines = errors.strip().splitlines()
     if not lines or lines[-1].startswith("unshare:"):  # a signal ended it: there is no traceback
         raise ToolError(f"stopped: it took more than {seconds} seconds of computing, or wrote too much")
     raise ToolError(lines[-1][:200])
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode("utf-8", "replace")

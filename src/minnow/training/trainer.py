@@ -228,8 +228,11 @@ class Trainer(Generic[BatchT]):
             raise NonFiniteLossError.of("gradient norm", figures["grad_norm"], self.state.step, batches)
         factor = learning_rate_factor(self.schedule, self.state.step, self.total_steps)
         set_learning_rates(self.optimizers, factor)
+        # Where nothing is to be learnt (answers that all earn the same) no step is taken: decay and momentum would move
+        # the weights all the same (bug B9).
+        step = finite and figures["grad_norm"] > 0
         for optimizer in self.optimizers:
-            if finite:
+            if step:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.loss_scale.update(overflow=not finite)
