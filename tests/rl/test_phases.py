@@ -2,6 +2,7 @@
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load_file
 from minnow.cli import PRESETS, main
 from minnow.config import UserError
 from minnow.rl.figures import CollapseError, Watch, WatchConfig
+from minnow.rl.phases import Phases
 from minnow.rl.value_tracker import ValueTracker
 from tests.rl.helpers import saved, write_prompts
 
@@ -148,7 +150,7 @@ def test_lora_uses_itself_without_adapters_as_reference(start, tmp_path):
 
 
 def test_equal_rewards_end_in_words_not_in_nan(start, tmp_path, capsys):
-    more = ["--preset", "dapo", "--rollout.samples", "2", "--watch.patience", "3"]
+    more = ["--preset", "dapo", "--rollout.samples", "2", "--watch.patience", "3", "--rewards.overlong", "0"]
     assert rl(start, tmp_path / "run", *more) == 2
     assert "all earn the same" in capsys.readouterr().err
     assert figures(tmp_path / "run", "equal_groups")[-3:] == [1, 1, 1]
@@ -238,3 +240,24 @@ def test_a_run_that_has_solved_everything_is_no_collapse():
         watch(solved)
     with pytest.raises(CollapseError, match="earn the same"):
         watch({**solved, "pass@1": 0.5})  # half of the prompts always, half never
+
+
+def test_prompts_without_answers_are_refused_where_nothing_else_is_rewarded(start, tmp_path, capsys):
+    """Every answer would earn 0, silently."""
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "say 1", "solutoin": "1"}\n' * 8)
+    assert rl((start[0], prompts), tmp_path / "run", "--preset", "grpo") == 2
+    assert "no prompt has an answer" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert rl((start[0], prompts), tmp_path / "run", "--preset", "grpo", "--rewards.format", "1", "--phases", "1") == 0
+
+
+def test_the_sampled_episode_is_one_of_this_processs_own():
+    """Episodes of other processes come without their environment: to look into it ended DAPO's runs on several."""
+    own = SimpleNamespace(
+        environment=SimpleNamespace(prompt=SimpleNamespace(reference="4")), ids=[1], reward=1.0, rewards={"answer": 1.0}
+    )
+    phases = SimpleNamespace(engine=SimpleNamespace(tokenizer=SimpleNamespace(decode=str)))
+    shown = Phases._sample(phases, [SimpleNamespace(environment=None), own])["sample"]
+    assert shown == {"text": "[1]", "reward": 1.0, "rewards": {"answer": 1.0}, "reference": "4"}
+    assert Phases._sample(phases, [SimpleNamespace(environment=None)]) == {}

@@ -16,7 +16,7 @@ from minnow.rl.answers import is_right, last_number
 from minnow.rl.environment import SingleTurn
 from minnow.rl.rewards import RewardConfig, Rewarder
 from minnow.rl.rollouts import Trajectory
-from minnow.rl.text_rewards import format_reward, language_reward, length_reward
+from minnow.rl.text_rewards import format_reward, language_reward, length_reward, overlong_reward
 from minnow.tokenizer.chat import Conversation, Message
 from tests.rl.helpers import tiny
 
@@ -90,6 +90,34 @@ def test_rewards_are_weighted_and_kept_one_by_one():
     assert items[0].rewards == {"answer": 1, "environment": 0.5, "format": 1, "overlong": 0}
     assert items[0].reward == 2.0 + 0.5 + 0.5
     assert items[1].reward == -0.25
+
+
+def test_the_last_tokens_are_punished_gently_before_the_cut():
+    """DAPO, equation 13, with L_max 100 and L_cache 20: (80 - 90) / 20 = -0.5."""
+    assert [overlong_reward(tokens, 100, 20.0) for tokens in (50, 80, 90, 100, 120)] == [0.0, 0.0, -0.5, -1.0, -1.0]
+    assert overlong_reward(100, 100, 0.0) == 0.0
+    items = [episode("4", tokens=9), episode("4", tokens=2), episode("4", tokens=3, ending="length")]
+    config = RewardConfig(answer=0, overlong=2.0, overlong_buffer=0.2)
+    Rewarder(config, enable_thinking=False, max_tokens=10).score(items)
+    assert [item.reward for item in items] == [-1.0, 0.0, -2.0]
+
+
+def test_a_loop_in_the_thoughts_is_seen():
+    items = [episode("4", reasoning="round and " * 40), episode("4", reasoning="two and two")]
+    Rewarder(RewardConfig(answer=0, repetition=1.0), enable_thinking=True).score(items)
+    assert items[0].reward < -0.8
+    assert items[1].reward == 0
+
+
+def test_no_answer_of_a_model_stops_a_run_by_its_json():
+    schema = {"type": "string"}
+    items = [episode(text, row={"schema": schema}) for text in ('"\\ud800"', "[" * 100_000, '"four"')]
+    Rewarder(RewardConfig(answer=0, json_schema=1.0), enable_thinking=False).score(items)
+    assert [item.reward for item in items] == [0, 0, 1]
+    with pytest.raises(UserError, match="json_schema"):
+        Rewarder(RewardConfig(answer=0, json_schema=1.0), enable_thinking=False).score(
+            [episode("4", row={"schema": {"type": "strin"}})]
+        )
 
 
 def test_json_schema():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import resource
 import subprocess
 import time
 
@@ -118,6 +119,15 @@ def test_files_of_the_user_are_out_of_reach(tmp_path):
             run_python(code, seconds=1, megabytes=200)
     assert secret.read_text() == "mine"
     assert run_python("open('x', 'w').write('y'); print(open('x').read())", seconds=1, megabytes=200) == "y"
+
+
+@closed_room
+def test_what_is_printed_does_not_fill_this_process():
+    """One megabyte is the limit; a pipe would have carried all of it into the trainer's memory."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(ToolError, match="File too large|stopped"):
+        run_python("for _ in range(100): print('x' * (1 << 20))", seconds=1, megabytes=200)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KB
 
 
 def test_without_namespaces_there_is_no_python_tool(monkeypatch):
