@@ -1,6 +1,7 @@
 """Environments: tools are really called, mistakes come back as words, the game has an end."""
 
 import json
+import sys
 
 import pytest
 
@@ -61,3 +62,17 @@ def test_the_game():
     assert 1 <= gave_up.secret <= 15
     assert gave_up.step(Message("assistant", "no idea")).reward == 0
     assert gave_up.secret == environment_maker("guess", pond=None)(prompt("Find it.")).secret
+
+
+def test_a_game_of_ones_own_is_found_beside_the_user(tmp_path, monkeypatch):
+    (tmp_path / "own_game.py").write_text(
+        "class Echo:\n    def __init__(self, prompt):\n        self.prompt = prompt\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    asked = prompt("Say it.", "it")
+    assert environment_maker("own_game:Echo", pond=None)(asked).prompt is asked
+    with pytest.raises(UserError, match=r"environment 'own_game:Eco'.*has no attribute"):
+        environment_maker("own_game:Eco", pond=None)
+    with pytest.raises(UserError, match=r"environment 'gues': there are question, .*guess, and MODULE:CLASS"):
+        environment_maker("gues", pond=None)

@@ -151,7 +151,7 @@ def test_functions_of_ones_own_and_failures_are_never_silent_zeros():
         Rewarder(RewardConfig(functions=(f"{here}:broken",)), enable_thinking=False).score(items)
     with pytest.raises(UserError, match="finite"):
         Rewarder(RewardConfig(functions=(f"{here}:nan",)), enable_thinking=False).score(items)
-    with pytest.raises(UserError, match="MODULE:FUNCTION"):
+    with pytest.raises(UserError, match="MODULE:NAME"):
         Rewarder(RewardConfig(functions=("nowhere:nothing",)), enable_thinking=False)
     with pytest.raises(UserError, match="weight 0"):
         Rewarder(RewardConfig(answer=0, environment=0), enable_thinking=False)

@@ -6,18 +6,18 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from minnow.config import UserError
 from minnow.data.pond.relations import LANGUAGES, RELATIONS
 from minnow.data.pond.write import load_world
 from minnow.data.prompts import Prompt
 from minnow.rl.environment import Environment, Reply, SingleTurn
+from minnow.rl.own_code import load_object
 from minnow.tokenizer.chat import Conversation, Message
 from minnow.tools import CALCULATOR, Tool, ToolError, call_tool, lookup_tool
 from minnow.tools.sandbox import python_tool
 
-EnvironmentName = Literal["question", "calculator", "look_up", "python", "guess"]
+ENVIRONMENTS = ("question", "calculator", "look_up", "python", "guess")
 
 
 @dataclass
@@ -75,8 +75,16 @@ class GuessNumber:
         return "found" if self.found else "higher" if self.secret > number else "lower"
 
 
-def environment_maker(name: EnvironmentName, *, pond: str | None) -> Callable[[Prompt], Environment]:
-    """The function that makes an episode of a prompt. `pond`: folder with the world that `look_up` knows."""
+def environment_maker(name: str, *, pond: str | None) -> Callable[[Prompt], Environment]:
+    """The function that makes an episode of a prompt: one of ENVIRONMENTS, or MODULE:CLASS of the user's own.
+
+    `pond`: folder with the world that `look_up` knows. UserError for a name that is neither.
+    """
+    if ":" in name:
+        own: Callable[[Prompt], Environment] = load_object(name, "environment")
+        return own
+    if name not in ENVIRONMENTS:
+        raise UserError(f"environment {name!r}: there are {', '.join(ENVIRONMENTS)}, and MODULE:CLASS of your own")
     if name == "question":
         return SingleTurn
     if name == "guess":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from minnow.config import UserError
 from minnow.evaluation.judge import Judge, load_judge
 from minnow.rl.answers import AnswerKind, is_right
 from minnow.rl.judge import JudgeConfig, judge_reward
+from minnow.rl.own_code import load_object
 from minnow.rl.rollouts import RolloutConfig, Trajectory
 from minnow.rl.text_rewards import (
     format_reward,
@@ -196,11 +196,8 @@ def _fits_schema(trajectory: Trajectory) -> float:
 def _load(written: str) -> tuple[str, float, RewardFunction]:
     """MODULE:FUNCTION@WEIGHT -> its name, weight and function."""
     path, _, weight_text = written.partition("@")
-    module_name, _, function_name = path.partition(":")
     try:
         weight = float(weight_text or 1)
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ValueError, ImportError, AttributeError) as error:
-        wanted = "write MODULE:FUNCTION or MODULE:FUNCTION@WEIGHT"
-        raise UserError(f"rewards.functions {written!r}: {error}; {wanted}") from None
-    return path, weight, function
+    except ValueError:
+        raise UserError(f"rewards.functions {written!r}: write MODULE:FUNCTION or MODULE:FUNCTION@WEIGHT") from None
+    return path, weight, load_object(path, "rewards.functions")

@@ -9,7 +9,7 @@ from minnow.data.prompts import Prompt, read_prompts
 from minnow.model.size import training_flops_per_token
 from minnow.model.transformer import CausalLM
 from minnow.rl.environment import Environment
-from minnow.rl.environments import EnvironmentName, environment_maker
+from minnow.rl.environments import environment_maker
 from minnow.rl.phases import MakeEnvironment
 from minnow.rl.rollouts import RolloutConfig
 from minnow.tokenizer import Tokenizer
@@ -25,9 +25,9 @@ class PracticeConfig:
     """Files with what to practise on: prompt or question and answer, or conversations (see docs/rl.md)."""
     held_out: tuple[str, ...] = ()
     """Files of the same kind that are only asked at validations."""
-    environment: EnvironmentName = "question"
+    environment: str = "question"
     """question: one answer. Over several turns (rollout.max_turns): calculator, look_up (in a pond), python (in a
-    closed room), guess (a game)."""
+    closed room), guess (a game), or MODULE:CLASS of yours, called with the prompt (see docs/rl.md)."""
     pond: str | None = None
     """Folder of the world that the environment look_up knows."""
     sequence_length: int = 1024
