@@ -120,6 +120,23 @@ def test_samples_share_one_prefill() -> None:
     assert read == [30, 8, 8]
 
 
+def test_requests_that_begin_alike_are_not_read_twice() -> None:
+    """As the answers of one group in reinforcement come: each a request with a seed of its own."""
+    engine = make_engine(11)
+    read = []
+    forward = engine.model.forward
+    engine.model.forward = lambda tokens, *rest: read.append(tokens.numel()) or forward(tokens, *rest)
+    prompts = [[5] * 40] * 4 + [[6] * 40]
+    params = [SamplingParams(seed=seed, max_tokens=4, ignore_eos=True) for seed in range(5)]
+    together = engine.generate(prompts, params)
+    # 40 tokens are two blocks of 16 and 8 more. The second step: two rows on, and three times those 8.
+    assert read[:3] == [80, 2 + 3 * 8, 5]
+    assert [output.completions[0].ids for output in together] == [
+        make_engine(11).generate([prompt], param)[0].completions[0].ids
+        for prompt, param in zip(prompts, params, strict=True)
+    ]
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"temperature": 0.7, "top_p": 0.8}, {"temperature": 0.0}, {"repetition_penalty": 1.2, "top_k": 9}]
 )

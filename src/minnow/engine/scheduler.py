@@ -32,11 +32,22 @@ class Plan:
     """New block -> the shared block whose content it starts with."""
 
 
+@dataclass(frozen=True)
+class _Cached:
+    """What the cache holds of a waiting sequence."""
+
+    blocks: list[int]
+    keys: list[bytes]
+    next_key: bytes | None
+    """Of the first full block that is missing."""
+
+
 class Scheduler:
     """A waiting line, the running sequences, and the blocks they own.
 
     A step takes at most `max_step_tokens` tokens: first one for every sequence that is past its prompt, then
-    prompts in pieces, the oldest first, so that a long prompt slows the others down but never halts them. When
+    prompts in pieces, the oldest first, so that a long prompt slows the others down but never halts them. A prompt that
+    begins like one of this step waits for the next, where it finds the beginning in the cache. When
     blocks run out the youngest running sequence gives its own back and waits; it will be read again from what
     it has said (recomputation). Every sequence alone fits the cache, so the oldest always gets on.
     """
@@ -120,20 +131,28 @@ class Scheduler:
             else:
                 counts[sequence] = count
                 budget -= count
+        being_read: set[bytes] = set()
+        held: list[Sequence] = []
         while self.waiting and not preempted and budget and len(self.running) < self._max_rows:
-            sequence = self.waiting[0]
-            if not self._admit(sequence):
+            sequence = self.waiting.popleft()
+            cached = self._cached(sequence)
+            if cached.next_key in being_read:  # in the next step it finds what another reads in this one
+                held.append(sequence)
+                continue
+            if not self._admit(sequence, cached):
+                self.waiting.appendleft(sequence)
                 break
-            self.waiting.popleft()
+            if cached.next_key is not None:
+                being_read.add(cached.next_key)
             count = min(sequence.num_tokens - sequence.computed, budget)
             given = self._give_blocks(sequence, count, copies)
             assert given
             counts[sequence] = count
             budget -= count
+        self.waiting.extendleft(reversed(held))
         return Plan([Chunk(sequence, sequence.computed, count) for sequence, count in counts.items()], copies)
 
-    def _admit(self, sequence: Sequence) -> bool:
-        """Let a sequence run if its text fits beside those running; it starts with what is cached of it."""
+    def _cached(self, sequence: Sequence) -> _Cached:
         size = self.blocks.block_size
         found: list[int] = []
         keys: list[bytes] = []
@@ -142,9 +161,14 @@ class Scheduler:
             key = block_key(keys[-1] if keys else sequence.first_parent, sequence.tokens[start : start + size])
             block = self.blocks.find(key)
             if block is None:
-                break
+                return _Cached(found, keys, key)
             found.append(block)
             keys.append(key)
+        return _Cached(found, keys, None)
+
+    def _admit(self, sequence: Sequence, cached: _Cached) -> bool:
+        """Let a sequence run if its text fits beside those running; it starts with what is cached of it."""
+        found, keys, size = cached.blocks, cached.keys, self.blocks.block_size
         for block in found:
             self.blocks.share(block)
         # One block to spare for each that runs, lest the newcomer be sent away again at once.
