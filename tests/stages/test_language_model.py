@@ -14,6 +14,8 @@ from minnow.config import UserError
 from minnow.data.prepare import DataConfig
 from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
+from minnow.model.experts_config import ExpertsConfig
+from minnow.model.lora import LoraConfig
 from minnow.model.pretrained import load_pretrained
 from minnow.stages import pretrain
 from minnow.tokenizer import Tokenizer, train_tokenizer
@@ -103,6 +105,28 @@ def test_batch_that_is_no_multiple_of_the_row(config: pretrain.Config) -> None:
 def test_tokenizer_is_asked_for(config: pretrain.Config) -> None:
     with pytest.raises(UserError, match="minnow tokenizer train"):
         pretrain.run(replace(config, tokenizer=None))
+
+
+def test_another_tokenizer_than_the_models_own_is_refused(config: pretrain.Config, tmp_path: Path) -> None:
+    """As many tokens, but other ones: the model would read nonsense and nothing would say so."""
+    pretrain.run(config)
+    size = Tokenizer.from_pretrained(config.run).vocab_size
+    other = train_tokenizer(["zebras quickly jump over vexing hedges"] * 200 + ["黑熊吃蜂蜜"] * 200, size)
+    other.save_pretrained(tmp_path / "other")
+    again = replace(config, run=str(tmp_path / "again"), init_from=config.run)
+    with pytest.raises(UserError, match="not the one of"):
+        pretrain.run(replace(again, tokenizer=str(tmp_path / "other")))
+    pretrain.run(replace(again, tokenizer=config.tokenizer))
+
+
+def test_new_experts_are_not_trained_by_adapters(config: pretrain.Config, tmp_path: Path) -> None:
+    """Upcycling made a plain model of one with adapters, and of int8 weights nonsense."""
+    pretrain.run(config)
+    experts = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    shape = replace(config.model, experts=experts)
+    both = replace(config, run=str(tmp_path / "b"), init_from=config.run, model=shape, lora=LoraConfig(rank=4))
+    with pytest.raises(UserError, match="exclude each other"):
+        pretrain.run(both)
 
 
 def test_a_context_is_stretched_in_training(config: pretrain.Config, tmp_path: Path) -> None:

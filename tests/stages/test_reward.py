@@ -14,6 +14,7 @@ from minnow.config import UserError
 from minnow.data.prepare import DataConfig
 from minnow.evaluation.judge import RewardModelJudge, TransformersJudge, load_judge
 from minnow.model.config import ModelConfig
+from minnow.model.experts_config import ExpertsConfig
 from minnow.model.init import InitConfig
 from minnow.model.pretrained import load_pretrained, load_reward_model, save_pretrained
 from minnow.model.reward_model import RewardModel
@@ -192,3 +193,13 @@ def test_reliability_by_hand() -> None:
     assert expected_calibration_error(reliability([log3, log3, -log3, -log3])) == pytest.approx(0.25, abs=1e-6)
     assert reliability([0.0])[0].accuracy == 0.5, "a tie is half right"
     assert reliability([1e6])[0].confidence == 1.0
+
+
+def test_a_model_without_a_classifier_class_is_refused_before_training(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1}
+    experts = ExpertsConfig(**sizes, scoring="sigmoid")
+    save_pretrained(CausalLM(shape(experts=experts, tie_word_embeddings=False)), tmp_path / "start", tokenizer)
+    data = DataConfig(paths=("pairs.jsonl",))
+    with pytest.raises(UserError, match="no sequence-classification class"):
+        reward.run(reward.Config(run=str(tmp_path / "run"), init_from=str(tmp_path / "start"), data=data))
+    assert not (tmp_path / "run").exists()

@@ -47,12 +47,18 @@ def start(config: ConfigT) -> tuple[ConfigT, CausalLM, Tokenizer]:
     if config.init_from is not None:
         if config.lora.rank and config.rope_scaling is not None:
             raise UserError("--rope-scaling changes the model, and an adapter is saved without it: train it whole")
+        if config.lora.rank and config.model.experts is not None:
+            raise UserError("--lora.rank and --model.experts exclude each other: new experts must be trained whole")
         model, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
-        if config.tokenizer is not None:
-            tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+        if config.tokenizer and Tokenizer.from_pretrained(config.tokenizer).fingerprint != tokenizer.fingerprint:
+            raise UserError(
+                f"--tokenizer {config.tokenizer} is not the one of {config.init_from}: its numbers stand for other "
+                "texts than the model has learnt; leave it out"
+            )
         if tokenizer.vocab_size > model.config.vocab_size:
             raise UserError(
-                f"--tokenizer has {tokenizer.vocab_size} tokens, {config.init_from} only {model.config.vocab_size}"
+                f"{config.init_from}: its tokenizer has {tokenizer.vocab_size} tokens, its model only "
+                f"{model.config.vocab_size}"
             )
         if config.model.experts is not None:
             model = upcycle(model, config.model.experts, config.training.seed)

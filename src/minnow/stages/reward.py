@@ -9,7 +9,8 @@ from rich.console import Console
 
 from minnow.config import UserError
 from minnow.data.batches import Batch
-from minnow.model.reward_model import RewardModel
+from minnow.model.hf_config import architecture
+from minnow.model.reward_model import RewardModel, classification_config
 from minnow.optim import OptimConfig, ScheduleConfig
 from minnow.report.plots import save_figure
 from minnow.report.reliability import expected_calibration_error, reliability, reliability_figure
@@ -49,6 +50,7 @@ def run(config: Config) -> None:
     start, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
     tokenizer.require_chat_tokens()
     start.config.check_sequence_length(config.sequence_length)
+    classification_config({"architectures": [architecture(start.config)]})  # before any work: can it be saved?
     model = RewardModel.from_language_model(start)
     held_out: list[Batch] = []
 
