@@ -6,7 +6,8 @@ In each round the same prompts, drawn with the same seeds, are answered by the e
 (frozen), by the engine with the live model, by each of the two compiled (so `minnow bench generate` runs the one
 and reinforcement the other, where there is a C++ compiler), and as rollouts: rendered, played by the last of these with
 log-probabilities, parsed and rewarded. Prints tokens/s, medians over the rounds, and the rollouts' median share of
-each. The first round warms up.
+each. The first round warms up. `--samples 8` asks each prompt eight times, as GRPO does, and adds the live engine with
+blocks too large for prompts to share ("live, apart"); `--tool` describes a calculator before each prompt.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
@@ -27,6 +29,7 @@ from minnow.rl.rewards import RewardConfig, Rewarder
 from minnow.rl.rollouts import RolloutConfig, play
 from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.chat import render
+from minnow.tools import CALCULATOR
 from minnow.training.hardware import has_cpp_compiler
 
 ROLLOUT = RolloutConfig(enable_thinking=True, max_tokens=96, temperature=0.7)
@@ -37,6 +40,8 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--prompts", required=True)
     parser.add_argument("--rows", type=int, nargs="+", default=[32, 128], help="episodes side by side")
+    parser.add_argument("--samples", type=int, default=1, help="answers to each prompt")
+    parser.add_argument("--tool", action="store_true", help="a calculator's description before each prompt")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
@@ -52,22 +57,33 @@ def main() -> None:
         )
         for name in ("frozen", "live", "frozen compiled", "live compiled")
     }
+    if options.samples > 1:
+        model = load_pretrained(folder).eval()
+        # Only full blocks are shared, and none of these is ever full before the context is.
+        engines["live, apart"] = Engine(model, tokenizer, block_size=model.config.max_position_embeddings)
     rewarder = Rewarder(RewardConfig(answer_kind="number"), enable_thinking=True, device=torch.device("cpu"))
     prompts = read_prompts((options.prompts,))
+    if options.tool:
+        prompts = [replace(p, conversation=replace(p.conversation, tools=(CALCULATOR.schema,))) for p in prompts]
     for rows in options.rows:
         rates: dict[str, list[float]] = {name: [] for name in (*engines, "rollouts")}
         for number in range(options.rounds):
-            chosen = [prompts[(number * rows + row) % len(prompts)] for row in range(rows)]
+            chosen = [prompts[(number * rows + row) // options.samples % len(prompts)] for row in range(rows)]
             for name, engine in engines.items():
+                engine.forget_prefixes()
                 rates[name].append(generated(engine, chosen, number))
             rates["rollouts"].append(played(engines["live compiled"], rewarder, chosen, number))
         warm = {name: found[1:] for name, found in rates.items()}
         told = ", ".join(f"{name} {statistics.median(found):,.0f}" for name, found in warm.items())
-        shares = [
-            f"{statistics.median(a / b for a, b in zip(warm['rollouts'], warm[name], strict=True)):.0%} of {name}"
-            for name in engines
-        ]
+        shares = [f"{share(warm['rollouts'], warm[name]):.0%} of {name}" for name in engines]
         print(f"{rows} side by side, tokens/s: {told}; rollouts are {', '.join(shares)}")
+        if options.samples > 1:
+            print(f"live is {share(warm['live'], warm['live, apart']):.2f} times live, apart")
+
+
+def share(rates: Sequence[float], others: Sequence[float]) -> float:
+    """Median over the rounds of one's speed in the other's."""
+    return statistics.median(a / b for a, b in zip(rates, others, strict=True))
 
 
 def generated(engine: Engine, prompts: Sequence[Prompt], seed: int) -> float:
