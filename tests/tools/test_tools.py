@@ -1,6 +1,7 @@
 """Tools: right results, and every way to misuse them comes back as words."""
 
 import json
+import os
 import re
 import resource
 import subprocess
@@ -128,6 +129,13 @@ def test_what_is_printed_does_not_fill_this_process():
     with pytest.raises(ToolError, match="File too large|stopped"):
         run_python("for _ in range(100): print('x' * (1 << 20))", seconds=1, megabytes=200)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KB
+
+
+@closed_room
+@pytest.mark.skipif(os.geteuid() == 0, reason="Linux does not count the processes of root")
+def test_processes_do_not_multiply():
+    with pytest.raises(ToolError, match="BlockingIOError"):
+        run_python("import os, time\nfor _ in range(60):\n    os.fork() or time.sleep(9)", seconds=1, megabytes=200)
 
 
 def test_without_namespaces_there_is_no_python_tool(monkeypatch):
