@@ -100,6 +100,8 @@ def test_the_last_tokens_are_punished_gently_before_the_cut():
     config = RewardConfig(answer=0, overlong=2.0, overlong_buffer=0.2)
     Rewarder(config, enable_thinking=False, max_tokens=10).score(items)
     assert [item.reward for item in items] == [-1.0, 0.0, -2.0]
+    with pytest.raises(UserError, match="a share, from 0 to 1"):
+        RewardConfig(overlong_buffer=20)
 
 
 def test_a_loop_in_the_thoughts_is_seen():

@@ -12,7 +12,7 @@ from minnow.data.pond.relations import LANGUAGES, RELATIONS
 from minnow.data.pond.write import load_world
 from minnow.data.prompts import Prompt
 from minnow.rl.environment import Environment, Reply, SingleTurn
-from minnow.rl.own_code import load_object
+from minnow.rl.user_code import load_object
 from minnow.tokenizer.chat import Conversation, Message
 from minnow.tools import CALCULATOR, Tool, ToolError, call_tool, lookup_tool
 from minnow.tools.sandbox import python_tool

@@ -13,7 +13,6 @@ from minnow.config import UserError
 from minnow.evaluation.judge import Judge, load_judge
 from minnow.rl.answers import AnswerKind, is_right
 from minnow.rl.judge import JudgeConfig, judge_reward
-from minnow.rl.own_code import load_object
 from minnow.rl.rollouts import RolloutConfig, Trajectory
 from minnow.rl.text_rewards import (
     format_reward,
@@ -22,6 +21,7 @@ from minnow.rl.text_rewards import (
     overlong_reward,
     repetition_reward,
 )
+from minnow.rl.user_code import load_object
 from minnow.tokenizer.chat import Conversation
 
 RewardFunction = Callable[[Sequence[Trajectory]], Sequence[float]]
@@ -69,6 +69,10 @@ class RewardConfig:
     functions: tuple[str, ...] = ()
     """Python functions of yours, MODULE:FUNCTION@WEIGHT: called with the list of trajectories, return a list of
     numbers."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlong_buffer <= 1:
+            raise UserError(f"rewards.overlong_buffer is {self.overlong_buffer}: it is a share, from 0 to 1")
 
 
 class Rewarder:
