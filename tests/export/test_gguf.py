@@ -23,7 +23,7 @@ from minnow.model.config import RopeScaling
 from minnow.model.lora import LoraConfig, add_lora
 from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.tokenizer.bytelevel import GPT2_PATTERN, QWEN2_PATTERN
-from minnow.tokenizer.files import chat_template
+from minnow.tokenizer.template import chat_template
 
 
 def fields(path: Path) -> dict[str, Any]:

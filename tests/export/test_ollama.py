@@ -16,7 +16,7 @@ from export_models import tiny_model
 from minnow import cli
 from minnow.config import UserError
 from minnow.export.ollama import go_template, write_ollama
-from minnow.tokenizer.files import chat_template
+from minnow.tokenizer.template import chat_template
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "city": "str"}}}
 

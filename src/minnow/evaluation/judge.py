@@ -83,7 +83,7 @@ def load_judge(model: str | Path, device: torch.device) -> Judge:
     try:
         reward_model = load_reward_model(folder, device=device)
         tokenizer = Tokenizer.from_pretrained(folder)
-        tokenizer.require_chat_tokens()
+        tokenizer.require_chat_template(str(model))
     except UserError:  # another decoder or template than ours
         return TransformersJudge(folder, device)
     return RewardModelJudge(reward_model, tokenizer)

@@ -19,8 +19,9 @@ from torch import Tensor
 from minnow.config import UserError, atomic_write
 from minnow.export.gguf_shape import add_shape, gguf_architecture, gguf_tensors
 from minnow.export.gguf_tokenizer import add_tokenizer
-from minnow.export.template import chat_template, model_name, without_thinking
+from minnow.export.template import model_name, without_thinking
 from minnow.model.pretrained import load_pretrained
+from minnow.tokenizer.template import folder_template
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
@@ -62,7 +63,7 @@ def write_gguf(folder: Path, path: Path, type: GgufType = "f16", *, thinking: bo
     model = load_pretrained(folder)
     tensors = dict(gguf_tensors(model))
     types = {name: tensor_type(name, tensor, type) for name, tensor in tensors.items()}
-    template = chat_template(folder)
+    template = folder_template(folder)
     if template is not None and not thinking:
         template = without_thinking(template)
     with atomic_write(path) as temporary:

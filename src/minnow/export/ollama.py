@@ -11,10 +11,9 @@ from pathlib import Path
 
 from minnow.config import UserError, atomic_write
 from minnow.export.gguf_file import GgufFile, GgufType, write_gguf
-from minnow.export.template import chat_template
 from minnow.model.pretrained import read_config
-from minnow.tokenizer.files import chat_template as our_template
 from minnow.tokenizer.special import IM_END
+from minnow.tokenizer.template import differences, folder_template
 from minnow.tokenizer.tokenizer import Tokenizer
 
 # ollama offers reasoning where a template writes .Thinking, and then asks for it unless told otherwise.
@@ -32,8 +31,8 @@ def write_ollama(folder: Path, out: Path, type: GgufType = "f16", *, thinking: b
     thinking: whether ollama offers (and by default asks for) reasoning. UserError for a chat template that is not
     minnow's: there is no translation from Jinja.
     """
-    template = chat_template(folder)
-    if template is not None and template != our_template():
+    template = folder_template(folder)
+    if template is not None and differences(template):
         raise UserError(f"{folder}: its chat template is not minnow's, and ollama's language is another: use --to gguf")
     content = modelfile(
         f"model-{type}.gguf",

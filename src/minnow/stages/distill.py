@@ -44,7 +44,9 @@ def run(config: Config) -> None:
     if config.init_from is None and config.tokenizer is None:
         config = dataclasses.replace(config, tokenizer=str(resolve_model_folder(config.teacher)))
     config, student, tokenizer = pretrain.start(config)
-    teacher = load_teacher(config.teacher, tokenizer, config.sequence_length)
+    if config.kind == "sft" and config.init_from is not None:
+        tokenizer.require_chat_template(config.init_from)
+    teacher = load_teacher(config.teacher, tokenizer, config.sequence_length, chats=config.kind == "sft")
     rows_at_once = config.training.rows_at_once(config.sequence_length)
     cache = Path(config.data.cache_dir).expanduser()
 
@@ -72,14 +74,21 @@ def run(config: Config) -> None:
     run_lesson(config, tokenizer, student, "distill", config.kind, Console(stderr=True), lesson)
 
 
-def load_teacher(teacher: str, tokenizer: Tokenizer, sequence_length: int) -> CausalLM:
-    """The frozen teacher. UserError for another tokenizer than the student's, and for a context that is too short."""
+def load_teacher(teacher: str, tokenizer: Tokenizer, sequence_length: int, *, chats: bool) -> CausalLM:
+    """The frozen teacher, of texts or of conversations (`chats`).
+
+    UserError for another tokenizer than the student's, for a chat template unlike minnow's, and for a context that is
+    too short.
+    """
     folder = resolve_model_folder(teacher)
-    if Tokenizer.from_pretrained(folder).fingerprint != tokenizer.fingerprint:
+    its = Tokenizer.from_pretrained(folder)
+    if its.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"--teacher {teacher} has another tokenizer than the student: their tokens do not compare "
             "(to learn from its answers instead: minnow distill generate)"
         )
+    if chats:
+        its.require_chat_template(teacher)
     model = load_pretrained(folder).requires_grad_(False).eval()
     model.config.check_sequence_length(sequence_length)
     return model

@@ -27,7 +27,7 @@ from minnow.training.distillation import Distillation
 from minnow.training.distribution import first_goes_first, is_first, rank, world_size
 from minnow.training.objective import PackedBatches
 from minnow.training.run_folder import MetricsLog
-from minnow.training.session import Machine, RunFolder, load_start, train, with_machine
+from minnow.training.session import Machine, RunFolder, load_chat_start, train, with_machine
 from minnow.training.trainer import Trainer
 from minnow.training.validation import LanguageModelValidation
 
@@ -81,10 +81,9 @@ def run(config: Config) -> None:
     console = Console(stderr=True)
     machine = Machine.choose(config.training)
     config = with_machine(config, machine)
-    student, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
-    tokenizer.require_chat_tokens()
+    student, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
     student.config.check_sequence_length(config.sequence_length)
-    teacher = load_teacher(config.teacher, tokenizer, config.sequence_length)
+    teacher = load_teacher(config.teacher, tokenizer, config.sequence_length, chats=True)
     _require_readable(config, student, teacher)
     rows_per_micro_batch = practice_rows(config.training, config.sequence_length)
     practice = read_practice(config, tokenizer)

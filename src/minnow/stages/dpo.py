@@ -27,7 +27,7 @@ from minnow.training.reference import (
     row_batches,
     unrelated_batch,
 )
-from minnow.training.session import load_start
+from minnow.training.session import load_chat_start
 from minnow.training.validation import ObjectiveValidation
 
 PAIRS_AT_ONCE = 32
@@ -56,8 +56,7 @@ class Config(LanguageModelConfig):
 def run(config: Config) -> None:
     """Train, and leave the model in `RUN/model`."""
     console = Console(stderr=True)
-    model, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
-    tokenizer.require_chat_tokens()
+    model, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
     model.config.check_sequence_length(config.sequence_length)
     rows_at_once = config.training.rows_at_once(config.sequence_length)
     cache = Path(config.data.cache_dir).expanduser()

@@ -15,6 +15,7 @@ from minnow.model.context import ContextConfig
 from minnow.model.pretrained import load_pretrained, resolve_model_folder
 from minnow.report.long_context import long_context_figure
 from minnow.report.plots import save_figure
+from minnow.stages.terminal import note_foreign_template
 from minnow.tokenizer.tokenizer import Tokenizer
 from minnow.training.hardware import DeviceName, choose_device
 
@@ -65,6 +66,7 @@ def run(config: Config) -> None:
     model = load_pretrained(folder, device=choose_device(config.device))
     model.config = config.extend(model.config)
     tokenizer = Tokenizer.from_pretrained(folder)
+    note_foreign_template(tokenizer, config.model)
     options = TaskOptions(
         model_folder=folder,
         subject=Subject(model, tokenizer),

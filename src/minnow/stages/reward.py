@@ -18,7 +18,7 @@ from minnow.stages.language_model import LanguageModelConfig, Lesson, PackedData
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import is_first
 from minnow.training.reward import RewardLossConfig, RewardModeling, reward_margins
-from minnow.training.session import load_start
+from minnow.training.session import load_chat_start
 from minnow.training.validation import ObjectiveValidation
 
 
@@ -47,8 +47,7 @@ def run(config: Config) -> None:
     if config.lora.rank:
         raise UserError("--lora.rank: a reward model trains whole, adapters have no place for its head")
     console = Console(stderr=True)
-    start, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
-    tokenizer.require_chat_tokens()
+    start, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
     start.config.check_sequence_length(config.sequence_length)
     classification_config({"architectures": [architecture(start.config)]})  # before any work: can it be saved?
     model = RewardModel.from_language_model(start)

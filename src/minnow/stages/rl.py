@@ -34,7 +34,7 @@ from minnow.training.config import TrainingConfig
 from minnow.training.distribution import is_first, world_size
 from minnow.training.parallel import choose_parallel
 from minnow.training.run_folder import METRICS, ROLLOUTS, MetricsLog
-from minnow.training.session import Machine, RunFolder, load_start, train, with_machine
+from minnow.training.session import Machine, RunFolder, load_chat_start, train, with_machine
 from minnow.training.trainer import Trainer
 
 ModelT = TypeVar("ModelT", bound=CausalLM)
@@ -83,8 +83,7 @@ def run(config: Config) -> None:
     machine = Machine.choose(config.training)
     config = with_machine(config, machine)
     config.algorithm.check_samples(config.rollout.samples)
-    model, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
-    tokenizer.require_chat_tokens()
+    model, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
     model.config.check_sequence_length(config.sequence_length)
     rows_per_micro_batch = practice_rows(config.training, config.sequence_length)
     practice = read_practice(config, tokenizer)

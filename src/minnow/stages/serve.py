@@ -19,6 +19,7 @@ from minnow.model.adapter import base_of, is_adapter
 from minnow.model.pretrained import resolve_model_folder
 from minnow.serving import ServedModel, ServingConfig, create_app
 from minnow.serving.security import LOOPBACK
+from minnow.stages.terminal import note_foreign_template
 from minnow.training.hardware import DeviceName, Precision, choose_device, choose_precision
 
 _LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
@@ -167,6 +168,7 @@ def build_app(
             memory_share=config.memory_share,
             adapters=adapters,
         )
+        note_foreign_template(engine.tokenizer, name)
         if config.compile:  # now, and not while the first client waits
             engine.generate([[engine.tokenizer.end_of_text_id]], SamplingParams(max_tokens=3, ignore_eos=True))
         shared = AsyncEngine(engine, max_answers=config.max_answers)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from rich.console import Console
 
 from minnow.stages.language_model import LanguageModelConfig, run_language_model
+from minnow.tokenizer.template import chat_template
 from minnow.training.config import TrainingConfig
 from minnow.training.session import load_start
 
@@ -19,6 +20,8 @@ class Config(LanguageModelConfig):
     """Run folder: config.yaml, metrics.jsonl, checkpoints/, model/ and report.html go there."""
     init_from: str
     """Model to start from: a model folder, a run folder or a Hub id. Its tokenizer must have the chat tokens."""
+    replace_chat_template: bool = False
+    """Teach minnow's chat template to a model that came with another; it is saved with minnow's."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=2, batch_tokens=32_768))
     """The training loop."""
 
@@ -27,5 +30,8 @@ def run(config: Config) -> None:
     """Train, and leave the model in `RUN/model`."""
     model, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
     tokenizer.require_chat_tokens()
+    if config.replace_chat_template:
+        tokenizer.chat_template = chat_template()
+    tokenizer.require_chat_template(config.init_from)
     model.config.check_sequence_length(config.sequence_length)
     run_language_model(config, tokenizer, model, "sft", Console(stderr=True))

@@ -6,6 +6,8 @@ import re
 import sys
 from dataclasses import dataclass, field
 
+from rich.console import Console
+
 from minnow.engine import Engine, SamplingOptions
 from minnow.model.context import ContextConfig
 from minnow.model.pretrained import load_pretrained, resolve_model_folder
@@ -36,7 +38,17 @@ class TalkingConfig(SamplingOptions, ContextConfig):
         folder = resolve_model_folder(self.model)
         model = load_pretrained(folder, dtype=choose_precision(self.precision, device), device=device)
         model.config = self.extend(model.config)
-        return Engine(model, Tokenizer.from_pretrained(folder), frozen=True, memory_share=self.memory_share)
+        tokenizer = Tokenizer.from_pretrained(folder)
+        note_foreign_template(tokenizer, self.model)
+        return Engine(model, tokenizer, frozen=True, memory_share=self.memory_share)
+
+
+def note_foreign_template(tokenizer: Tokenizer, model: str) -> None:
+    """Say so where MODEL was taught to converse in another form than minnow will ask it in."""
+    if tokenizer.has_chat_tokens and (foreign := tokenizer.foreign_template) is not None:
+        Console(stderr=True).print(
+            f"note: {model} came with {foreign}: expect worse answers than elsewhere", highlight=False
+        )
 
 
 def printable(text: str) -> str:

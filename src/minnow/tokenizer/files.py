@@ -4,8 +4,6 @@ chat_template.jinja."""
 from __future__ import annotations
 
 import json
-from functools import cache
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +11,13 @@ import tokenizers
 
 from minnow.config import UserError, atomic_write
 from minnow.tokenizer.special import END_OF_TEXT, IM_END
+from minnow.tokenizer.template import folder_template
 
 _UNLIMITED = 131072  # the model's config.json knows the trained length; transformers warns beyond this one
 
 
-@cache
-def chat_template() -> str:
-    """The one chat template (Jinja)."""
-    return (resources.files("minnow.tokenizer") / "chat_template.jinja").read_text(encoding="utf-8")
-
-
-def save(folder: Path, tokenizer: tokenizers.Tokenizer, end_of_text: str, *, chat: bool) -> None:
-    """Write the files so that `transformers.AutoTokenizer` (4 and 5) gives the same ids beside any
-    config.json.
+def save(folder: Path, tokenizer: tokenizers.Tokenizer, end_of_text: str, *, chat: bool, template: str | None) -> None:
+    """Write the files so that `transformers.AutoTokenizer` (4 and 5) gives the same ids beside any config.json.
 
     The class is named PreTrainedTokenizerFast, which takes tokenizer.json as it is: the class transformers
     would pick for a Qwen model adds an NFC normaliser.
@@ -43,8 +35,8 @@ def save(folder: Path, tokenizer: tokenizers.Tokenizer, end_of_text: str, *, cha
     }
     _write(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
-    if chat:
-        _write(folder / "chat_template.jinja", chat_template())
+    if template is not None:
+        _write(folder / "chat_template.jinja", template)
 
 
 def _write(path: Path, text: str) -> None:
@@ -52,9 +44,10 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def load(folder_or_hub_id: str | Path) -> tuple[tokenizers.Tokenizer, str]:
-    """The `tokenizers` tokenizer and the text of its end-of-document token. Raises `UserError` where there is
-    none."""
+def load(folder_or_hub_id: str | Path) -> tuple[tokenizers.Tokenizer, str, str | None]:
+    """The `tokenizers` tokenizer, the text of its end-of-document token, and the chat template if there is one.
+
+    Raises `UserError` where there is no tokenizer."""
     path = Path(folder_or_hub_id)
     if path.is_dir():
         folder = path if _is_tokenizer(path) else path / "model"
@@ -70,7 +63,7 @@ def load(folder_or_hub_id: str | Path) -> tuple[tokenizers.Tokenizer, str]:
     else:
         tokenizer = _gpt2(folder)
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    return tokenizer, END_OF_TEXT if END_OF_TEXT in known else _end_token(folder)
+    return tokenizer, END_OF_TEXT if END_OF_TEXT in known else _end_token(folder), folder_template(folder)
 
 
 def _is_tokenizer(folder: Path) -> bool:
@@ -103,7 +96,7 @@ def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["tokenizer*.json", "special_tokens_map.json"]))
+        return Path(snapshot_download(hub_id, allow_patterns=["tokenizer*.json", "special_tokens_map.json", "*.jinja"]))
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{hub_id}: neither a folder here nor a model on the Hugging Face Hub ({reason})") from error

@@ -17,7 +17,7 @@ import numpy as np
 import tokenizers
 
 from minnow.config import UserError
-from minnow.tokenizer import fast, files
+from minnow.tokenizer import fast, files, template
 from minnow.tokenizer.bytelevel import is_control, token_byte_strings, valid_unicode
 from minnow.tokenizer.special import CHAT_TOKENS, END_OF_TEXT, IM_END, IM_START
 
@@ -26,11 +26,14 @@ class Tokenizer:
     """Wraps a `tokenizers.Tokenizer`; build one with `from_pretrained` or
     `minnow.tokenizer.train.train_tokenizer`.
 
-    `end_of_text` names the token that ends a document (and pads). Raises `UserError` where the vocabulary
+    `end_of_text` names the token that ends a document (and pads); `chat_template` is the one it came with, which is
+    saved with it: by default minnow's, where the tokens for it are there. Raises `UserError` where the vocabulary
     lacks it, or where the text of a control token could not be told from the token itself.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT) -> None:
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT, chat_template: str | None = None
+    ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
@@ -45,6 +48,8 @@ class Tokenizer:
         self.end_of_text = end_of_text
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         """Largest id + 1: special and reserved tokens included."""
+        self.chat_template = chat_template or (template.chat_template() if self.has_chat_tokens else None)
+        """What other programs render conversations by (Jinja); minnow always renders by its own template."""
 
         # Text goes through a tokenizer that does not know the control tokens, so it cannot write one.
         ordinary = self._definition | {
@@ -62,13 +67,12 @@ class Tokenizer:
     @classmethod
     def from_pretrained(cls, folder_or_hub_id: str | Path) -> Tokenizer:
         """Load from a model or tokenizer folder, a run folder (its `model/`), or a Hugging Face Hub id."""
-        tokenizer, end_of_text = files.load(folder_or_hub_id)
-        return cls(tokenizer, end_of_text)
+        return cls(*files.load(folder_or_hub_id))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and, for a tokenizer that can chat,
-        chat_template.jinja."""
-        files.save(Path(folder), self._tokenizer, self.end_of_text, chat=self.has_chat_tokens)
+        """Write tokenizer.json, tokenizer_config.json and, where there is a chat template, chat_template.jinja."""
+        chat = self.has_chat_tokens
+        files.save(Path(folder), self._tokenizer, self.end_of_text, chat=chat, template=self.chat_template)
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -98,6 +102,12 @@ class Tokenizer:
         return self.special_ids[IM_END]
 
     @property
+    def foreign_template(self) -> str | None:
+        """What the chat template writes otherwise than minnow does, as a phrase; None where they agree."""
+        found = template.differences(self.chat_template) if self.chat_template is not None else []
+        return f"another chat template than minnow's (it writes {', '.join(found)} otherwise)" if found else None
+
+    @property
     def has_chat_tokens(self) -> bool:
         """Whether the chat template can be rendered."""
         return all(token in self.special_ids for token in CHAT_TOKENS)
@@ -109,6 +119,15 @@ class Tokenizer:
             raise UserError(
                 f"this tokenizer cannot chat: its special tokens lack {', '.join(missing)}; "
                 "use one made by `minnow tokenizer train`, or one that has them"
+            )
+
+    def require_chat_template(self, whose: str) -> None:
+        """Raise `UserError` where minnow does not write conversations as WHOSE model was taught them."""
+        self.require_chat_tokens()
+        if (foreign := self.foreign_template) is not None:
+            raise UserError(
+                f"{whose} came with {foreign}: it would read conversations in a form that it was not taught. Teach it "
+                f"minnow's first: minnow sft --init_from {whose} --replace_chat_template true --data.paths ..."
             )
 
     def encode(self, text: str) -> list[int]:
@@ -159,6 +178,6 @@ class Tokenizer:
         template."""
         decisive = self._definition | {
             "end_of_text": self.end_of_text,
-            "chat_template": files.chat_template(),
+            "chat_template": template.chat_template(),  # what renders, whatever the folder's own says
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

@@ -229,6 +229,16 @@ def load_start(init_from: str, lora: LoraConfig, *, seed: int) -> tuple[CausalLM
     return model, Tokenizer.from_pretrained(folder)
 
 
+def load_chat_start(init_from: str, lora: LoraConfig, *, seed: int) -> tuple[CausalLM, Tokenizer]:
+    """`load_start` for a stage that continues a model on conversations.
+
+    UserError where minnow does not write them as the model was taught them.
+    """
+    model, tokenizer = load_start(init_from, lora, seed=seed)
+    tokenizer.require_chat_template(init_from)
+    return model, tokenizer
+
+
 def with_machine(config: ConfigT, machine: Machine) -> ConfigT:
     """Write what `auto` was resolved to into `config.training`, so that config.yaml says what really ran."""
     training = dataclasses.replace(
