@@ -24,6 +24,7 @@ from minnow.objectives.distillation import DistillationLossConfig
 from minnow.optim import OptimConfig
 from minnow.stages import distill, pretrain, sft
 from minnow.stages import eval as evaluation
+from minnow.stages.language_model import LanguageModelConfig
 from minnow.training.config import TrainingConfig
 
 STUDENT = ModelConfig(  # 2.05M parameters with the pond's vocabulary of 1,700
@@ -92,8 +93,8 @@ def one_run(options: argparse.Namespace, seed: int, arm: str) -> dict[str, float
             distill.run(distill.Config(**settings, teacher=teacher, kind=kind, loss=loss))  # type: ignore[arg-type]
     else:
         pretrain.run(first)
-        shared = {field.name: getattr(second, field.name) for field in dataclasses.fields(sft.Config)}
-        sft.run(sft.Config(**shared))
+        shared = {field.name: getattr(second, field.name) for field in dataclasses.fields(LanguageModelConfig)}
+        sft.run(sft.Config(**shared, init_from=first.run))
     file = folder / "figures.json"
     evaluation.run(
         evaluation.Config(model=second.run, tasks=("pond",), pond=str(pond), max_rows=options.max_rows, json=str(file))
@@ -110,7 +111,7 @@ def data(options: argparse.Namespace, name: str) -> DataConfig:
 
 def training(steps: int, seed: int) -> TrainingConfig:
     return TrainingConfig(
-        steps=steps, batch_tokens=8192, seed=seed, validate_every=0, validation_tokens=32_768, save_every=0
+        steps=steps, batch_tokens=8192, seed=seed, validate_every=50, validation_tokens=32_768, save_every=0
     )
 
 

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from minnow.report.plots import figures_of, pair_figure, rollout_figure, run_figure, save_figure
+from minnow.config import UserError
+from minnow.report.plots import comparison_figure, figures_of, pair_figure, rollout_figure, run_figure, save_figure
+from minnow.stages import report
 
 
 def test_the_rollout_figure_draws_every_phase_and_every_examination() -> None:
@@ -63,3 +65,33 @@ def test_a_run_is_drawn_by_what_it_did() -> None:
 def test_a_run_that_taught_nothing_is_drawn_without_a_warning(tmp_path: Path) -> None:
     records = [{"step": step, "loss": 0.0, "lr": 0.1, "grad_norm": 0.0, "tokens_per_second": 9.0} for step in (1, 2)]
     save_figure(run_figure(records, "a run"), tmp_path / "curves.png")
+
+
+def test_runs_are_compared_by_what_all_of_them_held_out() -> None:
+    alone = [{"step": 5, "validation_loss": 2.0, "bits_per_byte": 1.0}, {"step": 9, "validation_loss": 1.5}]
+    taught = [{"step": 5, "validation_loss": 1.0}, {"step": 6, "loss": 3.0}]
+    (panel,) = comparison_figure({Path("work/alone-0/pretrain"): alone, Path("work/taught-0/pretrain"): taught}).axes
+    drawn = {line.get_label(): list(line.get_ydata()) for line in panel.get_lines()}
+    assert drawn == {"alone-0": [2.0, 1.5], "taught-0": [1.0]}
+    with pytest.raises(UserError, match="no held-out figure"):
+        comparison_figure({Path("a"): alone, Path("b"): [{"step": 1, "loss": 1.0}]})
+
+
+def test_the_report_command_draws_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = '{"step": 1, "loss": 2.0, "validation_loss": 2.0, "tokens_per_second": 9.0, "mfu": 0.1, "tokens": 5, '
+    line += '"seconds": 1.0, "memory_gb": 1.0, "lr": 0.1, "grad_norm": 1.0}\n'
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(line)
+        (tmp_path / name / "config.yaml").write_text("run: x\n")
+    one, both = str(tmp_path / "one.svg"), str(tmp_path / "both.png")
+    report.run(report.Config(run=str(tmp_path / "a"), plot=one))
+    report.run(report.Config(run=str(tmp_path / "a"), plot=both, beside=(str(tmp_path / "b"),)))
+    written = str(tmp_path / "a" / "report.html")
+    assert capsys.readouterr().out.split() == [written, one, written, both]
+    assert Path(one).read_text().startswith("<?xml")
+    assert Path(both).read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match="--plot FILE"):
+        report.run(report.Config(run=str(tmp_path / "a"), beside=(str(tmp_path / "b"),)))
+    with pytest.raises(UserError, match="holds no metrics.jsonl"):
+        report.run(report.Config(run=str(tmp_path / "a"), plot=one, beside=(str(tmp_path),)))

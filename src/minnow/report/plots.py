@@ -9,9 +9,17 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from minnow.config import atomic_write
+from minnow.config import UserError, atomic_write
 
 Record = dict[str, Any]
+
+_HELD_OUT = {
+    "validation_loss": "held-out loss",
+    "bits_per_byte": "held-out bits per byte",
+    "validation_accuracy": "held-out accuracy",
+    "held_out/reward": "held-out reward",
+}
+"""Figures of a validation in metrics.jsonl, and what to call them."""
 
 BLUE, ORANGE, GREEN, PURPLE = "#1f6f8b", "#d9822b", "#5b8c5a", "#8c5b8a"
 
@@ -76,6 +84,37 @@ def pair_figure(records: Sequence[Record], title: str) -> Figure:
         if axes.get_legend_handles_labels()[0]:
             axes.legend(frameon=False, loc="best")
     return figure
+
+
+def comparison_figure(runs: Mapping[Path, Sequence[Record]]) -> Figure:
+    """Held-out curves of several runs in the same axes: a panel for each figure that all of them have.
+
+    runs: lines of metrics.jsonl by run folder. Runs are named by what tells their paths apart. UserError where they
+    have nothing in common.
+    """
+    panels = {key: title for key, title in _HELD_OUT.items() if all(_has(records, key) for records in runs.values())}
+    if not panels:
+        raise UserError(f"{', '.join(map(str, runs))}: no held-out figure stands in the metrics of all of them")
+    names = _short_names(list(runs))
+    figure = Figure(figsize=(5.5 * len(panels), 3.8), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        for i, (name, records) in enumerate(zip(names, runs.values(), strict=True)):
+            _curve(axes, records, key, f"C{i}", label=name)
+        axes.set(title=title, xlabel="update")
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False)
+    return figure
+
+
+def _has(records: Sequence[Record], key: str) -> bool:
+    return any(record.get(key) is not None for record in records)
+
+
+def _short_names(paths: Sequence[Path]) -> list[str]:
+    """The parts of paths in which they differ."""
+    parts = [path.resolve().parts for path in paths]
+    shared = {part for part in parts[0] if all(part in each for each in parts)}
+    return ["/".join(part for part in each if part not in shared) or each[-1] for each in parts]
 
 
 def rollout_figure(phases: Sequence[Record], updates: Sequence[Record], title: str) -> Figure:
