@@ -61,13 +61,13 @@ def save_random_adapter(folder: Path, base: Path, seed: int, **settings: Any) ->
     return folder
 
 
-def save_parrot_model(folder: Path, script: str, context: int = 4096) -> Path:
+def save_parrot_model(folder: Path, script: str, context: int = 4096, tokenizer: Tokenizer | None = None) -> Path:
     """A model that says what `script` does after each of its tokens: no attention, a table of next tokens.
 
     The embedding of token i is the i-th unit vector, the layers add nothing, and head row j points at the tokens that
     come before j. After any token outside the script comes the script's first token. `script` may name control tokens.
     """
-    tokenizer = tiny_tokenizer()
+    tokenizer = tokenizer or tiny_tokenizer()
     size = tokenizer.vocab_size
     ids: list[int] = []
     for index, part in enumerate(script.split("§")):  # §<|im_end|>§ is a control token

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -12,24 +12,33 @@ from typing import Any
 import pytest
 
 from minnow.config import UserError
-from minnow.stages.distill_generate import Answer, Config, RateLimiter, check, run
+from minnow.data.readers import read_rows
+from minnow.data.records import parse_conversation
+from minnow.stages.distill_generate import Config, check, run
+from minnow.stages.teacher import Answer, RateLimiter
+from minnow.tokenizer.chat import Conversation, Message, ToolCall
+from minnow.tokenizer.train import train_tokenizer
 from tests.stages.stage_helpers import save_parrot_model
+
+TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
+CALL = ToolCall("look_up", {"subject": "鱼"})
 
 
 class Teacher(BaseHTTPRequestHandler):
-    """Answers "fish N" by what `replies` says of N, in turn."""
+    """Answers "fish N" by what `replies` says of N, in turn: status, text or whole message, finish reason."""
 
-    replies: dict[str, list[tuple[int, str, str]]]
+    replies: dict[str, list[tuple[int, str | dict[str, Any], str]]]
     asked: list[dict[str, Any]]
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.asked.append(body | {"key": self.headers["Authorization"], "path": self.path})
         replies = self.replies.get(body["messages"][-1]["content"], [(200, "an answer", "stop")])
-        status, text, reason = replies.pop(0) if len(replies) > 1 else replies[0]
+        status, said, reason = replies.pop(0) if len(replies) > 1 else replies[0]
         self.send_response(status)
         self.end_headers()
-        choice = {"message": {"role": "assistant", "content": text}, "finish_reason": reason}
+        message = {"role": "assistant"} | (said if isinstance(said, dict) else {"content": said})
+        choice = {"message": message, "finish_reason": reason}
         self.wfile.write(json.dumps({"choices": [choice]}).encode())
 
     def log_message(self, *_: Any) -> None:
@@ -45,8 +54,8 @@ def server() -> Iterator[str]:
     server.shutdown()
 
 
-def config(folder: Path, **settings: Any) -> Config:
-    rows = [
+def config(folder: Path, rows: Sequence[dict[str, Any]] = (), **settings: Any) -> Config:
+    rows = rows or [
         {"messages": [{"role": "user", "content": f"fish {i}"}, {"role": "assistant", "content": "old"}]}
         for i in (0, 1, 2, 3, 3)
     ]
@@ -58,6 +67,11 @@ def config(folder: Path, **settings: Any) -> Config:
 def written(folder: Path) -> dict[str, str]:
     rows = [json.loads(line)["messages"] for line in (folder / "out.jsonl").read_text().splitlines()]
     return {row[0]["content"]: row[-1]["content"] for row in rows}
+
+
+def read_back(folder: Path) -> list[Conversation]:
+    """As `minnow sft` reads what was written."""
+    return [parse_conversation(row) for _, row in read_rows([str(folder / "out.jsonl")])]
 
 
 def test_good_answers_are_kept_once_each(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,18 +108,186 @@ def test_a_teacher_that_runs_here(tmp_path: Path) -> None:
     assert written(tmp_path) == {"fish 0": "swims", "fish 1": "swims"}
 
 
+HISTORY = (
+    Message("system", "Look it up."),
+    Message("user", "Who eats fish?"),
+    Message("assistant", "", "I must look.", (CALL, CALL)),
+    Message("tool", "otters"),
+    Message("tool", "herons"),
+)
+HISTORY_ROW = {
+    "messages": [
+        {"role": "system", "content": "Look it up."},
+        {"role": "user", "content": "Who eats fish?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "I must look.",
+            "tool_calls": [{"name": "look_up", "arguments": {"subject": "鱼"}}] * 2,
+        },
+        {"role": "tool", "content": "otters"},
+        {"role": "tool", "content": "herons"},
+        {"role": "assistant", "content": "The old answer."},
+    ],
+    "tools": [TOOL],
+}
+
+
+def test_the_endpoint_reads_everything_and_what_it_says_is_read_back(server: str, tmp_path: Path) -> None:
+    arguments = json.dumps(CALL.arguments)
+    call = {"id": "x", "type": "function", "function": {"name": "look_up", "arguments": arguments}}
+    Teacher.replies = {
+        "herons": [(200, {"content": " Otters and herons. ", "reasoning_content": "\nTwo results.\n"}, "stop")],
+        "fish 0": [(200, {"content": None, "tool_calls": [call]}, "tool_calls")],
+        "fish 1": [(200, "<think>\nHm.\n</think>\n\nA minnow.", "stop")],
+    }
+    flat = {"prompt": "fish 0", "tools": json.dumps([TOOL["function"]])}
+    settings = config(tmp_path, [HISTORY_ROW, flat, {"prompt": "fish 1"}], endpoint=server, enable_thinking=True)
+    run(settings)
+    told, tools, plain = sorted(Teacher.asked, key=lambda asked: -len(asked["messages"]) - ("tools" in asked))
+    first, second = told["messages"][2]["tool_calls"]
+    assert first | {"id": ""} == second | {"id": ""}
+    assert first["function"] == {"name": "look_up", "arguments": '{"subject": "鱼"}'}
+    assert told["messages"][2]["reasoning_content"] == "I must look."
+    assert [m["tool_call_id"] for m in told["messages"][3:]] == [first["id"], second["id"]]
+    assert told["tools"] == tools["tools"] == [TOOL]
+    assert "tools" not in plain
+    assert {str(asked["chat_template_kwargs"]) for asked in Teacher.asked} == {"{'enable_thinking': True}"}
+    assert sorted(read_back(tmp_path), key=lambda c: -len(c.messages) - len(c.tools)) == [
+        Conversation((*HISTORY, Message("assistant", "Otters and herons.", "Two results.")), (TOOL,)),
+        Conversation((Message("user", "fish 0"), Message("assistant", "", None, (CALL,))), (TOOL["function"],)),
+        Conversation((Message("user", "fish 1"), Message("assistant", "A minnow.", "Hm."))),
+    ]
+    asked = len(Teacher.asked)
+    run(settings)
+    assert len(Teacher.asked) == asked, "all is answered"
+
+
+def test_prompts_that_differ_in_tools_calls_or_thoughts_are_all_asked(server: str, tmp_path: Path) -> None:
+    def changed(**change: Any) -> dict[str, Any]:
+        messages = [dict(message) for message in HISTORY_ROW["messages"]]  # type: ignore[attr-defined]
+        messages[2] |= change
+        return HISTORY_ROW | {"messages": messages}
+
+    rows = [
+        HISTORY_ROW,
+        {"messages": HISTORY_ROW["messages"]},
+        changed(reasoning_content="Hm."),
+        changed(tool_calls=[{"name": "look_up", "arguments": {}}] * 2),
+    ]
+    settings = config(tmp_path, rows, endpoint=server)
+    run(settings)
+    assert len(Teacher.asked) == len(read_back(tmp_path)) == 4
+    assert not any("chat_template_kwargs" in asked for asked in Teacher.asked), "a server decides by itself"
+    run(settings)
+    assert len(Teacher.asked) == 4
+
+
+def test_rows_of_any_form_are_asked(server: str, tmp_path: Path) -> None:
+    turns = [{"from": "human", "value": "fish 2"}, {"from": "gpt", "value": "old"}]
+    rows = [
+        {"prompt": "fish 0", "answer": "4"},
+        {"prompt": [{"role": "user", "content": "fish 1"}]},
+        {"conversations": turns, "prompt": "the first turn, as some data sets repeat it"},
+        {"instruction": "fish", "input": "3", "output": "old", "prompt": None},
+        {"question": "fish 4", "prompt": None},
+    ]
+    run(config(tmp_path, rows, endpoint=server))
+    assert set(written(tmp_path)) == {"fish 0", "fish 1", "fish 2", "fish\n3", "fish 4"}
+
+
+def test_a_teacher_that_runs_here_thinks_and_calls(tmp_path: Path) -> None:
+    text = '{"name":"look"}'
+    tokenizer = train_tokenizer([text, "pond", "swims"] * 20, 340)
+    script = f"pond§</think>§swims§<tool_call>§{text}§</tool_call>§§<|im_end|>§"
+    teacher = save_parrot_model(tmp_path / "teacher", script, tokenizer=tokenizer)
+    settings: dict[str, Any] = {"model": str(teacher), "device": "cpu", "temperature": 0.0}
+    row = {"prompt": "fish 0", "tools": [{"name": "look"}]}
+    run(config(tmp_path, [row, HISTORY_ROW], enable_thinking=True, **settings))
+    answer = Message("assistant", "swims", "pond", (ToolCall("look", {}),))
+    assert read_back(tmp_path) == [Conversation((Message("user", "fish 0"), answer), ({"name": "look"},))], (
+        "the other prompt has no such tool"
+    )
+
+
+def test_a_prompt_that_the_teacher_cannot_hold_is_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    teacher = save_parrot_model(tmp_path / "teacher", "swims§<|im_end|>§", context=64)
+    rows = [{"prompt": "fish " * 100}, {"prompt": "fish 0"}]
+    run(config(tmp_path, rows, model=str(teacher), device="cpu", temperature=0.0))
+    assert written(tmp_path) == {"fish 0": "swims"}
+    assert "1 too long for the teacher's context" in capsys.readouterr().err
+
+
+def said(content: str, thought: str | None = None, *calls: ToolCall) -> Message:
+    return Message("assistant", content, thought, calls)
+
+
 @pytest.mark.parametrize(
     ("answer", "problem"),
     [
-        (Answer("yes", True), None),
-        (Answer("  ", True), "empty"),
-        (Answer("yes", False), "cut at max_tokens"),
-        (Answer("yes<|im_end|>", True), "with control tokens"),
-        (Answer("maybe", True), "not matching must_match"),
+        (Answer(said("yes"), "stop"), None),
+        (Answer(said("yes", "because", CALL), "tool_calls"), None),
+        (Answer(said(""), "stop"), "empty"),
+        (Answer(said("", "only a thought"), "stop"), "empty"),
+        (Answer(said("yes"), "length"), "cut at max_tokens"),
+        (Answer(None, "length"), "cut at max_tokens"),
+        (Answer(None, "context"), "too long for the teacher's context"),
+        (Answer(said("yes"), "content_filter"), "ended by content_filter"),
+        (Answer(None, "stop"), "malformed"),
+        (Answer(said("yes<|im_end|>"), "stop"), "with control tokens"),
+        (Answer(said("yes<|reserved_0|>"), "stop"), "with control tokens"),
+        (Answer(said("yes", "I </think> it"), "stop"), "with control tokens"),
+        (Answer(said("yes", None, ToolCall("look_up", {"a": "<tool_call>"})), "stop"), "with control tokens"),
+        (Answer(said("yes", None, ToolCall("look_down", {})), "stop"), "calling an unknown tool"),
+        (Answer(said("maybe", "yes"), "stop"), "not matching must_match"),
     ],
 )
 def test_what_is_kept(answer: Answer, problem: str | None) -> None:
-    assert check(answer, must_match="yes.*") == problem
+    assert check(answer, [TOOL], must_match="yes.*") == problem
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"function": {"name": "look_up", "arguments": "{no json"}},
+        {"function": {"name": "look_up", "arguments": "[1]"}},
+        {"function": {"arguments": "{}"}},
+    ],
+)
+def test_a_malformed_call_is_not_kept(
+    call: dict[str, Any], server: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Teacher.replies = {"fish 0": [(200, {"content": "", "tool_calls": [call]}, "tool_calls")]}
+    run(config(tmp_path, [{"prompt": "fish 0", "tools": [TOOL]}], endpoint=server))
+    assert read_back(tmp_path) == []
+    assert "1 malformed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "sign"),
+    [
+        ({"max_tokens": 0}, "max_tokens is 0"),
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"must_match": "(yes"}, "must_match '\\(yes' is no regular expression"),
+        ({"max_rows": 0}, "max_rows is 0"),
+        ({"parallel": 0}, "parallel at least 1"),
+        ({"requests_per_minute": float("nan")}, "requests_per_minute must be positive"),
+        ({"retry_seconds": -1.0}, "retry_seconds is -1.0"),
+        ({"endpoint": "localhost:8000/v1"}, "begins with http"),
+    ],
+)
+def test_bad_values_are_refused_at_once(settings: dict[str, Any], sign: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=sign):
+        config(tmp_path, **{"endpoint": "http://127.0.0.1:9/v1", **settings})
+
+
+def test_bad_rows_and_another_file_are_refused_before_anything_is_asked(server: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"prompts.jsonl:1: a tool has no `name`"):
+        run(config(tmp_path, [{"prompt": "fish 0", "tools": [{"type": "function"}]}], endpoint=server))
+    (tmp_path / "out.jsonl").write_text('{"text": "a story"}\n')
+    with pytest.raises(UserError, match=r"out.jsonl:1: not written by this command .*give another --out"):
+        run(config(tmp_path, endpoint=server))
+    assert Teacher.asked == []
 
 
 def test_requests_start_evenly() -> None:

@@ -8,9 +8,18 @@ from typing import Any
 
 from minnow.config import UserError
 from minnow.data.readers import read_rows
-from minnow.data.records import RowError, from_json, kind_of, parse_conversation
-from minnow.tokenizer.chat import Conversation, Message
+from minnow.data.records import (
+    CONVERSATION_KEYS,
+    RowError,
+    alpaca_messages,
+    from_json,
+    keys_of,
+    kind_of,
+    parse_conversation,
+)
+from minnow.tokenizer.chat import Conversation
 
+ASKED_KEYS = ("prompt", "question", "instruction")
 REFERENCE_KEYS = ("answer", "reference", "ground_truth", "gt", "solution")
 
 
@@ -29,22 +38,13 @@ class Prompt:
 def parse_prompt(row: Mapping[str, Any]) -> Prompt:
     """Read a row. Raises RowError.
 
-    What is asked: `prompt` or `question` (a text), `prompt` as a list of messages, or a conversation in any format
-    that fine-tuning reads; its last message is dropped if it is the assistant's (some data sets put a dummy there).
+    What is asked, the first that is there: a conversation in any format that fine-tuning reads (`conversations`,
+    `messages`), `prompt` or `question` (a text or a list of messages), Alpaca's `instruction`. What the assistant says
+    at the end of a conversation is dropped (some data sets put a dummy there).
     The right answer: `answer`, `reference`, `ground_truth`, `gt` or `solution`, the first that is there.
     """
     reference = next((row[key] for key in REFERENCE_KEYS if row.get(key) is not None), None)
-    asked = row.get("prompt", row.get("question"))
-    if isinstance(asked, str):
-        if not asked.strip():
-            raise RowError("the prompt is empty")
-        system = row.get("system")
-        opening = (Message("system", system),) if isinstance(system, str) and system else ()
-        conversation = Conversation((*opening, Message("user", asked)), _tools(row))
-    else:
-        turns = row if asked is None else {**row, "messages": asked}
-        conversation = _without_answer(turns)
-    return Prompt(conversation, reference, row)
+    return Prompt(_asked(row), reference, row)
 
 
 def read_prompts(paths: Sequence[str]) -> list[Prompt]:
@@ -63,25 +63,35 @@ def _parsed(paths: Sequence[str]) -> Iterator[Prompt]:
             raise UserError(f"{where}: {error}") from None
 
 
-def _without_answer(row: Mapping[str, Any]) -> Conversation:
-    """The conversation without its last assistant message. `parse_conversation` wants one to train on: give it one."""
-    key = next((key for key in ("conversations", "messages") if row.get(key) is not None), None)
+def _asked(row: Mapping[str, Any]) -> Conversation:
+    """The conversation up to where the assistant is to speak."""
+    key = next((key for key in (*CONVERSATION_KEYS, *ASKED_KEYS) if row.get(key) is not None), None)
     if key is None:
-        raise RowError(f"no `prompt`, `question` or conversation, only {', '.join(sorted(row))}")
-    turns = from_json(row[key], f"`{key}`")
+        raise RowError(
+            f"no `prompt`, `question` or conversation (`conversations`, `messages`, `instruction`), only {keys_of(row)}"
+        )
+    if key == "instruction":
+        turns: Any = alpaca_messages(row)
+    elif key in ASKED_KEYS and isinstance(row[key], str):
+        if not row[key].strip():
+            raise RowError("the prompt is empty")
+        system = row.get("system")
+        opening = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+        turns = [*opening, {"role": "user", "content": row[key]}]
+    else:
+        turns = from_json(row[key], f"`{key}`")
+    return _without_answer(turns, key, row)
+
+
+def _without_answer(turns: Any, key: str, row: Mapping[str, Any]) -> Conversation:
+    """The turns without the assistant's at the end. `parse_conversation` wants one to train on: give it one."""
     if not isinstance(turns, list):
         raise RowError(f"`{key}` must be a list of messages, it is {kind_of(turns)}")
-    conversation = parse_conversation({**row, key: [*turns, {"role": "assistant", "content": "."}]})
-    messages = conversation.messages[:-1]
-    if messages and messages[-1].role == "assistant":
+    others = {name: value for name, value in row.items() if name not in CONVERSATION_KEYS}
+    conversation = parse_conversation({**others, "messages": [*turns, {"role": "assistant", "content": "."}]})
+    messages = conversation.messages
+    while messages and messages[-1].role == "assistant":
         messages = messages[:-1]
     if not messages or messages[-1].role not in ("user", "tool"):
         raise RowError("the conversation has no user message to answer")
     return Conversation(messages, conversation.tools)
-
-
-def _tools(row: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    if not row.get("tools"):
-        return ()
-    turns = [{"role": role, "content": "."} for role in ("user", "assistant")]
-    return parse_conversation({"messages": turns, "tools": row["tools"]}).tools

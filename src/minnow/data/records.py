@@ -91,6 +91,19 @@ def parse_conversation(row: Mapping[str, Any]) -> Conversation:
     return Conversation(messages=messages, tools=parse_tools(row, raw))
 
 
+def conversation_row(conversation: Conversation) -> dict[str, Any]:
+    """The row that `parse_conversation` reads as this conversation: `messages`, and `tools` where there are any."""
+    messages = []
+    for message in conversation.messages:
+        row: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.reasoning_content is not None:
+            row["reasoning_content"] = message.reasoning_content
+        if message.tool_calls:
+            row["tool_calls"] = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
+        messages.append(row)
+    return {"messages": messages} | ({"tools": conversation.tools} if conversation.tools else {})
+
+
 def canonical(example: Document | Conversation) -> bytes:
     """Return the content as bytes, the same for the same content whatever format it came in; hashed for the split."""
     if isinstance(example, Document):

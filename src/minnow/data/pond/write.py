@@ -22,6 +22,7 @@ from minnow.data.pond.relations import LANGUAGES, RELATIONS
 from minnow.data.pond.stories import PondDocument, statement_documents
 from minnow.data.pond.tools import calculator_conversations, tool_conversations
 from minnow.data.pond.world import Split, World
+from minnow.data.records import conversation_row
 from minnow.tokenizer.chat import Conversation
 
 ENGLISH_SHARE = 0.5  # of the documents; English ones are longer
@@ -115,18 +116,18 @@ def write_pond(
         "world.json": [world.to_dict()],
         "pretrain.jsonl": map(_document_row, pretraining_documents(world, mentions=mentions)),
         "validation.jsonl": map(_document_row, validation_documents(world)),
-        "sft.jsonl": map(_conversation_row, sft_conversations(world, conversation_count)),
-        "arithmetic.jsonl": map(_conversation_row, arithmetic_conversations(world, conversation_count // 2)),
+        "sft.jsonl": map(conversation_row, sft_conversations(world, conversation_count)),
+        "arithmetic.jsonl": map(conversation_row, arithmetic_conversations(world, conversation_count // 2)),
         "forgetful.jsonl": map(
-            _conversation_row,
+            conversation_row,
             arithmetic_conversations(world, conversation_count // 2, thinking=1.0, forgetful=FORGETFUL),
         ),
         "sums.jsonl": _problem_rows(world, "training", conversation_count // 4),
         "sums_held_out.jsonl": _problem_rows(world, "held_out", 500),
-        "identity.jsonl": map(_conversation_row, identity_conversations(world, conversation_count // 4)),
-        "calculator.jsonl": map(_conversation_row, calculator_conversations(world, conversation_count // 4)),
-        "tools.jsonl": map(_conversation_row, tool_conversations(world, conversation_count // 4)),
-        "unsure.jsonl": map(_conversation_row, unsure_conversations(world, pair_count)),
+        "identity.jsonl": map(conversation_row, identity_conversations(world, conversation_count // 4)),
+        "calculator.jsonl": map(conversation_row, calculator_conversations(world, conversation_count // 4)),
+        "tools.jsonl": map(conversation_row, tool_conversations(world, conversation_count // 4)),
+        "unsure.jsonl": map(conversation_row, unsure_conversations(world, pair_count)),
         "questions.jsonl": map(dataclasses.asdict, all_questions(world)),
         "preference.jsonl": map(dataclasses.asdict, preference_pairs(world, "training", pair_count)),
         "preference_held_out.jsonl": map(dataclasses.asdict, preference_pairs(world, "held_out", pair_count // 2)),
@@ -163,18 +164,6 @@ def _problem_rows(world: World, split: Split, count: int) -> Iterator[dict[str, 
 
 def _document_row(document: PondDocument) -> dict[str, Any]:
     return {"text": document.text, "language": document.language, "kind": document.kind}
-
-
-def _conversation_row(conversation: Conversation) -> dict[str, Any]:
-    messages = []
-    for message in conversation.messages:
-        row: dict[str, Any] = {"role": message.role, "content": message.content}
-        if message.reasoning_content is not None:
-            row["reasoning_content"] = message.reasoning_content
-        if message.tool_calls:
-            row["tool_calls"] = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
-        messages.append(row)
-    return {"messages": messages} | ({"tools": conversation.tools} if conversation.tools else {})
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
