@@ -17,20 +17,22 @@ from minnow.rl.environment import SingleTurn
 from minnow.rl.rewards import RewardConfig, Rewarder
 from minnow.rl.rollouts import Trajectory
 from minnow.rl.text_rewards import format_reward, language_reward, length_reward, overlong_reward
-from minnow.tokenizer.chat import Conversation, Message
+from minnow.tokenizer.chat import Conversation, Message, ToolCall
 from tests.rl.helpers import tiny
 
 
 def episode(content, *, reference="4", ending="stop", reasoning=None, tokens=3, asked="2 + 2?", row=None):
     prompt = Prompt(Conversation((Message("user", asked),)), reference, row or {})
+    answer = Message("assistant", content, reasoning)
     return Trajectory(
         SingleTurn(prompt),
         0,
         [1] * tokens,
         [True] * tokens,
         [-0.1] * tokens,
-        [Message("assistant", content, reasoning)],
+        [answer],
         ending,
+        conversation=Conversation((*prompt.conversation.messages, answer)),
     )
 
 
@@ -174,7 +176,7 @@ def test_prompt_rows():
         parse_prompt({"prompt": " "})
 
 
-def test_a_reward_model_reads_prompt_and_last_answer(tmp_path):
+def test_a_reward_model_reads_the_whole_episode(tmp_path):
     model, tokenizer = tiny()
     reward_model = RewardModel(model.config, seed=1)
     generator = torch.Generator().manual_seed(0)
@@ -182,16 +184,18 @@ def test_a_reward_model_reads_prompt_and_last_answer(tmp_path):
         for parameter in reward_model.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
     save_pretrained(reward_model, tmp_path / "rm", tokenizer=tokenizer)
-    items = [episode("yes"), episode("no, never")]
+    items = [episode("yes"), episode("no, never"), episode("yes")]
+    looked = (Message("assistant", "", None, (ToolCall("look", {}),)), Message("tool", "4"), items[2].answer)
+    items[2].conversation = Conversation((Message("user", "2 + 2?"), *looked))
     config = RewardConfig(answer=0, environment=0, reward_model=str(tmp_path / "rm"), reward_model_weight=2.0)
     Rewarder(config, enable_thinking=False).score(items)
     judge = RewardModelJudge(reward_model, tokenizer)
     for item in items:
-        (expected,) = judge([Conversation((*item.environment.prompt.conversation.messages, item.answer))])
+        (expected,) = judge([item.conversation])
         assert item.rewards["reward_model"] == pytest.approx(expected, abs=1e-5)
         assert item.reward == pytest.approx(2 * expected, abs=1e-5)
     raw = [item.rewards["reward_model"] for item in items]
-    assert raw[0] != raw[1]
+    assert len({round(reward, 5) for reward in raw}) == 3
     Rewarder(replace(config, reward_model_squash=True), enable_thinking=False).score(items)
     assert [item.rewards["reward_model"] for item in items] == pytest.approx([1 / (1 + math.exp(-r)) for r in raw])
     save_pretrained(model, tmp_path / "lm", tokenizer=tokenizer)

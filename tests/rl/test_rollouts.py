@@ -91,6 +91,10 @@ def test_a_tool_dialogue_stays_tokens_and_its_results_are_not_trained(engine):
         assert trajectory.ids[:at] == opening
         assert not any(trajectory.trained[:at])
         turns = len(trajectory.answers)
+        said = list(environment.reset().messages)
+        for turn, answer in enumerate(trajectory.answers):
+            said += [answer] if turn + 1 == turns else [answer, Message("tool", f"result {turn + 1}")]
+        assert trajectory.conversation == Conversation(tuple(said)), "what a reward model reads"
         for turn in range(turns):
             wrote = 0
             while at + wrote < len(trajectory.ids) and trajectory.trained[at + wrote]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,11 @@ import pytest
 import torch
 
 from minnow.config import UserError
+from minnow.data.pairs import PreferencePair
 from minnow.data.prepare import DataConfig
-from minnow.evaluation.judge import RewardModelJudge, TransformersJudge, load_judge
+from minnow.evaluation.judge import JudgedAnswers, RewardModelJudge, TransformersJudge, load_judge
+from minnow.evaluation.preference import LabelledPair
+from minnow.evaluation.registry import Subject
 from minnow.model.config import ModelConfig
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.init import InitConfig
@@ -24,8 +28,9 @@ from minnow.optim import OptimConfig
 from minnow.report.reliability import expected_calibration_error, reliability
 from minnow.stages import eval as eval_stage
 from minnow.stages import reward
-from minnow.tokenizer import Conversation, Message, Tokenizer, train_tokenizer
+from minnow.tokenizer import Conversation, Message, Tokenizer, ToolCall, train_tokenizer
 from minnow.training.config import TrainingConfig
+from tests.stages.stage_helpers import save_parrot_model
 
 CPU = torch.device("cpu")
 TALKS = [
@@ -145,6 +150,52 @@ def test_eval_with_a_judge(trained: Path, tmp_path: Path) -> None:
     assert tasks["judge_accuracy"]["figures"]["judge_accuracy/pairs.jsonl"]["value"] == 1.0
     assert 0 <= tasks["preference"]["figures"]["preference/pairs.jsonl"]["value"] <= 1
     assert tasks["judged_reward"]["figures"]["judged_reward/pairs.jsonl"]["rows"] == 6
+
+
+SHOWS_ALL = (
+    "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    "{{ m.role }}:{{ m.reasoning_content or '' }}|{{ m.content }}"
+    "{% for call in m.tool_calls or [] %}({{ call.id }} {{ call.function.name }} {{ call.function.arguments.a }})"
+    "{% endfor %}{{ m.tool_call_id or '' }};{% endfor %}"
+)
+
+
+def test_a_judge_of_transformers_reads_thoughts_calls_and_tools(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    save_pretrained(RewardModel(shape(), InitConfig(zero_output_projections=False)), tmp_path / "judge", tokenizer)
+    (tmp_path / "judge" / "chat_template.jinja").write_text(SHOWS_ALL)
+    judge = TransformersJudge(tmp_path / "judge", CPU)
+    with torch.no_grad():
+        judge.model.score.weight.normal_(generator=torch.Generator().manual_seed(0))
+    call = Message("assistant", "", "hm", (ToolCall("look", {"a": "fish"}),))
+    last = Message("assistant", "yes", "seen")
+    talk = Conversation((Message("user", "fish?"), call, Message("tool", "9"), last), ({"name": "look"},))
+    text = "[look]user:|fish?;assistant:hm|(call00000 look fish);tool:|9call00000;assistant:seen|yes;"
+    with torch.no_grad():
+        expected = float(judge.model(torch.tensor([tokenizer.encode(text)])).logits)
+    assert judge([talk]) == pytest.approx([expected], abs=1e-5)
+    with pytest.raises(UserError, match="judge: its chat template refuses a conversation: no system message"):
+        judge([Conversation((Message("system", "s"), *talk.messages))])
+
+
+def test_a_judged_answer_keeps_its_call(tmp_path: Path) -> None:
+    text = '{"name":"look"}'
+    writer_tokenizer = train_tokenizer([text, "swims"] * 20, 340)
+    script = f"swims§<tool_call>§{text}§</tool_call>§§<|im_end|>§"
+    folder = save_parrot_model(tmp_path / "writer", script, tokenizer=writer_tokenizer)
+    judged: list[Conversation] = []
+
+    def judge(conversations: Sequence[Conversation]) -> list[float]:
+        judged.extend(conversations)
+        return [0.5] * len(conversations)
+
+    tools = ({"name": "look"},)
+    asked = (Message("user", "fish?"),)
+    pair = PreferencePair(asked, (Message("assistant", "yes"),), (Message("assistant", "no"),), tools)
+    row = LabelledPair(pair, "pairs")
+    (score,) = JudgedAnswers([row], judge).score_rows(Subject(load_pretrained(folder), writer_tokenizer), [row])
+    assert judged == [Conversation((*asked, Message("assistant", "swims", None, (ToolCall("look", {}),))), tools)]
+    assert (score.value, score.details["answer"]) == (0.5, "swims")
 
 
 @pytest.mark.parametrize(("margin", "centering"), [(0.0, 0.0), (0.7, 0.0), (0.0, 0.01), (0.5, 0.02)])

@@ -7,15 +7,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from jinja2 import TemplateError
 
 from minnow.config import UserError
+from minnow.data.openai_form import openai_messages, openai_tools
+from minnow.engine.sampling import SamplingParams
 from minnow.evaluation.bits_per_byte import packed_hidden
 from minnow.evaluation.preference import LabelledPair, PairTask, groups, in_pairs, labelled_pairs, shown, win
-from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, greedy_answers, register
+from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, register
 from minnow.evaluation.statistics import Interval, bootstrap_ratio
+from minnow.evaluation.turns import ask
 from minnow.model.pretrained import is_reward_model, load_reward_model, resolve_model_folder
 from minnow.model.reward_model import RewardModel
-from minnow.tokenizer.chat import Conversation, Message, render
+from minnow.tokenizer.chat import Conversation, render
 from minnow.tokenizer.tokenizer import Tokenizer
 
 MAX_TOKENS = 256
@@ -53,6 +57,7 @@ class TransformersJudge:
     def __init__(self, folder: Path, device: torch.device) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+        self.folder = folder
         try:
             self.model = AutoModelForSequenceClassification.from_pretrained(folder).to(device).eval()
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -68,11 +73,19 @@ class TransformersJudge:
         """The model's only logit, one conversation at a time: models differ in how they take padding."""
         rewards = []
         for conversation in conversations:
-            messages = [{"role": message.role, "content": message.content} for message in conversation.messages]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            text = self._rendered(conversation)
             inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(self.model.device)
             rewards.append(float(self.model(**inputs).logits[0, 0]))
         return rewards
+
+    def _rendered(self, conversation: Conversation) -> str:
+        """By the model's own template, which is given all that was said: thoughts, calls and tools too."""
+        messages = openai_messages(conversation.messages, arguments_as_text=False)
+        tools: Any = openai_tools(conversation.tools) or None
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
+        except TemplateError as error:
+            raise UserError(f"{self.folder}: its chat template refuses a conversation: {error}") from error
 
 
 def load_judge(model: str | Path, device: torch.device) -> Judge:
@@ -124,15 +137,17 @@ class JudgedAnswers(PairTask):
     def score_rows(self, subject: Subject, rows: Sequence[LabelledPair]) -> list[Score]:
         """Let the model answer greedily, and judge."""
         asked = [Conversation(row.pair.prompt, row.pair.tools) for row in rows]
-        answers = greedy_answers(subject, asked, MAX_TOKENS)
+        answers = ask(subject, asked, SamplingParams(temperature=0.0, max_tokens=MAX_TOKENS))
         rewards = self.judge(
             [
-                Conversation((*row.pair.prompt, Message("assistant", answer)), row.pair.tools)
+                Conversation((*row.pair.prompt, answer), row.pair.tools)
                 for row, answer in zip(rows, answers, strict=True)
             ]
         )
         return [
-            Score(reward, details=shown(row) | {"answer": answer})
+            Score(
+                reward, details=shown(row) | {"answer": answer.content, "calls": [vars(c) for c in answer.tool_calls]}
+            )
             for row, answer, reward in zip(rows, answers, rewards, strict=True)
         ]
 

@@ -22,7 +22,6 @@ from minnow.rl.text_rewards import (
     repetition_reward,
 )
 from minnow.rl.user_code import load_object
-from minnow.tokenizer.chat import Conversation
 
 RewardFunction = Callable[[Sequence[Trajectory]], Sequence[float]]
 """Judges finished episodes; one number each. An exception stops the run: a silent 0 would teach something false."""
@@ -59,7 +58,8 @@ class RewardConfig:
     json_schema: float = 0.0
     """1 where the answer is JSON that fits the row's `schema`."""
     reward_model: str | None = None
-    """A reward model (folder, run folder or Hub id; `minnow reward` trains one) that reads prompt and last answer."""
+    """A reward model (folder, run folder or Hub id; `minnow reward` trains one) that reads the whole episode: prompt,
+    tools, thoughts, calls and their results, up to the last answer."""
     reward_model_weight: float = 1.0
     """Weight of its number."""
     reward_model_squash: bool = False
@@ -149,11 +149,7 @@ class Rewarder:
 
 
 def _marks(trajectories: Sequence[Trajectory], judge: Judge, squash: bool) -> list[float]:
-    conversations = []
-    for trajectory in trajectories:
-        prompt = trajectory.environment.prompt.conversation
-        conversations.append(Conversation((*prompt.messages, trajectory.answer), prompt.tools))
-    marks = judge(conversations)
+    marks = judge([trajectory.conversation for trajectory in trajectories])
     return [1 / (1 + math.exp(-mark)) for mark in marks] if squash else marks
 
 

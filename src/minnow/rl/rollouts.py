@@ -12,7 +12,7 @@ from minnow.engine import Completion, Completions, Engine, SamplingParams
 from minnow.model.transformer import CausalLM
 from minnow.rl.environment import Environment
 from minnow.tokenizer import Tokenizer
-from minnow.tokenizer.chat import Message, render, render_continuation
+from minnow.tokenizer.chat import Conversation, Message, render, render_continuation
 from minnow.tokenizer.parse import parse_assistant_ids
 
 Ending = Literal["stop", "length", "turns"]
@@ -89,6 +89,9 @@ class Trajectory:
     """The environment's rewards, and after scoring all of them, weighted."""
     rewards: dict[str, float] = field(default_factory=dict)
     """Each reward before its weight."""
+    conversation: Conversation = field(default_factory=lambda: Conversation(()))
+    """Everything that was said as messages, from the environment's opening to the last turn, and the tools; empty once
+    the episode has come from a checkpoint."""
 
     @property
     def answer(self) -> Message:
@@ -124,11 +127,10 @@ def play(
     tokenizer = engine.tokenizer
     trajectories = []
     for environment in environments:
-        opening = render(
-            tokenizer, environment.reset(), add_generation_prompt=True, enable_thinking=config.enable_thinking
-        )
-        ids = opening.ids.tolist()
-        trajectories.append(Trajectory(environment, 0, ids, [False] * len(ids)))
+        opening = environment.reset()
+        rendered = render(tokenizer, opening, add_generation_prompt=True, enable_thinking=config.enable_thinking)
+        ids = rendered.ids.tolist()
+        trajectories.append(Trajectory(environment, 0, ids, [False] * len(ids), conversation=opening))
     active = list(zip(places, trajectories, strict=True))
     for turn in range(config.max_turns):
         outputs = engine.generate(
@@ -137,15 +139,17 @@ def play(
         )
         going = []
         for (place, trajectory), output in zip(active, outputs, strict=True):
-            reply = _take_turn(engine, trajectory, output.completions[0], config)
-            if reply is None:
+            messages = _take_turn(engine, trajectory, output.completions[0], config)
+            if messages is None:
                 continue
+            reply = render_continuation(tokenizer, messages, enable_thinking=config.enable_thinking)
             if len(trajectory.ids) + len(reply) + config.max_tokens > longest:
                 trajectory.ending = "length"
                 continue
             if turn + 1 < config.max_turns:
                 trajectory.ids += reply
                 trajectory.trained += [False] * len(reply)
+                trajectory.conversation = _with(trajectory.conversation, *messages)
                 going.append((place, trajectory))
         active = going
         if not active:
@@ -165,14 +169,15 @@ def _sampling(config: RolloutConfig, seed: int, turn: int, place: int, greedy: b
 
 def _take_turn(
     engine: RolloutEngine, trajectory: Trajectory, completion: Completion, config: RolloutConfig
-) -> list[int] | None:
-    """Append the model's turn. Returns the ids of the environment's reply, None when the episode is over."""
+) -> tuple[Message, ...] | None:
+    """Append the model's turn. Returns the environment's reply, None when the episode is over."""
     assert completion.logprobs is not None
     trajectory.ids += completion.ids
     trajectory.trained += [True] * len(completion.ids)
     trajectory.sampler_logprobs += completion.logprobs
     answer = parse_assistant_ids(engine.tokenizer, completion.ids, thinking=config.enable_thinking)
     trajectory.answers.append(answer)
+    trajectory.conversation = _with(trajectory.conversation, answer)
     if completion.finish_reason == "length":
         trajectory.ending = "length"
         return None
@@ -184,4 +189,8 @@ def _take_turn(
     if completion.ids[-1] != engine.tokenizer.im_end_id:  # it ended the text, not its turn: nothing can follow
         trajectory.ending = "stop"
         return None
-    return render_continuation(engine.tokenizer, reply.messages, enable_thinking=config.enable_thinking)
+    return reply.messages
+
+
+def _with(conversation: Conversation, *messages: Message) -> Conversation:
+    return Conversation((*conversation.messages, *messages), conversation.tools)
