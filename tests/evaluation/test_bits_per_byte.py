@@ -1,11 +1,13 @@
 import itertools
+import json
 import math
 
 import pytest
 import torch
 
-from minnow.evaluation.bits_per_byte import BitsPerByteTask, Text, _batches, document_nats
+from minnow.evaluation.bits_per_byte import BitsPerByteTask, Text, _batches, document_nats, make
 from minnow.evaluation.evaluate import evaluate
+from minnow.evaluation.registry import TaskOptions
 from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
 from minnow.model.transformer import CausalLM
@@ -94,3 +96,13 @@ def test_a_model_without_knowledge_pays_log_v_a_token():
     assert result.figures["bits_per_byte/en"].value == pytest.approx((tokens[0] + tokens[1]) * bits / 12, rel=1e-5)
     assert result.figures["bits_per_byte/zh"].value == pytest.approx(tokens[2] * bits / 15, rel=1e-5)
     assert result.counts == {"bits_per_byte/en": 2, "bits_per_byte/zh": 1}
+
+
+def test_of_conversations_only_what_is_said_counts(tmp_path):
+    """The template's words and the JSON of tools and calls would be most of such a file's bytes, and easy ones."""
+    call = {"role": "assistant", "content": "", "reasoning_content": "I look.", "tool_calls": [{"name": "look_up"}]}
+    messages = [{"role": "user", "content": "Who?"}, call, {"role": "tool", "content": "owl"}]
+    rows = [{"messages": messages, "tools": [{"name": "look_up"}]}, {"text": "a story"}]
+    (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    texts = [Text(text, "talks.jsonl") for text in ("Who?", "I look.", "owl", "a story")]
+    assert make(TaskOptions(texts=(str(tmp_path / "talks.jsonl"),))).rows() == texts

@@ -11,7 +11,7 @@ import codecs
 import io
 import json
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -29,7 +29,7 @@ from minnow.data.records import (
     parse_document,
 )
 from minnow.data.sources import Source, find_sources
-from minnow.tokenizer.chat import written_texts
+from minnow.tokenizer.chat import Conversation, written_texts
 
 Raw = bytes | str | Mapping[str, Any]
 
@@ -57,19 +57,28 @@ def read_rows(paths: Sequence[str], *, every_column: bool = True) -> Iterator[tu
                 raise UserError(f"{location}: {error}") from None
 
 
-def read_texts(paths: Sequence[str]) -> Iterator[str]:
-    """Yield every text in `paths`: documents, and what is written in conversations (see `written_texts`).
+def read_texts(
+    paths: Sequence[str], of_conversation: Callable[[Conversation], Iterable[str]] = written_texts
+) -> Iterator[str]:
+    """Yield every text in `paths`: documents, and the texts of conversations, by default as tokenizers learn them.
 
-    For training tokenizers. Raises UserError at the first row that is neither.
+    Raises UserError at the first row that is neither.
     """
     for location, row in read_rows(paths, every_column=False):
         try:
             if any(row.get(key) is not None for key in (*CONVERSATION_KEYS, "instruction")):
-                yield from written_texts(parse_conversation(row))
+                yield from of_conversation(parse_conversation(row))
             else:
                 yield parse_document(row).text
         except RowError as error:
             raise UserError(f"{location}: {error}") from None
+
+
+def said_texts(conversation: Conversation) -> Iterator[str]:
+    """Yield the plain text in a conversation, for measuring: thoughts and contents. What the template adds is no text
+    of anybody's, and JSON of tools and calls is none to read."""
+    for message in conversation.messages:
+        yield from (text for text in (message.reasoning_content, message.content) if text)
 
 
 def parse_row(raw: Raw) -> Mapping[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minnow.data.pond.write import validation_documents
-from minnow.data.readers import read_texts
+from minnow.data.readers import read_texts, said_texts
 from minnow.evaluation.pond import find_world
 from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, register
 from minnow.evaluation.statistics import Interval, bootstrap_ratio
@@ -145,7 +145,9 @@ def _batches(documents: Sequence[Sequence[int]], sequence_length: int, batch_tok
 def make(options: TaskOptions) -> Task[Text]:
     """The given text files, labelled by file; without any, the pond's validation documents, labelled by language."""
     if options.texts:
-        return BitsPerByteTask([Text(text, Path(path).name) for path in options.texts for text in read_texts((path,))])
+        return BitsPerByteTask(
+            [Text(text, Path(path).name) for path in options.texts for text in read_texts((path,), said_texts)]
+        )
     return BitsPerByteTask(
         [Text(document.text, document.language) for document in validation_documents(find_world(options))]
     )

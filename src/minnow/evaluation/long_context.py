@@ -20,7 +20,7 @@ from minnow.config import UserError
 from minnow.data.pond.long_texts import HiddenFact, hidden_facts, long_documents
 from minnow.data.pond.relations import LANGUAGES
 from minnow.data.pond.world import World
-from minnow.data.readers import read_texts
+from minnow.data.readers import read_texts, said_texts
 from minnow.evaluation.bits_per_byte import packed_hidden, token_nats
 from minnow.evaluation.pond import find_world
 from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, register
@@ -231,9 +231,9 @@ def make(options: TaskOptions) -> list[Task[Any]]:
     except UserError:
         if not options.texts:
             raise
-        return [LongTexts(options.subject, list(read_texts(options.texts)), context)]
+        return [LongTexts(options.subject, list(read_texts(options.texts, said_texts)), context)]
     if options.texts:
-        texts = list(read_texts(options.texts))
+        texts = list(read_texts(options.texts, said_texts))
     else:
         texts = [text.text for text in long_documents(world, DOCUMENTS, CHARACTERS_PER_TOKEN * context, "held_out")]
     return [LongTexts(options.subject, texts, context), HiddenFacts(options.subject, world, context)]
