@@ -14,7 +14,7 @@ from minnow.data.prepare import DataConfig
 from minnow.evaluation.judge import TransformersJudge, load_judge
 from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.reward_model import RewardModel
-from minnow.stages import chat, distill, distill_on_policy, dpo, pretrain, reward, rl, sft
+from minnow.stages import chat, distill, distill_generate, distill_on_policy, dpo, pretrain, reward, rl, sft
 from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.template import chat_template
 from minnow.training.config import TrainingConfig
@@ -95,6 +95,12 @@ def test_a_judge_with_another_template_is_asked_in_its_own(foreign: Path, tmp_pa
     tokenizer = Tokenizer.from_pretrained(foreign)
     save_pretrained(RewardModel.from_language_model(load_pretrained(foreign)), tmp_path / "judge", tokenizer)
     assert isinstance(load_judge(tmp_path / "judge", torch.device("cpu")), TransformersJudge)
+
+
+def test_a_teacher_with_another_template_is_asked_elsewhere(foreign: Path, data: DataConfig, tmp_path: Path) -> None:
+    config = distill_generate.Config(model=str(foreign), prompts=data.paths, out=str(tmp_path / "out.jsonl"))
+    with pytest.raises(UserError, match="came with another chat template .* give its --endpoint"):
+        distill_generate.run(config)
 
 
 def test_a_talker_hears_of_it(foreign: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,6 +96,8 @@ def _ask_engine(config: TeacherConfig, prompts: list[Conversation]) -> Iterator[
     folder = resolve_model_folder(config.model)
     tokenizer = Tokenizer.from_pretrained(folder)
     tokenizer.require_chat_tokens()
+    if (foreign := tokenizer.foreign_template) is not None:
+        raise UserError(f"--model {config.model} came with {foreign}: run it on a server, and give its --endpoint")
     engine = Engine(load_pretrained(folder, device=choose_device(config.device)), tokenizer)
     context, thinking = engine.model.config.max_position_embeddings, bool(config.enable_thinking)
     for start in range(0, len(prompts), ENGINE_BATCH):
