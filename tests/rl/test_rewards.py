@@ -1,7 +1,9 @@
 """Rewards: right answers, text, composition, and what happens when one fails."""
 
 import math
+import time
 from dataclasses import replace
+from decimal import Decimal
 
 import pytest
 import torch
@@ -56,6 +58,57 @@ def episode(content, *, reference="4", ending="stop", reasoning=None, tokens=3, 
 )
 def test_is_right(answer, reference, kind, right):
     assert is_right(answer, reference, kind) is right
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("12-4", "4"),  # a subtraction
+        ("12 - 4 = 8", "8"),
+        ("x-4", "4"),
+        ("(2)-4", "4"),
+        ("x^{2}-4", "4"),
+        ("3 - -4", "-4"),
+        ("x = -4", "-4"),
+        ("x=-4", "-4"),
+        ("= −4", "-4"),  # Unicode minus
+        ("is –4.", "-4"),  # en dash as a minus
+        ("10–12", "12"),  # and as a range
+        ("2024-01-05", "5"),
+        ("T-1000", "1000"),
+        ("(-4)", "-4"),
+        ("**-4**", "-4"),
+        (r"\boxed{-4}", "-4"),
+        ("$-4", "-4"),
+        ("-$4", "-4"),
+        ("- 4 fish", "4"),  # an item of a list
+        ("1,234.5", "1234.5"),
+        ("12,345,678 or 12,34,567", "1234567"),
+        ("1,234, then", "1234"),
+        ("{1,2,3}", "3"),
+        ("1.5e3", "1500"),
+        ("2e-3", "0.002"),
+        ("5e", "5"),
+        ("it is .5", "0.5"),
+        ("-.5", "-0.5"),
+        ("４２", "42"),
+        ("－１，２３４．５", "-1234.5"),
+        ("答案是-4。", "-4"),
+        ("答案：−4", "-4"),
+        ("第3-4页", "4"),
+        ("零下４度", "4"),
+        ("그것은-4", "-4"),
+    ],
+)
+def test_the_last_number_and_its_sign(text, number):
+    assert last_number(text) == Decimal(number)
+
+
+def test_a_long_answer_is_searched_in_no_time():
+    start = time.process_time()
+    for text in ("1" * 10**5, "11," * 10**4, "111," * 10**4 + "1", "-" * 10**5, "1e" * 10**4, "1e" + "9" * 30):
+        last_number(text)
+    assert time.process_time() - start < 2
 
 
 def test_last_number_of_nothing():

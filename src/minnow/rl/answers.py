@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections import deque
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
@@ -12,7 +12,17 @@ from minnow.config import UserError
 
 AnswerKind = Literal["auto", "text", "number", "maths", "contains"]
 
-_NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+_CJK = "\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_NUMBER = re.compile(
+    # A minus right behind a figure, a letter or a closing bracket subtracts, or joins (10-12, T-1000); Chinese, Japanese
+    # and Korean write no space before a sign. A currency may stand between sign and figures.
+    rf"(?P<sign>(?<![^\W{_CJK}])(?<![)\]}}%°])[-\u2212\u2013])?[$€£¥]?"
+    # Thousands (1,234,567 or the Indian 12,34,567), plain figures, or a point without a zero; the bound on the groups
+    # keeps the search linear.
+    r"(?P<size>(?:\d{1,3}(?:,\d{2,3}){0,12},\d{3}(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+(?!\w))?"
+    r"|(?<![\w.])\.\d+)"
+)
+"""The signs: hyphen, minus, en dash. NFKC has made full-width figures and signs plain before."""
 
 
 def is_right(answer: str, reference: Any, kind: AnswerKind) -> bool:
@@ -38,14 +48,19 @@ def is_right(answer: str, reference: Any, kind: AnswerKind) -> bool:
 
 
 def last_number(text: str) -> Decimal | None:
-    """Return the last number in the text; thousands may be separated by commas."""
-    found: Sequence[str] = _NUMBER.findall(unicodedata.normalize("NFKC", text))
+    """Return the last number in the text.
+
+    Full-width figures, thousands between commas, exponents (1.5e3) and signs in front of a currency or behind it are
+    read; the minus of a subtraction (12-4), of a range (10-12) or of a name (T-1000) is no sign.
+    """
+    found = deque(_NUMBER.finditer(unicodedata.normalize("NFKC", text)), maxlen=1)
     if not found:
         return None
     try:
-        return Decimal(found[-1].replace(",", ""))
-    except InvalidOperation:  # digits of a script that Decimal does not read
+        size = Decimal(found[0]["size"].replace(",", ""))
+    except InvalidOperation:  # an exponent beyond what Decimal holds
         return None
+    return -size if found[0]["sign"] else size
 
 
 def _is_number(text: str) -> bool:
