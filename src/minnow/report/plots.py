@@ -134,7 +134,7 @@ def rollout_figure(phases: Sequence[Record], updates: Sequence[Record], title: s
     shown = [key for key in names if key != "held_out/length"]
     for key, colour in zip(shown, colours, strict=False):
         _curve(held_out, updates, key, colour, label=key.removeprefix("held_out/"))
-    held_out.set(title="held-out prompts, answered greedily", ylabel="mean reward")
+    held_out.set(title="held-out prompts, answered greedily (pass@K: drawn)", ylabel="mean of a validation")
     _curve(length, phases, "length", BLUE, label="tokens of an answer", smooth=True)
     shares = length.twinx()
     _curve(shares, phases, "truncated", ORANGE, label="cut off")

@@ -14,6 +14,7 @@ from minnow.objectives.advantages import (
     leave_one_out_advantages,
     whiten,
 )
+from minnow.objectives.policy import kl_divergence
 from minnow.rl.algorithm import AlgorithmConfig, CriticConfig
 from minnow.rl.rollouts import Trajectory
 
@@ -36,6 +37,17 @@ class PhaseScores:
     advantages: PerToken = field(default_factory=list)
     returns: PerToken = field(default_factory=list)
     """What the critic should have said."""
+
+
+def kl_penalties(algorithm: AlgorithmConfig, old: PerToken, ref: PerToken | None) -> PerToken:
+    """What each token is charged for its distance from the reference: kl_reward_coef times the estimate of the KL."""
+    if ref is None or not algorithm.kl_reward_coef:
+        return [np.zeros_like(logprobs) for logprobs in old]
+    estimates = (
+        kl_divergence(torch.from_numpy(o), torch.from_numpy(r), algorithm.kl_reward_estimator).numpy()
+        for o, r in zip(old, ref, strict=True)
+    )
+    return [algorithm.kl_reward_coef * estimate for estimate in estimates]
 
 
 def advantages_of(

@@ -48,10 +48,13 @@ class AlgorithmConfig:
     answer)."""
     kl_reward_estimator: KLEstimator = "k1"
     """Its estimator; k1 is unbiased and right inside a reward."""
+    measure_kl: bool = False
+    """Measure the KL divergence to the reference (`kl_to_reference`) even where no KL term needs it. Costs a forward
+    pass over each phase's answers, and a second model in memory (none with adapters)."""
     drop_equal_groups: bool = False
     """Leave out groups whose rewards are all equal and draw other prompts instead (DAPO's dynamic sampling)."""
     max_redraws: int = 3
-    """Rounds of drawing other prompts, at most."""
+    """Rounds of drawing other prompts, at most; a prompt is asked once a phase."""
     drop_truncated: bool = False
     """Give answers that were cut off no loss (DAPO's overlong filtering)."""
     correction_cap: float | None = 2.0
@@ -77,7 +80,7 @@ class AlgorithmConfig:
     @property
     def needs_reference(self) -> bool:
         """Whether the reference model's log-probabilities are used."""
-        return self.loss.kl_coef > 0 or self.kl_reward_coef > 0
+        return self.loss.kl_coef > 0 or self.kl_reward_coef > 0 or self.measure_kl
 
     @property
     def tracks_prompts(self) -> bool:

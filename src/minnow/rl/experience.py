@@ -180,12 +180,11 @@ class PolicyObjective:
             batch.sequence_N, batch.num_sequences, self.config.aggregation, constant_length=self.constant_length
         )
         ratio_N = result.log_ratio_N.exp()
-        return ObjectiveOutput(
-            (weights_N * result.loss_N).sum(),
-            {
-                "kl_reference": (weights_N * result.kl_N).sum(),
-                "clip_fraction": (weights_N * result.clipped_N).sum(),
-                # k3 of the policy against the one that began the phase: how far this phase's updates have gone
-                "kl_old": (weights_N * (ratio_N - 1 - result.log_ratio_N)).sum(),
-            },
-        )
+        metrics = {
+            "clip_fraction": (weights_N * result.clipped_N).sum(),
+            # k3 of the policy against the one that began the phase: how far this phase's updates have gone
+            "kl_old": (weights_N * (ratio_N - 1 - result.log_ratio_N)).sum(),
+        }
+        if batch.ref_logprobs_N is not None:
+            metrics["kl_reference"] = (weights_N * result.kl_N).sum()
+        return ObjectiveOutput((weights_N * result.loss_N).sum(), metrics)

@@ -1,4 +1,4 @@
-"""How the policy does on prompts that it does not practise on, answered greedily."""
+"""How the policy does on prompts that it does not practise on, answered greedily, and drawn from if asked."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import numpy as np
 from minnow.data.prompts import Prompt
 from minnow.model.transformer import CausalLM
 from minnow.rl.environment import Environment
+from minnow.rl.figures import pass_figures
 from minnow.rl.rewards import Rewarder
-from minnow.rl.rollouts import RolloutConfig, RolloutEngine, play
+from minnow.rl.rollouts import RolloutConfig, RolloutEngine, Trajectory, play
 
 
 @dataclass(frozen=True)
@@ -25,17 +26,27 @@ class HeldOut:
     rollout: RolloutConfig
     longest: int
     """Tokens of the longest episode."""
+    samples: int = 0
+    """Answers drawn to each prompt besides the greedy one."""
 
     def __call__(self, model: CausalLM) -> dict[str, float]:
-        """Mean of every reward over the held-out prompts, and the mean length in tokens."""
+        """Means of every reward and of the length in tokens over greedy answers; pass@1 and pass@N of drawn ones."""
         self.engine.model.eval()
         self.engine.weights_updated()
-        environments = [self.make_environment(prompt) for prompt in self.prompts]
-        places = range(len(environments))
-        trajectories = play(self.engine, environments, places, self.rollout, seed=0, longest=self.longest, greedy=True)
-        self.rewarder.score(trajectories)
+        trajectories = self._answers(1, greedy=True)
         figures = {"held_out/reward": float(np.mean([t.reward for t in trajectories]))}
         for name in trajectories[0].rewards:
             figures[f"held_out/{name}"] = float(np.mean([t.rewards[name] for t in trajectories]))
         figures["held_out/length"] = float(np.mean([t.num_trained for t in trajectories]))
+        if self.samples:
+            drawn = pass_figures(self._answers(self.samples, greedy=False), self.samples)
+            figures |= {f"held_out/{name}": value for name, value in drawn.items()}
         return figures
+
+    def _answers(self, samples: int, *, greedy: bool) -> list[Trajectory]:
+        """Judged answers, those to one prompt together; drawn with the same random numbers at every validation."""
+        environments = [self.make_environment(prompt) for prompt in self.prompts for _ in range(samples)]
+        places = range(len(environments))
+        played = play(self.engine, environments, places, self.rollout, seed=0, longest=self.longest, greedy=greedy)
+        self.rewarder.score(played)
+        return played

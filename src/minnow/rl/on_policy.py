@@ -21,7 +21,7 @@ from minnow.data.order import global_batch_rows
 from minnow.data.prompts import Prompt
 from minnow.model.transformer import CausalLM
 from minnow.rl.experience import pack_trajectories
-from minnow.rl.phases import MakeEnvironment
+from minnow.rl.phase_rollouts import MakeEnvironment
 from minnow.rl.rollouts import RolloutConfig, RolloutEngine, Trajectory, play
 from minnow.training.distillation import Distillation
 from minnow.training.distribution import gather, is_first

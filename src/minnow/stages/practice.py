@@ -10,7 +10,7 @@ from minnow.model.size import training_flops_per_token
 from minnow.model.transformer import CausalLM
 from minnow.rl.environment import Environment
 from minnow.rl.environments import environment_maker
-from minnow.rl.phases import MakeEnvironment
+from minnow.rl.phase_rollouts import MakeEnvironment
 from minnow.rl.rollouts import RolloutConfig
 from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.chat import render

@@ -13,18 +13,25 @@ from rich.console import Console
 from minnow.config import UserError
 from minnow.data.prompts import Prompt
 from minnow.model.lora import LoraConfig
-from minnow.model.pretrained import is_reward_model, load_pretrained, load_reward_model, resolve_model_folder
+from minnow.model.pretrained import (
+    is_reward_model,
+    load_pretrained,
+    load_reward_model,
+    resolve_model_folder,
+    save_pretrained,
+)
 from minnow.model.reward_model import RewardModel
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
 from minnow.report.run_report import write_report
 from minnow.rl.algorithm import AlgorithmConfig
+from minnow.rl.collapse import CollapseError, Watch, WatchConfig
 from minnow.rl.critic import Critic
 from minnow.rl.experience import PolicyBatch, PolicyObjective
-from minnow.rl.figures import Watch, WatchConfig
 from minnow.rl.gathered_engine import GatheredEngine, as_computed
 from minnow.rl.held_out import HeldOut
-from minnow.rl.phases import Phases, PhaseSettings
+from minnow.rl.phase_experience import PhaseSettings
+from minnow.rl.phases import Phases
 from minnow.rl.remote_engine import RemoteEngine, RemoteEngineConfig
 from minnow.rl.rewards import RewardConfig, Rewarder
 from minnow.rl.rollouts import RolloutEngine, live_engine
@@ -38,6 +45,15 @@ from minnow.training.session import Machine, RunFolder, load_chat_start, train, 
 from minnow.training.trainer import Trainer
 
 ModelT = TypeVar("ModelT", bound=CausalLM)
+
+WORK = {
+    "playing": "playing",
+    "judging": "judging",
+    "scoring": "scoring",
+    "teaching": "teaching the critic",
+    "updating": "updating",
+}
+"""What the time of an update goes to: its names in rollouts.jsonl, and as they are printed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +69,9 @@ class Config(PracticeConfig):
     """Model to start from, which is the reference too: a fine-tuned model's folder, a run folder or a Hub id."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters instead of the whole model; the reference is then the model without them."""
+    held_out_samples: int = 0
+    """At validations also draw so many answers to each held-out prompt, as in rollouts, for held_out/pass@1 and
+    held_out/pass@N; 0 asks greedily only. Independent of rollout.samples."""
     phases: int = 100
     """Phases of rollouts; each gives algorithm.epochs x algorithm.minibatches updates."""
     rollout_engine: RemoteEngineConfig = field(default_factory=RemoteEngineConfig)
@@ -75,6 +94,12 @@ class Config(PracticeConfig):
     """The policy's optimizer."""
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(shape="constant", warmup_steps=5))
     """The learning rate over time."""
+
+    def __post_init__(self) -> None:
+        if self.held_out_samples < 0:
+            raise UserError(f"held_out_samples is {self.held_out_samples}: it must be 0 or more")
+        if self.held_out_samples and not self.held_out:
+            raise UserError("held_out_samples needs held_out: files with the prompts to ask")
 
 
 def run(config: Config) -> None:
@@ -137,20 +162,48 @@ def run(config: Config) -> None:
         total_steps=steps,
         evaluations=[_held_out(config, engine, practice, rewarder)] if practice.held_out else [],
     )
-    train(trainer, folder, tokenizer, console)
-    if is_first():
+    try:
+        train(trainer, folder, tokenizer, console)
+    except CollapseError as collapse:
+        way_back = _way_back(config, trainer, source, folder, tokenizer)
+        _conclude(folder, console)
+        raise CollapseError(f"{collapse}. {way_back}") from None
+    _conclude(folder, console)
+
+
+def _conclude(folder: RunFolder, console: Console) -> None:
+    if is_first() and (folder.path / METRICS).exists():
         console.print(_where_time_went(folder.path), highlight=False)
         write_report(folder.path)
 
 
+def _way_back(
+    config: Config, trainer: Trainer[PolicyBatch], source: Phases, folder: RunFolder, tokenizer: Tokenizer
+) -> str:
+    """Write the last model from before the collapse, if a checkpoint holds one; say where to go from here."""
+    go_on = "To go on all the same, run the same command again with --watch.patience 0"
+    before = trainer.load_before(source.doubted_since or 0)
+    if before is None:
+        return f"No checkpoint is older than that: start anew from {config.init_from}. {go_on}"
+    kept = folder.path / "model-before-collapse"
+    save_pretrained(trainer.model, kept, tokenizer=tokenizer)
+    return f"{kept} is the model from before, after {before} updates: start again from it. {go_on}"
+
+
 def _where_time_went(folder: Path) -> str:
     """Shares of the updates' time, rollouts included; validations and checkpoints are not counted."""
-    phases, updates = MetricsLog(folder / ROLLOUTS).read(), MetricsLog(folder / METRICS).read()
-    playing, scoring = (sum(phase[f"seconds_{name}"] for phase in phases) for name in ("playing", "scoring"))
-    total = sum(update.get("seconds", 0.0) for update in updates)
-    updating = total - playing - scoring
-    shares = {"playing": playing, "scoring": scoring, "updating": updating}
-    return "time: " + ", ".join(f"{seconds / total:.0%} {name}" for name, seconds in shares.items())
+    updates = [record for record in MetricsLog(folder / METRICS).read() if "seconds" in record]
+    phases = MetricsLog(folder / ROLLOUTS).read()
+    shares = {name: sum(phase.get(f"seconds_{name}", 0.0) for phase in phases) for name in WORK}
+    in_phases: dict[int, float] = {}  # seconds of a phase, by the update that waited for it
+    for phase in phases:
+        seconds = sum(phase.get(f"seconds_{name}", 0.0) for name in WORK)
+        in_phases[phase["updates"]] = in_phases.get(phase["updates"], 0.0) + seconds
+    if updates:  # of every `log_every`-th update; the others took as long
+        alone = [update["seconds"] - in_phases.get(update["step"] - 1, 0.0) for update in updates]
+        shares["updating"] = sum(alone) / len(alone) * updates[-1]["step"]
+    total = sum(shares.values())
+    return "time: " + ", ".join(f"{seconds / total:.0%} {WORK[name]}" for name, seconds in shares.items() if seconds)
 
 
 def _require_references(config: Config, practice: Practice, rewarder: Rewarder) -> None:
@@ -165,7 +218,13 @@ def _require_references(config: Config, practice: Practice, rewarder: Rewarder) 
 
 def _held_out(config: Config, engine: RolloutEngine, practice: Practice, rewarder: Rewarder) -> HeldOut:
     return HeldOut(
-        engine, practice.held_out, practice.make_environment, rewarder, config.rollout, config.sequence_length
+        engine,
+        practice.held_out,
+        practice.make_environment,
+        rewarder,
+        config.rollout,
+        longest=config.sequence_length,
+        samples=config.held_out_samples,
     )
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minnow.config import UserError
 from minnow.data.batches import Batch, PackedRows, Share
 from minnow.data.order import windowed_batch_rows
 from minnow.model.attention import PackedAttention
@@ -90,6 +91,20 @@ class Stateful(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go back to a checkpoint."""
         ...
+
+
+@runtime_checkable
+class Doubting(Protocol):
+    """A BatchSource that sees whether the model has gone bad: the Trainer keeps a checkpoint from before."""
+
+    @property
+    def doubted_since(self) -> int | None:
+        """Updates that were done when the doubts began; None while there are none."""
+        ...
+
+
+class SourceStopsError(UserError):
+    """A BatchSource sees no sense in going on. The Trainer saves what is there, and passes the error on."""
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,11 @@ MAY_CHANGE = {
     "training.track",
     "training.stall_seconds",
     "training.profile",
+    # When a run of reinforcement is stopped: after a false alarm it goes on.
+    "watch.patience",
+    "watch.repetition",
+    "watch.truncated",
+    "watch.entropy",
 }
 
 

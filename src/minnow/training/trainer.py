@@ -18,7 +18,7 @@ from minnow.model.slices import whole
 from minnow.model.transformer import CausalLM
 from minnow.optim import ScheduleConfig, learning_rate_factor, set_learning_rates
 from minnow.training.balance import ExpertBalance
-from minnow.training.checkpoint import delete_after, list_checkpoints, newest_valid
+from minnow.training.checkpoint import Checkpoint, delete_after, list_checkpoints, newest_valid
 from minnow.training.checkpoint_writer import CheckpointWriter
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import from_first, is_first, largest_over_ranks, rank, sum_over_ranks, world_size
@@ -28,10 +28,12 @@ from minnow.training.non_finite import NonFiniteLossError
 from minnow.training.objective import (
     BatchSource,
     BatchT,
+    Doubting,
     Growing,
     LooksAhead,
     Objective,
     ObjectiveOutput,
+    SourceStopsError,
     Stateful,
     totals,
 )
@@ -155,7 +157,12 @@ class Trainer(Generic[BatchT]):
             return
         while self.state.step < self.total_steps:
             self._await_data(request, observer)
-            observer.after_step(self._timed_step(speed))
+            try:
+                record = self._timed_step(speed)
+            except SourceStopsError:
+                self._save_unless_saved()
+                raise
+            observer.after_step(record)
             if self._validation_due():
                 self._save()
                 self._obey(request)
@@ -184,6 +191,14 @@ class Trainer(Generic[BatchT]):
         for checkpoint in list_checkpoints(self.checkpoints):
             if checkpoint.step == self.state.best_step:
                 checkpoint.load(self.model, self.optimizers)
+
+    def load_before(self, step: int) -> int | None:
+        """Go back to the weights of the newest checkpoint of fewer than `step` updates; its step, None without one."""
+        found = [c for c in list_checkpoints(self.checkpoints) if c.step < step]
+        before = from_first(found[-1].step if found else None)
+        if before is not None:
+            Checkpoint(self.checkpoints / f"step-{before:08d}", before).load(self.model, self.optimizers)
+        return before
 
     def train_step(self) -> dict[str, float]:
         """One update. The loss is the sum over the global batch divided by its count, however it is cut up.
@@ -293,7 +308,7 @@ class Trainer(Generic[BatchT]):
             patience = self.config.patience
             patient = not patience or self.state.validations_without_progress < patience
         self._report(observer, self._evaluated(record))
-        self.writer.prune(self.state.best_step)
+        self.writer.prune(self._worth_keeping())
         if not patient:
             observer.say(f"stopped early: no better validation loss since step {self.state.best_step}")
         return patient
@@ -315,17 +330,28 @@ class Trainer(Generic[BatchT]):
         if self.balance is not None:
             state["balance"] = self.balance.state_dict()
         source = self.source.state_dict() if isinstance(self.source, Stateful) else None
-        best = self.state.best_step
-        self.writer.save(self.state.step, self.model, self.optimizers, state, source=source, best_step=best)
+        kept = self._worth_keeping()
+        self.writer.save(self.state.step, self.model, self.optimizers, state, source=source, best_step=kept)
+
+    def _save_unless_saved(self) -> None:
+        if self.writer.newest_step() != self.state.step:
+            self._save()
+            self.writer.wait()
+
+    def _worth_keeping(self) -> int | None:
+        """The step of the checkpoint that is kept beside the last ones: the best, or the newest from before doubts."""
+        since = self.source.doubted_since if isinstance(self.source, Doubting) else None
+        if since is None:
+            return self.state.best_step
+        self.writer.wait()
+        return max((c.step for c in list_checkpoints(self.checkpoints) if c.step < since), default=None)
 
     def _obey(self, request: StopRequest) -> None:
         # A signal reaches the processes at different moments; they stop after the same step.
         number = int(largest_over_ranks(request.signal_number or 0))
         if not number:
             return
-        if self.writer.newest_step() != self.state.step:
-            self._save()
-            self.writer.wait()
+        self._save_unless_saved()
         raise Interrupted(
             number,
             f"stopped at step {self.state.step}; run the same command again to continue from there",
