@@ -1,0 +1,98 @@
+"""From a phase's experience to the loss: the correction for the sampler, and every answer in some update."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from minnow.data.batches import Share
+from minnow.model.attention import PackedAttention
+from minnow.model.transformer import CausalLM
+from minnow.objectives.policy import PolicyLossConfig
+from minnow.rl.advantages import PhaseScores
+from minnow.rl.algorithm import AlgorithmConfig
+from minnow.rl.experience import PolicyObjective, pack_trajectories, score_trajectories
+from minnow.rl.phase_experience import Experience
+from tests.rl.phase_helpers import settings, stirred, trajectory
+
+# log pi_trainer - log pi_sampler of the tokens of two answers, which earn advantages of 1 and -0.5
+MISMATCH = [[0.0, 0.5, 1.0], [-0.3, 0.0]]
+ADVANTAGES = [1.0, -0.5]
+# Weights exp(x), at most 2: of each token, or of its whole answer (sums 1.5 and -0.3; means 0.5 and -0.15)
+WEIGHTS = {
+    "token": [[1.0, 1.64872, 2.0], [0.74082, 1.0]],
+    "sequence_sum": [[2.0, 2.0, 2.0], [0.74082, 0.74082]],
+    "sequence_mean": [[1.64872, 1.64872, 1.64872], [0.86071, 0.86071]],
+    None: [[1.0, 1.0, 1.0], [1.0, 1.0]],
+}
+
+
+def experience(model: CausalLM) -> Experience:
+    rng = np.random.default_rng(1)
+    answers = [trajectory(rng.integers(10, 300, size).tolist(), wrote) for size, wrote in ((7, 3), (5, 2))]
+    old = score_trajectories(model, pack_trajectories(answers, [0, 1], 32, 1), 2, temperature=1.0)
+    for answer, logprobs, mismatch in zip(answers, old, MISMATCH, strict=True):
+        answer.sampler_logprobs = [float(p) - x for p, x in zip(logprobs, mismatch, strict=True)]
+    scores = PhaseScores(old=old, ref=None, penalties=[np.zeros_like(logprobs) for logprobs in old])
+    scores.advantages = [np.full(len(p), a, np.float32) for p, a in zip(old, ADVANTAGES, strict=True)]
+    return Experience(answers, [0, 1], scores)
+
+
+@pytest.mark.parametrize("level", list(WEIGHTS))
+@pytest.mark.parametrize("surrogate", ["clip", "cispo"])
+def test_the_correction_for_the_sampler_reaches_the_loss(level: str | None, surrogate: str) -> None:
+    model = stirred()
+    loss = PolicyLossConfig(surrogate=surrogate)  # type: ignore[arg-type]
+    algorithm = AlgorithmConfig(
+        loss=loss, correction_cap=None if level is None else 2.0, correction_level=level or "token"  # type: ignore[arg-type]
+    )  # fmt: skip
+    phase = experience(model)
+    (batch,) = phase.minibatch(settings(algorithm), [0, 1], Share())
+    output = PolicyObjective(loss, temperature=1.0)(model, batch)
+    gradient = torch.autograd.grad(output.loss_sum, list(model.parameters()), allow_unused=True)
+
+    # At the first update the ratio is 1: the gradient is that of -sum of weight x advantage x log pi.
+    surrogate_loss = torch.zeros(())
+    value = 0.0
+    for answer, weights, advantage, old in zip(
+        phase.trajectories, WEIGHTS[level], ADVANTAGES, phase.scores.old, strict=True
+    ):
+        (alone,) = pack_trajectories([answer], [0], 32, 1)
+        hidden = model(alone.batch.tokens_BT, alone.batch.positions_BT, PackedAttention(alone.batch.cu_seqlens))
+        logprobs = torch.log_softmax(hidden @ model.head_weight.T, -1)
+        own = alone.batch.weights_BT > 0
+        chosen = logprobs[own].gather(1, alone.batch.targets_BT[own].unsqueeze(1)).squeeze(1)
+        surrogate_loss = surrogate_loss - (torch.tensor(weights) * advantage * chosen).sum()
+        terms = np.ones(len(old)) if surrogate == "clip" else old
+        value -= math.fsum(w * advantage * term for w, term in zip(weights, terms, strict=True))
+    by_hand = torch.autograd.grad(surrogate_loss, list(model.parameters()), allow_unused=True)
+    assert float(output.loss_sum) == pytest.approx(value, rel=1e-4)
+    for mine, theirs in zip(gradient, by_hand, strict=True):
+        if theirs is not None:
+            assert mine is not None
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+    if level == "token" and surrogate == "clip":
+        assert float(output.loss_sum) == pytest.approx(-(1 + 1.64872 + 2) + 0.5 * (0.74082 + 1), rel=1e-4)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_every_answer_is_in_one_update_of_every_epoch(processes: int) -> None:
+    rng = np.random.default_rng(2)
+    answers = [trajectory(rng.integers(10, 300, 9).tolist(), 4) for _ in range(11)]
+    zeros = [np.zeros(4, np.float32)] * 11
+    kept = [n for n in range(11) if n != 5]
+    phase = Experience(answers, kept, PhaseScores(old=zeros, ref=None, penalties=zeros, advantages=zeros))
+    how = settings(AlgorithmConfig(epochs=2, minibatches=3))
+    parts = phase.parts(how, phase=0)
+    assert [len(part) for part in parts] == [4, 3, 3] * 2  # none is dropped for the sake of equal sizes
+    assert [sorted(n for part in epoch for n in part) for epoch in (parts[:3], parts[3:])] == [kept, kept]
+    assert parts[:3] != parts[3:]
+    for part in parts:
+        trained = []
+        for rank in range(processes):
+            for batch in phase.minibatch(how, part, Share(rank, processes)):
+                trained += [number for row in batch.document_ids for number in row]
+        assert sorted(trained) == sorted(part)

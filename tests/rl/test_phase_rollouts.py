@@ -1,0 +1,127 @@
+"""Which prompts a phase asks: DAPO's other prompts for groups without contrast; and where the time goes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from minnow.data.batches import Share
+from minnow.rl import phase_scores
+from minnow.rl.algorithm import AlgorithmConfig
+from minnow.rl.phase_rollouts import PhaseRollouts
+from minnow.rl.phases import Phases
+from minnow.stages.rl import _where_time_went
+from tests.rl.phase_helpers import Clock, Reward, phases, settings
+
+
+def dapo(monkeypatch: pytest.MonkeyPatch, folder: Path, reward: Reward, **more: int) -> tuple[PhaseRollouts, list[int]]:
+    """12 prompts, 4 of them with 2 answers each a phase; the sizes of the rounds."""
+    algorithm = AlgorithmConfig(advantage="group", drop_equal_groups=True, **more)  # type: ignore[arg-type]
+    how, _ = phases(monkeypatch, folder, settings(algorithm, prompts=4, samples=2), reward)
+    rounds: list[int] = []
+    original = how.rollouts._round
+
+    def counted(*words):  # type: ignore[no-untyped-def]
+        rounds.append(len(groups := original(*words)))
+        return groups
+
+    monkeypatch.setattr(how.rollouts, "_round", counted)
+    return how.rollouts, rounds
+
+
+def contrast_in(prompts: set[int]) -> Reward:
+    """The two answers to these prompts earn 1 and 0; to all others 1 and 1."""
+    return lambda number, place: 0.0 if number in prompts and place % 2 else 1.0
+
+
+def test_groups_without_contrast_make_room_for_other_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rollouts, rounds = dapo(monkeypatch, tmp_path, contrast_in({1, 4, 7, 10}), max_redraws=20)
+    for phase in range(5):
+        rounds.clear()
+        trajectories, prompts, figures = rollouts.play(phase, Share())
+        assert sorted(prompts) == [1, 4, 7, 10]
+        assert [t.group for t in trajectories] == [0, 0, 1, 1, 2, 2, 3, 3]
+        assert [t.environment.prompt.reference for t in trajectories[::2]] == prompts.tolist()
+        assert [t.reward for t in trajectories] == [1, 0] * 4
+        # None is asked twice: twelve are there, so many asked are so many different ones.
+        assert figures["prompts"] == sum(rounds) <= 12
+        assert figures["equal_groups"] == pytest.approx((sum(rounds) - 4) / sum(rounds))
+        assert rounds[0] == 4
+        assert len(rounds) > 1
+
+
+def test_drawing_again_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rollouts, rounds = dapo(monkeypatch, tmp_path, contrast_in({1, 4}), max_redraws=1)
+    trajectories, prompts, figures = rollouts.play(0, Share())
+    assert len(rounds) == 2
+    assert 0 < len(prompts) <= 2  # of four: a smaller phase
+    assert set(prompts) <= {1, 4}
+    assert len(trajectories) == 2 * len(prompts)
+    assert figures["prompts"] == sum(rounds)
+
+
+def test_no_contrast_anywhere_is_a_phase_that_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    rollouts, rounds = dapo(monkeypatch, tmp_path, contrast_in(set()), max_redraws=20)
+    trajectories, prompts, figures = rollouts.play(0, Share())
+    assert rounds == [4, 4, 4]  # there is nobody left to ask
+    assert figures == {"prompts": 12, "equal_groups": 1.0}
+    assert len(trajectories) == 2 * len(prompts) == 8
+
+
+def test_without_dapo_equal_groups_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    how = settings(AlgorithmConfig(advantage="group"), prompts=12, samples=2)
+    source, _ = phases(monkeypatch, tmp_path, how, contrast_in({1, 4, 7}))
+    _, prompts, figures = source.rollouts.play(0, Share())
+    assert sorted(prompts) == list(range(12))
+    assert figures == {"prompts": 12, "equal_groups": 0.75}
+
+
+def spo(monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[Phases, Clock]:
+    algorithm = AlgorithmConfig(advantage="tracker", tracker_answers=3, minibatches=2)
+    source, clock = phases(monkeypatch, folder, settings(algorithm, prompts=6), lambda number, place: float(number % 2))
+    original: Callable = phase_scores.score_trajectories
+
+    def score(*words):  # type: ignore[no-untyped-def]
+        clock.does("score")
+        return original(*words)
+
+    monkeypatch.setattr(phase_scores, "score_trajectories", score)
+    return source, clock
+
+
+def test_time_is_counted_where_it_is_spent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    source, clock = spo(monkeypatch, tmp_path)
+    source.micro_batches(0, Share())
+    source.micro_batches(1, Share())
+    before_second = clock.now
+    source.micro_batches(2, Share())
+    first, second = map(json.loads, (tmp_path / "rollouts.jsonl").read_text().splitlines())
+    # 12 prompts in sixes, then the phase: three times played (3 s) and judged (2 s), once scored (5 s).
+    assert (first["seconds_playing"], first["seconds_judging"], first["seconds_scoring"]) == (9, 6, 5)
+    # The second is scored once more where a prompt comes again: how far has the policy moved on its last answer?
+    assert (second["seconds_playing"], second["seconds_judging"], second["seconds_scoring"]) == (3, 2, 10)
+    assert "seconds_teaching" not in first
+    assert before_second == 9 + 6 + 5
+    assert clock.now == before_second + 15  # nothing is counted twice and nothing left out
+
+
+@pytest.mark.parametrize("log_every", [1, 2])
+def test_the_rest_of_an_update_is_updating(tmp_path: Path, log_every: int) -> None:
+    """Two phases of two updates, 2 s each beside the phase that the first of them waits for."""
+    rollouts = [
+        {"step": -1, "updates": 0, "seconds_playing": 4, "seconds_judging": 1, "seconds_teaching": 3},
+        {"step": 0, "updates": 0, "seconds_playing": 5, "seconds_judging": 1, "seconds_scoring": 2},
+        {"step": 1, "updates": 2, "seconds_playing": 5, "seconds_judging": 1, "seconds_scoring": 2},
+    ]
+    updates = [{"step": step, "seconds": 2 + waited} for step, waited in ((1, 16), (2, 0), (3, 8), (4, 0))]
+    updates.append({"step": 4, "held_out/reward": 1.0})
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in rollouts))
+    kept = [line for line in updates if line["step"] % log_every == 0]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in kept))
+    # 14 s playing, 3 judging, 4 scoring, 3 teaching, 4 x 2 updating: 32 s
+    assert _where_time_went(tmp_path) == (
+        "time: 44% playing, 9% judging, 12% scoring, 9% teaching the critic, 25% updating"
+    )
