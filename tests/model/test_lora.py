@@ -137,21 +137,43 @@ PEFTS = {
 }
 
 
-@pytest.mark.parametrize("settings", PEFTS.values(), ids=PEFTS)
-def test_ours_loads_pefts(settings, tmp_path):
-    save_pretrained(tiny_model(), tmp_path / "base")
+def save_pefts(folder, **settings):
+    """PEFT's own random adapter, saved in folder/adapter on the model in folder/base, and its logits."""
+    save_pretrained(tiny_model(), folder / "base")
     config = peft.LoraConfig(r=4, lora_alpha=12, task_type="CAUSAL_LM", **settings)
-    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
+    theirs = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folder / "base"), config).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
             if "lora_" in name:
                 parameter.add_(torch.empty(parameter.shape).uniform_(-0.1, 0.1, generator=generator))
-    theirs.save_pretrained(tmp_path / "adapter")
-    expected = theirs(TOKENS_BT).logits
+    theirs.save_pretrained(folder / "adapter")
+    return theirs(TOKENS_BT).logits
+
+
+@pytest.mark.parametrize("settings", PEFTS.values(), ids=PEFTS)
+def test_ours_loads_pefts(settings, tmp_path):
+    expected = save_pefts(tmp_path, **settings)
     loaded = load_with_adapter(tmp_path / "adapter")
     torch.testing.assert_close(row_logits(loaded, TOKENS_BT), expected, rtol=1e-5, atol=1e-5)
     merged = load_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(row_logits(merged, TOKENS_BT), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("settings", PEFTS.values(), ids=PEFTS)
+def test_pefts_adapter_keeps_its_settings_when_we_save_it_again(settings, tmp_path):
+    expected = save_pefts(tmp_path, lora_dropout=0.25, **settings)
+    loaded = load_with_adapter(tmp_path / "adapter")
+    assert all(layer.dropout == 0.25 for layer in lora_layers(loaded).values())
+    save_pretrained(loaded, tmp_path / "again")
+    kept = ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+    before, after = (json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("adapter", "again"))
+    assert {key: after[key] for key in kept} == {key: before[key] for key in kept}
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "again"
+    ).eval()
+    torch.testing.assert_close(theirs(TOKENS_BT).logits, expected, rtol=1e-5, atol=1e-5)
+    merged = load_pretrained(tmp_path / "again")
     torch.testing.assert_close(row_logits(merged, TOKENS_BT), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -161,6 +183,8 @@ def test_ours_loads_pefts(settings, tmp_path):
         ({"bias": "all"}, "bias = 'all' is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
+        ({"use_qalora": True}, "use_qalora = True is not supported"),
+        ({"init_lora_weights": "pissa_niter_4"}, "stands for a base with other weights"),
         ({"base_model_name_or_path": None}, "does not name its model"),
         ({"base_model_name_or_path": "gone"}, "its base cannot be had: gone: no such folder"),
     ],

@@ -33,7 +33,14 @@ _PLAIN: dict[str, Any] = {
     "alora_invocation_tokens": None,
     "corda_config": None,
     "eva_config": None,
+    "arrow_config": None,
+    "kasa_config": None,
+    "monteclora_config": None,
+    "use_bdlora": None,
+    "use_qalora": False,
 }
+# Ways to draw A and B that change the frozen weights too: PEFT changes them again when it loads such a file.
+_INITIALIZATIONS_OF_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def is_adapter(folder: Path) -> bool:
@@ -85,12 +92,25 @@ def base_of(folder: Path) -> str:
 
 def attach_adapter(model: CausalLM, folder: Path) -> None:
     """Put the adapter of `folder`, ours or PEFT's, onto its base `model`. UserError for what cannot be honoured."""
-    for name, layer in read_adapter(model, folder).items():
+    layers = read_adapter(model, folder)
+    model.requires_grad_(False)
+    for name, layer in layers.items():
         model.set_submodule(name, layer)
     config = _read_config(folder)
-    model.requires_grad_(False)
-    settings = LoraConfig(rank=config.get("r", 8), rslora=bool(config.get("use_rslora")))
-    model.adapter = Adapter(settings, config.get("base_model_name_or_path") or "")
+    settings = LoraConfig(
+        rank=config.get("r", 8),
+        alpha=config.get("lora_alpha", 8),
+        dropout=config.get("lora_dropout", 0.0),
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
+        targets=tuple(layers),
+    )
+    model.adapter = Adapter(
+        settings,
+        config.get("base_model_name_or_path") or "",
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+    )
 
 
 def read_adapter(model: CausalLM, folder: Path) -> dict[str, LoraLinear]:
@@ -99,6 +119,11 @@ def read_adapter(model: CausalLM, folder: Path) -> dict[str, LoraLinear]:
     for key, plain in _PLAIN.items():
         if config.get(key, plain) not in (plain, {}, [], None):
             raise UserError(f"{folder / CONFIG}: {key} = {config[key]!r} is not supported (only {plain!r})")
+    if str(config.get("init_lora_weights")).startswith(_INITIALIZATIONS_OF_THE_BASE):
+        raise UserError(
+            f"{folder / CONFIG}: init_lora_weights = {config['init_lora_weights']!r} stands for a base with other "
+            "weights than the one it names: save it with PEFT's path_initial_model_for_weight_conversion"
+        )
     known = set(linear_names(model))
     layers: dict[str, LoraLinear] = {}
     suffix = ".lora_A.weight"
@@ -110,7 +135,8 @@ def read_adapter(model: CausalLM, folder: Path) -> dict[str, LoraLinear]:
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         linear = model.get_submodule(name)
         assert isinstance(linear, Linear)
-        layers[name] = LoraLinear(linear, rank, scaling, dora=bool(config.get("use_dora")))
+        dropout = float(config.get("lora_dropout", 0.0))
+        layers[name] = LoraLinear(linear, rank, scaling, dropout=dropout, dora=bool(config.get("use_dora")))
     _copy_weights(layers, weights, folder)
     return layers
 
@@ -138,8 +164,8 @@ def _to_peft(model: CausalLM, adapter: Adapter) -> dict[str, Any]:
         "use_rslora": config.rslora,
         "use_dora": config.dora,
         "target_modules": _target_modules(model),
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": adapter.rank_pattern,
+        "alpha_pattern": adapter.alpha_pattern,
         "fan_in_fan_out": False,
         "bias": "none",
         "modules_to_save": None,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
@@ -68,6 +68,10 @@ class Adapter:
     config: LoraConfig
     base: str
     """Folder or Hub id of the frozen model."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Of PEFT's files: ranks of layers whose names end as a regular expression says, where not `config.rank`."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """The same of alpha."""
 
 
 class LoraLinear(Linear):
