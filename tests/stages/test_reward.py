@@ -10,16 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from minnow import cli
 from minnow.config import UserError
 from minnow.data.pairs import PreferencePair
 from minnow.data.prepare import DataConfig
+from minnow.engine import Engine
 from minnow.evaluation.judge import JudgedAnswers, RewardModelJudge, TransformersJudge, load_judge
 from minnow.evaluation.preference import LabelledPair
 from minnow.evaluation.registry import Subject
 from minnow.model.config import ModelConfig
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.init import InitConfig
+from minnow.model.lora import LoraConfig
 from minnow.model.pretrained import load_pretrained, load_reward_model, save_pretrained
 from minnow.model.reward_model import RewardModel
 from minnow.model.transformer import CausalLM
@@ -59,8 +63,7 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(["yes no gladly maybe fish 0123456789"] * 20, 320)
 
 
-@pytest.fixture
-def trained(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+def train(tmp_path: Path, tokenizer: Tokenizer, lora: LoraConfig) -> Path:
     """The run folder of a reward model that was taught to like "yes gladly"."""
     # A fresh decoder's layers add nothing: its last token has read nothing, and a head at zero could not move it.
     start = CausalLM(shape(), InitConfig(zero_output_projections=False))
@@ -75,13 +78,19 @@ def trained(tmp_path: Path, tokenizer: Tokenizer) -> Path:
             sequence_length=128,
             training=TrainingConfig(steps=20, batch_tokens=512, device="cpu", precision="fp32", compile="off"),
             optim=OptimConfig(optimizer="adamw", matrix_lr=1e-3, embedding_lr=3e-3),
+            lora=lora,
         )
     )
     return tmp_path / "run"
 
 
+@pytest.fixture
+def trained(tmp_path: Path, tokenizer: Tokenizer) -> Path:
+    return train(tmp_path, tokenizer, LoraConfig())
+
+
 def test_a_run_learns_and_transformers_reads_the_same_rewards(trained: Path, tokenizer: Tokenizer) -> None:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForSequenceClassification
 
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert lines[0]["loss"] == pytest.approx(0.6931, abs=1e-3), "the head starts at zero"
@@ -89,16 +98,10 @@ def test_a_run_learns_and_transformers_reads_the_same_rewards(trained: Path, tok
     assert (trained / "reliability.png").stat().st_size > 1000
     theirs = AutoModelForSequenceClassification.from_pretrained(trained / "model").eval()
     assert type(theirs).__name__ == "Qwen3ForSequenceClassification"
-    their_tokenizer = AutoTokenizer.from_pretrained(trained / "model")
     judge = load_judge(trained, CPU)
     assert isinstance(judge, RewardModelJudge)
     rewards = judge(TALKS)
-    for talk, ours in zip(TALKS, rewards, strict=True):
-        messages = [{"role": m.role, "content": m.content} for m in talk.messages]
-        text = their_tokenizer.apply_chat_template(messages, tokenize=False)
-        inputs = their_tokenizer(text, add_special_tokens=False, return_tensors="pt")
-        with torch.no_grad():
-            assert float(theirs(**inputs).logits) == pytest.approx(ours, abs=1e-4)
+    assert their_rewards(theirs, trained / "model") == pytest.approx(rewards, abs=1e-4)
     assert min(rewards[::2]) > max(rewards[1::2])
     assert TransformersJudge(trained / "model", CPU)(TALKS) == pytest.approx(rewards, abs=1e-4)
 
@@ -132,6 +135,71 @@ def test_a_reward_model_is_not_taken_for_a_language_model(tmp_path: Path, tokeni
         load_reward_model(tmp_path / "writer")
     with pytest.raises(UserError, match="--judge"):
         load_judge(tmp_path / "writer", CPU)
+
+
+def their_rewards(theirs: torch.nn.Module, tokenizer_folder: Path) -> list[float]:
+    """What transformers' model says of each of TALKS."""
+    from transformers import AutoTokenizer
+
+    their_tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    rewards = []
+    for talk in TALKS:
+        messages = [{"role": m.role, "content": m.content} for m in talk.messages]
+        text = their_tokenizer.apply_chat_template(messages, tokenize=False)
+        with torch.no_grad():
+            inputs = their_tokenizer(text, add_special_tokens=False, return_tensors="pt")
+            rewards.append(float(theirs(**inputs).logits))
+    return rewards
+
+
+@pytest.mark.parametrize("settings", [{}, {"dora": True, "rslora": True, "alpha": 3.0, "dropout": 0.1}])
+def test_adapters_and_a_head_on_a_frozen_model(tmp_path: Path, tokenizer: Tokenizer, settings: dict) -> None:
+    """PEFT loads them onto the base, a judge reads them, and merged they are a plain reward model."""
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    run = train(tmp_path, tokenizer, LoraConfig(rank=4, **settings))
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["validation_accuracy"] == 1.0
+    weights = load_file(run / "model/adapter_model.safetensors")
+    assert [name for name in weights if "lora_" not in name] == ["base_model.model.score.weight"]
+    assert not list(run.rglob("model.safetensors"))
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "start", num_labels=1)
+    theirs = peft.PeftModel.from_pretrained(base, run / "model").eval()
+    judge = load_judge(run, CPU)
+    assert isinstance(judge, RewardModelJudge)
+    rewards = judge(TALKS)
+    assert max(rewards) - min(rewards) > 0.1
+    assert their_rewards(theirs, run / "model") == pytest.approx(rewards, abs=1e-5)
+    assert cli.main(["merge-lora", str(run), "--out", str(tmp_path / "merged")]) == 0
+    merged = AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    assert their_rewards(merged, tmp_path / "merged") == pytest.approx(rewards, abs=1e-5)
+    assert load_judge(tmp_path / "merged", CPU)(TALKS) == pytest.approx(rewards, abs=1e-5)
+
+
+def test_pefts_reward_adapter_is_read_and_stands_for_no_writer(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    import peft
+    from transformers import AutoModelForSequenceClassification
+
+    save_pretrained(CausalLM(shape(), InitConfig(zero_output_projections=False)), tmp_path / "base", tokenizer)
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=1)
+    config = peft.LoraConfig(r=4, lora_alpha=3, task_type="SEQ_CLS", target_modules="all-linear")
+    theirs = peft.get_peft_model(theirs, config).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    theirs.save_pretrained(tmp_path / "adapter")
+    judge = load_judge(tmp_path / "adapter", CPU)
+    assert judge(TALKS) == pytest.approx(their_rewards(theirs, tmp_path / "base"), abs=1e-5)
+    with pytest.raises(UserError, match="a reward model, which writes nothing"):
+        load_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match="a reward model's adapter, which writes nothing"):
+        Engine.from_pretrained(tmp_path / "base", adapters={"judge": tmp_path / "adapter"})
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(UserError, match="its base cannot be had"):
+        load_judge(tmp_path / "adapter", CPU)
 
 
 def test_eval_with_a_judge(trained: Path, tmp_path: Path) -> None:

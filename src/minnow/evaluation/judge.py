@@ -17,6 +17,7 @@ from minnow.evaluation.preference import LabelledPair, PairTask, groups, in_pair
 from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, register
 from minnow.evaluation.statistics import Interval, bootstrap_ratio
 from minnow.evaluation.turns import ask
+from minnow.model.adapter import is_adapter
 from minnow.model.pretrained import is_reward_model, load_reward_model, resolve_model_folder
 from minnow.model.reward_model import RewardModel
 from minnow.tokenizer.chat import Conversation, render
@@ -98,6 +99,8 @@ def load_judge(model: str | Path, device: torch.device) -> Judge:
         tokenizer = Tokenizer.from_pretrained(folder)
         tokenizer.require_chat_template(str(model))
     except UserError:  # another decoder or template than ours
+        if is_adapter(folder):
+            raise
         return TransformersJudge(folder, device)
     return RewardModelJudge(reward_model, tokenizer)
 

@@ -15,18 +15,20 @@ from torch import Tensor
 
 from minnow.config import UserError
 from minnow.model.lora import Adapter, LoraConfig, LoraLinear, linear_names, lora_layers
+from minnow.model.reward_model import RewardModel
 from minnow.model.slices import whole
 from minnow.model.transformer import CausalLM, Linear
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_HEADS = ("classifier", "score")
+"""What PEFT lists as saved whole of any sequence classifier; ours is called score."""
 # What else PEFT can do: a value that is neither this one nor missing changes what the adapter computes.
 _PLAIN: dict[str, Any] = {
     "peft_type": "LORA",
     "bias": "none",
     "fan_in_fan_out": False,
     "lora_bias": False,
-    "modules_to_save": None,
     "trainable_token_indices": None,
     "layer_replication": None,
     "target_parameters": None,
@@ -48,9 +50,14 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
+def is_reward_adapter(folder: Path) -> bool:
+    """Whether the adapter in `folder` makes a reward model of its base: it brings the head along."""
+    return bool(_read_config(folder).get("task_type") == "SEQ_CLS")
+
+
 def adapter_weights(model: CausalLM) -> dict[str, Tensor]:
-    """The adapters of `model`, by PEFT's names, on the CPU."""
-    parameters = _adapter_parameters(lora_layers(model)).items()
+    """The adapters of `model` and a reward model's head, by PEFT's names, on the CPU."""
+    parameters = (_adapter_parameters(lora_layers(model)) | _head(model)).items()
     return {_PREFIX + name: whole(parameter).detach().cpu().contiguous() for name, parameter in parameters}
 
 
@@ -62,26 +69,6 @@ def write_adapter(model: CausalLM, weights: dict[str, Tensor], folder: Path) -> 
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
-def load_adapter_weights(model: CausalLM, folder: Path) -> None:
-    """Copy what `write_adapter` wrote into the adapters that `model` has. UserError when they are others."""
-    _copy_weights(lora_layers(model), _read_weights(folder), folder)
-
-
-def _copy_weights(layers: dict[str, LoraLinear], weights: dict[str, Tensor], folder: Path) -> None:
-    parameters = _adapter_parameters(layers)
-    here = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if here != there:
-        name = min(name for name in here.keys() | there if here.get(name) != there.get(name))
-        raise UserError(
-            f"{folder}: its adapters have other layers or another rank than this model's "
-            f"({name}: {there.get(name, 'nothing')} there, {here.get(name, 'nothing')} here)"
-        )
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
-
-
 def base_of(folder: Path) -> str:
     """The model that the adapter in `folder` belongs to: a folder or a Hub id."""
     base = _read_config(folder).get("base_model_name_or_path")
@@ -91,9 +78,16 @@ def base_of(folder: Path) -> str:
 
 
 def attach_adapter(model: CausalLM, folder: Path) -> None:
-    """Put the adapter of `folder`, ours or PEFT's, onto its base `model`. UserError for what cannot be honoured."""
+    """Put the adapter of `folder`, ours or PEFT's, onto its base `model`. UserError for what cannot be honoured.
+
+    A reward model's head comes from the folder too.
+    """
     layers = read_adapter(model, folder)
     model.requires_grad_(False)
+    head = _head(model)
+    if head:
+        weights = _read_weights(folder)
+        _copy_weights(head, {name: weights[name] for name in head if name in weights}, folder)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
     config = _read_config(folder)
@@ -116,14 +110,7 @@ def attach_adapter(model: CausalLM, folder: Path) -> None:
 def read_adapter(model: CausalLM, folder: Path) -> dict[str, LoraLinear]:
     """The adapted layers by name, around the weights of `model`, which stays as it is. UserError as above."""
     config, weights = _read_config(folder), _read_weights(folder)
-    for key, plain in _PLAIN.items():
-        if config.get(key, plain) not in (plain, {}, [], None):
-            raise UserError(f"{folder / CONFIG}: {key} = {config[key]!r} is not supported (only {plain!r})")
-    if str(config.get("init_lora_weights")).startswith(_INITIALIZATIONS_OF_THE_BASE):
-        raise UserError(
-            f"{folder / CONFIG}: init_lora_weights = {config['init_lora_weights']!r} stands for a base with other "
-            "weights than the one it names: save it with PEFT's path_initial_model_for_weight_conversion"
-        )
+    _check_config(config, model, folder)
     known = set(linear_names(model))
     layers: dict[str, LoraLinear] = {}
     suffix = ".lora_A.weight"
@@ -137,11 +124,47 @@ def read_adapter(model: CausalLM, folder: Path) -> dict[str, LoraLinear]:
         assert isinstance(linear, Linear)
         dropout = float(config.get("lora_dropout", 0.0))
         layers[name] = LoraLinear(linear, rank, scaling, dropout=dropout, dora=bool(config.get("use_dora")))
-    _copy_weights(layers, weights, folder)
+    _copy_weights(_adapter_parameters(layers), {n: w for n, w in weights.items() if n not in _head(model)}, folder)
     return layers
 
 
-def _adapter_parameters(layers: dict[str, LoraLinear]) -> dict[str, torch.nn.Parameter]:
+def _copy_weights(parameters: dict[str, Tensor], weights: dict[str, Tensor], folder: Path) -> None:
+    here = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    there = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if here != there:
+        name = min(name for name in here.keys() | there if here.get(name) != there.get(name))
+        raise UserError(
+            f"{folder}: its adapters have other layers or another rank than this model's "
+            f"({name}: {there.get(name, 'nothing')} there, {here.get(name, 'nothing')} here)"
+        )
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
+
+
+def _check_config(config: dict[str, Any], model: CausalLM, folder: Path) -> None:
+    """UserError for what would change what the adapter computes and is not known here."""
+    for key, plain in _PLAIN.items():
+        if config.get(key, plain) not in (plain, {}, [], None):
+            raise UserError(f"{folder / CONFIG}: {key} = {config[key]!r} is not supported (only {plain!r})")
+    if config.get("task_type") == "SEQ_CLS" and not isinstance(model, RewardModel):
+        raise UserError(f"{folder}: a reward model's adapter, which writes nothing (use it with minnow eval --judge)")
+    whole_modules = config.get("modules_to_save") or []
+    if set(whole_modules) - (set(_HEADS) if isinstance(model, RewardModel) else set()):
+        raise UserError(f"{folder / CONFIG}: modules_to_save = {whole_modules!r} is not supported")
+    if str(config.get("init_lora_weights")).startswith(_INITIALIZATIONS_OF_THE_BASE):
+        raise UserError(
+            f"{folder / CONFIG}: init_lora_weights = {config['init_lora_weights']!r} stands for a base with other "
+            "weights than the one it names: save it with PEFT's path_initial_model_for_weight_conversion"
+        )
+
+
+def _head(model: CausalLM) -> dict[str, Tensor]:
+    """What is trained and saved whole beside the adapters: the head of a reward model, which its base lacks."""
+    return {"score.weight": model.score.weight} if isinstance(model, RewardModel) else {}
+
+
+def _adapter_parameters(layers: dict[str, LoraLinear]) -> dict[str, Tensor]:
     return {
         f"{name}.{own}": parameter
         for name, layer in layers.items()
@@ -152,9 +175,10 @@ def _adapter_parameters(layers: dict[str, LoraLinear]) -> dict[str, torch.nn.Par
 
 def _to_peft(model: CausalLM, adapter: Adapter) -> dict[str, Any]:
     config = adapter.config
+    judges = isinstance(model, RewardModel)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": "SEQ_CLS" if judges else "CAUSAL_LM",
         "base_model_name_or_path": adapter.base,
         "revision": None,
         "inference_mode": True,
@@ -168,7 +192,7 @@ def _to_peft(model: CausalLM, adapter: Adapter) -> dict[str, Any]:
         "alpha_pattern": adapter.alpha_pattern,
         "fan_in_fan_out": False,
         "bias": "none",
-        "modules_to_save": None,
+        "modules_to_save": ["score"] if judges else None,
         "layers_to_transform": None,
         "layers_pattern": None,
         "init_lora_weights": True,

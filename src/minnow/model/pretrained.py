@@ -21,6 +21,7 @@ from minnow.model.adapter import (
     attach_adapter,
     base_of,
     is_adapter,
+    is_reward_adapter,
     write_adapter,
 )
 from minnow.model.config import ModelConfig
@@ -114,16 +115,10 @@ def load_pretrained(
     its shape and none may be left over: UserError lists what does not fit.
     """
     folder = resolve_model_folder(folder)
-    if is_adapter(folder) or base is not None:
-        model = load_with_adapter(folder, base)
-        merge_lora(model)
-        model.to(device)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype or parameter.dtype)  # the routers' biases stay fp32
-        model.compute_dtype = model.head_weight.dtype
-        return model
     if is_reward_model(folder):
         raise UserError(f"{folder}: a reward model, which writes nothing (use it with minnow eval --judge)")
+    if is_adapter(folder) or base is not None:
+        return _merged(load_with_adapter(folder, base), dtype, device)
     config = read_config(folder)
     weights = stack_experts(_read_weights(folder))
     if architecture(config) == "Glm4MoeForCausalLM" and _is_tied(weights):
@@ -138,10 +133,17 @@ def load_pretrained(
 def load_reward_model(
     folder: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
 ) -> RewardModel:
-    """Read a sequence-classification folder with one label (ours or anybody's) whose decoder is one of ours."""
+    """Read a sequence-classification folder with one label (ours or anybody's) whose decoder is one of ours.
+
+    An adapter's folder gives its base with adapter and head merged into it.
+    """
     folder = resolve_model_folder(folder)
     if not is_reward_model(folder):
         raise UserError(f"{folder}: a language model, not a reward model (minnow reward makes one of it)")
+    if is_adapter(folder):
+        merged = _merged(load_with_adapter(folder), dtype, device)
+        assert isinstance(merged, RewardModel)
+        return merged
     with torch.device("meta"):
         model = RewardModel(read_config(folder))
     weights = stack_experts(_read_weights(folder))
@@ -151,9 +153,9 @@ def load_reward_model(
 
 
 def is_reward_model(folder: Path) -> bool:
-    """Whether a resolved folder holds a sequence-classification model."""
+    """Whether a resolved folder holds a sequence-classification model, or an adapter that makes one of its base."""
     if is_adapter(folder):
-        return False
+        return is_reward_adapter(folder)
     return is_classification(_config_content(folder))
 
 
@@ -169,12 +171,31 @@ def _fill(
 
 
 def load_with_adapter(folder: str | Path, base: str | Path | None = None) -> CausalLM:
-    """The adapter in `folder` on its base, not merged. `base`: where the base lies now, if not where it did."""
+    """The adapter in `folder` on its base, not merged; a `RewardModel` where it brings a head.
+
+    base: where the base lies now, if not where it did.
+    """
     folder = resolve_model_folder(folder)
     if not is_adapter(folder):
         raise UserError(f"{folder}: a whole model, not an adapter (it has no adapter_config.json)")
-    model = load_pretrained(_base_folder(folder, base))
+    base_folder = _base_folder(folder, base)
+    if not is_reward_adapter(folder):
+        model = load_pretrained(base_folder)
+    elif is_reward_model(base_folder):
+        model = load_reward_model(base_folder)
+    else:
+        model = RewardModel.from_language_model(load_pretrained(base_folder))
     attach_adapter(model, folder)
+    return model
+
+
+def _merged(model: CausalLM, dtype: torch.dtype | None, device: torch.device | str) -> CausalLM:
+    """Merge the adapters of `model`, and put it on `device`; None keeps what is stored."""
+    merge_lora(model)
+    model.to(device)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype or parameter.dtype)  # the routers' biases stay fp32
+    model.compute_dtype = model.head_weight.dtype
     return model
 
 

@@ -31,12 +31,13 @@ class RewardModel(CausalLM):
 
     @classmethod
     def from_language_model(cls, model: CausalLM) -> RewardModel:
-        """Put a fresh head on the decoder of `model`, which is taken over, not copied."""
+        """Put a fresh head on the decoder of `model`, which is taken over with its adapters, not copied."""
         with torch.device("meta"):
             reward_model = cls(model.config)
         reward_model.model = model.model
         reward_model.score.weight = torch.nn.Parameter(torch.zeros(1, model.config.hidden_size))
         reward_model.compute_dtype = model.compute_dtype
+        reward_model.adapter = model.adapter
         return reward_model
 
     def rewards(self, hidden_ND: Tensor) -> Tensor:

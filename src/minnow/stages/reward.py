@@ -7,7 +7,6 @@ from pathlib import Path
 
 from rich.console import Console
 
-from minnow.config import UserError
 from minnow.data.batches import Batch
 from minnow.model.hf_config import architecture
 from minnow.model.reward_model import RewardModel, classification_config
@@ -44,8 +43,6 @@ class Config(LanguageModelConfig):
 
 def run(config: Config) -> None:
     """Train, leave the model in `RUN/model` and say how far its confidence can be trusted."""
-    if config.lora.rank:
-        raise UserError("--lora.rank: a reward model trains whole, adapters have no place for its head")
     console = Console(stderr=True)
     start, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
     start.config.check_sequence_length(config.sequence_length)

@@ -38,6 +38,7 @@ STAGES = {
     "lora": ("lora", PACKED),
     "dpo": ("dpo", PACKED),
     "reward": ("reward", PACKED),
+    "reward of adapters": ("reward", PACKED | {"lora.rank": 4}),
     "distill": ("distill", PACKED | NEW),
     "grpo": ("grpo", PLAYED),
     "grpo of adapters": ("grpo", PLAYED | {"lora.rank": 4}),
