@@ -21,9 +21,10 @@ tuple takes all that are left.
 from __future__ import annotations
 
 import dataclasses
+import operator
 import os
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -109,6 +110,26 @@ def config_from_yaml(config_class: type[T], path: str | Path) -> T:
 def config_to_yaml(config: Any) -> str:
     """Write `config`, a dataclass instance, as YAML that `config_from_yaml` reads back into an equal one."""
     return _dump(dataclasses.asdict(config))
+
+
+def refuse_unused(config: Any, unused: Mapping[str, str], section: str = "") -> None:
+    """Refuse settings that would have no effect: whoever changed one from its default expects something of it.
+
+    Called from the `__post_init__` of the configuration that knows, with its own keys.
+
+    Args:
+        config: a dataclass instance.
+        unused: dotted keys below `config`, each with what it belongs to, the end of a sentence: "it is simpo's".
+        section: what stands before the keys in front of the user, "" or ending in ".".
+
+    Raises:
+        UserError: one of them is not at its default.
+    """
+    defaults = {setting.key: setting.default for setting in settings_of(type(config))}
+    for key, owner in unused.items():
+        value = operator.attrgetter(key)(config)
+        if value != defaults[key]:
+            raise UserError(f"{section}{key} is {value}, which has no effect here: {owner}; leave it out")
 
 
 @dataclasses.dataclass(frozen=True)

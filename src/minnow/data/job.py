@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from minnow.config import UserError
+from minnow.config import UserError, refuse_unused
 from minnow.data.encoding import EncodeOptions, Kind, Side
 from minnow.data.fingerprint import fingerprint
 from minnow.data.lots import Lot, cut_into_lots
@@ -96,6 +96,8 @@ def find_job(config: DataConfig, tokenizer: Tokenizer, kind: Kind, sequence_leng
         raise UserError(f"validation_fraction is {config.validation_fraction}: it must lie between 0 and 0.5")
     if not 0 <= config.tag_weight <= 1000:
         raise UserError(f"data.tag_weight is {config.tag_weight}: it must lie between 0 and 1000")
+    if kind != "sft":
+        refuse_unused(config, {"tag_weight": "it belongs to conversations (kind sft)"}, "data.")
     if kind != "pretrain":
         tokenizer.require_chat_tokens()
     sources = find_sources(config.paths)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minnow.config import UserError
+from minnow.config import UserError, refuse_unused
 from minnow.model.transformer import CausalLM, Linear
 
 Quantization = Literal["none", "int8"]
@@ -54,6 +54,9 @@ class LoraConfig:
             raise UserError("lora.targets is empty: name at least one pattern of linear layers")
         if self.quantize != "none" and not self.rank:
             raise UserError("lora.quantize rounds a frozen model, but lora.rank is 0 and all of it is trained")
+        if not self.rank:
+            others = ("alpha", "dropout", "rslora", "dora", "targets")
+            refuse_unused(self, dict.fromkeys(others, "lora.rank is 0 and the whole model is trained"), "lora.")
 
     @property
     def chosen_alpha(self) -> float:

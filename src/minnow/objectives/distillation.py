@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from minnow.config import UserError
+from minnow.config import UserError, refuse_unused
 from minnow.objectives.stable import log1mexp
 
 DivergenceName = Literal["forward", "reverse", "jsd"]
@@ -41,6 +41,8 @@ class DivergenceConfig:
             raise UserError(f"loss.temperature is {self.temperature}: it must be positive")
         if not 0 < self.jsd_beta < 1:
             raise UserError(f"loss.jsd_beta is {self.jsd_beta}: it must lie between 0 and 1 (else: forward or reverse)")
+        if self.divergence != "jsd":
+            refuse_unused(self, {"jsd_beta": f"the divergence is {self.divergence}, not jsd"}, "loss.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,13 +23,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minnow.config import UserError
+from minnow.config import UserError, refuse_unused
 from minnow.objectives.stable import log1mexp
 
 LossName = Literal["dpo", "robust", "hinge", "ipo", "simpo", "orpo", "kto"]
 
 WITHOUT_REFERENCE = ("simpo", "orpo")
 AVERAGED = ("ipo", "simpo", "orpo")
+ONLY_OF = {
+    "label_smoothing": ("dpo", "robust", "simpo"),
+    "length_alpha": ("dpo", "robust", "hinge", "ipo", "simpo", "orpo"),
+    "simpo_gamma": ("simpo",),
+    "desirable_weight": ("kto",),
+    "undesirable_weight": ("kto",),
+}
+"""Settings that only some losses have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,12 +70,12 @@ class PreferenceLossConfig:
             raise UserError(f"loss.beta is {self.beta}: it must be positive")
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"loss.label_smoothing is {self.label_smoothing}: it must lie from 0 to below 0.5")
-        if self.label_smoothing and self.name not in ("dpo", "robust", "simpo"):
-            raise UserError(f"loss.label_smoothing has no meaning for {self.name}, only for dpo, robust and simpo")
         if not 0 <= self.length_alpha <= 1:
             raise UserError(f"loss.length_alpha is {self.length_alpha}: it must lie from 0 to 1")
         if self.average and self.name == "kto":
             raise UserError("loss.average has no meaning for kto: its reference point is in nats per answer")
+        others = {key: " or ".join(losses) for key, losses in ONLY_OF.items() if self.name not in losses}
+        refuse_unused(self, {key: f"the loss is {self.name}, not {of}" for key, of in others.items()}, "loss.")
 
     @property
     def needs_reference(self) -> bool:

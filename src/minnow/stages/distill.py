@@ -9,7 +9,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from minnow.config import UserError
+from minnow.config import UserError, refuse_unused
 from minnow.data.batches import Batch
 from minnow.model.pretrained import load_pretrained, resolve_model_folder
 from minnow.model.transformer import CausalLM
@@ -17,6 +17,7 @@ from minnow.objectives.distillation import DistillationLossConfig
 from minnow.stages import pretrain
 from minnow.stages.language_model import Lesson, PackedData, held_out_batches, run_lesson
 from minnow.tokenizer import Tokenizer
+from minnow.training.config import NO_Z_LOSS
 from minnow.training.distillation import Distillation, teacher_store
 from minnow.training.distribution import first_goes_first
 from minnow.training.objective import Rows
@@ -35,6 +36,9 @@ class Config(pretrain.Config):
     """pretrain: rows are texts; sft: rows are conversations, learnt where the assistant speaks."""
     loss: DistillationLossConfig = field(default_factory=DistillationLossConfig)
     """The loss."""
+
+    def __post_init__(self) -> None:
+        refuse_unused(self, NO_Z_LOSS)
 
 
 def run(config: Config) -> None:

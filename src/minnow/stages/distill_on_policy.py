@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from rich.console import Console
 
-from minnow.config import UserError
+from minnow.config import UserError, refuse_unused
 from minnow.data.batches import Batch, Share
 from minnow.data.prepare import DataConfig
 from minnow.model.transformer import CausalLM
@@ -22,7 +22,7 @@ from minnow.stages.distill import load_teacher, place_beside
 from minnow.stages.language_model import LanguageModelConfig, PackedData, held_out_batches, pack_data
 from minnow.stages.practice import PracticeConfig, practice_flops, practice_rows, read_practice
 from minnow.tokenizer import Tokenizer
-from minnow.training.config import TrainingConfig
+from minnow.training.config import NO_Z_LOSS, TrainingConfig
 from minnow.training.distillation import Distillation
 from minnow.training.distribution import first_goes_first, is_first, rank, world_size
 from minnow.training.objective import PackedBatches
@@ -52,7 +52,7 @@ class Config(PracticeConfig, LanguageModelConfig):
     """The loss."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            batch_tokens=8192, micro_batch_tokens=8192, z_loss=0.0, compile="off", validate_every=20, save_every=20
+            batch_tokens=8192, micro_batch_tokens=8192, compile="off", validate_every=20, save_every=20
         )
     )
     """The training loop. An epoch is a pass over the prompts; batch_tokens is for updates on data."""
@@ -64,6 +64,7 @@ class Config(PracticeConfig, LanguageModelConfig):
     """The learning rate over time."""
 
     def __post_init__(self) -> None:
+        refuse_unused(self, NO_Z_LOSS)
         if not 0 < self.share <= 1:
             raise UserError(
                 f"share is {self.share}: it must lie above 0 (minnow distill is for data alone) and up to 1"

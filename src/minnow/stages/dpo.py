@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from minnow.config import refuse_unused
 from minnow.data.batches import PackedDataset
 from minnow.objectives.preference import PreferenceLossConfig
 from minnow.optim import OptimConfig, ScheduleConfig
@@ -18,7 +19,7 @@ from minnow.stages.language_model import (
     num_held_out_rows,
     run_lesson,
 )
-from minnow.training.config import TrainingConfig
+from minnow.training.config import NO_Z_LOSS, TrainingConfig
 from minnow.training.preference import PreferenceOptimization
 from minnow.training.reference import (
     PreferenceBatch,
@@ -43,7 +44,7 @@ class Config(LanguageModelConfig):
     """Model to start from and to stay close to: a fine-tuned model's folder, a run folder or a Hub id."""
     loss: PreferenceLossConfig = field(default_factory=PreferenceLossConfig)
     """The preference loss."""
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(batch_tokens=16_384, z_loss=0.0))
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(batch_tokens=16_384))
     """The training loop."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(optimizer="adamw", matrix_lr=2e-5, weight_decay=0.0, betas=(0.9, 0.99))
@@ -51,6 +52,9 @@ class Config(LanguageModelConfig):
     """The optimizer. Rates far below pretraining's: the model is to be bent, not made anew."""
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(shape="linear", warmup_steps=10))
     """The learning rate over time."""
+
+    def __post_init__(self) -> None:
+        refuse_unused(self, NO_Z_LOSS)
 
 
 def run(config: Config) -> None:

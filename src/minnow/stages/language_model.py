@@ -141,7 +141,7 @@ def run_language_model(
         held_out = held_out_batches(packed.validation, config)
         device = model.head_weight.device
         validation = LanguageModelValidation(held_out, tokenizer.token_bytes(), device) if held_out else None
-        return Lesson(packed.train, LanguageModeling(z_loss=config.training.z_loss), validation)
+        return Lesson(packed.train, LanguageModeling(z_loss=config.training.chosen_z_loss), validation)
 
     return run_lesson(config, tokenizer, model, kind, kind, console, lesson)
 

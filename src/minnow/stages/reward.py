@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from minnow.config import refuse_unused
 from minnow.data.batches import Batch
 from minnow.model.hf_config import architecture
 from minnow.model.reward_model import RewardModel, classification_config
@@ -14,7 +15,7 @@ from minnow.optim import OptimConfig, ScheduleConfig
 from minnow.report.plots import save_figure
 from minnow.report.reliability import expected_calibration_error, reliability, reliability_figure
 from minnow.stages.language_model import LanguageModelConfig, Lesson, PackedData, held_out_batches, run_lesson
-from minnow.training.config import TrainingConfig
+from minnow.training.config import NO_Z_LOSS, TrainingConfig
 from minnow.training.distribution import is_first
 from minnow.training.reward import RewardLossConfig, RewardModeling, reward_margins
 from minnow.training.session import load_chat_start
@@ -31,7 +32,7 @@ class Config(LanguageModelConfig):
     """Model whose decoder judges: a fine-tuned model's folder, a run folder or a Hub id."""
     loss: RewardLossConfig = field(default_factory=RewardLossConfig)
     """The loss."""
-    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(batch_tokens=16_384, z_loss=0.0))
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(batch_tokens=16_384))
     """The training loop."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(optimizer="adamw", matrix_lr=1e-4, embedding_lr=1e-3, betas=(0.9, 0.99))
@@ -39,6 +40,9 @@ class Config(LanguageModelConfig):
     """The optimizer. The new head learns at embedding_lr."""
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(shape="linear", warmup_steps=10))
     """The learning rate over time."""
+
+    def __post_init__(self) -> None:
+        refuse_unused(self, NO_Z_LOSS)
 
 
 def run(config: Config) -> None:

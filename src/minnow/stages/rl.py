@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from rich.console import Console
 
-from minnow.config import UserError
+from minnow.config import UserError, refuse_unused
 from minnow.data.prompts import Prompt
 from minnow.model.lora import LoraConfig
 from minnow.model.pretrained import (
@@ -37,7 +37,7 @@ from minnow.rl.rewards import RewardConfig, Rewarder
 from minnow.rl.rollouts import RolloutEngine, live_engine
 from minnow.stages.practice import Practice, PracticeConfig, practice_flops, practice_rows, read_practice
 from minnow.tokenizer import Tokenizer
-from minnow.training.config import TrainingConfig
+from minnow.training.config import NO_Z_LOSS, TrainingConfig
 from minnow.training.distribution import is_first, world_size
 from minnow.training.parallel import choose_parallel
 from minnow.training.run_folder import METRICS, ROLLOUTS, MetricsLog
@@ -54,6 +54,12 @@ WORK = {
     "updating": "updating",
 }
 """What the time of an update goes to: its names in rollouts.jsonl, and as they are printed."""
+NOT_OF_RL = {
+    "training.steps": "a run has `phases`, each of algorithm.epochs x algorithm.minibatches updates",
+    "training.epochs": "a run has `phases`, each of algorithm.epochs passes over its answers",
+    "training.batch_tokens": "a phase is rollout.prompts x rollout.samples answers, in algorithm.minibatches parts",
+    "training.validation_tokens": "a validation asks all `held_out` prompts",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +90,10 @@ class Config(PracticeConfig):
     """When to stop because the policy has collapsed."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            micro_batch_tokens=8192, z_loss=0.0, compile="off", validate_every=20, save_every=20, stall_seconds=1800.0
+            micro_batch_tokens=8192, compile="off", validate_every=20, save_every=20, stall_seconds=1800.0
         )
     )
-    """The training loop; steps, epochs and batch_tokens are not used here (see phases and rollout)."""
+    """The training loop, without steps, epochs, batch_tokens and validation_tokens (see phases, rollout, held_out)."""
     optim: OptimConfig = field(
         default_factory=lambda: OptimConfig(optimizer="adamw", matrix_lr=1e-5, weight_decay=0.0, betas=(0.9, 0.99))
     )
@@ -100,6 +106,7 @@ class Config(PracticeConfig):
             raise UserError(f"held_out_samples is {self.held_out_samples}: it must be 0 or more")
         if self.held_out_samples and not self.held_out:
             raise UserError("held_out_samples needs held_out: files with the prompts to ask")
+        refuse_unused(self, NO_Z_LOSS | NOT_OF_RL)
 
 
 def run(config: Config) -> None:

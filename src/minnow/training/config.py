@@ -13,6 +13,9 @@ from minnow.training.tracking import TrackerName
 
 Parallel = Literal["auto", "ddp", "fsdp", "hsdp"]
 
+NO_Z_LOSS = {"training.z_loss": "it belongs to the next-token loss of pretrain, sft and lora"}
+"""What a stage with another loss refuses, see `refuse_unused`."""
+
 STATED_MICRO_BATCH_TOKENS = 16_384
 """Enough to keep a CPU's cores or a laptop's GPU busy."""
 
@@ -32,8 +35,9 @@ class TrainingConfig:
     how many fit and keeps the number in config.yaml for when the run goes on; elsewhere it is 16384."""
     clip_norm: float = 1.0
     """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
-    z_loss: float = 1e-4
-    """Weight of the squared log-partition function in the loss; keeps logits from growing."""
+    z_loss: float | None = None
+    """Weight of the squared log-partition function in the loss of pretrain, sft and lora; keeps logits from growing.
+    None: 0.0001. The losses of other stages have no such term."""
     seed: int = 0
     """Seed of the initial weights and of the data order."""
     device: DeviceName = "auto"
@@ -86,6 +90,11 @@ class TrainingConfig:
             raise UserError(f"training.epochs is {self.epochs}: it must be positive, or set training.steps")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"training.steps is {self.steps}: it must be at least 1")
+
+    @property
+    def chosen_z_loss(self) -> float:
+        """`z_loss`, or its default."""
+        return 1e-4 if self.z_loss is None else self.z_loss
 
     def rows_per_batch(self, sequence_length: int) -> int:
         """Return the rows of a global batch at this sequence length."""
