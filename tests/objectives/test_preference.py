@@ -22,8 +22,9 @@ from minnow.objectives.preference import (
 )
 from minnow.objectives.stable import log1mexp
 
-# Four answers (two pairs: TRL puts both chosen first) of 3, 5, 4 and 6 tokens behind a prompt of 3.
-LENGTHS = torch.tensor([3, 5, 4, 6])
+# Four answers (two pairs: TRL puts both chosen first) of 3, 6, 4 and 5 tokens behind a prompt of 3: once the chosen
+# one is the longer, once the rejected one.
+LENGTHS = torch.tensor([3, 6, 4, 5])
 WIDTH = 9
 REFERENCE = torch.tensor([-4.0, -2.0, -3.5, -1.5])
 
@@ -113,16 +114,16 @@ def ours(config: PreferenceLossConfig, kl: float = 0.0) -> tuple[float, Tensor]:
     lengths_A = LENGTHS[[0, 2, 1, 3]]
     answer_N = torch.arange(4).repeat_interleave(lengths_A)
     weights_N = length_weights(answer_N, 4, config.length_alpha)
-    sums_A = answer_sums(weights_N * logprobs_N, answer_N, 4)
+    sums_A, plain_A = answer_sums(weights_N * logprobs_N, answer_N, 4), answer_sums(logprobs_N, answer_N, 4)
     reference_A = REFERENCE[[0, 2, 1, 3]] if config.needs_reference else torch.zeros(4)
-    loss = preference_loss(config, sums_A, reference_A, lengths_A, torch.tensor(kl)).mean()
+    loss = preference_loss(config, sums_A, reference_A, lengths_A, plain_A, torch.tensor(kl)).mean()
     loss.backward()
     assert logprobs_N.grad is not None
     return float(loss.detach()), logprobs_N.grad
 
 
 def assert_same(found: tuple[float, Tensor], expected: tuple[float, Tensor]) -> None:
-    assert found[0] == pytest.approx(expected[0], rel=1e-6)
+    assert found[0] == pytest.approx(expected[0], rel=1e-6, abs=1e-7)
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-7)
 
 
@@ -219,6 +220,85 @@ def test_kto_beside_trl(kl: float) -> None:
     assert_same(ours(config, kl), (float(loss.detach()), our_order(logprobs.grad, mask)))
 
 
+def naive(config: PreferenceLossConfig, kl: float) -> tuple[float, Tensor]:
+    """The mean loss of the pairs and its gradient: token by token in float64, nothing taken from our code."""
+    logprobs, mask = padded_logprobs()
+    answers = [logprobs[row][mask[row, 1:].bool()].double().requires_grad_() for row in (0, 2, 1, 3)]
+    references = REFERENCE[[0, 2, 1, 3]].double()
+    beta, e, losses = config.beta, config.label_smoothing, []
+    for pair in range(2):
+        both = answers[2 * pair : 2 * pair + 2]
+        shorter = min(len(both[0]), len(both[1]))
+        x = []  # what the loss compares, chosen and rejected
+        for side, tokens in enumerate(both):
+            value = torch.zeros((), dtype=torch.float64)
+            for place, token in enumerate(tokens):
+                value = value + (token if place < shorter else config.length_alpha * token)
+            if config.name not in ("simpo", "orpo"):
+                value = value - references[2 * pair + side]
+            if config.average or config.name in ("ipo", "simpo", "orpo"):
+                value = value / len(tokens)
+            x.append(value)
+        d = x[0] - x[1]
+
+        def log_sigmoid(z: Tensor) -> Tensor:
+            return -torch.log(1 + torch.exp(-z))
+
+        if config.name == "dpo":
+            loss = -(1 - e) * log_sigmoid(beta * d) - e * log_sigmoid(-beta * d)
+        elif config.name == "robust":
+            loss = (-(1 - e) * log_sigmoid(beta * d) + e * log_sigmoid(-beta * d)) / (1 - 2 * e)
+        elif config.name == "hinge":
+            loss = torch.clamp(1 - beta * d, min=0)
+        elif config.name == "ipo":
+            loss = (d - 1 / (2 * beta)) ** 2
+        elif config.name == "simpo":
+            z = beta * d - config.simpo_gamma
+            loss = -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
+        elif config.name == "orpo":
+            odds = [torch.exp(value) / (1 - torch.exp(value)) for value in x]
+            loss = -beta * log_sigmoid(torch.log(odds[0] / odds[1]))
+        else:
+            chosen = config.desirable_weight * (1 - 1 / (1 + torch.exp(-beta * (x[0] - kl))))
+            loss = (chosen + config.undesirable_weight * (1 - 1 / (1 + torch.exp(-beta * (kl - x[1]))))) / 2
+        nll_weight = config.nll_weight if config.nll_weight is not None else float(config.name == "orpo")
+        losses.append(loss - nll_weight * both[0].sum() / len(both[0]))
+    total = torch.stack(losses).mean()
+    total.backward()
+    return float(total.detach()), torch.cat([answer.grad for answer in answers]).float()  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "dpo", "beta": 0.3},
+        {"name": "dpo", "beta": 0.3, "average": True},
+        {"name": "dpo", "beta": 0.3, "label_smoothing": 0.1},
+        {"name": "dpo", "beta": 0.3, "label_smoothing": 0.1, "average": True, "length_alpha": 0.5},
+        {"name": "robust", "beta": 0.3, "label_smoothing": 0.2},
+        {"name": "robust", "beta": 0.3, "label_smoothing": 0.2, "average": True},
+        {"name": "hinge", "beta": 0.2},
+        {"name": "hinge", "beta": 0.2, "average": True},
+        {"name": "ipo", "beta": 0.4},
+        {"name": "simpo", "beta": 2.0, "simpo_gamma": 0.8},
+        {"name": "simpo", "beta": 2.0, "simpo_gamma": 0.8, "label_smoothing": 0.2},
+        {"name": "orpo", "beta": 0.2},
+        {"name": "kto", "beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.9},
+        # The chosen answer's own loss is the plain mean over its tokens, whatever the loss makes of lengths.
+        {"name": "dpo", "beta": 0.3, "nll_weight": 0.7},
+        {"name": "dpo", "beta": 0.3, "nll_weight": 0.7, "length_alpha": 0.25},
+        {"name": "ipo", "beta": 0.3, "nll_weight": 1.0, "length_alpha": 0.0},
+        {"name": "orpo", "beta": 0.2, "length_alpha": 0.5},
+        {"name": "kto", "beta": 0.3, "nll_weight": 0.5},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_every_loss_beside_a_naive_loop(settings: dict[str, Any]) -> None:
+    config = PreferenceLossConfig(**settings)
+    kl = 0.6 if config.name == "kto" else 0.0
+    assert_same(ours(config, kl), naive(config, kl))
+
+
 def test_conservative_dpo_is_the_expected_loss_under_flipped_labels() -> None:
     """cDPO with smoothing e: each pair is right with probability 1 - e and the other way round with e."""
     right = ours(PreferenceLossConfig(beta=0.5))
@@ -234,16 +314,16 @@ def test_robust_dpo_is_unbiased() -> None:
     config = PreferenceLossConfig(name="robust", beta=0.5, label_smoothing=0.2)
     sums_A, reference_A = torch.tensor([-3.0, -4.0]), torch.tensor([-3.5, -3.0])
     lengths_A = torch.tensor([4, 4])
-    straight = float(preference_loss(config, sums_A, reference_A, lengths_A))
-    flipped = float(preference_loss(config, sums_A.flip(0), reference_A.flip(0), lengths_A))
-    plain = float(preference_loss(PreferenceLossConfig(beta=0.5), sums_A, reference_A, lengths_A))
+    straight = float(preference_loss(config, sums_A, reference_A, lengths_A, sums_A))
+    flipped = float(preference_loss(config, sums_A.flip(0), reference_A.flip(0), lengths_A, sums_A.flip(0)))
+    plain = float(preference_loss(PreferenceLossConfig(beta=0.5), sums_A, reference_A, lengths_A, sums_A))
     assert 0.8 * straight + 0.2 * flipped == pytest.approx(plain, rel=1e-6)
 
 
 def test_a_model_that_is_its_reference_loses_log_two() -> None:
     config = PreferenceLossConfig(beta=0.1)
     sums_A = torch.tensor([-3.0, -9.0])
-    assert float(preference_loss(config, sums_A, sums_A, torch.tensor([2, 5]))) == pytest.approx(math.log(2))
+    assert float(preference_loss(config, sums_A, sums_A, torch.tensor([2, 5]), sums_A)) == pytest.approx(math.log(2))
 
 
 def test_length_weights() -> None:
@@ -284,8 +364,9 @@ def test_numbers_without_meaning_are_refused(settings: dict[str, Any]) -> None:
 
 def test_hand_made_dpo() -> None:
     """d = (-2 + 3) - (-4 + 2) = 3; beta 0.5: -log sigmoid(1.5) = log(1 + e^-1.5) = 0.201413."""
+    sums_A = torch.tensor([-2.0, -4.0])
     loss = preference_loss(
-        PreferenceLossConfig(beta=0.5), torch.tensor([-2.0, -4.0]), torch.tensor([-3.0, -2.0]), torch.tensor([1, 1])
+        PreferenceLossConfig(beta=0.5), sums_A, torch.tensor([-3.0, -2.0]), torch.tensor([1, 1]), sums_A
     )
     assert float(loss) == pytest.approx(0.2014133, abs=1e-6)
     assert float(loss) == pytest.approx(float(-F.logsigmoid(torch.tensor(1.5))))

@@ -54,12 +54,17 @@ def make_model(tokenizer: Tokenizer, seed: int) -> CausalLM:
 
 
 def alone(model: CausalLM, dataset: PackedDataset, document: int) -> torch.Tensor:
-    """Log-probability of one answer, the sequence alone in a batch and the log-softmax taken whole."""
+    """Log-probability of one answer."""
+    return tokens_alone(model, dataset, document).sum()
+
+
+def tokens_alone(model: CausalLM, dataset: PackedDataset, document: int) -> torch.Tensor:
+    """Log-probabilities of an answer's tokens, the sequence alone in a batch and the log-softmax taken whole."""
     tokens = torch.from_numpy(dataset.shards.tokens(document).astype("int64"))
     weights = torch.from_numpy(dataset.shards.weights(document))
     hidden = model(tokens[None, :-1], torch.arange(len(tokens) - 1)[None], CausalAttention())
     logprobs = F.log_softmax(model.logits(hidden)[0], dim=-1)
-    return (logprobs.gather(1, tokens[1:, None]).squeeze(1) * weights[1:]).sum()
+    return logprobs.gather(1, tokens[1:, None]).squeeze(1)[weights[1:] > 0]
 
 
 def ask(model: CausalLM, dataset: PackedDataset, folder: Path, key: str = "data") -> AnswerLogprobs:
@@ -132,6 +137,67 @@ def test_training_starts_at_log_two_without_drift(tokenizer: Tokenizer, dataset:
     output = PreferenceOptimization(PreferenceLossConfig())(model, batch)
     assert float(output.loss_sum.detach()) == pytest.approx(batch.num_answers / 2 * math.log(2), rel=1e-5)
     assert float(output.metrics["drift"]) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        PreferenceLossConfig(beta=0.2),
+        PreferenceLossConfig(beta=0.2, average=True),
+        PreferenceLossConfig(beta=0.2, length_alpha=0.3),
+        PreferenceLossConfig(name="hinge", beta=0.2),
+        PreferenceLossConfig(name="robust", beta=0.2, label_smoothing=0.1),
+        PreferenceLossConfig(name="ipo", beta=0.2),
+        PreferenceLossConfig(name="simpo", beta=2.0),
+        PreferenceLossConfig(name="orpo", beta=0.1),
+        PreferenceLossConfig(name="kto", beta=0.2),
+    ],
+    ids=lambda loss: f"{loss.name}-{loss.average}-{loss.length_alpha}",
+)
+def test_the_figures_are_those_of_answers_one_by_one(
+    loss: PreferenceLossConfig, tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path
+) -> None:
+    policy, start = make_model(tokenizer, 1), make_model(tokenizer, 2)
+    rows = PreferenceRows(dataset, ask(start, dataset, tmp_path) if loss.needs_reference else None)
+    objective = PreferenceOptimization(loss, kl=0.25)
+    with torch.no_grad():
+        found = objective(policy, rows.batch(range(rows.num_rows))).metrics
+    # Each pair on its own. Reward: beta x (log-probability - the reference's, where there is one), tokens beyond the
+    # other answer's length times length_alpha, divided by the tokens where the loss counts per token.
+    expected = dict.fromkeys(found, 0.0)
+    for pair in range(12):
+        rewards, likelihoods, drifts, lengths = [], [], [], []
+        with torch.no_grad():
+            ours = [tokens_alone(policy, dataset, 2 * pair + side) for side in (0, 1)]
+            theirs = [tokens_alone(start, dataset, 2 * pair + side) for side in (0, 1)]
+        for a, b in zip(ours, theirs, strict=True):
+            ratio = a - b if loss.needs_reference else a
+            shared = min(map(len, ours))
+            reward = loss.beta * (ratio[:shared].sum() + loss.length_alpha * ratio[shared:].sum())
+            rewards.append(float(reward) / (len(a) if loss.average or loss.name in ("ipo", "simpo", "orpo") else 1))
+            likelihoods.append(float(a.sum()))
+            drifts.append(float((a - b).square().mean()) / 2)
+            lengths.append(len(a))
+        expected["accuracy"] += rewards[0] > rewards[1]
+        expected["likelihood_accuracy"] += likelihoods[0] > likelihoods[1]
+        expected["margin"] += rewards[0] - rewards[1]
+        expected["chosen_reward"] += rewards[0]
+        expected["rejected_reward"] += rewards[1]
+        expected["chosen_tokens"] += lengths[0]
+        expected["rejected_tokens"] += lengths[1]
+        if loss.needs_reference:
+            expected["drift"] += sum(drifts) / 2
+        if loss.name == "kto":
+            expected["reference_point"] += 0.25
+    assert {name: float(value) for name, value in found.items()} == pytest.approx(expected, rel=1e-4, abs=1e-5)
+    assert 0 < expected["accuracy"] < 12, "or a constant would do"
+
+
+def test_equal_rewards_are_half_a_win() -> None:
+    """Three pairs: a win, a tie, a loss."""
+    sums_A = torch.tensor([-1.0, -2.0, -3.0, -3.0, -4.0, -1.0])
+    objective = PreferenceOptimization(PreferenceLossConfig(name="simpo"))
+    assert float(objective._metrics(sums_A, torch.zeros(6), torch.ones(6))["accuracy"]) == 1.5
 
 
 def test_kto_measures_its_reference_point_on_the_whole_batch(

@@ -59,7 +59,8 @@ class PreferenceLossConfig:
     simpo_gamma: float = 1.0
     """simpo: the margin to reach, in nats after beta."""
     nll_weight: float | None = None
-    """Weight of the chosen answer's own loss per token, which keeps it likely. None: 1 for orpo, 0 for the others."""
+    """Weight of the chosen answer's own loss, the plain mean over its tokens (RPO, Pang 2024), which keeps it likely.
+    None: 1 for orpo, 0 for the others."""
     desirable_weight: float = 1.0
     """kto: weight of chosen answers."""
     undesirable_weight: float = 1.0
@@ -168,12 +169,18 @@ def kto_loss(ratios_A: Tensor, desirable_A: Tensor, kl: Tensor, beta: float, wei
 
 
 def preference_loss(
-    config: PreferenceLossConfig, logprobs_A: Tensor, reference_A: Tensor, lengths_A: Tensor, kl: Tensor | None = None
+    config: PreferenceLossConfig,
+    logprobs_A: Tensor,
+    reference_A: Tensor,
+    lengths_A: Tensor,
+    plain_A: Tensor,
+    kl: Tensor | None = None,
 ) -> Tensor:
     """Loss of each pair, [P], from the (length-weighted) sums of answers' log-probabilities, [2P].
 
     logprobs_A: under the model, with gradient. reference_A: under the reference (zeros where the loss needs none).
-    lengths_A: answer tokens. kl: kto's reference point.
+    lengths_A: answer tokens. plain_A: `logprobs_A` without length weights; the chosen answer's own loss is their mean
+    (RPO, arXiv 2404.19733, equation 1; ORPO, equation 2). kl: kto's reference point.
     """
     if config.name == "kto":
         assert kl is not None
@@ -185,7 +192,7 @@ def preference_loss(
         chosen_P, rejected_P = ((logprobs_A - reference_A) / scale_A).view(-1, 2).unbind(1)
         losses_P = _pairwise(config, chosen_P, rejected_P)
     if config.chosen_nll_weight:
-        losses_P = losses_P - config.chosen_nll_weight * (logprobs_A / lengths_A)[::2]
+        losses_P = losses_P - config.chosen_nll_weight * (plain_A / lengths_A)[::2]
     return losses_P
 
 

@@ -52,12 +52,17 @@ class PreferenceOptimization:
         logprobs_N = target_logprobs(model, batch)
         num_answers, answer_N = batch.num_answers, batch.answer_N
         weights_N = length_weights(answer_N, num_answers, self.loss.length_alpha)
+        plain_A = answer_sums(logprobs_N, answer_N, num_answers)
         logprobs_A = answer_sums(weights_N * logprobs_N, answer_N, num_answers)
         reference_A = answer_sums(weights_N * batch.reference_N, answer_N, num_answers)
         lengths_A = torch.bincount(answer_N, minlength=num_answers)
-        losses_P = preference_loss(self.loss, logprobs_A, reference_A, lengths_A, logprobs_A.new_tensor(self.kl))
+        kl = logprobs_A.new_tensor(self.kl)
+        losses_P = preference_loss(self.loss, logprobs_A, reference_A, lengths_A, plain_A, kl)
         with torch.no_grad():
             metrics = self._metrics(logprobs_A, reference_A, lengths_A)
+            metrics["likelihood_accuracy"] = _wins(plain_A.view(-1, 2))
+            if self.loss.name == "kto":
+                metrics["reference_point"] = kl * num_answers / 2
             if self.loss.needs_reference:
                 squares_A = answer_sums((logprobs_N - batch.reference_N).square(), answer_N, num_answers)
                 metrics["drift"] = (squares_A / lengths_A / 2).view(-1, 2).mean(1).sum()
@@ -67,10 +72,11 @@ class PreferenceOptimization:
         """Sums over pairs.
 
         accuracy: the chosen answer has the greater reward, beta x its log-ratio to the reference (its log-probability
-        without one); equal ones count a half. likelihood_accuracy: the model would rather say the chosen answer,
-        whatever the reference thinks. margin, chosen_reward, rejected_reward: rewards in nats. drift, where there is a
-        reference: half the squared log-ratio per token, which for small changes is the Kullback-Leibler divergence
-        between the two models on these answers (the k2 estimate of http://joschu.net/blog/kl-approx.html).
+        without one), per token or length-weighted as in the loss; equal ones count a half. likelihood_accuracy: the
+        model would rather say the chosen answer, both summed over all tokens as the task `preference` does. margin,
+        chosen_reward, rejected_reward: rewards in nats. drift, where there is a reference: half the squared log-ratio
+        per token, which for small changes is the Kullback-Leibler divergence between the two models on these answers
+        (the k2 estimate of http://joschu.net/blog/kl-approx.html). reference_point: kto's, in nats per answer.
         """
         scale_A = lengths_A if self.loss.averages else torch.ones_like(lengths_A)
         rewards_P2 = (self.loss.beta * (logprobs_A - reference_A) / scale_A).view(-1, 2)
@@ -78,7 +84,6 @@ class PreferenceOptimization:
         tokens_P2 = lengths_A.float().view(-1, 2)
         return {
             "accuracy": _wins(rewards_P2),
-            "likelihood_accuracy": _wins((logprobs_A / scale_A).view(-1, 2)),
             "margin": (chosen_P - rejected_P).sum(),
             "chosen_reward": chosen_P.sum(),
             "rejected_reward": rejected_P.sum(),
