@@ -10,16 +10,27 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from minnow.config import UserError
 from minnow.data.batches import PackedDataset
 from minnow.data.prepare import DataConfig, prepare
 from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
 from minnow.model.transformer import CausalLM
 from minnow.objectives.preference import PreferenceLossConfig
+from minnow.stages import dpo
 from minnow.tokenizer import Tokenizer, train_tokenizer
 from minnow.training import reference
+from minnow.training.config import TrainingConfig
 from minnow.training.preference import PreferenceOptimization
-from minnow.training.reference import AnswerLogprobs, PreferenceRows, reference_logprobs, row_batches, unrelated_batch
+from minnow.training.reference import (
+    AnswerLogprobs,
+    PreferenceRows,
+    pair_of_another_prompt,
+    reference_logprobs,
+    row_batches,
+    unrelated_batch,
+)
+from tests.regressions.preference_helpers import write_start
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +209,41 @@ def test_equal_rewards_are_half_a_win() -> None:
     sums_A = torch.tensor([-1.0, -2.0, -3.0, -3.0, -4.0, -1.0])
     objective = PreferenceOptimization(PreferenceLossConfig(name="simpo"))
     assert float(objective._metrics(sums_A, torch.zeros(6), torch.ones(6))["accuracy"]) == 1.5
+
+
+def test_kto_never_takes_an_answer_to_the_same_prompt(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Several pairs of a prompt in a row, the last ones sharing the first one's, one answer with reasoning."""
+    prompts = ["say 1", "say 1", "say 2", "say 3", "say 3", "say 3", "say 1", "say 1"]
+    rows = [{"prompt": p, "chosen": f"{i} fish", "rejected": f"{i} otter"} for i, p in enumerate(prompts)]
+    message = {"role": "assistant", "content": "1 fish", "reasoning_content": "say 1"}
+    rows[1] |= {"chosen": [message], "rejected": [{**message, "content": "1 otter"}]}  # its prompt has no think block
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(paths=(str(tmp_path / "pairs.jsonl"),), cache_dir=str(tmp_path), validation_fraction=0.0)
+    dataset = prepare(config, tokenizer, "preference", sequence_length=128, progress=False).packed(128)[0]
+    assert [pair_of_another_prompt(dataset.shards, pair) for pair in range(8)] == [2, 2, 3, 6, 6, 6, 2, 2]
+    batch = unrelated_batch(dataset, range(8))
+    pieces = torch.tensor_split(batch.tokens_BT[0], batch.cu_seqlens[1:-1].long())
+    for pair, (piece, other) in enumerate(zip(pieces, [2, 2, 3, 6, 6, 6, 2, 2], strict=True)):
+        text = tokenizer.decode(piece)
+        assert prompts[pair] in text
+        assert f"{other} fish" in text
+
+
+def test_kto_refuses_data_with_one_prompt_before_any_work(tmp_path: Path) -> None:
+    write_start(tmp_path, pairs=1)
+    row = (tmp_path / "pairs.jsonl").read_text()
+    (tmp_path / "pairs.jsonl").write_text(row + row.replace('"no"', '"maybe"'))
+    config = dpo.Config(
+        run=str(tmp_path / "run"),
+        init_from=str(tmp_path / "start"),
+        data=DataConfig(paths=(str(tmp_path / "pairs.jsonl"),), cache_dir=str(tmp_path), validation_fraction=0.0),
+        sequence_length=64,
+        loss=PreferenceLossConfig(name="kto"),
+        training=TrainingConfig(steps=1, batch_tokens=64, device="cpu", precision="fp32", compile="off"),
+    )
+    with pytest.raises(UserError, match="one prompt"):
+        dpo.run(config)
+    assert not (tmp_path / "run").exists()
 
 
 def test_kto_measures_its_reference_point_on_the_whole_batch(

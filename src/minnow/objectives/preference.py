@@ -180,7 +180,7 @@ def preference_loss(
 
     logprobs_A: under the model, with gradient. reference_A: under the reference (zeros where the loss needs none).
     lengths_A: answer tokens. plain_A: `logprobs_A` without length weights; the chosen answer's own loss is their mean
-    (RPO, arXiv 2404.19733, equation 1; ORPO, equation 2). kl: kto's reference point.
+    (RPO, arXiv 2404.19733, equation 1; ORPO, equation 6). kl: kto's reference point.
     """
     if config.name == "kto":
         assert kl is not None

@@ -24,6 +24,7 @@ from minnow.training.preference import PreferenceOptimization
 from minnow.training.reference import (
     PreferenceBatch,
     PreferenceRows,
+    pair_of_another_prompt,
     reference_logprobs,
     row_batches,
     unrelated_batch,
@@ -78,7 +79,7 @@ def run(config: Config) -> None:
             unrelated_batch(dataset, range(start, min(start + PAIRS_AT_ONCE, documents // 2)))
             for start in range(0, documents // 2, PAIRS_AT_ONCE)
         )
-        key = f"{key}/{config.sequence_length}/unrelated"
+        key = f"{key}/{config.sequence_length}/another-prompt"
         return PreferenceRows(dataset, reference, reference_logprobs(model, unrelated, documents // 2, cache, key))
 
     def lesson(packed: PackedData) -> Lesson[PreferenceBatch]:
@@ -92,4 +93,9 @@ def run(config: Config) -> None:
         validation = ObjectiveValidation(objective, held_out, device) if held_out else None
         return Lesson(with_reference(packed.train, f"{key}/training", packed.train.num_rows), objective, validation)
 
-    run_lesson(config, tokenizer, model, "dpo", "preference", console, lesson)
+    def check(packed: PackedData) -> None:
+        for rows in (packed.train, packed.validation):
+            if config.loss.name == "kto" and isinstance(rows, PackedDataset) and rows.num_rows:
+                pair_of_another_prompt(rows.shards, 0)
+
+    run_lesson(config, tokenizer, model, "dpo", "preference", console, lesson, check)

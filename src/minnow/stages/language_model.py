@@ -154,10 +154,12 @@ def run_lesson(
     kind: Kind,
     console: Console,
     make_lesson: Callable[[PackedData], Lesson[BatchT]],
+    check: Callable[[PackedData], None] = lambda packed: None,
 ) -> Path:
     """Train `model` on the configured data and return the folder of the final model.
 
-    make_lesson: called once the model is on its device in its compute dtype.
+    make_lesson: called once the model is on its device in its compute dtype. check: raises UserError for data that the
+    lesson cannot use, before the run folder is touched.
     """
     run, machine = RunFolder(config.run), Machine.choose(config.training)
     config = with_machine(config, machine)
@@ -174,6 +176,7 @@ def run_lesson(
             console.print(f"note: {warning}", highlight=False)
         if not any(packed.train.window_rows):  # looks no further than to the first row
             raise UserError("the training split is empty: give more data or a smaller data.validation_fraction")
+        check(packed)
         run.open(config, overwrite=config.overwrite)
         run.claim_data(packed.key)
         if run.finished:

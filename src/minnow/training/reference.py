@@ -20,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from minnow.config import atomic_write
+from minnow.config import UserError, atomic_write
 from minnow.data.batches import Batch, PackedDataset
+from minnow.data.shards import Shards
 from minnow.model.attention import PackedAttention
 from minnow.model.slices import examined
 from minnow.model.transformer import CausalLM
@@ -108,16 +109,16 @@ def documents_of(batch: Batch) -> list[int]:
 
 
 def unrelated_batch(dataset: PackedDataset, pairs: Sequence[int]) -> Batch:
-    """Give each pair's prompt the better answer of the pair after it in the data: one row, a piece a pair.
+    """Give each pair's prompt the better answer to the next other prompt in the data: one row, a piece a pair.
 
     Its `document_ids` are the pairs. What exceeds the sequence length is cut off.
     """
-    shards, num_pairs = dataset.shards, dataset.shards.num_documents // 2
+    shards = dataset.shards
     ids, weights = [], []
     for pair in pairs:
-        own, other = 2 * pair, 2 * ((pair + 1) % num_pairs)
-        prompt = shards.tokens(own)[: int((shards.weights(own) > 0).argmax())]
-        first = int((shards.weights(other) > 0).argmax())
+        other = 2 * pair_of_another_prompt(shards, pair)
+        prompt = prompt_of(shards, 2 * pair)
+        first = len(prompt_of(shards, other))
         length = dataset.sequence_length + 1
         ids.append(np.concatenate([prompt, shards.tokens(other, first)])[:length].astype(np.int64))
         weights.append(np.concatenate([np.zeros(len(prompt), np.float32), shards.weights(other, first)])[:length])
@@ -133,6 +134,30 @@ def unrelated_batch(dataset: PackedDataset, pairs: Sequence[int]) -> Batch:
         text_bytes=0.0,
         document_ids=(tuple(pairs),),
     )
+
+
+def pair_of_another_prompt(shards: Shards, pair: int) -> int:
+    """The first pair after `pair`, after the last the first one, whose prompt is another. UserError without one.
+
+    An answer with reasoning has a shorter prompt than one without, by the empty think block: where one prompt begins
+    with the other, they count as the same.
+    """
+    prompt, num_pairs = prompt_of(shards, 2 * pair), shards.num_documents // 2
+    for step in range(1, num_pairs):
+        other = (pair + step) % num_pairs
+        theirs = prompt_of(shards, 2 * other)
+        shared = min(len(prompt), len(theirs))
+        if not np.array_equal(prompt[:shared], theirs[:shared]):
+            return other
+    raise UserError(
+        "loss.name kto compares with answers to other prompts, but all pairs of the training or of the held-out split "
+        "have one prompt: give more data, or a data.validation_fraction that leaves both more than one (or 0)"
+    )
+
+
+def prompt_of(shards: Shards, document: int) -> np.ndarray:
+    """Tokens before the first supervised one."""
+    return shards.tokens(document, 0, int((shards.weights(document) > 0).argmax()))
 
 
 def row_batches(rows: Rows[Batch], num_rows: int, rows_at_once: int) -> Iterator[Batch]:
