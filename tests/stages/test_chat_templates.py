@@ -25,6 +25,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 TRAINING = TrainingConfig(steps=1, batch_tokens=256, micro_batch_tokens=256, device="cpu", compile="off")
+PRACTICE = TrainingConfig(micro_batch_tokens=256, device="cpu", compile="off")
 TALK = {"messages": [{"role": "user", "content": "fish"}, {"role": "assistant", "content": "pond"}]}
 
 
@@ -47,7 +48,7 @@ def data(tmp_path: Path) -> DataConfig:
 def _stages(foreign: Path, ours: Path, run: str, data: DataConfig) -> dict[str, Callable[[], None]]:
     start, shared = str(foreign), {"run": run, "training": TRAINING, "sequence_length": 128}
     learning = shared | {"data": data}
-    practising = shared | {"prompts": data.paths}
+    practising = shared | {"prompts": data.paths, "training": PRACTICE}
     distilling = learning | {"optim": distill.Config(teacher="", data=data).optim}
     return {
         "sft": lambda: sft.run(sft.Config(init_from=start, **learning)),
