@@ -27,6 +27,7 @@ from minnow.training.reference import (
     PreferenceRows,
     pair_of_another_prompt,
     reference_logprobs,
+    repeated_prompts,
     row_batches,
     unrelated_batch,
 )
@@ -202,6 +203,17 @@ def test_the_figures_are_those_of_answers_one_by_one(
             expected["reference_point"] += 0.25
     assert {name: float(value) for name, value in found.items()} == pytest.approx(expected, rel=1e-4, abs=1e-5)
     assert 0 < expected["accuracy"] < 12, "or a constant would do"
+
+
+def test_the_share_of_repeated_prompts(dataset: PackedDataset) -> None:
+    """Of each pair: the prompt once, over the positions of both conversations."""
+    repeated = positions = 0
+    for pair in range(12):
+        weights = [dataset.shards.weights(2 * pair + side).tolist() for side in (0, 1)]
+        repeated += next(place for place, weight in enumerate(weights[1]) if weight)
+        positions += sum(len(answer) - 1 for answer in weights)
+    assert repeated_prompts(dataset.shards, 1000) == pytest.approx(repeated / positions)
+    assert 0 < repeated_prompts(dataset.shards, 1) < 0.5
 
 
 def test_equal_rewards_are_half_a_win() -> None:

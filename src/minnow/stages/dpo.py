@@ -26,6 +26,7 @@ from minnow.training.reference import (
     PreferenceRows,
     pair_of_another_prompt,
     reference_logprobs,
+    repeated_prompts,
     row_batches,
     unrelated_batch,
 )
@@ -33,6 +34,8 @@ from minnow.training.session import load_chat_start
 from minnow.training.validation import ObjectiveValidation
 
 PAIRS_AT_ONCE = 32
+PAIRS_LOOKED_AT = 1000
+"""Of which the share of repeated prompts is told."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,8 @@ def run(config: Config) -> None:
     def lesson(packed: PackedData) -> Lesson[PreferenceBatch]:
         assert isinstance(packed.train, PackedDataset), "pairs are not streamed"
         assert isinstance(packed.validation, PackedDataset)
+        repeated = repeated_prompts(packed.train.shards, PAIRS_LOOKED_AT)
+        console.print(f"{repeated:.1%} of the tokens are prompts read a second time", highlight=False)
         key = packed.key
         objective = PreferenceOptimization(config.loss)
         scored_rows = num_held_out_rows(packed.validation, config)

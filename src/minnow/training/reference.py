@@ -160,6 +160,13 @@ def prompt_of(shards: Shards, document: int) -> np.ndarray:
     return shards.tokens(document, 0, int((shards.weights(document) > 0).argmax()))
 
 
+def repeated_prompts(shards: Shards, num_pairs: int) -> float:
+    """Share of the positions of the first `num_pairs` pairs at which a prompt is read again, for the second answer."""
+    documents = range(min(2 * num_pairs, shards.num_documents))
+    repeated = sum(len(prompt_of(shards, document)) for document in documents[1::2])
+    return repeated / int((shards.lengths[: len(documents)] - 1).sum())
+
+
 def row_batches(rows: Rows[Batch], num_rows: int, rows_at_once: int) -> Iterator[Batch]:
     """Read the first `num_rows` rows in order, `rows_at_once` at a time."""
     for start in range(0, num_rows, rows_at_once):
