@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
@@ -27,3 +29,12 @@ def write_start(tmp_path: Path, pairs: int) -> None:
     save_pretrained(CausalLM(shape), tmp_path / "start", tokenizer)
     rows = [{"prompt": f"fish {i}", "chosen": "yes", "rejected": "no"} for i in range(pairs)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def wake(model: CausalLM) -> CausalLM:
+    """Move all weights: of a fresh model some are zero, and its attention says nothing."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model

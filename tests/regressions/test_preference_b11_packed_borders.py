@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tests.regressions.preference_helpers import write_start
+from tests.regressions.preference_helpers import wake, write_start
 
 from minnow.data.prepare import DataConfig, PreparedData, prepare
 from minnow.model.pretrained import load_pretrained
@@ -23,7 +23,7 @@ def start(tmp_path: Path) -> tuple[CausalLM, PreparedData]:
     tokenizer = Tokenizer.from_pretrained(tmp_path / "start")
     data = DataConfig(paths=(str(tmp_path / "pairs.jsonl"),), cache_dir=str(tmp_path), validation_fraction=0.0)
     prepared = prepare(data, tokenizer, "preference", sequence_length=64, progress=False)
-    return load_pretrained(tmp_path / "start"), prepared
+    return wake(load_pretrained(tmp_path / "start")), prepared
 
 
 def test_answers_do_not_see_each_other(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tests.regressions.preference_helpers import write_start
+from tests.regressions.preference_helpers import wake, write_start
 
 from minnow.data.prepare import DataConfig, prepare
 from minnow.model.attention import CausalAttention
@@ -17,7 +17,7 @@ from minnow.training.reference import PreferenceRows, target_logprobs
 
 def test_every_token_of_an_answer_is_scored_by_what_stands_before_it(tmp_path: Path) -> None:
     write_start(tmp_path, pairs=6)
-    model, tokenizer = load_pretrained(tmp_path / "start"), Tokenizer.from_pretrained(tmp_path / "start")
+    model, tokenizer = wake(load_pretrained(tmp_path / "start")), Tokenizer.from_pretrained(tmp_path / "start")
     data = DataConfig(paths=(str(tmp_path / "pairs.jsonl"),), cache_dir=str(tmp_path), validation_fraction=0.0)
     prepared = prepare(data, tokenizer, "preference", sequence_length=128, progress=False)
     rows = PreferenceRows(prepared.packed(128)[0], None)
