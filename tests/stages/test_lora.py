@@ -117,7 +117,7 @@ def test_an_adapter_stands_for_a_model(start: Path, capsys: pytest.CaptureFixtur
     assert (start / "second/model/model.safetensors").exists()
     words = ["--run", str(start / "third"), "--init_from", str(run), "--data.paths", str(start / "data.jsonl")]
     assert cli.main(["lora", *words]) == 2
-    assert "is an adapter: merge it" in capsys.readouterr().err
+    assert "is an adapter, and another goes onto whole models only: merge it first" in capsys.readouterr().err
 
 
 def test_another_place_of_the_base(start: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -226,7 +226,11 @@ def load_start(init_from: str, lora: LoraConfig, *, seed: int) -> tuple[CausalLM
     model = load_pretrained(folder)
     if lora.rank:
         if is_adapter(folder):
-            raise UserError(f"{init_from} is an adapter: merge it (minnow merge-lora) before another is put on it")
+            # Switched off, the new adapter would leave the base as the reference, without what the first had learnt.
+            raise UserError(
+                f"{init_from} is an adapter, and another goes onto whole models only: merge it first "
+                f"(minnow merge-lora {init_from} --out MERGED), then --init_from MERGED"
+            )
         if lora.quantize == "int8":
             quantize(model)
         base = str(folder.resolve()) if Path(init_from).exists() else init_from
