@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from minnow.config import UserError
 from minnow.model.adapter import attach_adapter
 from minnow.model.attention import CausalAttention
+from minnow.model.experts_config import ExpertsConfig
 from minnow.model.lora import LoraConfig, adapters_off, add_lora, lora_layers, merge_lora
 from minnow.model.pretrained import load_pretrained, load_with_adapter, save_pretrained
 
@@ -177,12 +178,36 @@ def test_pefts_adapter_keeps_its_settings_when_we_save_it_again(settings, tmp_pa
     torch.testing.assert_close(row_logits(merged, TOKENS_BT), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_with_experts_attention_is_adapted_and_peft_agrees(scoring, tmp_path):
+    """PEFT takes any gate_proj of such a model for the experts', those of dense layers and shared experts too."""
+    shared = {"n_shared_experts": 1, "first_k_dense_replace": 1} if scoring == "sigmoid" else {}
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    shape = {"experts": ExpertsConfig(**sizes, **shared, scoring=scoring), "tie_word_embeddings": scoring != "sigmoid"}
+    save_pretrained(tiny_model(**shape), tmp_path / "base")
+    model = adapted(tmp_path / "base", shape=shape)
+    assert {name.split(".")[3] for name in lora_layers(model)} == {"self_attn"}
+    assert len(lora_layers(model)) == 4 * 3
+    save_pretrained(model, tmp_path / "adapter")
+    theirs = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base", experts_implementation="eager"), tmp_path / "adapter"
+    ).eval()
+    ours = row_logits(model, TOKENS_BT)
+    torch.testing.assert_close(theirs(TOKENS_BT).logits, ours, rtol=1e-5, atol=1e-5)
+    merged = load_pretrained(tmp_path / "adapter")
+    torch.testing.assert_close(row_logits(merged, TOKENS_BT), ours, rtol=1e-5, atol=1e-5)
+    for pattern in ("gate_proj", "layers.0.mlp.*", "experts"):
+        with pytest.raises(UserError, match="called k_proj, o_proj, q_proj, v_proj .it has routed experts"):
+            add_lora(tiny_model(**shape), LoraConfig(rank=2, targets=("q_proj", pattern)), base="")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"bias": "all"}, "bias = 'all' is not supported"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3'"),
+        ({"target_parameters": ["gate_up_proj"]}, "target_parameters"),
         ({"use_qalora": True}, "use_qalora = True is not supported"),
         ({"init_lora_weights": "pissa_niter_4"}, "stands for a base with other weights"),
         ({"base_model_name_or_path": None}, "does not name its model"),

@@ -151,17 +151,22 @@ def linear_names(model: CausalLM) -> list[str]:
 def add_lora(model: CausalLM, config: LoraConfig, *, base: str, seed: int = 0) -> None:
     """Freeze `model` and put an untrained adapter beside every linear layer that `config.targets` names.
 
-    `base` is written into the adapter's files. UserError for a pattern that fits no layer.
+    `base` is written into the adapter's files. UserError for a pattern that fits no layer. In a model with routed
+    experts only attention takes adapters: PEFT, on transformers 5, reads the names of any MLP there as the experts'.
     """
     if model.adapter is not None:
         raise ValueError("the model has adapters already")
-    names = linear_names(model)
+    has_experts = model.config.experts is not None
+    names = [name for name in linear_names(model) if not (has_experts and ".mlp." in name)]
     chosen: set[str] = set()
     for pattern in config.targets:
         fits = {name for name in names if fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")}
         if not fits:
             kinds = ", ".join(sorted({name.rpartition(".")[2] for name in names}))
-            raise UserError(f"lora.targets: {pattern!r} fits no linear layer of this model; they are called {kinds}")
+            reason = " (it has routed experts: only attention takes adapters)" if has_experts else ""
+            raise UserError(
+                f"lora.targets: {pattern!r} fits no linear layer of this model; they are called {kinds}{reason}"
+            )
         chosen |= fits
     scaling = config.chosen_alpha / (math.sqrt(config.rank) if config.rslora else config.rank)
     model.requires_grad_(False)

@@ -120,7 +120,8 @@ def trained_parameters(model: CausalLM) -> str:
     if model.adapter is None:
         return f"{total:,} parameters"
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return f"{trained:,} parameters in adapters beside {total:,} frozen ones"
+    where = "" if model.config.experts is None else " of attention"  # experts and MLPs beside them have none
+    return f"{trained:,} parameters in adapters{where} beside {total:,} frozen ones"
 
 
 def total_steps(config: TrainingConfig, rows: PackedRows, rows_per_batch: int) -> int:
