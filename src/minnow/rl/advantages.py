@@ -58,30 +58,41 @@ def advantages_of(
 ) -> tuple[PerToken, PerToken]:
     """Advantages and returns of every trained token.
 
-    baseline: with `tracker`, the expected reward of each trajectory's prompt. Groups lie together, equal in size.
+    baseline: with `tracker`, the expected reward of each trajectory's prompt. Groups lie together, equal in size. What
+    was left out has advantage 0 and counts in no mean and no deviation.
     """
+    judged = torch.tensor([t.left_out is None for t in trajectories])
     if algorithm.advantage == "gae":
-        return _critic_advantages(algorithm.critic, trajectories, scores)
+        return _critic_advantages(algorithm.critic, trajectories, scores, judged)
     rewards = torch.tensor(
         [t.reward - float(p.sum()) for t, p in zip(trajectories, scores.penalties, strict=True)], dtype=torch.float64
     )
+    whole = torch.zeros_like(rewards)
     if algorithm.advantage == "tracker":
         assert baseline is not None
-        whole = whiten(rewards - torch.from_numpy(baseline))
+        whole[judged] = whiten((rewards - torch.from_numpy(baseline))[judged])
     elif algorithm.advantage == "batch":
-        whole = whiten(rewards)
+        whole[judged] = whiten(rewards[judged])
     else:
-        rewards_GK = rewards.view(trajectories[-1].group + 1, -1)
-        if algorithm.advantage == "leave_one_out":
-            whole = leave_one_out_advantages(rewards_GK).flatten()
-        else:
-            whole = group_advantages(rewards_GK, scale=algorithm.advantage == "group").flatten()
+        K = len(trajectories) // (trajectories[-1].group + 1)
+        for group in torch.arange(len(trajectories)).split(K):
+            whole[group[judged[group]]] = _group(algorithm, rewards[group[judged[group]]])
     spread = [np.full(t.num_trained, float(a), np.float32) for t, a in zip(trajectories, whole, strict=True)]
     return spread, []
 
 
+def _group(algorithm: AlgorithmConfig, rewards_N: torch.Tensor) -> torch.Tensor:
+    """Advantages of the answers to one prompt, [N]; of a single one there is nothing to say."""
+    if len(rewards_N) < 2:
+        return torch.zeros_like(rewards_N)
+    rewards_GK = rewards_N.unsqueeze(0)
+    if algorithm.advantage == "leave_one_out":
+        return leave_one_out_advantages(rewards_GK)[0]
+    return group_advantages(rewards_GK, scale=algorithm.advantage == "group")[0]
+
+
 def _critic_advantages(
-    config: CriticConfig, trajectories: Sequence[Trajectory], scores: PhaseScores
+    config: CriticConfig, trajectories: Sequence[Trajectory], scores: PhaseScores, judged_S: torch.Tensor
 ) -> tuple[PerToken, PerToken]:
     """GAE, whitened over all trained tokens; the reward comes with the last one, KL penalties with each."""
     S, L = len(trajectories), max(t.num_trained for t in trajectories)
@@ -99,7 +110,9 @@ def _critic_advantages(
         rewards_SL, values_SL, lengths_S, bootstrap_S, gamma=config.gamma, lam=config.lam
     )
     inside_SL = torch.arange(L) < lengths_S.unsqueeze(1)
-    advantages_SL[inside_SL] = whiten(advantages_SL[inside_SL])
+    counted_SL = inside_SL & judged_S.unsqueeze(1)
+    advantages_SL[counted_SL] = whiten(advantages_SL[counted_SL])
+    advantages_SL[~judged_S] = 0.0
     return (
         [row[:n].float().numpy() for row, n in zip(advantages_SL, lengths_S, strict=True)],
         [row[:n].float().numpy() for row, n in zip(returns_SL, lengths_S, strict=True)],

@@ -14,8 +14,8 @@ AnswerKind = Literal["auto", "text", "number", "maths", "contains"]
 
 _CJK = "\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _NUMBER = re.compile(
-    # A minus right behind a figure, a letter or a closing bracket subtracts, or joins (10-12, T-1000); Chinese, Japanese
-    # and Korean write no space before a sign. A currency may stand between sign and figures.
+    # A minus right behind a figure, a letter or a closing bracket subtracts, or joins (10-12, T-1000); Chinese,
+    # Japanese and Korean write no space before a sign. A currency may stand between sign and figures.
     rf"(?P<sign>(?<![^\W{_CJK}])(?<![)\]}}%°])[-\u2212\u2013])?[$€£¥]?"
     # Thousands (1,234,567 or the Indian 12,34,567), plain figures, or a point without a zero; the bound on the groups
     # keeps the search linear.

@@ -24,8 +24,10 @@ class Reply:
 class Environment(Protocol):
     """One episode. `reset` once, then `step` with each assistant turn until done.
 
-    Deterministic given its own seed, so that a run can be repeated. A tool that fails says so in its result; an
-    exception from `step` stops the run.
+    Deterministic given its own seed, so that a run can be repeated. Each call is made in a thread, beside those of
+    other episodes, and may take `rollout.environment_seconds`; what takes longer, or raises TimeoutError, ends the
+    episode, which is left out of the update. A tool that fails says so in its result; any other exception stops the
+    run.
     """
 
     prompt: Prompt

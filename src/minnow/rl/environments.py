@@ -12,6 +12,8 @@ from minnow.data.pond.relations import LANGUAGES, RELATIONS
 from minnow.data.pond.write import load_world
 from minnow.data.prompts import Prompt
 from minnow.rl.environment import Environment, Reply, SingleTurn
+from minnow.rl.environment_calls import make
+from minnow.rl.rollouts import RolloutConfig
 from minnow.rl.user_code import load_object
 from minnow.tokenizer.chat import Conversation, Message
 from minnow.tools import CALCULATOR, Tool, ToolError, call_tool, lookup_tool
@@ -75,14 +77,17 @@ class GuessNumber:
         return "found" if self.found else "higher" if self.secret > number else "lower"
 
 
-def environment_maker(name: str, *, pond: str | None) -> Callable[[Prompt], Environment]:
+def environment_maker(
+    name: str, *, pond: str | None, seconds: float = RolloutConfig.environment_seconds
+) -> Callable[[Prompt], Environment]:
     """The function that makes an episode of a prompt: one of ENVIRONMENTS, or MODULE:CLASS of the user's own.
 
-    `pond`: folder with the world that `look_up` knows. UserError for a name that is neither.
+    `pond`: folder with the world that `look_up` knows. `seconds`: longest wait for the making of one of the user's own.
+    UserError for a name that is neither.
     """
     if ":" in name:
         own: Callable[[Prompt], Environment] = load_object(name, "environment")
-        return own
+        return lambda prompt: make(own, prompt, seconds=seconds)
     if name not in ENVIRONMENTS:
         raise UserError(f"environment {name!r}: there are {', '.join(ENVIRONMENTS)}, and MODULE:CLASS of your own")
     if name == "question":

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from minnow.rl.advantages import PhaseScores
+from minnow.rl.left_out import left_out_figures
 from minnow.rl.rollouts import Trajectory
 from minnow.rl.text_rewards import repetition_reward
 
@@ -29,6 +30,7 @@ def phase_figures(trajectories: Sequence[Trajectory], scores: PhaseScores, sampl
         "sampler_mismatch": float(np.abs(old - sampler).mean()),
         "sampler_mismatch_max": float(np.abs(old - sampler).max()),
     }
+    figures |= left_out_figures(trajectories)
     if scores.ref is not None:
         figures["kl_to_reference"] = float((old - np.concatenate(scores.ref)).mean())
     return figures

@@ -11,6 +11,7 @@ from minnow.data.prompts import Prompt
 from minnow.model.transformer import CausalLM
 from minnow.rl.environment import Environment
 from minnow.rl.figures import pass_figures
+from minnow.rl.left_out import left_out_figures, settle
 from minnow.rl.rewards import Rewarder
 from minnow.rl.rollouts import RolloutConfig, RolloutEngine, Trajectory, play
 
@@ -30,13 +31,14 @@ class HeldOut:
     """Answers drawn to each prompt besides the greedy one."""
 
     def __call__(self, model: CausalLM) -> dict[str, float]:
-        """Means of every reward and of the length in tokens over greedy answers; pass@1 and pass@N of drawn ones."""
+        """Means of rewards (as far as judged in time) and of the length in tokens; pass@1 and pass@N of drawn ones."""
         self.engine.model.eval()
         self.engine.weights_updated()
         trajectories = self._answers(1, greedy=True)
         figures = {"held_out/reward": float(np.mean([t.reward for t in trajectories]))}
         for name in trajectories[0].rewards:
             figures[f"held_out/{name}"] = float(np.mean([t.rewards[name] for t in trajectories]))
+        figures |= {f"held_out/{name}": count for name, count in left_out_figures(trajectories).items() if count}
         figures["held_out/length"] = float(np.mean([t.num_trained for t in trajectories]))
         if self.samples:
             drawn = pass_figures(self._answers(self.samples, greedy=False), self.samples)
@@ -49,4 +51,5 @@ class HeldOut:
         places = range(len(environments))
         played = play(self.engine, environments, places, self.rollout, seed=0, longest=self.longest, greedy=greedy)
         self.rewarder.score(played)
+        settle(played, samples, len(played))
         return played

@@ -11,6 +11,7 @@ from minnow.data.batches import Share
 from minnow.data.order import global_batch_rows
 from minnow.data.prompts import Prompt
 from minnow.rl.environment import Environment
+from minnow.rl.left_out import settle
 from minnow.rl.phase_experience import PhaseSettings, told_to_all
 from minnow.rl.rewards import Rewarder
 from minnow.rl.rollouts import RolloutEngine, Trajectory, play
@@ -103,7 +104,9 @@ class PhaseRollouts:
         with self.stopwatch.timing("judging"):
             self.rewarder.score(mine)
             everyone = told_to_all(dict(zip(places, mine, strict=True)))
-        return [everyone[place] for place in sorted(everyone)]
+        episodes = [everyone[place] for place in sorted(everyone)]
+        settle(episodes, samples, self.settings.rollout.prompts * self.settings.rollout.samples)
+        return episodes
 
     def _choose(self, phase: int, round_: int, wanted: int, asked: Sequence[int]) -> np.ndarray:
         """Prompt numbers: a pure function of (seed, phase, round), with a tracker also of what it remembers.

@@ -153,7 +153,8 @@ class Phases:
         return float(np.mean(losses))
 
     def _dropped(self, trajectory: Trajectory) -> bool:
-        return self.settings.algorithm.drop_truncated and trajectory.ending == "length"
+        cut_off = self.settings.algorithm.drop_truncated and trajectory.ending == "length"
+        return cut_off or trajectory.left_out is not None
 
     def _sample(self, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
         """One episode for a person to read: the first of this process's own, as others come without environment."""

@@ -123,14 +123,18 @@ class Rewarder:
         return list(self._rewards)
 
     def score(self, trajectories: Sequence[Trajectory]) -> None:
-        """Fill in `rewards` and `reward`. UserError when a reward fails or is not a finite number."""
-        totals = [0.0] * len(trajectories)
+        """Fill in `rewards` and `reward` of all but what is left out. UserError when a reward fails or is not a finite
+        number."""
+        judged = [trajectory for trajectory in trajectories if trajectory.left_out is None]
+        if not judged:
+            return
+        totals = [0.0] * len(judged)
         for name, (weight, function) in self._rewards.items():
-            values = self._call(name, function, trajectories)
-            for place, (trajectory, value) in enumerate(zip(trajectories, values, strict=True)):
+            values = self._call(name, function, judged)
+            for place, (trajectory, value) in enumerate(zip(judged, values, strict=True)):
                 trajectory.rewards[name] = value
                 totals[place] += weight * value
-        for trajectory, total in zip(trajectories, totals, strict=True):
+        for trajectory, total in zip(judged, totals, strict=True):
             trajectory.reward = total
 
     def _call(self, name: str, function: RewardFunction, trajectories: Sequence[Trajectory]) -> list[float]:

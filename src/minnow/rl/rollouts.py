@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,13 +11,20 @@ from typing import Literal, Protocol
 from minnow.config import UserError
 from minnow.engine import Completion, Completions, Engine, SamplingParams
 from minnow.model.transformer import CausalLM
-from minnow.rl.environment import Environment
+from minnow.rl.environment import Environment, Reply
+from minnow.rl.environment_calls import reset_all, shown, step_all
+from minnow.rl.timed_calls import check_seconds
 from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.chat import Conversation, Message, render, render_continuation
 from minnow.tokenizer.parse import parse_assistant_ids
 
-Ending = Literal["stop", "length", "turns"]
-"""stop: the model ended its turn and the environment was done; length: cut off; turns: no turn was left."""
+_log = logging.getLogger(__name__)
+
+Ending = Literal["stop", "length", "turns", "timeout"]
+"""stop: the model ended its turn and the environment was done; length: cut off; turns: no turn was left; timeout: the
+environment took too long."""
+LeftOut = Literal["environment", "answer"]
+"""What met its time limit: the environment, or the comparison of the answer with the reference."""
 
 
 class RolloutEngine(Protocol):
@@ -58,13 +66,19 @@ class RolloutConfig:
     """Most turns of the model in an episode; above 1 for environments that reply."""
     enable_thinking: bool = False
     """Open the think block, so that the model reasons before it answers."""
+    environment_seconds: float = 60.0
+    """Longest wait for one reset or step of an environment, in seconds. An episode that takes longer is left out of
+    the update and counted as `environment_timeouts`."""
+    environment_threads: int = 16
+    """Environments that reset or step at once, each in a thread. 1 for code that bears no company."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts", "samples", "max_tokens", "max_turns"):
+        for name in ("prompts", "samples", "max_tokens", "max_turns", "environment_threads"):
             if getattr(self, name) < 1:
                 raise UserError(f"rollout.{name} is {getattr(self, name)}: it must be at least 1")
         if self.temperature <= 0:
             raise UserError(f"rollout.temperature is {self.temperature}: it must be positive, or nothing is explored")
+        check_seconds("rollout.environment_seconds", self.environment_seconds)
 
 
 @dataclass
@@ -92,6 +106,8 @@ class Trajectory:
     conversation: Conversation = field(default_factory=lambda: Conversation(()))
     """Everything that was said as messages, from the environment's opening to the last turn, and the tools; empty once
     the episode has come from a checkpoint."""
+    left_out: LeftOut | None = None
+    """Why nobody can say what the episode is worth: it is not trained on. None for an episode like any other."""
 
     @property
     def answer(self) -> Message:
@@ -122,39 +138,73 @@ def play(
     """Play every environment to its end, all of them side by side in the engine.
 
     places: the number of each episode in the phase. greedy: the likeliest token every time. Draws depend on `seed` and
-    on an episode's place alone. An episode that would outgrow `longest` tokens with its next turn ends with `length`.
+    on an episode's place alone. An episode that would outgrow `longest` tokens with its next turn ends with `length`;
+    one whose environment takes longer than `config.environment_seconds` is `left_out`. The environments of different
+    episodes reset and step side by side. UserError where an environment breaks, or opens with too many tokens.
     """
-    tokenizer = engine.tokenizer
-    trajectories = []
-    for environment in environments:
-        opening = environment.reset()
-        rendered = render(tokenizer, opening, add_generation_prompt=True, enable_thinking=config.enable_thinking)
-        ids = rendered.ids.tolist()
-        trajectories.append(Trajectory(environment, 0, ids, [False] * len(ids), conversation=opening))
+    openings = reset_all(environments, seconds=config.environment_seconds, threads=config.environment_threads)
+    trajectories = [
+        _begin(engine, environment, opening, config, longest)
+        for environment, opening in zip(environments, openings, strict=True)
+    ]
     active = list(zip(places, trajectories, strict=True))
     for turn in range(config.max_turns):
         outputs = engine.generate(
             [trajectory.ids for _, trajectory in active],
             [_sampling(config, seed, turn, place, greedy) for place, _ in active],
         )
-        going = []
-        for (place, trajectory), output in zip(active, outputs, strict=True):
-            messages = _take_turn(engine, trajectory, output.completions[0], config)
-            if messages is None:
-                continue
-            reply = render_continuation(tokenizer, messages, enable_thinking=config.enable_thinking)
-            if len(trajectory.ids) + len(reply) + config.max_tokens > longest:
-                trajectory.ending = "length"
-                continue
-            if turn + 1 < config.max_turns:
-                trajectory.ids += reply
-                trajectory.trained += [False] * len(reply)
-                trajectory.conversation = _with(trajectory.conversation, *messages)
-                going.append((place, trajectory))
-        active = going
+        asking = [
+            (place, trajectory)
+            for (place, trajectory), output in zip(active, outputs, strict=True)
+            if _take_turn(engine, trajectory, output.completions[0], config)
+        ]
+        replies = step_all(
+            [trajectory.environment for _, trajectory in asking],
+            [trajectory.answer for _, trajectory in asking],
+            seconds=config.environment_seconds,
+            threads=config.environment_threads,
+        )
+        last = turn + 1 == config.max_turns
+        active = [
+            (place, trajectory)
+            for (place, trajectory), reply in zip(asking, replies, strict=True)
+            if _hear(engine, trajectory, reply, config, longest, last=last)
+        ]
         if not active:
             break
+    late = [trajectory for trajectory in trajectories if trajectory.ending == "timeout"]
+    if late:
+        _log.warning(
+            "%d of %d episodes ended because their environment took more than rollout.environment_seconds (%g); the "
+            "first is that of the prompt %s",
+            len(late), len(trajectories), config.environment_seconds, shown(late[0].environment.prompt),
+        )  # fmt: skip
     return trajectories
+
+
+def _begin(
+    engine: RolloutEngine,
+    environment: Environment,
+    opening: Conversation | None,
+    config: RolloutConfig,
+    longest: int,
+) -> Trajectory:
+    """The episode before its first turn. Without an opening it is left out, but asked its plain prompt all the same: a
+    phase's episodes all have tokens."""
+    conversation = environment.prompt.conversation if opening is None else opening
+    rendered = render(
+        engine.tokenizer, conversation, add_generation_prompt=True, enable_thinking=config.enable_thinking
+    )
+    ids = rendered.ids.tolist()
+    if len(ids) + config.max_tokens > longest:
+        raise UserError(
+            f"the environment for the prompt {shown(environment.prompt)} opens with {len(ids)} tokens; with an answer "
+            f"of rollout.max_tokens {config.max_tokens} that does not fit sequence_length {longest}"
+        )
+    trajectory = Trajectory(environment, 0, ids, [False] * len(ids), conversation=conversation)
+    if opening is None:
+        _give_up(trajectory)
+    return trajectory
 
 
 def _sampling(config: RolloutConfig, seed: int, turn: int, place: int, greedy: bool) -> SamplingParams:
@@ -167,10 +217,8 @@ def _sampling(config: RolloutConfig, seed: int, turn: int, place: int, greedy: b
     )
 
 
-def _take_turn(
-    engine: RolloutEngine, trajectory: Trajectory, completion: Completion, config: RolloutConfig
-) -> tuple[Message, ...] | None:
-    """Append the model's turn. Returns the environment's reply, None when the episode is over."""
+def _take_turn(engine: RolloutEngine, trajectory: Trajectory, completion: Completion, config: RolloutConfig) -> bool:
+    """Append the model's turn. Whether the environment is to hear it."""
     assert completion.logprobs is not None
     trajectory.ids += completion.ids
     trajectory.trained += [True] * len(completion.ids)
@@ -178,18 +226,47 @@ def _take_turn(
     answer = parse_assistant_ids(engine.tokenizer, completion.ids, thinking=config.enable_thinking)
     trajectory.answers.append(answer)
     trajectory.conversation = _with(trajectory.conversation, answer)
+    if trajectory.left_out is not None:
+        return False
     if completion.finish_reason == "length":
         trajectory.ending = "length"
-        return None
-    reply = trajectory.environment.step(answer)
+        return False
+    return True
+
+
+def _give_up(trajectory: Trajectory) -> None:
+    """The environment took too long; it may still be at it."""
+    trajectory.ending, trajectory.left_out = "timeout", "environment"
+
+
+def _hear(
+    engine: RolloutEngine,
+    trajectory: Trajectory,
+    reply: Reply | None,
+    config: RolloutConfig,
+    longest: int,
+    *,
+    last: bool,
+) -> bool:
+    """Take in the environment's reply. Whether the model has another turn."""
+    if reply is None:
+        _give_up(trajectory)
+        return False
     trajectory.reward += reply.reward
-    if reply.done:
+    ended_text = trajectory.ids[-1] != engine.tokenizer.im_end_id  # and not its turn: nothing can follow
+    if reply.done or ended_text:
         trajectory.ending = "stop"
-        return None
-    if completion.ids[-1] != engine.tokenizer.im_end_id:  # it ended the text, not its turn: nothing can follow
-        trajectory.ending = "stop"
-        return None
-    return reply.messages
+        return False
+    ids = render_continuation(engine.tokenizer, reply.messages, enable_thinking=config.enable_thinking)
+    if len(trajectory.ids) + len(ids) + config.max_tokens > longest:
+        trajectory.ending = "length"
+        return False
+    if last:
+        return False
+    trajectory.ids += ids
+    trajectory.trained += [False] * len(ids)
+    trajectory.conversation = _with(trajectory.conversation, *reply.messages)
+    return True
 
 
 def _with(conversation: Conversation, *messages: Message) -> Conversation:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from minnow.config import UserError
@@ -9,12 +10,16 @@ from minnow.data.prompts import Prompt, read_prompts
 from minnow.model.size import training_flops_per_token
 from minnow.model.transformer import CausalLM
 from minnow.rl.environment import Environment
+from minnow.rl.environment_calls import reset_all
 from minnow.rl.environments import environment_maker
 from minnow.rl.phase_rollouts import MakeEnvironment
 from minnow.rl.rollouts import RolloutConfig
 from minnow.tokenizer import Tokenizer
-from minnow.tokenizer.chat import render
+from minnow.tokenizer.chat import Conversation, render
 from minnow.training.config import TrainingConfig
+
+CHECKED_AT_ONCE = 64
+"""Prompts whose environments are made and opened together before a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +53,14 @@ class Practice:
 def read_practice(config: PracticeConfig, tokenizer: Tokenizer) -> Practice:
     """Read the prompts. UserError where one of them, with an answer, does not fit a row."""
     prompts, held_out = read_prompts(config.prompts), read_prompts(config.held_out) if config.held_out else []
-    make_environment = environment_maker(config.environment, pond=config.pond)
+    make_environment = environment_maker(
+        config.environment, pond=config.pond, seconds=config.rollout.environment_seconds
+    )
     if config.environment != "question" and config.rollout.max_turns < 2:
         raise UserError(f"environment {config.environment} replies to the model: give rollout.max_turns of at least 2")
-    for prompt in (*prompts, *held_out):
-        _check_room(config, tokenizer, make_environment(prompt))
+    everything = [*prompts, *held_out]
+    for first in range(0, len(everything), CHECKED_AT_ONCE):
+        _check_room(config, tokenizer, [make_environment(p) for p in everything[first : first + CHECKED_AT_ONCE]])
     return Practice(prompts, held_out, make_environment)
 
 
@@ -74,9 +82,24 @@ def practice_flops(rollout: RolloutConfig, answers: int, model: CausalLM) -> flo
     return tokens * training_flops_per_token(model.config, rollout.max_tokens / 2)
 
 
-def _check_room(config: PracticeConfig, tokenizer: Tokenizer, environment: Environment) -> None:
-    """UserError where a prompt and its first answer might not fit a row: an episode is never cut or dropped later."""
-    conversation = environment.reset()
+def _check_room(config: PracticeConfig, tokenizer: Tokenizer, environments: Sequence[Environment]) -> None:
+    """UserError where a prompt and its first answer might not fit a row: an episode is never cut or dropped later.
+
+    An environment that does not open in time may do so when it is played; if none does, something is wrong.
+    """
+    seconds, threads = config.rollout.environment_seconds, config.rollout.environment_threads
+    openings = reset_all(environments, seconds=seconds, threads=threads)
+    if not any(openings):
+        raise UserError(
+            f"environment {config.environment}: none of {len(openings)} was reset within rollout.environment_seconds "
+            f"({seconds:g}). Look into what hangs, or raise it"
+        )
+    for conversation in openings:
+        if conversation is not None:
+            _check_length(config, tokenizer, conversation)
+
+
+def _check_length(config: PracticeConfig, tokenizer: Tokenizer, conversation: Conversation) -> None:
     length = len(render(tokenizer, conversation, add_generation_prompt=True).ids)
     if length + config.rollout.max_tokens > config.sequence_length:
         shown = conversation.messages[-1].content[:60]
