@@ -179,7 +179,7 @@ def test_a_left_out_episode_counts_as_the_mean_of_its_group_s_others():
     assert len({t.reward for t in episodes[4:8]}) == 1  # no contrast is made up, not in the last digit
     assert episodes[8].reward == pytest.approx((1 + 0 + 1 + 0.3) / 6)  # nothing of its group: the mean of all
     assert all(t.rewards == {"answer": t.reward} for t in episodes)
-    assert left_out_figures(episodes) == {"environment_timeouts": 6.0, "answer_timeouts": 0.0}
+    assert left_out_figures(episodes) == {"environment_timeouts": 6.0, "answer_timeouts": 0.0, "judge_failures": 0.0}
 
 
 @pytest.mark.parametrize("advantage", ["group", "group_centred", "leave_one_out", "batch", "tracker", "gae"])

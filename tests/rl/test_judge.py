@@ -8,8 +8,12 @@ import pytest
 
 from minnow.config import UserError
 from minnow.rl.judge import JudgeConfig, judge_reward
+from minnow.rl.left_out import left_out_figures
 from minnow.rl.rewards import RewardConfig, Rewarder
 from tests.rl.test_rewards import episode
+
+BROKEN = 0
+"""A status that sends less than it says."""
 
 
 @pytest.fixture
@@ -26,8 +30,8 @@ def judge(monkeypatch):
                 replies.pop(0) if replies else (200, "9" if "good" in body["messages"][1]["content"] else "2")
             )
             content = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(content)))
+            self.send_response(200 if status == BROKEN else status)
+            self.send_header("Content-Length", str(len(content) + (100 if status == BROKEN else 0)))
             self.end_headers()
             self.wfile.write(content)
 
@@ -64,9 +68,36 @@ def test_busy_is_asked_again_and_failure_is_said(judge):
     replies += [(503, ""), (429, ""), (200, "7")]
     assert judge_reward(JudgeConfig(url=url, parallel=1), [episode("x")]) == [0.7]
     assert len(asked) == 3
-    for status, text, sign in ((401, "", "HTTP 401"), (200, "fine!", "gave no number"), (200, "70", "gave no number")):
-        replies[:] = [(status, text)]
-        with pytest.raises(UserError, match=sign):
-            judge_reward(JudgeConfig(url=url, parallel=1), [episode("x")])
+    replies[:] = [(401, "")]
+    with pytest.raises(UserError, match="HTTP 401"):
+        judge_reward(JudgeConfig(url=url, parallel=1), [episode("x")])
     with pytest.raises(UserError, match="could not be asked"):
         judge_reward(JudgeConfig(url="http://127.0.0.1:9/v1", seconds=1), [episode("x")])
+
+
+def test_a_reply_without_a_mark_is_left_out_and_never_a_zero(judge, caplog):
+    url, _, replies = judge
+    said = ["fine!", "70", "-5", "Marks from 0 to 10: 7", "", "8/10.", "**6.5** out of 10", "10"]
+    replies += [(200, text) for text in said]
+    items = [episode(f"answer {n}", asked=f"question {n}") for n in range(len(said))]
+    Rewarder(RewardConfig(answer=0, judge=JudgeConfig(url=url, parallel=1)), enable_thinking=False).score(items)
+    assert [item.left_out for item in items] == ["judge"] * 5 + [None] * 3
+    assert [item.reward for item in items[5:]] == [0.8, 0.65, 1.0]
+    assert all(item.rewards == {} for item in items[:5])
+    assert "gave no number from 0 to 10 but '-5', for the prompt 'question 2'" in caplog.text
+    assert left_out_figures(items)["judge_failures"] == 5.0
+
+
+def test_a_reply_that_breaks_off_is_asked_for_again(judge):
+    """http.client.IncompleteRead is no OSError."""
+    url, asked, replies = judge
+    replies += [(BROKEN, "9"), (200, "7")]
+    assert judge_reward(JudgeConfig(url=url, parallel=1), [episode("x")]) == [0.7]
+    assert len(asked) == 2
+
+
+def test_settings():
+    with pytest.raises(UserError, match="rewards.judge.parallel is 0"):
+        JudgeConfig(parallel=0)
+    with pytest.raises(UserError, match="rewards.judge.seconds is 0"):
+        JudgeConfig(seconds=0)

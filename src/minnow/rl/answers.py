@@ -1,4 +1,4 @@
-"""Is an answer right? Numbers, mathematical expressions, and texts."""
+"""Is an answer right? Numbers and texts; mathematical expressions are compared in maths.py."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def is_right(answer: str, reference: Any, kind: AnswerKind) -> bool:
     """Compare what the model said with the reference.
 
     text: equal but for case, width and spacing, and a full stop at the end. number: the last number of the answer
-    equals the reference's last. maths: equal as mathematical expressions (the library math-verify, extra `rl`).
-    contains: every item of the reference stands in the answer. auto: number where the reference is one, else text.
+    equals the reference's last. contains: every item of the reference stands in the answer. auto: number where the
+    reference is one, else text. Not for `maths`, which needs a `MathsJudge`.
     """
+    assert kind != "maths"
     if kind == "auto":
         kind = "contains" if isinstance(reference, list) else "number" if _is_number(str(reference)) else "text"
     if kind == "contains":
@@ -42,8 +43,6 @@ def is_right(answer: str, reference: Any, kind: AnswerKind) -> bool:
         if expected is None:
             raise UserError(f"the reference {str(reference)!r} holds no number: use rewards.answer_kind text or maths")
         return last_number(answer) == expected
-    if kind == "maths":
-        return _maths_equal(answer, str(reference))
     return _plain(answer) == _plain(str(reference))
 
 
@@ -69,14 +68,3 @@ def _is_number(text: str) -> bool:
 
 def _plain(text: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", text).casefold().split()).rstrip(".。 ")
-
-
-def _maths_equal(answer: str, reference: str) -> bool:
-    try:
-        from math_verify import parse, verify
-    except ImportError:
-        raise UserError("rewards.answer_kind maths needs math-verify: pip install 'minnow[rl]'") from None
-    gold = parse(reference) or parse(f"${reference}$")
-    if not gold:
-        raise UserError(f"the reference {reference!r} is no mathematical expression: use answer_kind text")
-    return bool(verify(gold, parse(answer)))

@@ -6,6 +6,7 @@ import json
 import time
 import urllib.error
 import urllib.request
+from http.client import HTTPException
 from typing import Any
 
 from minnow.config import UserError
@@ -31,6 +32,6 @@ def post_json(url: str, body: dict[str, Any], *, key: str, seconds: float) -> An
             problem = f"HTTP {error.code}: {error.read(300).decode('utf-8', 'replace')}"
             if error.code < 500 and error.code != 429:
                 break
-        except (OSError, ValueError) as error:
+        except (OSError, HTTPException, ValueError) as error:
             problem = f"{type(error).__name__}: {error}"
     raise UserError(f"{url} could not be asked ({problem})")

@@ -1,4 +1,4 @@
-"""Episodes that nobody can judge in time: they teach nothing, tip no scale, and too many of them end the run."""
+"""Episodes of which nobody can say what they are worth: they teach nothing, and too many of them end the run."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ REMEDIES = {
         "their answers could not be compared within rewards.maths_seconds: raise it, or use rewards.answer_kind number "
         "or text"
     ),
+    "judge": "the judge gave no number from 0 to 10: ask for one in rewards.judge.instruction, or take another judge",
 }
 
 
@@ -51,8 +52,6 @@ def settle(trajectories: Sequence[Trajectory], samples: int, whole: int) -> None
 
 
 def left_out_figures(trajectories: Sequence[Trajectory]) -> dict[str, float]:
-    """How many episodes were left out because the environment, or the comparison of the answer, met its time limit."""
-    return {
-        "environment_timeouts": float(sum(t.left_out == "environment" for t in trajectories)),
-        "answer_timeouts": float(sum(t.left_out == "answer" for t in trajectories)),
-    }
+    """How many episodes were left out, by what failed."""
+    names = {"environment_timeouts": "environment", "answer_timeouts": "answer", "judge_failures": "judge"}
+    return {name: float(sum(t.left_out == reason for t in trajectories)) for name, reason in names.items()}

@@ -6,13 +6,16 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
 from minnow.config import UserError
 from minnow.evaluation.judge import Judge, load_judge
 from minnow.rl.answers import AnswerKind, is_right
+from minnow.rl.environment_calls import shown
 from minnow.rl.judge import JudgeConfig, judge_reward
+from minnow.rl.maths import MathsJudge
 from minnow.rl.rollouts import RolloutConfig, Trajectory
 from minnow.rl.text_rewards import (
     format_reward,
@@ -21,10 +24,12 @@ from minnow.rl.text_rewards import (
     overlong_reward,
     repetition_reward,
 )
+from minnow.rl.timed_calls import check_seconds, run_all, where
 from minnow.rl.user_code import load_object
 
 RewardFunction = Callable[[Sequence[Trajectory]], Sequence[float]]
-"""Judges finished episodes; one number each. An exception stops the run: a silent 0 would teach something false."""
+"""Judges finished episodes; one number each. An exception stops the run: a silent 0 would teach something false. Ours
+may mark an episode as left out instead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +42,9 @@ class RewardConfig:
     """text, number (the last in the answer), maths (by the library math-verify), contains (every item of the
     reference),
     or auto: number where the reference is one."""
+    maths_seconds: float = 5.0
+    """Longest time, in seconds, for one comparison of answer_kind maths, which a power of powers can keep busy for
+    ever. An answer that takes longer is left out of the update and counted as `answer_timeouts`."""
     environment: float = 1.0
     """What the environment itself gave, over all turns."""
     format: float = 0.0
@@ -69,10 +77,14 @@ class RewardConfig:
     functions: tuple[str, ...] = ()
     """Python functions of yours, MODULE:FUNCTION@WEIGHT: called with the list of trajectories, return a list of
     numbers."""
+    functions_seconds: float = 600.0
+    """Longest time, in seconds, that one of them may take for all answers of a phase; then the run stops."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlong_buffer <= 1:
             raise UserError(f"rewards.overlong_buffer is {self.overlong_buffer}: it is a share, from 0 to 1")
+        check_seconds("rewards.maths_seconds", self.maths_seconds)
+        check_seconds("rewards.functions_seconds", self.functions_seconds)
 
 
 class Rewarder:
@@ -91,8 +103,9 @@ class Rewarder:
         UserError for a function or a model that cannot be loaded.
         """
         buffer = config.overlong_buffer * max_tokens
+        maths = MathsJudge(config.maths_seconds) if config.answer and config.answer_kind == "maths" else None
         built_in: dict[str, tuple[float, RewardFunction]] = {
-            "answer": (config.answer, lambda items: _answers(items, config.answer_kind)),
+            "answer": (config.answer, lambda items: _answers(items, config.answer_kind, maths)),
             "environment": (config.environment, lambda items: [item.reward for item in items]),
             "format": (config.format, lambda items: [_format(item, enable_thinking) for item in items]),
             "length": (
@@ -107,7 +120,7 @@ class Rewarder:
         self._rewards = {name: entry for name, entry in built_in.items() if entry[0]}
         for written in config.functions:
             name, weight, function = _load(written)
-            self._rewards[name] = (weight, function)
+            self._rewards[name] = (weight, _in_time(name, function, config.functions_seconds))
         if config.judge.url is not None:
             self._rewards["judge"] = (1.0, lambda items: judge_reward(config.judge, items))
         if config.reward_model is not None:
@@ -116,6 +129,9 @@ class Rewarder:
             self._rewards["reward_model"] = (config.reward_model_weight, lambda items: _marks(items, judge, squash))
         if not self._rewards:
             raise UserError("every reward has weight 0: give at least one, such as rewards.answer")
+        for name, (weight, _) in self._rewards.items():
+            if not math.isfinite(weight):
+                raise UserError(f"the reward {name!r} has weight {weight}: it must be a finite number")
 
     @property
     def names(self) -> list[str]:
@@ -123,51 +139,77 @@ class Rewarder:
         return list(self._rewards)
 
     def score(self, trajectories: Sequence[Trajectory]) -> None:
-        """Fill in `rewards` and `reward` of all but what is left out. UserError when a reward fails or is not a finite
-        number."""
-        judged = [trajectory for trajectory in trajectories if trajectory.left_out is None]
-        if not judged:
-            return
-        totals = [0.0] * len(judged)
-        for name, (weight, function) in self._rewards.items():
-            values = self._call(name, function, judged)
-            for place, (trajectory, value) in enumerate(zip(judged, values, strict=True)):
+        """Fill in `rewards` and `reward` of all but what is left out, or is now. UserError when a reward fails or is
+        not a finite number."""
+        for name, (_, function) in self._rewards.items():
+            judged = [trajectory for trajectory in trajectories if trajectory.left_out is None]
+            for trajectory, value in zip(judged, self._call(name, function, judged), strict=True):
                 trajectory.rewards[name] = value
-                totals[place] += weight * value
-        for trajectory, total in zip(judged, totals, strict=True):
-            trajectory.reward = total
+        for trajectory in trajectories:
+            if trajectory.left_out is not None:
+                trajectory.reward, trajectory.rewards = 0.0, {}
+                continue
+            trajectory.reward = sum(weight * trajectory.rewards[name] for name, (weight, _) in self._rewards.items())
 
     def _call(self, name: str, function: RewardFunction, trajectories: Sequence[Trajectory]) -> list[float]:
+        if not trajectories:
+            return []
         try:
-            values = [float(value) for value in function(trajectories)]
+            values = list(function(trajectories))
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"the reward {name!r} failed: {type(error).__name__}: {error}") from error
+            raise UserError(f"the reward {name!r} failed: {where(error)}") from error
         if len(values) != len(trajectories):
             raise UserError(f"the reward {name!r} gave {len(values)} numbers for {len(trajectories)} answers")
-        bad = next((value for value in values if not math.isfinite(value)), None)
-        if bad is not None:
-            raise UserError(f"the reward {name!r} gave {bad}: rewards must be finite numbers")
-        return values
+        return [_finite(name, value, trajectory) for value, trajectory in zip(values, trajectories, strict=True)]
+
+
+def _finite(name: str, value: Any, trajectory: Trajectory) -> float:
+    """A reward as a number: Python's, NumPy's or torch's; True is 1. Texts are none, though `float` reads some."""
+    try:
+        number = math.nan if isinstance(value, str | bytes) else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # a tensor of several numbers raises the last
+        number = math.nan
+    if not math.isfinite(number):
+        asked, gave = shown(trajectory.environment.prompt), repr(value)[:80]
+        raise UserError(
+            f"the reward {name!r} gave {gave} for the prompt {asked}: rewards must be finite numbers, one an answer"
+        )
+    return number
 
 
 def _marks(trajectories: Sequence[Trajectory], judge: Judge, squash: bool) -> list[float]:
     marks = judge([trajectory.conversation for trajectory in trajectories])
-    return [1 / (1 + math.exp(-mark)) for mark in marks] if squash else marks
+    return [0.5 * (1 + math.tanh(mark / 2)) for mark in marks] if squash else marks  # the sigmoid, without overflow
 
 
 def _overlong(trajectory: Trajectory, max_tokens: int, buffer: float) -> float:
     return -1.0 if trajectory.ending == "length" else overlong_reward(trajectory.num_trained, max_tokens, buffer)
 
 
-def _answers(trajectories: Sequence[Trajectory], kind: AnswerKind) -> list[float]:
-    values = []
-    for trajectory in trajectories:
-        reference = trajectory.environment.prompt.reference
-        right = reference is not None and trajectory.ending != "length"
-        values.append(float(right and is_right(_said(trajectory), reference, kind)))
-    return values
+def _answers(trajectories: Sequence[Trajectory], kind: AnswerKind, maths: MathsJudge | None) -> list[float]:
+    """1 for a right answer, 0 for a wrong, a cut-off and an unasked one. Marks those that nobody can compare in time as
+    left out; their number means nothing."""
+    if maths is None:
+        return [float(_can_be_right(t) and is_right(_said(t), _reference(t), kind)) for t in trajectories]
+    asked = [trajectory for trajectory in trajectories if _can_be_right(trajectory)]
+    equal = maths.compare([(_said(trajectory), str(_reference(trajectory))) for trajectory in asked])
+    right: set[int] = set()
+    for trajectory, same in zip(asked, equal, strict=True):
+        if same is None:
+            trajectory.left_out = "answer"
+        elif same:
+            right.add(id(trajectory))
+    return [float(id(trajectory) in right) for trajectory in trajectories]
+
+
+def _can_be_right(trajectory: Trajectory) -> bool:
+    return _reference(trajectory) is not None and trajectory.ending != "length"
+
+
+def _reference(trajectory: Trajectory) -> Any:
+    return trajectory.environment.prompt.reference
 
 
 def _said(trajectory: Trajectory) -> str:
@@ -189,12 +231,33 @@ def _fits_schema(trajectory: Trajectory) -> float:
     schema = trajectory.environment.prompt.row.get("schema")
     if not isinstance(schema, dict):
         raise UserError("the reward json_schema needs a `schema` object in every row of the prompts")
-    validator = jsonschema_rs.validator_for(schema)  # a wrong schema is the user's mistake and stops the run
+    try:
+        validator = jsonschema_rs.validator_for(schema)
+    except ValueError as error:
+        asked = shown(trajectory.environment.prompt)
+        raise UserError(f"the reward json_schema: the `schema` of the prompt {asked} is none: {error}") from None
     try:
         value = json.loads(_said(trajectory))
         return float(validator.is_valid(value))
     except (ValueError, RecursionError):  # no JSON, half a character, or brackets without end
         return 0.0
+
+
+def _in_time(name: str, function: RewardFunction, seconds: float) -> RewardFunction:
+    """The user's own function, called in a thread and waited for so long."""
+
+    def call(trajectories: Sequence[Trajectory]) -> Sequence[float]:
+        (outcome,) = run_all([lambda: function(trajectories)], seconds=seconds, threads=1)
+        if isinstance(outcome, TimeoutError):
+            raise UserError(
+                f"the reward {name!r} took more than rewards.functions_seconds ({seconds:g}) for {len(trajectories)} "
+                "answers: look into what hangs, or raise it"
+            ) from outcome
+        if isinstance(outcome, BaseException):
+            raise UserError(f"the reward {name!r} failed: {where(outcome)}") from outcome
+        return outcome
+
+    return call
 
 
 def _load(written: str) -> tuple[str, float, RewardFunction]:

@@ -23,8 +23,8 @@ _log = logging.getLogger(__name__)
 Ending = Literal["stop", "length", "turns", "timeout"]
 """stop: the model ended its turn and the environment was done; length: cut off; turns: no turn was left; timeout: the
 environment took too long."""
-LeftOut = Literal["environment", "answer"]
-"""What met its time limit: the environment, or the comparison of the answer with the reference."""
+LeftOut = Literal["environment", "answer", "judge"]
+"""What failed: the environment or the comparison of the answer met its time limit, or the judge gave no mark."""
 
 
 class RolloutEngine(Protocol):

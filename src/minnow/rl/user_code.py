@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from minnow.config import UserError
+from minnow.rl.timed_calls import where
 
 
 def load_object(path: str, setting: str) -> Any:
@@ -19,3 +20,5 @@ def load_object(path: str, setting: str) -> Any:
         return getattr(importlib.import_module(module_name), name)
     except (ValueError, ImportError, AttributeError) as error:
         raise UserError(f"{setting} {path!r}: {error}; write MODULE:NAME of something that Python can import") from None
+    except Exception as error:
+        raise UserError(f"{setting} {path!r} cannot be imported: {where(error)}") from error
