@@ -10,7 +10,9 @@ from minnow.data.pond.world import World
 from minnow.data.pond.write import write_pond
 from minnow.data.prompts import Prompt
 from minnow.rl.environments import environment_maker
-from minnow.tokenizer.chat import Conversation, Message, ToolCall
+from minnow.tokenizer.chat import Conversation, Message, ToolCall, render_continuation
+from minnow.tokenizer.parse import parse_assistant
+from tests.rl.helpers import tiny
 
 
 def prompt(text, reference=None, **row):
@@ -62,6 +64,64 @@ def test_the_game():
     assert 1 <= gave_up.secret <= 15
     assert gave_up.step(Message("assistant", "no idea")).reward == 0
     assert gave_up.secret == environment_maker("guess", pond=None)(prompt("Find it.")).secret
+
+
+@pytest.mark.parametrize("name", ["calculator", "guess"])
+@pytest.mark.parametrize(
+    ("written", "sign"),
+    [
+        ("<tool_call>{bad</tool_call>", "a call is a JSON object"),
+        ("<tool_call>", "a call is a JSON object"),
+        ('<tool_call>{"name": "NAME", "arguments": "{}"}</tool_call>', "a call is a JSON object"),
+        ("<tool_call>" + "[" * 100_000 + "</tool_call>", "a call is a JSON object"),
+        (
+            '<tool_call>{"name": "NAME", "arguments": {"ARGUMENT": ' + "9" * 5000 + "}}</tool_call>",
+            "a call is a JSON object",
+        ),
+        ('<tool_call>{"name": "other", "arguments": {}}</tool_call>', "there is no tool 'other'"),
+        ('<tool_call>{"name": "NAME"}</tool_call>', "NAME takes ARGUMENT; got none"),
+        ('<tool_call>{"name": "NAME", "arguments": {"ARGUMENT": NaN}}</tool_call>', "ARGUMENT must be of type"),
+        ('<tool_call>{"name": "NAME", "arguments": {"ARGUMENT": null}}</tool_call>', "ARGUMENT must be of type"),
+        ('<tool_call>{"name": "NAME", "arguments": {"\\ud800": 1}}</tool_call>', "NAME takes ARGUMENT"),
+    ],
+)
+def test_a_wrong_call_comes_back_as_words_and_the_episode_goes_on(name, written, sign):
+    environment = environment_maker(name, pond=None)(prompt("Well?", "7"))
+    tool = environment.reset().tools[0]["function"]
+    (argument,) = tool["parameters"]["required"]
+    written, sign = (text.replace("NAME", tool["name"]).replace("ARGUMENT", argument) for text in (written, sign))
+    reply = environment.step(parse_assistant(written))
+    assert (reply.done, reply.reward, len(reply.messages)) == (False, 0.0, 1)
+    assert sign in json.loads(reply.messages[0].content)["error"]
+    ids = render_continuation(tiny()[1], reply.messages)  # half a character does not stop a run
+    assert ids
+
+
+def test_a_right_call_beside_a_wrong_one_is_answered():
+    environment = environment_maker("calculator", pond=None)(prompt("6 x 7?", "42"))
+    right = '<tool_call>{"name": "calculate", "arguments": {"expression": "6*7"}}</tool_call>'
+    reply = environment.step(parse_assistant(right + "<tool_call>{bad</tool_call>"))
+    assert reply.messages[0].content == "42"
+    assert "JSON object" in reply.messages[1].content
+
+
+def test_the_game_plays_again_and_needs_a_number_that_can_be_found():
+    environment = environment_maker("guess", pond=None)(prompt("Find it.", 20.0, highest="20"))
+    for _ in range(2):
+        environment.reset()
+        first = environment.step(calls(("guess", {"number": 1}), ("guess", {"number": 20})))  # the first one counts
+        assert (first.messages[0].content, first.done, first.reward) == ("higher", False, 0.0)
+        assert environment.step(calls(("guess", {"number": 20}))).done
+    for reference, row, sign in (
+        ("seven", {}, "the answer of the prompt 'Find it.' is 'seven', no whole number"),
+        ("7.5", {}, "no whole number"),
+        ("99", {}, "is 99, which nobody can guess: numbers go from 1 to 15"),
+        ("0", {}, "which nobody can guess"),
+        (None, {"highest": 0}, "is 0, not 1 or more"),
+        (None, {"highest": "ten"}, "`highest` of the prompt 'Find it.' is 'ten', no whole number"),
+    ):
+        with pytest.raises(UserError, match=sign):
+            environment_maker("guess", pond=None)(prompt("Find it.", reference, **row))
 
 
 def test_a_game_of_ones_own_is_found_beside_the_user(tmp_path, monkeypatch):

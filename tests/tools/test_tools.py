@@ -28,6 +28,12 @@ from minnow.tools.sandbox import can_isolate, python_tool, run_python
         ("1,000 + 1", "1001"),
         ("2 ** -2", "0.25"),
         ("（3 − 1）÷ 4", "0.5"),
+        ("10 ** 20 / 3", "33333333333333333333.3333333333"),  # a float would make up digits from the 17th on
+        ("10 ** 59 / 7", "1" + "428571" * 9 + "4285.7142857143"),
+        ("-2 / 3", "-0.6666666667"),
+        ("-1 / 10 ** 11", "0"),
+        ("-5 / 2", "-2.5"),
+        ("100", "100"),
     ],
 )
 def test_calculator(expression, value):
@@ -67,6 +73,13 @@ def test_calls_and_their_mistakes():
     ):
         assert word in json.loads(result(name, **arguments))["error"]
     assert CALCULATOR.schema["function"]["name"] == "calculate"
+
+
+def test_an_error_does_not_give_giant_arguments_back():
+    for call in (ToolCall("x" * 10**6, {}), ToolCall("calculate", {"y" * 10**6: 1})):
+        result = call_tool([CALCULATOR], call)
+        assert len(result) < 400
+        assert json.loads(result)["error"].endswith("...")
 
 
 closed_room = pytest.mark.skipif(not can_isolate(), reason="no user namespaces here")

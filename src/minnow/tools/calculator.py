@@ -11,6 +11,7 @@ from minnow.tools.tool import Tool, ToolError
 
 MAX_CHARACTERS = 200
 MAX_POWER = 64
+DECIMALS = 10
 MAX_DIGITS = 60
 """Larger results are refused: 9**9**9 would otherwise take for ever."""
 
@@ -28,7 +29,8 @@ _TRANSLATION = str.maketrans({"×": "*", "÷": "/", "−": "-", "（": "(", "）
 def calculate(expression: str) -> str:
     """The value of an expression of numbers with + - * / // % ** and brackets: exact, as an integer or a decimal.
 
-    Decimals have at most 10 digits after the point. × ÷ ^ and full-width brackets are understood. Raises ToolError.
+    Decimals are rounded to DECIMALS digits after the point. × ÷ ^ and full-width brackets are understood. Raises
+    ToolError.
     """
     if len(expression) > MAX_CHARACTERS:
         raise ToolError(f"the expression has {len(expression)} characters, at most {MAX_CHARACTERS} are allowed")
@@ -39,9 +41,14 @@ def calculate(expression: str) -> str:
         raise ToolError("division by zero") from None
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         raise ToolError(f"{expression!r} is no expression of numbers and operators") from None
-    if value.denominator == 1:
-        return str(value.numerator)
-    return f"{float(value):.10f}".rstrip("0").rstrip(".")
+    return _decimal(value)
+
+
+def _decimal(value: Fraction) -> str:
+    # No float on the way: it has 16 digits, and would make up those that follow.
+    whole, rest = divmod(round(abs(value) * 10**DECIMALS), 10**DECIMALS)
+    sign = "-" if value < 0 and (whole or rest) else ""
+    return f"{sign}{whole}.{rest:0{DECIMALS}}".rstrip("0").rstrip(".")
 
 
 def _value(node: ast.expr) -> Fraction:

@@ -9,6 +9,9 @@ from typing import Any
 
 from minnow.tokenizer.chat import ToolCall
 
+MAX_ERROR = 300
+"""Characters of an error that the model reads."""
+
 
 class ToolError(Exception):
     """What the model did wrong, in words that it reads as the tool's result."""
@@ -34,7 +37,7 @@ class Tool:
 
 def call_tool(tools: Sequence[Tool], call: ToolCall) -> str:
     """The result of a call, as text for the model; what it did wrong comes back as {"error": ...}, never as an
-    exception.
+    exception, and cut at MAX_ERROR: it may quote arguments without end.
 
     Arguments must be exactly those of the schema: every required one, none unknown, each of its type.
     """
@@ -46,7 +49,9 @@ def call_tool(tools: Sequence[Tool], call: ToolCall) -> str:
         _check(tool, call.arguments)
         return tool.function(**call.arguments)
     except ToolError as error:
-        return json.dumps({"error": str(error)}, ensure_ascii=False)
+        words = str(error)
+        words = words if len(words) <= MAX_ERROR else words[:MAX_ERROR] + "..."
+        return json.dumps({"error": words}, ensure_ascii=False)
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
