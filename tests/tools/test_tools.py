@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -142,6 +143,16 @@ def test_what_is_printed_does_not_fill_this_process():
     with pytest.raises(ToolError, match="File too large|stopped"):
         run_python("for _ in range(100): print('x' * (1 << 20))", seconds=1, megabytes=200)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 20_000  # KB
+
+
+@closed_room
+def test_programs_side_by_side_have_the_time_they_would_have_alone():
+    """Six times as many as cores, each computing for most of its second."""
+    code = "import time\nwhile time.process_time() < 0.8: pass\nprint('done')"
+    count = 6 * (os.cpu_count() or 1)
+    with ThreadPoolExecutor(count) as pool:
+        tasks = [pool.submit(run_python, code, seconds=1, megabytes=200) for _ in range(count)]
+        assert [task.result() for task in tasks] == ["done"] * count
 
 
 @closed_room

@@ -42,9 +42,16 @@ def lock_files(readable: list[str], writable: str) -> None:
 
 
 def main() -> None:
-    """Lock the room, then run the code of standard input as a program of its own."""
+    """Lock the room, then run the code of standard input as a program of its own. Arguments: CPU seconds, megabytes."""
+    # The limits are set here: code between fork and exec in the calling process is not safe beside its other threads.
+    seconds, memory = int(sys.argv[1]), int(sys.argv[2]) << 20
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     code = sys.stdin.read()
-    # Here and not with the other limits: it counts the processes of a user, and this namespace has a user of its own.
+    # It counts the processes of a user, and this namespace has a user of its own.
     resource.setrlimit(resource.RLIMIT_NPROC, (16, 16))
     lock_files([os.path.dirname(os.__file__), "/usr/lib", "/lib", "/lib64"], os.getcwd())
     exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})

@@ -8,11 +8,12 @@ runs code outside the room.
 
 from __future__ import annotations
 
-import resource
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from functools import lru_cache
 from pathlib import Path
 from typing import IO
@@ -56,6 +57,8 @@ def can_isolate() -> bool:
 
 
 _ROOM = ["unshare", "--user", "--net", "--ipc", "--pid", "--fork", "--kill-child"]
+_FREE_CORES = threading.BoundedSemaphore(os.cpu_count() or 1)
+"""Episodes step side by side; more programs than cores would each run out of a time that they never had."""
 _PROGRAM = str(Path(__file__).with_name("closed_room.py"))
 
 
@@ -64,32 +67,25 @@ def run_python(code: str, *, seconds: int, megabytes: int) -> str:
     met.
 
     Limits: CPU seconds, address space, no file above 1 MB (output is one), 16 open files; 16 processes
-    where the caller is not root. The folder it runs in is deleted afterwards.
+    where the caller is not root. The folder it runs in is deleted afterwards. May be called on several threads: a
+    program waits for a free core before its time begins.
     """
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
-        resource.setrlimit(resource.RLIMIT_AS, (megabytes << 20, megabytes << 20))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
     # Output goes to files, which have a limit; a pipe would carry all of it into this process's memory.
     with (
         tempfile.TemporaryDirectory(prefix="minnow-python-") as folder,
         tempfile.TemporaryFile() as printed,
         tempfile.TemporaryFile() as complaints,
+        _FREE_CORES,
     ):
         try:
             result = subprocess.run(
-                [*_ROOM, sys.executable, "-I", "-S", _PROGRAM],
+                [*_ROOM, sys.executable, "-I", "-S", _PROGRAM, str(seconds), str(megabytes)],
                 stdout=printed,
                 stderr=complaints,
                 input=code.encode("utf-8", "replace"),
                 cwd=folder,
                 env={},
                 timeout=2 * seconds + 1,
-                preexec_fn=limit,
             )
         except subprocess.TimeoutExpired:
             raise ToolError(f"stopped after {2 * seconds + 1} seconds") from None
