@@ -43,3 +43,8 @@ def write_prompts(path: Path, count: int = 8) -> Path:
     rows = [{"prompt": f"say {number}", "answer": str(number)} for number in range(count)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def any_reward(trajectories: list) -> list[float]:
+    """A reward that differs between nearly any two answers, so that there is always something to learn."""
+    return [sum(trajectory.ids) % 17 / 17 for trajectory in trajectories]

@@ -46,7 +46,8 @@ class PolicyLossConfig:
     kl_coef: float = 0.0
     """Weight of the KL divergence to the reference model, as a term of the loss; 0 needs no reference."""
     kl_estimator: KLEstimator = "k3"
-    """k1, k2, k3 (Schulman), or k3_straight_through: k3's value with k2's gradient, which is the right one."""
+    """k1 (with kl_ratio only), k2, k3 (Schulman), or k3_straight_through: k3's value with k2's gradient, which is the
+    right one."""
     kl_ratio: bool = False
     """Multiply the estimate by the ratio: unbiased when the policy has left the sampler (DeepSeek-V3.2)."""
 
@@ -59,6 +60,11 @@ class PolicyLossConfig:
             raise UserError(f"dual_clip is {self.dual_clip}: it must be above 1 (usually 3), or null")
         if self.kl_coef < 0:
             raise UserError(f"kl_coef is {self.kl_coef}: it must not be negative")
+        if self.kl_coef and self.kl_estimator == "k1" and not self.kl_ratio:
+            raise UserError(
+                "kl_estimator k1 as a loss has no gradient on average: take k3_straight_through, set kl_ratio, or put "
+                "the KL divergence into the reward (kl_reward_coef)"
+            )
 
 
 class PolicyLoss(NamedTuple):
