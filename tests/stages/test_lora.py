@@ -113,7 +113,7 @@ def test_an_adapter_stands_for_a_model(start: Path, capsys: pytest.CaptureFixtur
     capsys.readouterr()
     assert cli.main(["generate", str(run), "--prompt", "fish", "--max_tokens", "2"]) == 0
     # a whole fine-tuning may start from it, and another adapter only once it is merged
-    assert train(start, "second", "--lora.rank", "0", "--init_from", str(run), command="sft")
+    assert train(start, "second", "--lora.rank", "0", "--lora.dropout", "0", "--init_from", str(run), command="sft")
     assert (start / "second/model/model.safetensors").exists()
     words = ["--run", str(start / "third"), "--init_from", str(run), "--data.paths", str(start / "data.jsonl")]
     assert cli.main(["lora", *words]) == 2

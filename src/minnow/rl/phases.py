@@ -128,8 +128,10 @@ class Phases:
         with self.stopwatch.timing("scoring"):
             scores = self.scorer.score(trajectories, prompts, share)
         kept = [n for n, t in enumerate(trajectories) if not self._dropped(t)]
-        if len(kept) < self.settings.algorithm.minibatches:  # nearly all were cut off: this phase teaches nothing
-            kept = list(range(len(trajectories)))
+        minibatches = self.settings.algorithm.minibatches
+        if len(kept) < minibatches:  # nearly all were cut off, or without contrast: this phase teaches nothing
+            count = max(len(trajectories), minibatches)  # and none of its updates stays without an answer
+            kept = [n % len(trajectories) for n in range(count)]
             scores.advantages = [np.zeros_like(advantage) for advantage in scores.advantages]
         self.engine.model.train()
         self.experience = Experience(trajectories, kept, scores)
