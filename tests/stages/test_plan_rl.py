@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from minnow import cli
+from minnow.data.batches import Share
+from minnow.model.config import ModelConfig
 from minnow.model.lora import LoraConfig
-from minnow.model.pretrained import load_pretrained
+from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.reward_model import RewardModel
+from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, build_optimizers
+from minnow.rl.advantages import PhaseScores
+from minnow.rl.algorithm import AlgorithmConfig
+from minnow.rl.experience import PolicyObjective
+from minnow.rl.phase_experience import Experience
 from minnow.training.session import load_start
-from tests.rl.helpers import saved
+from tests.rl.helpers import saved, tiny, write_prompts
+from tests.rl.phase_helpers import settings, trajectory
 
 
 @pytest.fixture(scope="module")
@@ -67,3 +80,57 @@ def test_ppo_has_a_critic_of_its_own(start: Path, tmp_path: Path) -> None:
     assert figures["keys_and_values"] == 2 * 128 * 64 * (2 * 2 * 16 * 4)
     parts = figures["policy"]["activations"] + sum(figures["policy"][k] for k in ("weights", "gradients", "optimizer"))
     assert figures["total"] == parts + figures["reference"] + figures["critic"] + figures["keys_and_values"]
+
+
+def test_activations_are_about_what_autograd_keeps_of_the_policy_s_loss(start: Path, tmp_path: Path) -> None:
+    """Two rows of 64 positions (four answers of 33 tokens, all but the first written by the model)."""
+    model = load_pretrained(start)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    answers = [trajectory(list(range(10 + n, 43 + n)), wrote=32) for n in range(4)]
+    zeros = [np.zeros(32, np.float32)] * 4
+    phase = Experience(answers, [0, 1, 2, 3], PhaseScores(zeros, zeros, zeros, advantages=zeros))
+    algorithm = AlgorithmConfig()
+    how = dataclasses.replace(settings(algorithm), sequence_length=64)
+    (batch,) = phase.minibatch(how, [0, 1, 2, 3], Share())
+    assert batch.tokens_BT.shape == (2, 64)
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        PolicyObjective(algorithm.loss, temperature=1.0)(model, batch)
+    measured = sum(storage.nbytes() for storage in kept.values())
+    assert planned(start, tmp_path / "plan.json", "grpo")["policy"]["activations"] == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.slow
+def test_a_process_holds_what_was_planned(tmp_path: Path) -> None:
+    """Resident memory of PPO on two sizes of model: their difference is the models', without Python and torch."""
+    _, tokenizer = tiny()
+    held, plans = [], []
+    for width, layers in ((128, 2), (512, 8)):
+        shape = ModelConfig(
+            vocab_size=tokenizer.vocab_size, hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
+            num_attention_heads=width // 32, num_key_value_heads=width // 32, head_dim=32, max_position_embeddings=128,
+        )  # fmt: skip
+        folder = tmp_path / str(width)
+        save_pretrained(CausalLM(shape), folder / "start", tokenizer=tokenizer)
+        plans.append(planned(folder / "start", folder / "plan.json", "ppo", "--rollout.prompts", "16")["total"])
+        words = {
+            "init_from": folder / "start", "prompts": write_prompts(folder / "prompts.jsonl"), "run": folder / "run",
+            "phases": 2, "rollout.prompts": 16, "rollout.max_tokens": 8, "sequence_length": 64,
+            "algorithm.critic.warmup_phases": 1, "training.device": "cpu", "training.precision": "fp32",
+            "training.micro_batch_tokens": 128, "training.save_every": 0, "watch.patience": 0, "rewards.answer": 0,
+            "rewards.functions": "tests.rl.helpers:any_reward",
+        }  # fmt: skip
+        root = Path(__file__).parents[2]
+        subprocess.run(
+            [sys.executable, "-m", "minnow", "ppo", *(w for k, v in words.items() for w in (f"--{k}", str(v)))],
+            env=os.environ | {"PYTHONPATH": f"{root}:{root / 'src'}"}, check=True, capture_output=True,
+        )  # fmt: skip
+        updates = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+        held.append(1e9 * updates[-1]["memory_gb"])  # before the last checkpoint, which copies what it writes
+    assert held[1] - held[0] == pytest.approx(plans[1] - plans[0], rel=0.07)  # a reference is 9%
