@@ -127,7 +127,12 @@ def test_a_full_disk_stops_the_run_in_words_and_spares_the_last_checkpoint(tmp_p
     """A real failing write: files may not grow beyond 20 kB from step 7 on; a shard is larger."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     trainer = make_trainer(tmp_path)
-    trainer.source = DoAt(7, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1])))
+
+    def fill_the_disk() -> None:
+        trainer.writer.wait()  # step 6 is written beside step 7
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+
+    trainer.source = DoAt(7, fill_the_disk)
     try:
         with pytest.raises(UserError, match=r"step-00000008: .*the disk is full.*step-00000006 before it is whole"):
             trainer.fit()
