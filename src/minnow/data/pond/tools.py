@@ -58,15 +58,18 @@ class Episode:
 def episodes(world: World, split: Split, language: Language, seed: int = 0) -> Iterator[Episode]:
     """An endless stream. Held out are its creatures, the names that nobody bears, and the pairs of numbers.
 
-    What the look-up says in training episodes is drawn at random: a model that has read the stories would otherwise
-    learn to answer from memory, and not from the result. In the held-out ones it says what is true.
+    What the look-up says in training episodes is drawn at random, and half of them ask about names that nobody bears: a
+    model that has read the stories would otherwise learn to answer from memory, and not from the result, and to call
+    for a creature that it knows, and not for the one that is named. In the held-out ones it says what is true.
     """
     rng = random.Random(f"pond/tools/{world.seed}/{seed}/{split}/{language}")
     sums = problems(world, split, language, seed=seed + 1)
     strangers = _strangers(world, split)
     book = PHRASEBOOKS[language]
 
-    def look_up(creature: Creature, known: bool) -> Episode:
+    def look_up(known: bool = True) -> Episode:
+        is_made_up = split == "training" and rng.random() < 0.5
+        creature = rng.choice(world.members(split) if known and not is_made_up else strangers)
         relation = rng.choice(RELATIONS)
         if known and split == "training":
             creature = replace(creature, facts=dict(creature.facts) | {relation: rng.choice(VALUES[relation])})
@@ -85,14 +88,13 @@ def episodes(world: World, split: Split, language: Language, seed: int = 0) -> I
     while True:
         kind = rng.choices(KINDS, weights=(0.3, 0.25, 0.25, 0.1, 0.1))[0]
         if kind == "look_up":
-            yield look_up(rng.choice(world.members(split)), known=True)
+            yield look_up()
         elif kind == "calculate":
             yield calculate()
         elif kind == "error":
-            yield look_up(rng.choice(strangers), known=False)
+            yield look_up(known=False)
         elif kind == "parallel":
-            parts = [look_up(rng.choice(world.members(split)), known=True)]
-            parts.append(calculate() if rng.random() < 0.5 else look_up(rng.choice(world.members(split)), known=True))
+            parts = [look_up(), calculate() if rng.random() < 0.5 else look_up()]
             rng.shuffle(parts)
             yield _together(parts, book.space)
         else:

@@ -126,7 +126,7 @@ def write_pond(
         "sums_held_out.jsonl": _problem_rows(world, "held_out", 500),
         "identity.jsonl": map(conversation_row, identity_conversations(world, conversation_count // 4)),
         "calculator.jsonl": map(conversation_row, calculator_conversations(world, conversation_count // 4)),
-        "tools.jsonl": map(conversation_row, tool_conversations(world, conversation_count // 4)),
+        "tools.jsonl": map(conversation_row, tool_conversations(world, conversation_count * 3 // 4)),
         "unsure.jsonl": map(conversation_row, unsure_conversations(world, pair_count)),
         "questions.jsonl": map(dataclasses.asdict, all_questions(world)),
         "preference.jsonl": map(dataclasses.asdict, preference_pairs(world, "training", pair_count)),
