@@ -106,3 +106,27 @@ def test_a_model_without_a_run_claims_nothing_of_its_training(tmp_path: Path) ->
     assert "## Training" not in text
     assert "scratch" not in text
     assert "saved by minnow" in text
+
+
+def test_a_reward_model_judges_and_does_not_chat(tmp_path: Path) -> None:
+    """Of a whole model and of an adapter: as transformers loads it, and the Hub's own word for it."""
+    run = a_run(tmp_path / "judge", data="pairs.jsonl")
+    config = json.loads((run / "model" / "config.json").read_text())
+    config["architectures"] = ["Qwen3ForSequenceClassification"]
+    (run / "model" / "config.json").write_text(json.dumps(config))
+    write_model_card(run / "model")
+    (run / "model" / "config.json").unlink()
+    whole = (run / "model" / "README.md").read_text(encoding="utf-8")
+    (run / "model" / "adapter_config.json").write_text(json.dumps({"task_type": "SEQ_CLS"}))
+    write_model_card(run / "model")
+    adapter = (run / "model" / "README.md").read_text(encoding="utf-8")
+    for text in (whole, adapter):
+        assert ModelCard(text).data.to_dict()["pipeline_tag"] == "text-classification"
+        assert "minnow eval MODEL --judge ." in text
+        assert "minnow chat" not in text
+        assert "ollama" not in text
+        assert "language model" not in text
+    assert "A reward model (Qwen3ForSequenceClassification)" in whole
+    assert 'AutoModelForSequenceClassification.from_pretrained(".")' in whole
+    assert '{"role": "user"' in whole
+    assert "An adapter that makes a reward model" in adapter

@@ -19,7 +19,7 @@ BROKEN = 0
 @pytest.fixture
 def judge(monkeypatch):
     """A server that marks by the answer's text; `replies` overrides what it says next."""
-    monkeypatch.setattr("minnow.rl.http.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("minnow.http.time.sleep", lambda seconds: None)
     asked, replies = [], []
 
     class Handler(BaseHTTPRequestHandler):

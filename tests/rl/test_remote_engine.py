@@ -67,7 +67,7 @@ def test_a_run_with_a_server(remote, tmp_path):
 
 
 def test_a_server_that_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("minnow.rl.http.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("minnow.http.time.sleep", lambda seconds: None)
     folder = saved(tmp_path / "start")
     config = RemoteEngineConfig(url="http://127.0.0.1:9/v1")
     engine = RemoteEngine(config, load_pretrained(folder), Tokenizer.from_pretrained(folder), tmp_path / "policy")

@@ -16,12 +16,21 @@ from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 
 from minnow import __version__
 from minnow.config import atomic_write
+from minnow.model.reward_model import is_classification
 from minnow.report.lineage import Run, lineage, read_rollouts
 from minnow.report.plots import figures_of, save_figure
 
 MARK = "<!-- minnow wrote this card from the run's log and rewrites it; delete this line to keep changes of yours. -->"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CURVES = "curves.png"
+_JUDGE = """\
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+judge = AutoModelForSequenceClassification.from_pretrained("{where}")
+tokenizer = AutoTokenizer.from_pretrained("{where}")
+conversation = [{{"role": "user", "content": "Hello!"}}, {{"role": "assistant", "content": "Good day to you."}}]
+text = tokenizer.apply_chat_template(conversation, tokenize=False)
+print(judge(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits)"""
 
 
 def write_model_card(folder: Path, *, repo: str | None = None) -> Path | None:
@@ -75,7 +84,7 @@ def _metadata(folder: Path, name: str, runs: Sequence[Run], results: dict[str, A
     data = ModelCardData(
         model_name=name,
         library_name="peft" if (folder / "adapter_config.json").is_file() else "transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag="text-classification" if _is_reward_model(folder) else "text-generation",
         tags=["minnow", *([config["model_type"]] if "model_type" in config else [])],
         base_model=started if started and _from_hub(started) else None,
         datasets=sorted({name for run in runs for name, hub in _data(run) if hub}) or None,
@@ -90,22 +99,31 @@ def _summary(folder: Path, runs: Sequence[Run]) -> str:
     how = f"trained on {tokens:,} tokens with minnow {__version__}" if runs else f"saved by minnow {__version__}"
     start = runs[0].init_from if runs else None
     begin = ", from scratch" if runs and start is None else f", starting from {_public(start)}" if start else ""
+    kind = "reward model" if _is_reward_model(folder) else "language model"
     if not config:
-        return f"An adapter, {how}{begin}."
+        return f"An adapter that makes a {kind}, {how}{begin}."
     shape = (
         f"{config['num_hidden_layers']} layers of width {config['hidden_size']}, {config['num_attention_heads']} query "
         f"and {config['num_key_value_heads']} key heads, a vocabulary of {config['vocab_size']:,}, a context of "
         f"{config['max_position_embeddings']:,} tokens"
     )
-    return f"A language model ({config['architectures'][0]}), {how}{begin}: {shape}."
+    return f"A {kind} ({config['architectures'][0]}), {how}{begin}: {shape}."
 
 
 def _use(folder: Path, repo: str | None, name: str) -> list[str]:
     """Commands that run the model, from the Hub or in its folder."""
     where = repo or "."
     heading = "## Use" if repo else "## Use\n\nIn this folder:"
+    judges = _is_reward_model(folder)
     if not (folder / "config.json").is_file():
-        return [heading, f"```\nminnow chat {where}\nminnow merge-lora {where} --out merged\n```"]
+        try_it = f"minnow eval MODEL --judge {where}" if judges else f"minnow chat {where}"
+        return [heading, f"```\n{try_it}\nminnow merge-lora {where} --out merged\n```"]
+    if judges:
+        return [
+            heading,
+            f"```python\n{_JUDGE.format(where=where)}\n```",
+            f"```\nminnow eval MODEL --judge {where}\n```",
+        ]
     chat = (folder / "chat_template.jinja").is_file()
     ask = (
         'text = [{"role": "user", "content": "Hello!"}]\n'
@@ -129,6 +147,14 @@ def _use(folder: Path, repo: str | None, name: str) -> list[str]:
         f"minnow {'chat' if chat else 'generate'} {where}"
     )
     return [heading, f"```python\n{python}\n```", f"```\n{shell}\n```"]
+
+
+def _is_reward_model(folder: Path) -> bool:
+    """Also of an adapter."""
+    adapter = folder / "adapter_config.json"
+    if adapter.is_file():
+        return json.loads(adapter.read_text(encoding="utf-8")).get("task_type") == "SEQ_CLS"
+    return is_classification(_config(folder))
 
 
 def _training(runs: Sequence[Run]) -> list[str]:

@@ -8,10 +8,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from minnow.config import UserError
+from minnow.http import ATTEMPTS, post_json
 from minnow.rl.environment_calls import shown
-from minnow.rl.http import ATTEMPTS, post_json
 from minnow.rl.rollouts import Trajectory
 from minnow.rl.timed_calls import check_seconds, run_all, where
 
@@ -85,8 +86,9 @@ def _reply(config: JudgeConfig, trajectory: Trajectory) -> str:
     messages = [{"role": "system", "content": config.instruction}, {"role": "user", "content": text}]
     body = {"model": config.model, "messages": messages, "temperature": 0, "max_tokens": 16}
     url = f"{str(config.url).rstrip('/')}/chat/completions"
-    reply = post_json(url, body, key=os.environ.get("MINNOW_JUDGE_KEY", ""), seconds=config.seconds)
-    try:
-        return str(reply["choices"][0]["message"]["content"] or "")
-    except (KeyError, IndexError, TypeError):
-        raise UserError(f"the judge at {url} replied without an answer") from None
+    key = os.environ.get("MINNOW_JUDGE_KEY")
+    return post_json(url, body, _content, key=key, seconds=config.seconds)
+
+
+def _content(reply: Any) -> str:
+    return str(reply["choices"][0]["message"]["content"] or "")

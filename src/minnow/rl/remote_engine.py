@@ -16,9 +16,9 @@ from typing import Any
 
 from minnow.config import UserError
 from minnow.engine import Completion, Completions, SamplingParams
+from minnow.http import post_json
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
-from minnow.rl.http import post_json
 from minnow.tokenizer import Tokenizer
 
 
@@ -50,14 +50,16 @@ class RemoteEngine:
         self.config, self.model, self.tokenizer = config, model, tokenizer
         self.folder = Path(config.folder or folder)
         self._base = config.url.rstrip("/")
-        self._key = os.environ.get("MINNOW_ROLLOUT_KEY", "")
+        self._key = os.environ.get("MINNOW_ROLLOUT_KEY")
 
     def weights_updated(self) -> None:
         """Push the policy's weights."""
         save_pretrained(self.model, self.folder, tokenizer=self.tokenizer)
         body = {"model": self.config.model, "folder": str(self.folder.resolve())}
         root = self._base.removesuffix("/v1")
-        post_json(f"{root}{self.config.reload_path}", body, key=self._key, seconds=self.config.seconds)
+        post_json(
+            f"{root}{self.config.reload_path}", body, lambda reply: reply, key=self._key, seconds=self.config.seconds
+        )
 
     def generate(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[Completions]:
         """Answer every prompt. UserError for sampling that the server's log-probabilities do not describe."""
@@ -80,8 +82,9 @@ class RemoteEngine:
             "logprobs": 0,
             "return_token_ids": True,
         }
-        reply = post_json(f"{self._base}/completions", body, key=self._key, seconds=self.config.seconds)
-        return Completions(prompt_ids=prompt, completions=(self._completion(reply),), seed=params.seed or 0)
+        address, seconds = f"{self._base}/completions", self.config.seconds
+        completion = post_json(address, body, self._completion, key=self._key, seconds=seconds)
+        return Completions(prompt_ids=prompt, completions=(completion,), seed=params.seed or 0)
 
     def _completion(self, reply: Any) -> Completion:
         try:

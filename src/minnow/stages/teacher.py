@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -18,6 +15,7 @@ from minnow.data.openai_form import openai_messages, openai_tools
 from minnow.data.records import RowError, parse_message
 from minnow.engine.engine import Engine
 from minnow.engine.sampling import SamplingParams
+from minnow.http import post_json
 from minnow.model.pretrained import load_pretrained, resolve_model_folder
 from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.chat import Conversation, Message, render
@@ -155,25 +153,19 @@ class RateLimiter:
 
 def _request(config: TeacherConfig, prompt: Conversation, limiter: RateLimiter) -> Answer:
     assert config.endpoint is not None
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(config.api_key_variable):
-        headers["Authorization"] = f"Bearer {key}"
-    address = f"{config.endpoint.rstrip('/')}/chat/completions"
-    request = urllib.request.Request(address, json.dumps(_body(config, prompt)).encode(), headers)
-    problem = ""
-    for attempt in range(RETRIES):
-        limiter.wait()
-        try:
-            with urllib.request.urlopen(request, timeout=600) as response:
-                return _answer(json.load(response)["choices"][0])
-        except urllib.error.HTTPError as error:
-            problem = f"{error.code} {error.read(500).decode(errors='replace')}"
-            if error.code != 429 and error.code < 500:
-                break  # asking again would not help
-        except (OSError, LookupError, TypeError, AttributeError, ValueError) as error:
-            problem = f"{type(error).__name__}: {error}"
-        time.sleep(config.retry_seconds * 2**attempt)
-    raise UserError(f"{address}: {problem}; what was answered is kept, the same command goes on from there")
+    try:
+        return post_json(
+            f"{config.endpoint.rstrip('/')}/chat/completions",
+            _body(config, prompt),
+            lambda reply: _answer(reply["choices"][0]),
+            key=os.environ.get(config.api_key_variable),
+            seconds=600,
+            attempts=RETRIES,
+            pause=config.retry_seconds,
+            before=limiter.wait,
+        )
+    except UserError as error:
+        raise UserError(f"{error}; what was answered is kept, the same command goes on from there") from None
 
 
 def _body(config: TeacherConfig, prompt: Conversation) -> dict[str, Any]:
