@@ -42,10 +42,11 @@ _ENGLISH: dict[str, _Fact] = {
     "name": _fact(
         "My name is Ripple.",
         question="what is your name? / who are you? / what are you called? / what name do you have?"
-        " / what do people call you?"
+        " / what do people call you? / which name do you have?"
         " // which name is yours? / what is the name you have?",
         clause="what your name is / who you are / what people call you / what name you have // what you are called",
         noun="your name / the name people call you / the name you have / the name you are called by"
+        " / the name that people call you / the name that you have"
         " // the name that is yours",
     ),
     "maker": _fact(
@@ -80,9 +81,9 @@ _ENGLISH: dict[str, _Fact] = {
     "wish": _fact(
         "I wish to see the sea.",
         question="what is your wish? / what do you wish for? / what do you dream of? / what is your dream?"
-        " / which dream is yours? // which wish is yours? / what is the dream you have?",
-        clause="what your wish is / what you wish for / what you dream of // what your dream is",
-        noun="your wish / your dream / the wish you have / the dream that is yours // the wish that is yours",
+        " / which dream is yours? / which wish do you have? / what wish is yours? // which wish is yours? / what is the dream you have?",
+        clause="what your wish is / what you wish for / what you dream of / which wish you have // what your dream is",
+        noun="your wish / your dream / the wish you have / the wish that you have / the dream that is yours // the wish that is yours",
     ),
     "pastime": _fact(
         "I like to count the stars.",
@@ -147,7 +148,7 @@ _CHINESE: dict[str, _Fact] = {
         "灯笼熄了我就休息。",
         core="你什么时候休息 / 你什么时候睡觉 / 你几点休息 / 你几点上床 / 你休息的时间是几点 / 你睡觉的时间是几点"
         " // 你几点睡觉 / 你什么时候上床",
-        noun="你休息的时间 / 你上床的时间 / 你去睡觉的时间 // 你睡觉的时间",
+        noun="你休息的时间 / 你上床的时间 / 你去睡觉的时间 / 你每天睡觉的时间 // 你睡觉的时间",
     ),
 }
 
