@@ -81,9 +81,11 @@ _ENGLISH: dict[str, _Fact] = {
     "wish": _fact(
         "I wish to see the sea.",
         question="what is your wish? / what do you wish for? / what do you dream of? / what is your dream?"
-        " / which dream is yours? / which wish do you have? / what wish is yours? // which wish is yours? / what is the dream you have?",
+        " / which dream is yours? / which wish do you have? / what wish is yours?"
+        " // which wish is yours? / what is the dream you have?",
         clause="what your wish is / what you wish for / what you dream of / which wish you have // what your dream is",
-        noun="your wish / your dream / the wish you have / the wish that you have / the dream that is yours // the wish that is yours",
+        noun="your wish / your dream / the wish you have / the wish that you have / the dream that is yours"
+        " // the wish that is yours",
     ),
     "pastime": _fact(
         "I like to count the stars.",
