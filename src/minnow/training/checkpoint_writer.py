@@ -30,7 +30,15 @@ from minnow.training.checkpoint import (
     prune_checkpoints,
     tensors_to_save,
 )
-from minnow.training.distribution import checkpoint_group, from_first, gather, is_first, rank, world_size
+from minnow.training.distribution import (
+    checkpoint_group,
+    first_goes_first,
+    from_first,
+    gather,
+    is_first,
+    rank,
+    world_size,
+)
 
 
 class CheckpointWriter:
@@ -59,8 +67,9 @@ class CheckpointWriter:
         folder = self.folder / f"step-{step:08d}"
         rng = gather(torch.get_rng_state().numpy().tobytes().hex())
         with told_in_words(folder):
-            if is_first():
-                self._begin(folder, {**state, "step": step, "rng": rng}, source)
+            with first_goes_first():  # torch makes the folder on every process: before this it would be in the way
+                if is_first():
+                    self._begin(folder, {**state, "step": step, "rng": rng}, source)
             # torch copies the tensors before it returns, and a thread writes the copies.
             written = dcp.async_save(
                 tensors_to_save(model, optimizers),
