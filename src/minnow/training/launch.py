@@ -53,7 +53,7 @@ def launch(words: Sequence[str], processes: int, restarts: int) -> int:
     # The agent's own account of a failure is a page for a cluster's log; the processes have said what is wrong.
     logging.getLogger("torch.distributed").setLevel(logging.WARNING if restarts else logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
-    # torch 2.13's agent lends its store to the processes: those of a restart would find the addresses of the dead in it.
+    # torch 2.13's agent lends its store to the processes: those of a restart would find the dead ones' addresses in it.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
     config = LaunchConfig(
