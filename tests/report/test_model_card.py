@@ -129,4 +129,4 @@ def test_a_reward_model_judges_and_does_not_chat(tmp_path: Path) -> None:
     assert "A reward model (Qwen3ForSequenceClassification)" in whole
     assert 'AutoModelForSequenceClassification.from_pretrained(".")' in whole
     assert '{"role": "user"' in whole
-    assert "An adapter that makes a reward model" in adapter
+    assert "An adapter of a reward model" in adapter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -104,6 +105,18 @@ def test_a_run_learns_and_transformers_reads_the_same_rewards(trained: Path, tok
     assert their_rewards(theirs, trained / "model") == pytest.approx(rewards, abs=1e-4)
     assert min(rewards[::2]) > max(rewards[1::2])
     assert TransformersJudge(trained / "model", CPU)(TALKS) == pytest.approx(rewards, abs=1e-4)
+
+
+def test_what_the_card_shows_gives_the_judge_s_reward(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = (trained / "model" / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(trained / "model")
+    exec(code, {})
+    said = float(re.search(r"tensor\(\[\[(\S+?)\]\]", capsys.readouterr().out)[1])  # type: ignore[index]
+    talk = Conversation((Message("user", "Hello!"), Message("assistant", "Good day to you.")))
+    assert load_judge(trained, CPU)([talk]) == pytest.approx([said], abs=1e-3)
 
 
 @pytest.mark.parametrize("changes", [{}, {"qk_norm": False}, {"qk_norm": False, "attention_bias": True}])

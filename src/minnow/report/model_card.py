@@ -101,7 +101,7 @@ def _summary(folder: Path, runs: Sequence[Run]) -> str:
     begin = ", from scratch" if runs and start is None else f", starting from {_public(start)}" if start else ""
     kind = "reward model" if _is_reward_model(folder) else "language model"
     if not config:
-        return f"An adapter that makes a {kind}, {how}{begin}."
+        return f"An adapter of a {kind}, {how}{begin}."
     shape = (
         f"{config['num_hidden_layers']} layers of width {config['hidden_size']}, {config['num_attention_heads']} query "
         f"and {config['num_key_value_heads']} key heads, a vocabulary of {config['vocab_size']:,}, a context of "

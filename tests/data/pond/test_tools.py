@@ -78,7 +78,11 @@ def test_results_are_the_answers_and_held_out_ones_are_true(world, rows):
 
 def test_held_out_by_construction(world):
     held_out = {creature.name(language) for creature in world.members("held_out") for language in LANGUAGES}
-    calls = [call for episode in sample_episodes(world, "held_out", 400) for call in episode.calls]
+    examined = sample_episodes(world, "held_out", 400)
+    calls = [call for episode in examined for call in episode.calls]
+    for episode in examined:
+        names = {call.arguments["subject"] for call in episode.calls if call.name == "look_up"}
+        assert names.isdisjoint(held_out) if episode.kind == "error" else names <= held_out
     asked = {call.arguments["subject"] for call in calls if call.name == "look_up"}
     trained = set()
     for conversation in tool_conversations(world, 1500):
