@@ -203,12 +203,16 @@ class Screen:
         self.descriptor = descriptor
         self.unread = b""
 
-    def until(self, wanted: str, seconds: float = 120) -> str:
+    def shows(self, wanted: str, seconds: float) -> bool:
         end = time.monotonic() + seconds
         while wanted.encode() not in self.unread:
-            ready, _, _ = select.select([self.descriptor], [], [], max(0.0, end - time.monotonic()))
-            assert ready, f"no {wanted!r} in {self.unread!r}"
+            if not select.select([self.descriptor], [], [], max(0.0, end - time.monotonic()))[0]:
+                return False
             self.unread += os.read(self.descriptor, 65536)
+        return True
+
+    def until(self, wanted: str) -> str:
+        assert self.shows(wanted, 120), f"no {wanted!r} in {self.unread!r}"
         seen, _, self.unread = self.unread.partition(wanted.encode())
         return seen.decode("utf-8") + wanted  # strict: it never holds half a character
 
@@ -234,7 +238,12 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(tmp_path: Path) -> None:
         os.write(master, f"/save {tmp_path / 'talk.json'}\r".encode())
         screen.until("Wrote")
         screen.until("you>")
-        os.write(master, b"\x03")
+        # Python's input() loses a signal that comes between its showing the prompt and its waiting for a key
+        # (call_readline of Modules/readline.c looks at errno only after select): one presses the key again.
+        for _ in range(10):
+            os.write(master, b"\x03")
+            if screen.shows("Bye.", 10):
+                break
         assert "Traceback" not in screen.until("Bye.")
         assert process.wait(60) == 0
     finally:
