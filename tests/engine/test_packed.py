@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from engine_helpers import random_prompts, tiny_model, tiny_tokenizer
 
 from minnow.engine import Engine, SamplingParams
+from minnow.engine.compiled import linear_by_columns
 from minnow.engine.packed import PackedModel, can_pack
 from minnow.model.attention import CausalAttention
 from minnow.model.experts_config import ExpertsConfig
@@ -90,13 +91,27 @@ def test_a_live_model_may_be_compiled_and_is_read_where_it_lies(monkeypatch: pyt
     graphs: list[torch.fx.GraphModule] = []
 
     def counting(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        linear_by_columns(graph)
         graphs.append(graph)
         return graph
 
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=counting))
+    monkeypatch.setattr("minnow.engine.compiled.few_columns", counting)
     torch._dynamo.reset()
     check_live_compiled(lora)
     assert len(graphs) == 1
+    assert not graphs[0].graph.find_nodes(op="call_function", target=F.linear)
+
+
+@pytest.mark.parametrize("bias", [None, torch.randn(7, dtype=torch.float64)])
+def test_linear_layers_by_columns_are_the_same_sums(bias: torch.Tensor | None) -> None:
+    def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        return F.linear(F.linear(x, weight, bias).relu(), weight.T)
+
+    x, weight = torch.randn(3, 2, 5, dtype=torch.float64), torch.randn(7, 5, dtype=torch.float64)
+    graph = torch.fx.symbolic_trace(function, concrete_args={"bias": bias})
+    linear_by_columns(graph)
+    assert not graph.graph.find_nodes(op="call_function", target=F.linear)
+    torch.testing.assert_close(graph(x, weight, bias), function(x, weight, bias), rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.slow

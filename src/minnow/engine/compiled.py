@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, fx
 
 from minnow.engine.attention import DecodeAttention
 from minnow.engine.cache import PagedCache, Window
@@ -30,6 +32,31 @@ def decode_step(
     return model.logits(model(tokens_B[:, None], positions_B[:, None], attention)[:, 0])
 
 
+def few_columns(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+    """A backend for torch.compile: inductor, after `linear_by_columns`."""
+    linear_by_columns(graph)
+    return torch._dynamo.lookup_backend("inductor")(graph, inputs)
+
+
+def linear_by_columns(graph: fx.GraphModule) -> None:
+    """Make every linear layer of a graph W x^T instead of x W^T: for fp32 weights that stay as they lie, on a CPU.
+
+    The same sums, by the library's path for a product of few columns. On two cores (Zen 3, MKL) a step of 4 rows takes
+    half the time, of 32 rows a tenth less, of 128 the same.
+    """
+    for node in graph.graph.find_nodes(op="call_function", target=F.linear):
+        with graph.graph.inserting_before(node):
+            product = graph.graph.call_function(_by_columns, node.args, node.kwargs)
+        node.replace_all_uses_with(product)
+        graph.graph.erase_node(node)
+    graph.recompile()
+
+
+def _by_columns(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y = (weight @ x.flatten(0, -2).T).T.unflatten(0, x.shape[:-1])
+    return y if bias is None else y + bias
+
+
 class CompiledDecode:
     """`decode_step`, compiled; two variants, for one row and for any number of rows, the length free in both.
 
@@ -41,7 +68,9 @@ class CompiledDecode:
 
     def __init__(self, model: Decoder, cache: PagedCache, window: Window, *, constant_weights: bool):
         self._parts = (model, cache, window)
-        self._step = torch.compile(decode_step, fullgraph=True)
+        keys = window.keys[0]
+        live_fp32 = not constant_weights and keys.device.type == "cpu" and keys.dtype == torch.float32
+        self._step = torch.compile(decode_step, fullgraph=True, backend=few_columns if live_fp32 else "inductor")
         self._made: set[bool] = set()
         self.constant_weights = constant_weights
 
