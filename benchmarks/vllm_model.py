@@ -42,7 +42,8 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     request = json.load(sys.stdin)
-    model = LLM(request["folder"], dtype="float32", enforce_eager=True, max_model_len=64, skip_tokenizer_init=True)
+    length = max(map(len, request["prompts"])) + request["count"]
+    model = LLM(request["folder"], dtype="float32", enforce_eager=True, max_model_len=length, skip_tokenizer_init=True)
     params = SamplingParams(temperature=0.0, max_tokens=request["count"], logprobs=1, ignore_eos=True, detokenize=False)
     outputs = model.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], params, use_tqdm=False)
     answers = []

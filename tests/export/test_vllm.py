@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import random
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import vllm_model
 from export_models import ARCHITECTURES, reference_greedy, reference_logits, tiny_model
+
+from minnow.engine import Engine, SamplingParams
+from minnow.evaluation.pond import PondTask, find_world
+from minnow.evaluation.registry import TaskOptions
+from minnow.tokenizer import render
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,3 +36,24 @@ def test_greedy(name: str, tmp_path: Path) -> None:
     logits = reference_logits(folder, [*IDS, *ids])[len(IDS) - 1 : -1].astype(np.float64)
     expected = logits[range(24), ids] - np.log(np.exp(logits).sum(-1))
     np.testing.assert_allclose(logprobs, expected, atol=1e-3)
+
+
+@pytest.mark.skipif("MINNOW_POND_MODEL" not in os.environ, reason="MINNOW_POND_MODEL: a run of minnow quickstart")
+def test_the_pond(capsys: pytest.CaptureFixture[str]) -> None:
+    """A model that chats answers held-out questions with the same tokens as here."""
+    folder = Path(os.environ["MINNOW_POND_MODEL"]) / "model"
+    engine = Engine.from_pretrained(folder, dtype=torch.float32)
+    task = PondTask(find_world(TaskOptions(model_folder=folder)))
+    rows = random.Random(0).sample(list(task.rows()), 100)
+    prompts = [render(engine.tokenizer, task.prompt(row), add_generation_prompt=True).ids.tolist() for row in rows]
+    ours = engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True))
+    theirs = vllm_model.vllm_greedy(folder, prompts, 24)
+    ends = {engine.tokenizer.im_end_id, engine.tokenizer.end_of_text_id}
+    same = []
+    for mine, (ids, _) in zip(ours, theirs, strict=True):
+        answer = list(mine.completions[0].ids)
+        length = next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))
+        same.append(answer[:length] == ids[:length])
+    with capsys.disabled():
+        print(f"\nthe pond in vLLM: {sum(same)} of {len(same)} answers have minnow's tokens")
+    assert all(same)
