@@ -38,7 +38,7 @@ test-export: llama-cpp  ## exported models in llama.cpp and onnxruntime, ollama'
 
 test-vllm: $(VENV)/all.stamp  ## models in vLLM's CPU build, in an environment of its own (2 GB, minutes)
 	$(BIN)/python benchmarks/vllm_model.py install .venv-vllm
-	MINNOW_VLLM=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -m slow tests/export/test_vllm.py
+	MINNOW_VLLM=$(CURDIR)/.venv-vllm/bin/python $(BIN)/python -m pytest -m slow tests/export/test_vllm.py tests/rl/test_remote_engine.py
 
 lint: $(VENV)/all.stamp  ## style, types and layers
 	$(BIN)/ruff check .

@@ -1,16 +1,22 @@
 """vLLM's CPU build beside minnow, in an environment of its own, whose Python MINNOW_VLLM names.
 
-`python benchmarks/vllm_model.py install FOLDER` makes one (2 GB). `vllm_greedy` is for us; run without arguments, this
-file is what happens inside that environment.
+`python benchmarks/vllm_model.py install FOLDER` makes one (2 GB). `vllm_greedy` and `serving` are for us; run without
+arguments, this file is what happens inside that environment.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+import urllib.request
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 VERSION, TORCH = "0.32.0", "2.13.0"
@@ -35,6 +41,34 @@ def vllm_greedy(folder: Path, prompts: list[list[int]], count: int) -> list[tupl
         raise RuntimeError(f"vLLM failed:\n{done.stderr[-4000:]}")
     answers = json.loads(done.stdout.splitlines()[-1])
     return [(answer["ids"], answer["logprobs"]) for answer in answers]
+
+
+@contextmanager
+def serving(folder: Path, name: str, length: int) -> Iterator[str]:
+    """The root of the address at which vLLM serves a model in fp32; developer's mode lets us reload its weights."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | SETTINGS | {"VLLM_SERVER_DEV_MODE": "1"}
+    words = ["-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
+    words += ["--model", str(folder), "--served-model-name", name, "--max-model-len", str(length)]
+    words += ["--dtype", "float32", "--enforce-eager"]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen([PYTHON, *words], env=environment, stdout=log, stderr=subprocess.STDOUT)
+        try:
+            while True:
+                time.sleep(1)
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                    break
+                except OSError:
+                    if process.poll() is not None:
+                        log.seek(0)
+                        raise RuntimeError(f"vLLM failed:\n{log.read()[-4000:]}") from None
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait()
 
 
 def main() -> None:

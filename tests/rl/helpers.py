@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,7 +15,7 @@ from minnow.model.transformer import CausalLM
 from minnow.tokenizer import Tokenizer, train_tokenizer
 
 
-def tiny(seed: int = 0) -> tuple[CausalLM, Tokenizer]:
+def tiny(seed: int = 0, **changes: Any) -> tuple[CausalLM, Tokenizer]:
     tokenizer = train_tokenizer(["yes no maybe 0 1 2 3 4 5 6 7 8 9 say it is so"] * 50, 320)
     shape = ModelConfig(
         vocab_size=tokenizer.vocab_size,
@@ -25,11 +27,11 @@ def tiny(seed: int = 0) -> tuple[CausalLM, Tokenizer]:
         head_dim=16,
         max_position_embeddings=128,
     )
-    return CausalLM(shape, seed=seed).eval(), tokenizer
+    return CausalLM(replace(shape, **changes), seed=seed).eval(), tokenizer
 
 
-def saved(folder: Path, seed: int = 0) -> Path:
-    model, tokenizer = tiny(seed)
+def saved(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    model, tokenizer = tiny(seed, **changes)
     # At initialisation the output projections are zero: every position says the same. Stir them.
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

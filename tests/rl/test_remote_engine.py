@@ -1,9 +1,11 @@
 """Rollouts from our own server equal those of the engine in this process, and follow its weights."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
 import torch
+import vllm_model
 
 from minnow.cli import main
 from minnow.config import UserError
@@ -64,6 +66,49 @@ def test_a_run_with_a_server(remote, tmp_path):
     lines = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     assert len(lines) == 2
     assert all(line["sampler_mismatch_max"] < 1e-4 for line in lines)  # the second phase played the new weights
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_vllm_loads_the_folder_and_drops_what_old_weights_left(kept, tmp_path, monkeypatch):
+    asked = []
+
+    def post(url, body, read, *, key, seconds):
+        asked.append((url, body))
+        return read(None if "rpc" in url else {"success": not kept})
+
+    monkeypatch.setattr("minnow.rl.remote_engine.post_json", post)
+    folder = saved(tmp_path / "start")
+    config = RemoteEngineConfig(url="http://127.0.0.1:9/v1/", server="vllm", folder=str(tmp_path / "policy"))
+    engine = RemoteEngine(config, load_pretrained(folder), Tokenizer.from_pretrained(folder), tmp_path / "other")
+    with pytest.raises(LookupError) if kept else nullcontext():  # post_json makes a UserError of it
+        engine.weights_updated()
+    load = {"method": "reload_weights", "kwargs": {"weights_path": str(tmp_path / "policy")}}
+    assert asked == [
+        ("http://127.0.0.1:9/collective_rpc", load),
+        ("http://127.0.0.1:9/reset_prefix_cache", {}),
+    ]
+    assert (tmp_path / "policy" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not vllm_model.PYTHON, reason="MINNOW_VLLM names no Python with vLLM: make test-vllm")
+def test_a_run_with_vllm(tmp_path):
+    """Its log-probabilities are those of the trainer, before and after an update."""
+    # vLLM's CPU attention takes heads of 32, 64, ... only.
+    folder = saved(tmp_path / "start", head_dim=32)
+    prompts = write_prompts(tmp_path / "prompts.jsonl")
+    with vllm_model.serving(folder, "policy", length=64) as url:
+        words = (
+            f"grpo --init_from {folder} --prompts {prompts} --run {tmp_path}/run --phases 3 --rollout.prompts 2 "
+            f"--rollout.samples 4 --rollout.max_tokens 6 --sequence_length 64 --training.micro_batch_tokens 128 "
+            f"--rollout_engine.url {url}/v1 --rollout_engine.server vllm --rewards.length 1 --optim.matrix_lr 0.01 "
+            "--training.device cpu --training.precision fp32"
+        )
+        assert main(words.split()) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    assert len(lines) == 3
+    assert all(line["sampler_mismatch_max"] < 1e-3 for line in lines)
 
 
 def test_a_server_that_is_not_there(tmp_path, monkeypatch):

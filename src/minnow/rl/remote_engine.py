@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from minnow.config import UserError
 from minnow.engine import Completion, Completions, SamplingParams
@@ -33,8 +33,8 @@ class RemoteEngineConfig:
     """The policy's name on the server."""
     folder: str | None = None
     """Folder, seen by both, that the weights are pushed through. Default: RUN/policy."""
-    reload_path: str = "/admin/reload"
-    """Where the server is told to load the folder, from the root of its address."""
+    server: Literal["minnow", "vllm"] = "minnow"
+    """How it is told to load the folder: at /admin/reload, or as vLLM in its developer's mode wants it."""
     parallel: int = 64
     """Requests under way at once."""
     seconds: float = 600.0
@@ -55,11 +55,14 @@ class RemoteEngine:
     def weights_updated(self) -> None:
         """Push the policy's weights."""
         save_pretrained(self.model, self.folder, tokenizer=self.tokenizer)
-        body = {"model": self.config.model, "folder": str(self.folder.resolve())}
-        root = self._base.removesuffix("/v1")
-        post_json(
-            f"{root}{self.config.reload_path}", body, lambda reply: reply, key=self._key, seconds=self.config.seconds
-        )
+        folder, root = str(self.folder.resolve()), self._base.removesuffix("/v1")
+        asked: list[tuple[str, dict[str, Any]]] = [("/admin/reload", {"model": self.config.model, "folder": folder})]
+        if self.config.server == "vllm":
+            reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+            # The second: no new weights beside keys and values that the old ones left.
+            asked = [("/collective_rpc", reload), ("/reset_prefix_cache", {})]
+        for path, body in asked:
+            post_json(f"{root}{path}", body, _done, key=self._key, seconds=self.config.seconds)
 
     def generate(self, prompts: Sequence[list[int]], params: Sequence[SamplingParams]) -> list[Completions]:
         """Answer every prompt. UserError for sampling that the server's log-probabilities do not describe."""
@@ -104,3 +107,8 @@ class RemoteEngine:
                 f"{self._base}: the reply lacks {error}; rollouts need token ids and log-probabilities "
                 "(return_token_ids, logprobs)"
             ) from None
+
+
+def _done(reply: Any) -> None:
+    if isinstance(reply, dict) and reply.get("success") is False:
+        raise LookupError("success is false")
