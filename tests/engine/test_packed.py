@@ -1,4 +1,4 @@
-"""The frozen copy computes the same function; the compiled step too; new weights drop both."""
+"""The packed copy computes the same function; the compiled step too; new weights drop both, or renew them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from engine_helpers import random_prompts, tiny_model, tiny_tokenizer
 
 from minnow.engine import Engine, SamplingParams
 from minnow.engine.compiled import linear_by_columns
-from minnow.engine.packed import PackedModel, can_pack
+from minnow.engine.packed import PackedModel, can_pack, packed_bytes
 from minnow.model.attention import CausalAttention
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.lora import LoraConfig, add_lora
@@ -53,6 +53,23 @@ def test_new_weights_are_frozen_anew() -> None:
     after = engine.generate([[5, 6]], params)[0].completions[0].ids
     assert after != before
     assert after == Engine(other, tiny_tokenizer()).generate([[5, 6]], params)[0].completions[0].ids
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changes", SHAPES)
+def test_a_copy_is_renewed_in_place(changes: dict[str, Any], dtype: torch.dtype) -> None:
+    model, other = tiny_model(1, **changes), tiny_model(2, **changes)
+    model.compute_dtype = other.compute_dtype = dtype
+    packed = PackedModel(model)
+    places = [parameter.data_ptr() for parameter in packed.parameters()]
+    model.load_state_dict(other.state_dict())
+    packed.renew(model)
+    assert [parameter.data_ptr() for parameter in packed.parameters()] == places
+    for mine, expected in zip(packed.parameters(), PackedModel(other).parameters(), strict=True):
+        assert torch.equal(mine, expected)
+    shared = {parameter.data_ptr() for parameter in model.parameters()}
+    own = {parameter.data_ptr(): parameter.nbytes for parameter in packed.parameters()}
+    assert packed_bytes(model.config, dtype) == sum(size for place, size in own.items() if place not in shared)
 
 
 def test_a_model_with_other_parts_is_not_packed() -> None:

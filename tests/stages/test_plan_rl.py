@@ -16,6 +16,7 @@ from torch import nn
 
 from minnow import cli
 from minnow.data.batches import Share
+from minnow.engine.packed import packed_bytes
 from minnow.model.config import ModelConfig
 from minnow.model.lora import LoraConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
@@ -70,6 +71,14 @@ def test_policy_and_reference(start: Path, tmp_path: Path, lora: list[str]) -> N
     reference = sum(parameter.nbytes for parameter in load_pretrained(start).parameters())
     assert figures["reference"] == (0 if lora else reference)  # with adapters it is the policy without them
     assert figures["critic"] == 0
+    assert figures["packed_copy"] == 0
+
+
+def test_compiled_rollouts_read_a_copy(start: Path, tmp_path: Path) -> None:
+    figures = planned(start, tmp_path / "plan.json", "grpo", "--training.compile", "on")
+    assert figures["packed_copy"] == packed_bytes(load_pretrained(start).config, torch.float32) > 0
+    adapters = ["--training.compile", "on", "--lora.rank", "4"]
+    assert planned(start, tmp_path / "plan.json", "grpo", *adapters)["packed_copy"] == 0
 
 
 def test_ppo_has_a_critic_of_its_own(start: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ USUAL_LENGTH = 1024
 
 
 class Engine:
-    """Generates with the model itself, not a copy: what it samples is what training sees.
+    """Generates with the model itself, not a copy, unless told otherwise: what it samples is what training sees.
 
     max_rows: most sequences decoded at once. max_step_tokens: most tokens in one forward pass; longer prompts
     are read in pieces. block_size: tokens in a block of the cache; None takes 16, on CUDA 256. cache_bytes: memory
@@ -55,7 +55,8 @@ class Engine:
     or 0.25 of the machine's.
     frozen: run a packed copy of the weights, for speed where they do not change; `weights_updated` has it made
     anew. compile: compile the step in which every row decodes; takes a C++ compiler and, at its first use, up to a
-    minute. The step of a frozen copy holds the weights as constants; that of the model reads them where they lie.
+    minute. It works on a packed copy too: a frozen one's weights become constants of the step; else `weights_updated`
+    renews them in place, in the dtype of the computation, and nothing is compiled again.
     adapters: folders of adapters by name, one of which a request may choose (`SamplingParams.adapter`); the model
     is run as it is then, never packed.
     """
@@ -182,7 +183,10 @@ class Engine:
         if self._made is not None:
             self._made.scheduler.forget()
             self._made.runner.forget()
-        self._running = None
+        if isinstance(self._running, PackedModel) and not self._frozen:
+            self._running.renew(self.model)
+        else:
+            self._running = None
 
     def forget_prefixes(self) -> None:
         """Let no later prompt find what earlier ones left in the cache."""
@@ -292,14 +296,14 @@ class Engine:
         return deltas
 
     def _decoder(self) -> Decoder:
-        """What runs: the model itself, or the packed copy of a frozen engine."""
+        """What runs: the model itself, or a packed copy of it for an engine that is frozen or compiles."""
         if self._running is None:
-            self._running = self.model
-            if self._frozen and can_pack(self.model):
-                self._running = PackedModel(self.model)
             runner = self._parts().runner
-            if self._compile and isinstance(runner, Runner) and runner.compiled is None and self._can_compile:
-                constant = self._running is not self.model
+            compiles = self._compile and isinstance(runner, Runner) and self._can_compile
+            packs = (self._frozen or compiles) and can_pack(self.model)
+            self._running = PackedModel(self.model) if packs else self.model
+            if compiles and isinstance(runner, Runner) and runner.compiled is None:
+                constant = self._frozen and packs
                 runner.compiled = CompiledDecode(self._running, runner.cache, runner.window, constant_weights=constant)
         return self._running
 

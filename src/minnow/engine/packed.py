@@ -1,4 +1,4 @@
-"""A frozen copy of a model for serving: fewer, larger products, nothing looked up, nothing that training needs."""
+"""A copy of a model to play with: fewer, larger products, nothing looked up, nothing that training needs."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minnow.model.attention import Attention
+from minnow.model.config import ModelConfig
 from minnow.model.int8 import int8_linear
 from minnow.model.rope import rotary_tables, rotate
 from minnow.model.transformer import MLP, CausalLM, DecoderLayer, Linear
@@ -25,7 +26,7 @@ def can_pack(model: CausalLM) -> bool:
 
 
 class PackedModel(nn.Module):
-    """The same function as the model it was made from, as long as that one's weights do not change.
+    """The same function as the model it was made from; where that one's weights change, `renew` takes them over.
 
     Everything is in `compute_dtype`; weights that need no change of form are shared with the model. Seven products
     a layer become four, which matters where a step is short: for one token of a 26M model, calling the products
@@ -38,7 +39,7 @@ class PackedModel(nn.Module):
         self.compute_dtype = dtype = model.compute_dtype
         with torch.no_grad():
             self.embedding = _frozen(model.model.embed_tokens.weight, dtype)
-            self.head_weight = _frozen(model.head_weight, dtype)
+            self.head_weight = self.embedding if model.lm_head is None else _frozen(model.lm_head.weight, dtype)
             self.norm = _frozen(model.model.norm.weight, torch.float32)
             self.layers = nn.ModuleList(_PackedLayer(cast(DecoderLayer, layer), dtype) for layer in model.model.layers)
             places_T = torch.arange(config.max_position_embeddings, device=self.head_weight.device)
@@ -47,6 +48,13 @@ class PackedModel(nn.Module):
             self.sin_T: Tensor
             self.register_buffer("cos_T", cos_T[0], persistent=False)
             self.register_buffer("sin_T", sin_T[0], persistent=False)
+
+    @torch.no_grad()
+    def renew(self, model: CausalLM) -> None:
+        """Take over what changed in the model, in place: whoever reads this copy's tensors reads the new weights."""
+        for mine, new in zip(self.parameters(), PackedModel(model).parameters(), strict=True):
+            if mine.data_ptr() != new.data_ptr():  # else it is shared with the model
+                mine.copy_(new)
 
     def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attention: Attention) -> Tensor:
         """Hidden states [B, T, D] after the final norm, as `CausalLM.forward` gives them."""
@@ -72,6 +80,18 @@ class PackedModel(nn.Module):
 
     def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x.float(), weight.shape, weight, self.config.rms_norm_eps).to(x.dtype)
+
+
+def packed_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Memory of the packed copy of an fp32 model that computes in `dtype`, without what the two share."""
+    with torch.device("meta"):
+        parameters = CausalLM(config).named_parameters()
+    joined = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    return sum(
+        dtype.itemsize * parameter.numel()
+        for name, parameter in parameters
+        if name.split(".")[-2] in joined or (dtype != torch.float32 and "norm" not in name)
+    )
 
 
 class _PackedLayer(nn.Module):

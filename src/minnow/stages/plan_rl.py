@@ -7,13 +7,13 @@ import json as json_module
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 from minnow.config import atomic_write
 from minnow.engine.cache import bytes_per_token
 from minnow.engine.engine import MAX_ROWS
+from minnow.engine.packed import packed_bytes
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import read_config, resolve_model_folder
 from minnow.model.size import parameter_count
@@ -43,25 +43,28 @@ class PracticeMemory:
     """The frozen model of the KL term; 0 where none is needed, or where it is the policy without its adapters."""
     critic: int
     """PPO's: weights, gradients, AdamW."""
+    packed_copy: int
+    """What compiled rollouts read: training.compile on, on a CPU, no adapters or experts. Others read the model."""
     keys_and_values: int
     """Of the episodes that are played at once, each as long as it may get."""
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.policy.total + self.reference + self.critic + self.keys_and_values
+        return self.policy.total + self.reference + self.critic + self.packed_copy + self.keys_and_values
 
 
 def run(config: Config) -> None:
     """Print the plan, and write it to `config.json` if asked."""
     shape = read_config(resolve_model_folder(config.init_from))
-    memory = practice_memory(config, shape, Machine.choose(config.training).dtype)
+    memory = practice_memory(config, shape, Machine.choose(config.training))
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("parameters", f"{parameter_count(shape):,}")
     for field in dataclasses.fields(Memory):
         table.add_row(f"policy: {field.name}", in_bytes(getattr(memory.policy, field.name)))
     table.add_row("reference", in_bytes(memory.reference))
     table.add_row("critic", in_bytes(memory.critic))
+    table.add_row("packed copy", in_bytes(memory.packed_copy))
     table.add_row("keys and values", in_bytes(memory.keys_and_values))
     table.add_row("in all", f"{in_bytes(memory.total)} and temporary buffers")
     Console(highlight=False).print(table)
@@ -71,9 +74,9 @@ def run(config: Config) -> None:
             temporary.write_text(json_module.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def practice_memory(config: rl.Config, shape: ModelConfig, dtype: torch.dtype) -> PracticeMemory:
+def practice_memory(config: rl.Config, shape: ModelConfig, machine: Machine) -> PracticeMemory:
     """Work out the parts for one process that holds the whole model."""
-    length = config.sequence_length
+    length, dtype = config.sequence_length, machine.dtype
     policy = training_memory(shape, config.training, config.optim, length, dtype, config.lora)
     weights = 4 * parameter_count(shape)
     episodes = min(config.rollout.prompts * config.rollout.samples, MAX_ROWS)
@@ -82,9 +85,12 @@ def practice_memory(config: rl.Config, shape: ModelConfig, dtype: torch.dtype) -
         head = 4 * shape.hidden_size
         adamw = training_memory(shape, config.training, OptimConfig(optimizer="adamw"), length, dtype)
         critic = adamw.weights + adamw.gradients + adamw.optimizer + 4 * head
+    compiles = config.training.compile == "on" and machine.device.type == "cpu"
+    packs = compiles and not config.lora.rank and shape.experts is None
     return PracticeMemory(
         policy=policy,
         reference=weights if config.algorithm.needs_reference and not config.lora.rank else 0,
         critic=critic,
+        packed_copy=packed_bytes(shape, dtype) if packs else 0,
         keys_and_values=2 * episodes * length * bytes_per_token(shape, dtype),  # in blocks, and in the rows' window
     )
