@@ -6,6 +6,7 @@ import json
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -36,7 +37,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[tuple[in
 
     running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=running.serve_forever, daemon=True).start()
-    monkeypatch.setattr("minnow.http.time.sleep", pauses.append)
+    monkeypatch.setattr("minnow.http.time", SimpleNamespace(sleep=pauses.append))
     yield f"http://127.0.0.1:{running.server_port}", replies, came, pauses
     running.shutdown()
     running.server_close()

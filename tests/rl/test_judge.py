@@ -3,6 +3,7 @@
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import pytest
 
@@ -19,7 +20,7 @@ BROKEN = 0
 @pytest.fixture
 def judge(monkeypatch):
     """A server that marks by the answer's text; `replies` overrides what it says next."""
-    monkeypatch.setattr("minnow.http.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("minnow.http.time", SimpleNamespace(sleep=lambda seconds: None))
     asked, replies = [], []
 
     class Handler(BaseHTTPRequestHandler):

@@ -2,6 +2,7 @@
 
 import json
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,7 +113,7 @@ def test_a_run_with_vllm(tmp_path):
 
 
 def test_a_server_that_is_not_there(tmp_path, monkeypatch):
-    monkeypatch.setattr("minnow.http.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("minnow.http.time", SimpleNamespace(sleep=lambda seconds: None))
     folder = saved(tmp_path / "start")
     config = RemoteEngineConfig(url="http://127.0.0.1:9/v1")
     engine = RemoteEngine(config, load_pretrained(folder), Tokenizer.from_pretrained(folder), tmp_path / "policy")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -94,7 +95,7 @@ def test_it_ends_with_the_run(
         looks.append(seconds)
         finish(folder)
 
-    monkeypatch.setattr("minnow.stages.watch.time.sleep", sleep)
+    monkeypatch.setattr("minnow.stages.watch.time", SimpleNamespace(sleep=sleep, time=time.time))
     assert cli.main(["watch", str(folder), "--interval", "0.5"]) == 0
     assert looks == [0.5]
     assert "finished" in capsys.readouterr().out
