@@ -33,9 +33,8 @@ SETTINGS = {
 def vllm_greedy(folder: Path, prompts: list[list[int]], count: int) -> list[tuple[list[int], list[float]]]:
     """The `count` likeliest next ids of each prompt one after another, and their log-probabilities; fp32."""
     request = json.dumps({"folder": str(folder), "prompts": prompts, "count": count})
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | SETTINGS
     done = subprocess.run(
-        [PYTHON, __file__], input=request, capture_output=True, text=True, check=False, env=environment
+        [PYTHON, __file__], input=request, capture_output=True, text=True, check=False, env=_environment()
     )
     if done.returncode:
         raise RuntimeError(f"vLLM failed:\n{done.stderr[-4000:]}")
@@ -49,7 +48,7 @@ def serving(folder: Path, name: str, length: int) -> Iterator[str]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | SETTINGS | {"VLLM_SERVER_DEV_MODE": "1"}
+    environment = _environment() | {"VLLM_SERVER_DEV_MODE": "1"}
     words = ["-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
     words += ["--model", str(folder), "--served-model-name", name, "--max-model-len", str(length)]
     words += ["--dtype", "float32", "--enforce-eager"]
@@ -69,6 +68,10 @@ def serving(folder: Path, name: str, length: int) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait()
+
+
+def _environment() -> dict[str, str]:
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | SETTINGS
 
 
 def main() -> None:
