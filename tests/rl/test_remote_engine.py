@@ -11,6 +11,7 @@ import vllm_model
 from minnow.cli import main
 from minnow.config import UserError
 from minnow.engine import Engine, SamplingParams
+from minnow.model.attention import CausalAttention
 from minnow.model.pretrained import load_pretrained
 from minnow.rl.remote_engine import RemoteEngine, RemoteEngineConfig
 from minnow.serving import ServingConfig
@@ -61,12 +62,14 @@ def test_a_run_with_a_server(remote, tmp_path):
     words = (
         f"grpo --init_from {folder} --prompts {prompts} --run {tmp_path}/run --phases 2 --rollout.prompts 2 "
         f"--rollout.samples 2 --rollout.max_tokens 6 --sequence_length 64 --training.micro_batch_tokens 128 "
-        f"--rollout_engine.url {running.url}/v1 --rewards.length 1 --optim.matrix_lr 0.01 --training.device cpu"
+        f"--rollout_engine.url {running.url}/v1 --rewards.functions tests.rl.helpers:any_reward --optim.matrix_lr 0.01 "
+        "--training.device cpu"
     )
     assert main(words.split()) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     assert len(lines) == 2
     assert all(line["sampler_mismatch_max"] < 1e-4 for line in lines)  # the second phase played the new weights
+    assert_another_policy(tmp_path / "run" / "policy", folder)
 
 
 @pytest.mark.parametrize("kept", [False, True])
@@ -94,6 +97,7 @@ def test_vllm_loads_the_folder_and_drops_what_old_weights_left(kept, tmp_path, m
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not vllm_model.PYTHON, reason="MINNOW_VLLM names no Python with vLLM: make test-vllm")
+@pytest.mark.xfail(strict=True, reason="vLLM 0.32's CPU build plays other weights after a reload than were pushed")
 def test_a_run_with_vllm(tmp_path):
     """Its log-probabilities are those of the trainer, before and after an update."""
     # vLLM's CPU attention takes heads of 32, 64, ... only.
@@ -103,13 +107,26 @@ def test_a_run_with_vllm(tmp_path):
         words = (
             f"grpo --init_from {folder} --prompts {prompts} --run {tmp_path}/run --phases 3 --rollout.prompts 2 "
             f"--rollout.samples 4 --rollout.max_tokens 6 --sequence_length 64 --training.micro_batch_tokens 128 "
-            f"--rollout_engine.url {url}/v1 --rollout_engine.server vllm --rewards.length 1 --optim.matrix_lr 0.01 "
+            f"--rollout_engine.url {url}/v1 --rollout_engine.server vllm "
+            "--rewards.functions tests.rl.helpers:any_reward --optim.matrix_lr 0.01 "
             "--training.device cpu --training.precision fp32"
         )
         assert main(words.split()) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     assert len(lines) == 3
     assert all(line["sampler_mismatch_max"] < 1e-3 for line in lines)
+    assert_another_policy(tmp_path / "run" / "policy", folder)
+
+
+def assert_another_policy(pushed, start):
+    """Its log-probabilities are so far from the start's that a server which kept that would show as a mismatch."""
+    found = []
+    for folder in (pushed, start):
+        model, tokens = load_pretrained(folder), torch.arange(5, 25)[None]
+        with torch.no_grad():
+            hidden = model(tokens, torch.arange(20)[None], CausalAttention())
+            found.append(model.logits(hidden).log_softmax(-1))
+    assert (found[0] - found[1]).abs().max() > 0.01
 
 
 def test_a_server_that_is_not_there(tmp_path, monkeypatch):

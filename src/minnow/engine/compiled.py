@@ -41,8 +41,7 @@ def few_columns(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable[..., An
 def linear_by_columns(graph: fx.GraphModule) -> None:
     """Make every linear layer of a graph W x^T instead of x W^T: for fp32 weights that stay as they lie, on a CPU.
 
-    The same sums, by the library's path for a product of few columns. On two cores (Zen 3, MKL) a step of 4 rows takes
-    half the time, of 32 rows a tenth less, of 128 the same.
+    The same sums, by the library's path for a product of few columns; docs/experiments.md has what it gives.
     """
     for node in graph.graph.find_nodes(op="call_function", target=F.linear):
         with graph.graph.inserting_before(node):
@@ -69,8 +68,8 @@ class CompiledDecode:
     def __init__(self, model: Decoder, cache: PagedCache, window: Window, *, constant_weights: bool):
         self._parts = (model, cache, window)
         keys = window.keys[0]
-        live_fp32 = not constant_weights and keys.device.type == "cpu" and keys.dtype == torch.float32
-        self._step = torch.compile(decode_step, fullgraph=True, backend=few_columns if live_fp32 else "inductor")
+        changing_fp32 = not constant_weights and keys.device.type == "cpu" and keys.dtype == torch.float32
+        self._step = torch.compile(decode_step, fullgraph=True, backend=few_columns if changing_fp32 else "inductor")
         self._made: set[bool] = set()
         self.constant_weights = constant_weights
 
