@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from minnow.rl import phase_scores
 from minnow.rl.algorithm import AlgorithmConfig
 from minnow.rl.phase_rollouts import PhaseRollouts
 from minnow.rl.phases import Phases
+from minnow.rl.rollouts import Trajectory
 from minnow.stages.rl import _where_time_went
 from tests.rl.phase_helpers import Clock, Reward, phases, settings
 
@@ -125,3 +126,37 @@ def test_the_rest_of_an_update_is_updating(tmp_path: Path, log_every: int) -> No
     assert _where_time_went(tmp_path) == (
         "time: 44% playing, 9% judging, 12% scoring, 9% teaching the critic, 25% updating"
     )
+
+
+def lose(monkeypatch: pytest.MonkeyPatch, source: Phases, samples: int) -> None:
+    """The second answer to odd prompts is left out, and every one to prompt 4."""
+    score = source.rollouts.rewarder.score
+
+    def judge(items: Sequence[Trajectory]) -> None:
+        score(items)
+        for place, item in enumerate(items):
+            number = item.environment.prompt.reference
+            if number == 4 or (number % 2 and place % samples == 1):
+                item.left_out = "judge"
+
+    monkeypatch.setattr(source.rollouts.rewarder, "score", judge)
+
+
+def test_spo_starts_a_prompt_from_the_answers_that_were_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    algorithm = AlgorithmConfig(advantage="tracker", tracker_answers=3)
+    source, _ = phases(monkeypatch, tmp_path, settings(algorithm, prompts=6), lambda number, place: 1.0, prompts=6)
+    lose(monkeypatch, source, 3)
+    source.rollouts.seed_tracker(3, Share())
+    assert source.tracker is not None
+    three, two, none = 8 * 3.5 / 4, 8 * 2.5 / 3, 0.5  # 8 (n0 + 1/2) / (n0 + 1)
+    assert source.tracker.alpha_P == pytest.approx([three, two, three, two, none, two])
+
+
+def test_a_curriculum_remembers_what_was_judged(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    how = settings(AlgorithmConfig(advantage="group", curriculum=True), prompts=6, samples=2)
+    source, _ = phases(monkeypatch, tmp_path, how, lambda number, place: 1.0, prompts=6)
+    lose(monkeypatch, source, 2)
+    source.rollouts.play(0, Share())
+    assert source.tracker is not None
+    both, one, none = 0.96 * (0.96 * 0.5 + 1) + 1, 0.96 * 0.5 + 1, 0.5
+    assert source.tracker.alpha_P == pytest.approx([both, one, both, one, none, one])

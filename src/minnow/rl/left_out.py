@@ -24,8 +24,8 @@ REMEDIES = {
 
 
 def settle(trajectories: Sequence[Trajectory], samples: int, whole: int) -> None:
-    """Give each episode that was left out the mean of its group's others, so that means, contrast and memories of the
-    prompt stay what the others say.
+    """Give each episode that was left out the mean of its group's others, so that means and contrast stay what the
+    others say.
 
     In a group of which nothing is left it is the mean of all, and where nothing is left at all, 0. Their advantage is
     none either way: they are not trained on. trajectories: `samples` to each prompt, which lie together. whole:

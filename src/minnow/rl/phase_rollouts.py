@@ -73,9 +73,11 @@ class PhaseRollouts:
         for first in range(0, len(self.prompts), self.settings.rollout.prompts):
             numbers = range(first, min(first + self.settings.rollout.prompts, len(self.prompts)))
             trajectories = self._answers(numbers, answers, f"{self.settings.seed}/tracker/{first}", share)
-            rewards = np.array([t.reward for t in trajectories]).reshape(-1, answers)
-            for number, rewards_of_prompt in zip(numbers, rewards, strict=True):
-                self.tracker.seed(number, rewards_of_prompt)
+            for place, number in enumerate(numbers):
+                group = trajectories[place * answers : (place + 1) * answers]
+                rewards = np.array([t.reward for t in group if t.left_out is None])
+                if len(rewards):
+                    self.tracker.seed(number, rewards)
 
     def _round(
         self, phase: int, round_: int, wanted: int, asked: Sequence[int], share: Share
@@ -85,8 +87,9 @@ class PhaseRollouts:
         numbers = self._choose(phase, round_, wanted, asked)
         trajectories = self._answers(numbers.tolist(), samples, f"{self.settings.seed}/{phase}/{round_}", share)
         if self.tracker is not None and self.settings.algorithm.advantage != "tracker":
-            rewards = np.array([t.reward for t in trajectories])
-            self.tracker.update(np.repeat(numbers, samples), rewards, np.zeros(len(rewards)))
+            judged = np.array([t.left_out is None for t in trajectories])
+            rewards = np.array([t.reward for t in trajectories])[judged]
+            self.tracker.update(np.repeat(numbers, samples)[judged], rewards, np.zeros(len(rewards)))
         return [(int(n), trajectories[i * samples : (i + 1) * samples]) for i, n in enumerate(numbers)]
 
     def _answers(self, numbers: Sequence[int], samples: int, seed: str, share: Share) -> list[Trajectory]:

@@ -50,9 +50,12 @@ class PhaseScorer:
             numbers = prompts[np.array([t.group for t in trajectories])]
             baseline = self.tracker.values(numbers)
             drift = self._drift(numbers, share)
-            self.tracker.update(numbers, np.array([t.reward for t in trajectories]), drift)
+            # What was left out is no observation: the prompt's memory stays what it was.
+            judged = np.array([t.left_out is None for t in trajectories])
+            self.tracker.update(numbers[judged], np.array([t.reward for t in trajectories])[judged], drift[judged])
             for number, trajectory, logprobs in zip(numbers, trajectories, old, strict=True):
-                self.previous[int(number)] = (trajectory.ids, trajectory.trained, logprobs)
+                if trajectory.left_out is None:
+                    self.previous[int(number)] = (trajectory.ids, trajectory.trained, logprobs)
         scores.advantages, scores.returns = advantages_of(self.settings.algorithm, trajectories, scores, baseline)
         return scores
 
