@@ -198,7 +198,7 @@ def tokens_to_reach(points: Sequence[dict], loss: float, key: str = "tokens") ->
     return None
 
 
-def summarise(path: Path) -> None:
+def summarise(path: Path, picture: Path) -> None:
     runs = [json.loads(line) for line in path.read_text().splitlines()]
     arms = sorted({run["arm"] for run in runs})
     figure = Figure(figsize=(9, 5), layout="constrained")
@@ -218,7 +218,7 @@ def summarise(path: Path) -> None:
     axes.set(xlabel="million tokens trained on", ylabel="held-out bits per byte", yscale="log")
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)
-    save_figure(figure, path.with_suffix(".png"))
+    save_figure(figure, picture)
     ours = [run for run in runs if run["arm"] == "minnow"]
     tuned = min((a for a in arms if a.startswith("adamw-")), key=lambda a: _mean_final(runs, a), default=None)
     for other in filter(None, ["minimind" if "minimind" in arms else None, tuned]):
@@ -228,6 +228,20 @@ def summarise(path: Path) -> None:
             shares = [tokens_to_reach(run["points"], goal, key) for run in ours]
             shown = ", ".join("never" if share is None else f"{share / whole:.0%}" for share in shares)
             print(f"minnow reaches the final loss of {other} ({goal:.4f}) after this share of its {key}: {shown}")
+        theirs = [run for run in runs if run["arm"] == other]
+        seconds = min(run["points"][-1]["seconds"] for run in (*ours, *theirs))
+        a, b = (statistics.mean(bits_after(run["points"], seconds) for run in those) for those in (ours, theirs))
+        print(f"after the same {seconds:.0f} s of a processor: minnow {a:.4f}, {other} {b:.4f} bits per byte", end=" ")
+        print(f"({1 - a / b:.1%} lower)")
+
+
+def bits_after(points: Sequence[dict], seconds: float) -> float:
+    """Bits per byte after so many seconds, interpolated between validations."""
+    for before, after in pairwise(points):
+        if before["seconds"] <= seconds <= after["seconds"]:
+            share = (seconds - before["seconds"]) / (after["seconds"] - before["seconds"])
+            return before["bpb"] + share * (after["bpb"] - before["bpb"])
+    raise ValueError(f"no validations around {seconds} seconds")
 
 
 def _mean_final(runs: Sequence[dict], arm: str) -> float:
@@ -255,7 +269,8 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=16)
     parser.add_argument("--work", default="runs/recipes")
     parser.add_argument("--out", type=Path, default=Path("runs/recipes/results.jsonl"))
-    parser.add_argument("--summarise", action="store_true")
+    parser.add_argument("--figure", type=Path, help="where the curves go; results.png beside --out if not given")
+    parser.add_argument("--summarise", action="store_true", help="run nothing; print the table of --out")
     options = parser.parse_args()
     if not options.summarise:
         work = Path(options.work)
@@ -274,7 +289,7 @@ def main() -> None:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
                 with open(options.out, "a") as file:
                     file.write(json.dumps(result) + "\n")
-    summarise(options.out)
+    summarise(options.out, options.figure or options.out.with_suffix(".png"))
 
 
 if __name__ == "__main__":
