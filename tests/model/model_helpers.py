@@ -64,7 +64,7 @@ class KeptKeys:
 class FakeTokenizer:
     """What saving a model asks of a tokenizer."""
 
-    end_of_text_id, im_start_id, im_end_id, has_chat_tokens = 0, 1, 2, True
+    bos_id, pad_id, stop_ids = 0, 0, [2, 0]
 
     def save_pretrained(self, folder) -> None:
         (folder / "tokenizer.json").write_text("{}")

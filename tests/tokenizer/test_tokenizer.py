@@ -162,7 +162,7 @@ def test_another_name_for_the_end_of_text(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="eos_token"):
         Tokenizer.from_pretrained(tmp_path)
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "</s>"}}')
-    assert Tokenizer.from_pretrained(tmp_path).end_of_text == "</s>"
+    assert Tokenizer.from_pretrained(tmp_path).roles.end_of_text == "</s>"
 
 
 def test_the_fast_path_refuses_what_it_cannot_prove() -> None:

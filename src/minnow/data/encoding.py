@@ -155,7 +155,7 @@ def _encode_documents(found: Encoded, documents: list[Document], tokenizer: Toke
     tokens = array("I")  # takes a list of ids three times faster than numpy does
     lengths = []
     for ids in tokenizer.encode_batch(texts, num_threads=num_threads):
-        tokens.append(tokenizer.end_of_text_id)
+        tokens.append(tokenizer.start_id)
         tokens.fromlist(ids)
         tokens.append(tokenizer.end_of_text_id)
         lengths.append(len(ids) + 2)

@@ -195,7 +195,7 @@ class Engine:
     def prompt_ids(self, prompt: Prompt) -> list[int]:
         """The prompt as the model will read it."""
         if isinstance(prompt, str):
-            return [self.tokenizer.end_of_text_id, *self.tokenizer.encode(prompt)]
+            return [self.tokenizer.start_id, *self.tokenizer.encode(prompt)]
         return [int(token) for token in prompt]
 
     def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
@@ -237,8 +237,7 @@ class Engine:
     @property
     def _end_ids(self) -> list[int]:
         """Tokens with which a turn or a document ends, the more usual one first."""
-        turn = [self.tokenizer.im_end_id] if self.tokenizer.has_chat_tokens else []
-        return [*turn, self.tokenizer.end_of_text_id]
+        return list(dict.fromkeys([*self.tokenizer.stop_ids, *self.model.stop_ids]))
 
     @cached_property
     def _grammars(self) -> Grammars:

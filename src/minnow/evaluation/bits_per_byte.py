@@ -54,7 +54,7 @@ class BitsPerByteTask(Task[Text]):
         tokenizer = subject.tokenizer
         documents = tokenizer.encode_batch([row.text for row in rows])
         length = self._sequence_length or subject.model.config.max_position_embeddings
-        nats = document_nats(subject.model, documents, tokenizer.end_of_text_id, length)
+        nats = document_nats(subject.model, documents, tokenizer.start_id, length)
         return [
             Score(value / math.log(2), float(len(row.text.encode())), {"text": row.text[:200]})
             for row, value in zip(rows, nats, strict=True)
@@ -66,26 +66,26 @@ class BitsPerByteTask(Task[Text]):
 
 
 def document_nats(
-    model: CausalLM, documents: Sequence[Sequence[int]], end_of_text_id: int, sequence_length: int
+    model: CausalLM, documents: Sequence[Sequence[int]], start_id: int, sequence_length: int
 ) -> list[float]:
     """Negative log-likelihood of each document's tokens, in nats; read as `token_nats` does."""
-    return [nats.sum().item() for nats in token_nats(model, documents, end_of_text_id, sequence_length)]
+    return [nats.sum().item() for nats in token_nats(model, documents, start_id, sequence_length)]
 
 
 @torch.no_grad()
 def token_nats(
     model: CausalLM,
     documents: Sequence[Sequence[int]],
-    end_of_text_id: int,
+    start_id: int,
     sequence_length: int,
     *,
     allow_beyond_trained_length: bool = False,
 ) -> list[Tensor]:
     """Negative log-likelihood of every token of each document, in nats: float64 [tokens] on the CPU.
 
-    A document is read as in pretraining: the end-of-text token, then the text. What comes after the text, another
-    end-of-text token, stands for no byte and is not counted. A document of more than `sequence_length` tokens is cut;
-    each further piece begins with the token before it, at position 0, so every token is predicted exactly once.
+    A document is read as in pretraining: start_id (end of text, or BOS), then the text. The end-of-text token
+    after it stands for no byte and is not counted. A document of more than `sequence_length` tokens is cut; each
+    further piece begins with the token before it, at position 0, so every token is predicted exactly once.
     """
     device = model.head_weight.device
     pieces: list[list[Tensor]] = [[] for _ in documents]
@@ -93,7 +93,7 @@ def token_nats(
     model.eval()
     for batch in _batches(documents, sequence_length, BATCH_TOKENS):
         inputs = [
-            [documents[index][start - 1] if start else end_of_text_id, *documents[index][start : stop - 1]]
+            [documents[index][start - 1] if start else start_id, *documents[index][start : stop - 1]]
             for index, start, stop in batch
         ]
         targets = [token for index, start, stop in batch for token in documents[index][start:stop]]

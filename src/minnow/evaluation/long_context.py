@@ -137,9 +137,9 @@ class LongTexts(Task[Span]):
         return scores
 
     def _nats(self, subject: Subject, reading: Reading) -> list[Tensor]:
-        end = subject.tokenizer.end_of_text_id
+        start = subject.tokenizer.start_id
         with reading.applied(subject.model) as model:
-            return token_nats(model, self._documents, end, reading.length, allow_beyond_trained_length=True)
+            return token_nats(model, self._documents, start, reading.length, allow_beyond_trained_length=True)
 
     def error_bar(self, scores: Sequence[Score]) -> Interval:
         """Bootstrap over documents."""
@@ -201,9 +201,9 @@ class HiddenFacts(Task[HiddenFactRow]):
     @torch.no_grad()
     def _score(self, subject: Subject, row: HiddenFactRow) -> Score:
         tokenizer = subject.tokenizer
-        ids = [tokenizer.end_of_text_id, *tokenizer.encode(row.fact.text + row.fact.answer)]
+        ids = [tokenizer.start_id, *tokenizer.encode(row.fact.text + row.fact.answer)]
         # A token may hold the last sign of the opener and the first of the answer: then it is part of the answer.
-        question = [tokenizer.end_of_text_id, *tokenizer.encode(row.fact.text)]
+        question = [tokenizer.start_id, *tokenizer.encode(row.fact.text)]
         shared = takewhile(lambda pair: pair[0] == pair[1], zip(ids, question, strict=False))
         answer = len(ids) - sum(1 for _ in shared)
         with row.reading.applied(subject.model) as model:

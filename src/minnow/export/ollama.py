@@ -12,7 +12,6 @@ from pathlib import Path
 from minnow.config import UserError, atomic_write
 from minnow.export.gguf_file import GgufFile, GgufType, write_gguf
 from minnow.model.pretrained import read_config
-from minnow.tokenizer.special import IM_END
 from minnow.tokenizer.template import differences, folder_template
 from minnow.tokenizer.tokenizer import Tokenizer
 
@@ -37,7 +36,7 @@ def write_ollama(folder: Path, out: Path, type: GgufType = "f16", *, thinking: b
     content = modelfile(
         f"model-{type}.gguf",
         context=read_config(folder).max_position_embeddings,
-        stops=_stops(Tokenizer.from_pretrained(folder), chat=template is not None),
+        stops=_stops(Tokenizer.from_pretrained(folder)),
         template=go_template(thinking=thinking) if template is not None else "{{ .Prompt }}",
     )
     written = write_gguf(folder, out / f"model-{type}.gguf", type, thinking=thinking)
@@ -63,5 +62,5 @@ def modelfile(gguf: str, *, context: int, stops: list[str], template: str) -> st
     return "\n".join(lines) + "\n"
 
 
-def _stops(tokenizer: Tokenizer, *, chat: bool) -> list[str]:
-    return [*([IM_END] if chat else []), tokenizer.end_of_text]
+def _stops(tokenizer: Tokenizer) -> list[str]:
+    return list(dict.fromkeys([tokenizer.roles.eos, tokenizer.roles.end_of_text]))

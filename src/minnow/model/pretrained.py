@@ -39,6 +39,7 @@ _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _KEPT_IN_FP32 = "e_score_correction_bias"  # small steps add up in it; transformers keeps it so too
 TRAINING_ONLY = "gate.noise_weight"
 """Parameters whose names end so are left out of model folders: no class has a place for them."""
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -87,17 +88,17 @@ def _write_model(
     dtype: torch.dtype | None,
 ) -> None:
     stored = model.head_weight.dtype if dtype is None else dtype
-    token_ids = _token_ids(tokenizer)
+    generation = _generation_config(model, tokenizer)
+    stops = generation.get("eos_token_id")
+    token_ids = {name: generation.get(name) for name in _TOKEN_IDS}
+    token_ids["eos_token_id"] = stops[0] if isinstance(stops, list) else stops
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
     content = to_hf_config(model.config, stored, token_ids)
     if isinstance(model, RewardModel):
         content = classification_config(content)
     _write_json(folder / "config.json", content)
-    if tokenizer is not None:
-        stops = [tokenizer.end_of_text_id]
-        if tokenizer.has_chat_tokens:
-            stops.insert(0, tokenizer.im_end_id)
-        _write_json(folder / "generation_config.json", {**token_ids, "eos_token_id": stops})
+    if generation:
+        _write_json(folder / "generation_config.json", generation)
 
 
 def load_pretrained(
@@ -127,6 +128,7 @@ def load_pretrained(
     with torch.device("meta"):
         model = CausalLM(config)
     _fill(model, weights, folder, dtype, device)
+    model.generation_config = _read_generation_config(folder)
     return model
 
 
@@ -156,7 +158,7 @@ def is_reward_model(folder: Path) -> bool:
     """Whether a resolved folder holds a sequence-classification model, or an adapter that makes one of its base."""
     if is_adapter(folder):
         return is_reward_adapter(folder)
-    return is_classification(_config_content(folder))
+    return is_classification(_read_json(folder / "config.json"))
 
 
 def _fill(
@@ -199,8 +201,7 @@ def _merged(model: CausalLM, dtype: torch.dtype | None, device: torch.device | s
     return model
 
 
-def _config_content(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
@@ -213,7 +214,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     folder = Path(folder)
     if is_adapter(folder):
         return read_config(_base_folder(folder))
-    return from_hf_config(_config_content(folder), str(folder / "config.json"))
+    return from_hf_config(_read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def _base_folder(folder: Path, base: str | Path | None = None) -> Path:
@@ -255,12 +256,23 @@ def is_model_folder(folder: Path) -> bool:
     return (folder / "config.json").is_file() or is_adapter(folder)
 
 
-def _token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
+def _read_generation_config(folder: Path) -> dict[str, Any]:
+    """What generation_config.json says; without one, the ids that config.json has."""
+    file = folder / "generation_config.json"
+    if file.is_file():
+        written_by = ("transformers_version", "_from_model_config")
+        return {key: value for key, value in _read_json(file).items() if key not in written_by}
+    config = _read_json(folder / "config.json")
+    return {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
+
+
+def _generation_config(model: CausalLM, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What a model was loaded with, and the ids of its tokenizer; it stops at those of either."""
     if tokenizer is None:
-        return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    end = tokenizer.end_of_text_id
-    eos = tokenizer.im_end_id if tokenizer.has_chat_tokens else end
-    return {"bos_token_id": end, "eos_token_id": eos, "pad_token_id": end}
+        return model.generation_config
+    named = {"bos_token_id": tokenizer.bos_id, "pad_token_id": tokenizer.pad_id}
+    stops = list(dict.fromkeys([*tokenizer.stop_ids, *model.stop_ids]))
+    return named | model.generation_config | {"eos_token_id": stops}
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

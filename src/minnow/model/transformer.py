@@ -199,7 +199,8 @@ class CausalLM(nn.Module):
     compute_dtype: dtype of the residual stream and of all products; the parameters keep their own (fp32
     masters). gradient_checkpointing: what of each layer is kept for the backward pass, see checkpointing.py.
     adapter: what `add_lora` put beside its linear layers; only that is trained and saved then. routing: set
-    by the training loop around a micro-batch's forward passes, for a model with experts.
+    by the training loop around a micro-batch's forward passes, for a model with experts. generation_config: what the
+    file of that name said of a loaded model, kept for when it is saved.
     """
 
     def __init__(self, config: ModelConfig, init: InitConfig | None = None, seed: int = 0) -> None:
@@ -213,6 +214,7 @@ class CausalLM(nn.Module):
         self.gradient_checkpointing: GradientCheckpointing = "off"
         self.adapter: Adapter | None = None
         self.routing: Routing | None = None
+        self.generation_config: dict[str, Any] = {}
         self._compiled: _LayerParts | None = None
         initialize(self, init or InitConfig(), seed)
 
@@ -220,6 +222,12 @@ class CausalLM(nn.Module):
     def head_weight(self) -> Tensor:
         """The output head [V, D]: the embedding when tied."""
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids at which the files of a loaded model say that it ends; none of a new one."""
+        eos = self.generation_config.get("eos_token_id")
+        return eos if isinstance(eos, list) else [] if eos is None else [eos]
 
     def forward(
         self,

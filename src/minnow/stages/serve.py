@@ -170,7 +170,7 @@ def build_app(
         )
         note_foreign_template(engine.tokenizer, name)
         if config.compile:  # now, and not while the first client waits
-            engine.generate([[engine.tokenizer.end_of_text_id]], SamplingParams(max_tokens=3, ignore_eos=True))
+            engine.generate([[engine.tokenizer.start_id]], SamplingParams(max_tokens=3, ignore_eos=True))
         shared = AsyncEngine(engine, max_answers=config.max_answers)
         models.append(ServedModel(name=name, folder=folder, engine=shared))
         models += [ServedModel(name=key, folder=adapters[key], engine=shared, parent=name) for key in adapters]

@@ -10,13 +10,14 @@ from typing import Any
 import tokenizers
 
 from minnow.config import UserError, atomic_write
-from minnow.tokenizer.special import END_OF_TEXT, IM_END
+from minnow.tokenizer.roles import Roles, read_roles
+from minnow.tokenizer.special import END_OF_TEXT
 from minnow.tokenizer.template import folder_template
 
 _UNLIMITED = 131072  # the model's config.json knows the trained length; transformers warns beyond this one
 
 
-def save(folder: Path, tokenizer: tokenizers.Tokenizer, end_of_text: str, *, chat: bool, template: str | None) -> None:
+def save(folder: Path, tokenizer: tokenizers.Tokenizer, roles: Roles, template: str | None) -> None:
     """Write the files so that `transformers.AutoTokenizer` (4 and 5) gives the same ids beside any config.json.
 
     The class is named PreTrainedTokenizerFast, which takes tokenizer.json as it is: the class transformers
@@ -24,11 +25,11 @@ def save(folder: Path, tokenizer: tokenizers.Tokenizer, end_of_text: str, *, cha
     """
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": end_of_text,  # what a document starts with; nothing adds it to a text
-        "eos_token": IM_END if chat else end_of_text,
-        "pad_token": end_of_text,
+        "bos_token": roles.bos,
+        "eos_token": roles.eos,
+        "pad_token": roles.pad,
         "unk_token": None,
-        "add_bos_token": False,
+        "add_bos_token": roles.adds_bos,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": _UNLIMITED,
@@ -44,8 +45,8 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def load(folder_or_hub_id: str | Path) -> tuple[tokenizers.Tokenizer, str, str | None]:
-    """The `tokenizers` tokenizer, the text of its end-of-document token, and the chat template if there is one.
+def load(folder_or_hub_id: str | Path) -> tuple[tokenizers.Tokenizer, Roles, str | None]:
+    """The `tokenizers` tokenizer, which of its tokens begin, end and fill, and the chat template if there is one.
 
     Raises `UserError` where there is no tokenizer."""
     path = Path(folder_or_hub_id)
@@ -62,8 +63,7 @@ def load(folder_or_hub_id: str | Path) -> tuple[tokenizers.Tokenizer, str, str |
         tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     else:
         tokenizer = _gpt2(folder)
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    return tokenizer, END_OF_TEXT if END_OF_TEXT in known else _end_token(folder), folder_template(folder)
+    return tokenizer, read_roles(folder, tokenizer), folder_template(folder)
 
 
 def _is_tokenizer(folder: Path) -> bool:
@@ -71,7 +71,17 @@ def _is_tokenizer(folder: Path) -> bool:
 
 
 def _gpt2(folder: Path) -> tokenizers.Tokenizer:
-    """GPT-2's older pair of files, vocab.json and merges.txt."""
+    """GPT-2's older pair of files, vocab.json and merges.txt.
+
+    UserError where they are another class's, which splits texts otherwise and has control tokens beside them.
+    """
+    file = folder / "tokenizer_config.json"
+    named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.exists() else None
+    if named is not None and not named.startswith("GPT2"):
+        raise UserError(
+            f"{folder}: vocab.json and merges.txt of a {named}, which only its own class reads; write tokenizer.json "
+            "with transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER)"
+        )
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
     )
@@ -79,17 +89,6 @@ def _gpt2(folder: Path) -> tokenizers.Tokenizer:
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.add_special_tokens([END_OF_TEXT])
     return tokenizer
-
-
-def _end_token(folder: Path) -> str:
-    """`eos_token` of the config beside tokenizer.json, for tokenizers that call `<|endoftext|>` something
-    else."""
-    for name in ("tokenizer_config.json", "special_tokens_map.json"):
-        if (folder / name).exists():
-            token = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token")
-            if token is not None:
-                return str(token["content"] if isinstance(token, dict) else token)
-    raise UserError(f"{folder}: the tokenizer has neither {END_OF_TEXT} nor an eos_token to end a document with")
 
 
 def _download(hub_id: str) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,20 +20,21 @@ import tokenizers
 from minnow.config import UserError
 from minnow.tokenizer import fast, files, template
 from minnow.tokenizer.bytelevel import is_control, token_byte_strings, valid_unicode
-from minnow.tokenizer.special import CHAT_TOKENS, END_OF_TEXT, IM_END, IM_START
+from minnow.tokenizer.roles import Roles
+from minnow.tokenizer.special import CHAT_TOKENS, IM_END, IM_START
 
 
 class Tokenizer:
     """Wraps a `tokenizers.Tokenizer`; build one with `from_pretrained` or
     `minnow.tokenizer.train.train_tokenizer`.
 
-    `end_of_text` names the token that ends a document (and pads); `chat_template` is the one it came with, which is
+    `roles` name the tokens that begin, end and fill; `chat_template` is the one it came with, which is
     saved with it: by default minnow's, where the tokens for it are there. Raises `UserError` where the vocabulary
-    lacks it, or where the text of a control token could not be told from the token itself.
+    lacks an end of text, or where the text of a control token could not be told from the token itself.
     """
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT, chat_template: str | None = None
+        self, tokenizer: tokenizers.Tokenizer, roles: Roles | None = None, chat_template: str | None = None
     ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -43,9 +45,13 @@ class Tokenizer:
         """Id of every control token, by its text."""
         self.hidden_tokens = frozenset(t["content"] for t in added if t["special"])
         """Control tokens that `skip_special_tokens` leaves out of decoded text."""
-        if end_of_text not in self.special_ids:
-            raise UserError(f"the tokenizer has no {end_of_text!r} among its special tokens to end a document with")
-        self.end_of_text = end_of_text
+        self.roles = roles or Roles()
+        if self.roles.end_of_text not in self.special_ids:
+            raise UserError(
+                f"the tokenizer has no {self.roles.end_of_text!r} among its special tokens to end a document with"
+            )
+        if self.has_chat_tokens:  # then we write turns, and those end so
+            self.roles = replace(self.roles, eos=IM_END)
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         """Largest id + 1: special and reserved tokens included."""
         self.chat_template = chat_template or (template.chat_template() if self.has_chat_tokens else None)
@@ -71,8 +77,7 @@ class Tokenizer:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and, where there is a chat template, chat_template.jinja."""
-        chat = self.has_chat_tokens
-        files.save(Path(folder), self._tokenizer, self.end_of_text, chat=chat, template=self.chat_template)
+        files.save(Path(folder), self._tokenizer, self.roles, self.chat_template)
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -81,13 +86,33 @@ class Tokenizer:
 
     @property
     def end_of_text_id(self) -> int:
-        """Id that stands before and after every document."""
-        return self.special_ids[self.end_of_text]
+        """Id that stands after every document."""
+        return self.special_ids[self.roles.end_of_text]
+
+    @property
+    def start_id(self) -> int:
+        """Id that stands before every document: BOS where the tokenizer puts one before a text, else end of text."""
+        return self.special_ids[self.roles.bos] if self.roles.adds_bos else self.end_of_text_id
+
+    @property
+    def bos_id(self) -> int:
+        """Id of `bos_token`, which need not be put before a text."""
+        return self.special_ids[self.roles.bos]
+
+    @property
+    def eos_id(self) -> int:
+        """Id of `eos_token`: the end of a turn where the model writes turns."""
+        return self.special_ids[self.roles.eos]
 
     @property
     def pad_id(self) -> int:
-        """Id of filler; the same as `end_of_text_id`."""
-        return self.end_of_text_id
+        """Id of filler."""
+        return self.special_ids[self.roles.pad]
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Ids with which a turn or a document ends, the more usual one first."""
+        return list(dict.fromkeys([self.eos_id, self.end_of_text_id]))
 
     @property
     def im_start_id(self) -> int:
@@ -177,7 +202,7 @@ class Tokenizer:
         """SHA-256 (hex) of what decides ids and rendering: vocabulary, merges, pre-tokenizer, chat
         template."""
         decisive = self._definition | {
-            "end_of_text": self.end_of_text,
+            "begin_and_end": [self.start_id, self.end_of_text_id],
             "chat_template": template.chat_template(),  # what renders, whatever the folder's own says
         }
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
