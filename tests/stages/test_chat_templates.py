@@ -19,11 +19,8 @@ from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.template import chat_template
 from minnow.training.config import TrainingConfig
 from tests.stages.stage_helpers import save_random_model
+from tests.tokenizer.tokenizer_helpers import CHATML
 
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 TRAINING = TrainingConfig(steps=1, batch_tokens=256, micro_batch_tokens=256, device="cpu", compile="off")
 PRACTICE = TrainingConfig(micro_batch_tokens=256, device="cpu", compile="off")
 TALK = {"messages": [{"role": "user", "content": "fish"}, {"role": "assistant", "content": "pond"}]}

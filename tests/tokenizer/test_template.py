@@ -6,17 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+from tests.tokenizer.tokenizer_helpers import CHATML
 from tokenizer_helpers import small_tokenizer
 from transformers import AutoTokenizer
 
 from minnow.config import UserError
 from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.template import PROBES, chat_template, differences
-
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def test_templates_are_compared_by_what_they_write() -> None:

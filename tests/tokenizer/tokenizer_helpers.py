@@ -25,6 +25,12 @@ CORPUS = [
     "def f(x):\n    return x + 1\n\n\n    # done...\r\n\r\n",
 ] * 4
 
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+"""A template that many models have, and not minnow's: no think blocks, no tools."""
+
 
 @functools.cache
 def small_tokenizer() -> Tokenizer:
