@@ -46,6 +46,13 @@ def run(config: Config) -> None:
     console = Console(highlight=False, soft_wrap=True)
     if (config.repo is None) == (config.to == "hub"):
         raise UserError("minnow export MODEL --to hub OWNER/NAME: a repository belongs to hub, and hub needs one")
+    if config.to == "hub" and not Path(config.model).exists():
+        # What the Hub's client keeps of a Hub id lacks its card, and is not ours to write another one into.
+        raise UserError(
+            f"{config.model}: --to hub pushes a folder of this machine, and there is none of that name; of a Hub model "
+            "push what you train from it, or get it with its card and licence and push that folder "
+            f"(hf download {config.model} --local-dir FOLDER)"
+        )
     folder = resolve_model_folder(config.model)
     # Where the folder is a copy that the Hub's client keeps, nothing is written into it.
     home = folder if Path(config.model).exists() else Path(config.model.rpartition("/")[2])
