@@ -13,6 +13,7 @@ from huggingface_hub.utils import filter_repo_objects
 
 from minnow import cli
 from minnow.export import hub
+from minnow.stages import export
 
 
 class StubApi:
@@ -56,6 +57,20 @@ def test_the_model_and_its_exports_are_sent_and_nothing_else(
     assert expected <= set(files)
     assert not {".env", "notes.txt"} & set(files)
     assert "https://huggingface.co/somebody/fish" in capsys.readouterr().out
+
+
+def test_the_copy_of_a_hub_model_is_not_pushed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stub: type[StubApi]
+) -> None:
+    """Its card and licence are not downloaded: a card of ours went in their place, into the Hub client's cache."""
+    cached = tiny_model(tmp_path)
+    monkeypatch.setattr(export, "resolve_model_folder", lambda model: cached)
+    assert cli.main(["export", "somebody/small", "--to", "hub", "me/small"]) == 2
+    message = capsys.readouterr().err
+    assert "somebody/small: --to hub pushes a folder of this machine" in message
+    assert "hf download somebody/small --local-dir FOLDER" in message
+    assert stub.calls == []
+    assert not (cached / "README.md").exists()
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from huggingface_hub import ModelCard
 
 from minnow.model.config import ModelConfig
-from minnow.model.pretrained import save_pretrained
+from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.report.model_card import MARK, write_model_card
 from minnow.tokenizer import train_tokenizer
@@ -21,6 +23,7 @@ def a_run(folder: Path, *, data: str, **config: Any) -> Path:
     tokenizer = train_tokenizer(["the fish swims in the pond"], 288)
     shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     model = CausalLM(ModelConfig(vocab_size=288, num_key_value_heads=1, head_dim=16, **shape))
+    model.model.norm.weight.data.fill_(len(folder.name))  # no two runs end with the same weights
     save_pretrained(model, folder / "model", tokenizer)
     settings = {
         "run": str(folder),
@@ -105,7 +108,54 @@ def test_a_model_without_a_run_claims_nothing_of_its_training(tmp_path: Path) ->
     text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
     assert "## Training" not in text
     assert "scratch" not in text
+    assert "by minnow" not in text  # nothing says so any more
+
+
+@pytest.mark.parametrize("name", ["Llama-3.2-1B", "merged", "model"])
+def test_a_model_beside_a_run_has_no_part_in_it(name: str, tmp_path: Path) -> None:
+    """The newest run among its neighbours was taken for its own, with tokens, table and curves."""
+    stranger = a_run(tmp_path / "poems", data="poems.jsonl")
+    (tmp_path / "evaluation.json").write_text(json.dumps({"tasks": {"pond": {"figures": {}}}}), encoding="utf-8")
+    model = load_pretrained(stranger)
+    model.model.norm.weight.data.fill_(2.0)  # of the same shape all the same
+    save_pretrained(model, tmp_path / name)
+    text = write_model_card(tmp_path / name).read_text(encoding="utf-8")  # type: ignore[union-attr]
+    assert "A language model (Qwen3ForCausalLM): 1 layers of width 16" in text
+    for claim in ("trained on", "scratch", "saved by", "poems", "## Training", "## Evaluation"):
+        assert claim not in text
+    assert ModelCard(text).data.tags == ["qwen3"]
+    assert not (tmp_path / name / "curves.png").exists()
+
+
+def test_a_run_of_several_stages_has_the_model_of_one(tmp_path: Path) -> None:
+    """A quickstart's model is a copy of its last stage's; what was made in its folder later is another model's."""
+    run = tmp_path / "quickstart"
+    a_run(run / "pretrain", data="texts.jsonl")
+    a_run(run / "sft", data="talk.jsonl", init_from=str(run / "pretrain"))
+    shutil.copytree(run / "sft" / "model", run / "model")
+    a_run(run / "later", data="pairs.jsonl", init_from=str(run / "sft"))
+    text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+    assert "# quickstart" in text
+    assert "|  | pretrain | sft |\n" in text
+
+
+def test_a_model_from_before_a_collapse_is_not_what_the_log_ends_with(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "rl", data="x.jsonl")
+    shutil.copytree(run / "model", run / "model-before-collapse")
+    text = write_model_card(run / "model-before-collapse").read_text(encoding="utf-8")  # type: ignore[union-attr]
     assert "saved by minnow" in text
+    assert "## Training" not in text
+
+
+def test_runs_that_were_moved_together_find_each_other(tmp_path: Path) -> None:
+    """By what the earlier one says of where it was made: a neighbour with the name of a Hub model is not that model."""
+    a_run(tmp_path / "there" / "base", data="x.jsonl")
+    a_run(tmp_path / "there" / "tuned", data="x.jsonl", init_from=str(tmp_path / "there" / "base" / "model"))
+    a_run(tmp_path / "there" / "other", data="x.jsonl", init_from="somebody/base")
+    (tmp_path / "there").rename(tmp_path / "here")
+    for name, heads in (("tuned", "|  | base | tuned |"), ("other", "|  | other |")):
+        text = write_model_card(tmp_path / "here" / name / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+        assert heads in text
 
 
 def test_a_reward_model_judges_and_does_not_chat(tmp_path: Path) -> None:

@@ -17,9 +17,14 @@ import httpx
 import pytest
 
 from minnow.config import UserError
-from minnow.stages.serve import Config, name_models, run
+from minnow.engine import Engine, SamplingParams
+from minnow.model.context import ContextConfig
+from minnow.model.pretrained import load_pretrained, save_pretrained
+from minnow.stages.serve import Config, build_app, name_models, place_adapters, run
+from minnow.tokenizer import Tokenizer
 
-from .stage_helpers import save_parrot_model, save_random_model
+from ..serving.serving_helpers import running_app
+from .stage_helpers import save_lively_model, save_parrot_model, save_random_adapter, save_random_model
 
 
 @contextmanager
@@ -97,3 +102,51 @@ def test_names(tmp_path: Path) -> None:
         name_models([f"={folder}"])
     with pytest.raises(UserError, match="no such folder"):
         name_models([str(tmp_path / "b")])
+
+
+def save_stretched(folder: Path, plain: Path) -> Path:
+    """The model in `plain` with its context stretched by YaRN to four times the length."""
+    model = load_pretrained(plain)
+    model.config = ContextConfig(rope_scaling="yarn", factor=4).extend(model.config)
+    save_pretrained(model, folder, Tokenizer.from_pretrained(plain))
+    return folder
+
+
+def test_a_stretched_context(tmp_path: Path) -> None:
+    """Of all models: what they say beyond the trained length is what the same models stretched in their files say."""
+    folders = {name: save_lively_model(tmp_path / name, seed, context=16) for seed, name in enumerate("ab")}
+    adapter = save_random_adapter(tmp_path / "adapter", folders["b"], seed=2)
+    config = Config(
+        models=tuple(map(str, folders.values())),
+        adapters=(f"legal={adapter}",),
+        rope_scaling="yarn",
+        factor=4,
+        device="cpu",
+        precision="fp32",
+        api_key="k",
+    )
+    named = name_models(config.models)
+    placed = place_adapters(config.adapters, named)
+    key = {"Authorization": "Bearer k"}
+    ids = [5, 9, 33, 7] * 6
+    with running_app(build_app(config, named, placed, local=True)) as server:
+        cards = httpx.get(f"{server.url}/v1/models", headers=key).json()["data"]
+        assert {card["id"]: card["max_model_len"] for card in cards} == {"a": 64, "b": 64, "legal": 64}
+        body = {"prompt": ids, "max_tokens": 12, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+        for name, folder in folders.items():
+            asked = httpx.post(f"{server.url}/v1/completions", json=body | {"model": name}, headers=key).json()
+            stretched = Engine.from_pretrained(save_stretched(tmp_path / "stretched" / name, folder))
+            (expected,) = stretched.generate([ids], SamplingParams(max_tokens=12, temperature=0, ignore_eos=True))
+            assert asked["choices"][0]["token_ids"] == expected.completions[0].ids
+        # The weights of a folder that says the trained length are still this model's.
+        assert httpx.post(f"{server.url}/admin/reload", json={"model": "a"}, headers=key).status_code == 200
+        assert httpx.get(f"{server.url}/v1/models/a", headers=key).json()["max_model_len"] == 64
+
+
+def test_a_model_that_is_stretched_already_is_named(tmp_path: Path) -> None:
+    plain = save_random_model(tmp_path / "plain", context=16)
+    stretched = save_stretched(tmp_path / "stretched", plain)
+    with pytest.raises(UserError, match="stretched: the model has rope_scaling yarn by 4 already"):
+        run(Config(models=(str(plain), str(stretched)), rope_scaling="linear"))
+    with pytest.raises(UserError, match="--factor 4 needs --rope-scaling"):
+        run(Config(models=(str(plain),), factor=4))

@@ -29,6 +29,7 @@ from minnow.engine.sampling import SamplingParams
 from minnow.engine.scheduler import Scheduler
 from minnow.engine.sequence import Request, Sequence
 from minnow.engine.varlen_runner import VarlenRunner
+from minnow.model.context import AS_TRAINED, ContextConfig
 from minnow.model.lora import Quantization
 from minnow.model.pretrained import resolve_model_folder
 from minnow.model.quantize import load_quantized
@@ -100,15 +101,19 @@ class Engine:
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         quantize: Quantization = "none",
+        context: ContextConfig = AS_TRAINED,
         **settings: Any,
     ) -> Engine:
         """Load MODEL (a model folder, a run folder or a Hub id) and its tokenizer; dtype None keeps what is stored.
 
-        quantize: int8 rounds the matrices of the layers as they are loaded. settings: those of the engine itself.
+        quantize: int8 rounds the matrices of the layers as they are loaded. context: how far to stretch the model's.
+        settings: those of the engine itself.
         """
         folder = resolve_model_folder(model)
         tokenizer = Tokenizer.from_pretrained(folder)
-        return cls(load_quantized(folder, quantize, dtype=dtype, device=device), tokenizer, **settings)
+        loaded = load_quantized(folder, quantize, dtype=dtype, device=device)
+        loaded.config = context.extend(loaded.config)
+        return cls(loaded, tokenizer, **settings)
 
     def generate(
         self, prompts: Listing[Prompt], params: SamplingParams | Listing[SamplingParams] | None = None

@@ -20,6 +20,7 @@ from minnow.config import UserError, atomic_write
 from minnow.export.gguf_shape import add_shape, gguf_architecture, gguf_tensors
 from minnow.export.gguf_tokenizer import add_tokenizer
 from minnow.export.template import model_name, without_thinking
+from minnow.model.context import AS_TRAINED, ContextConfig
 from minnow.model.pretrained import load_pretrained
 from minnow.tokenizer.template import folder_template
 
@@ -53,14 +54,22 @@ class GgufFile:
     """What the user should know about the tokenizer."""
 
 
-def write_gguf(folder: Path, path: Path, type: GgufType = "f16", *, thinking: bool = False) -> GgufFile:
+def write_gguf(
+    folder: Path,
+    path: Path,
+    type: GgufType = "f16",
+    *,
+    thinking: bool = False,
+    context: ContextConfig = AS_TRAINED,
+) -> GgufFile:
     """Write the model in `folder` to the file `path`, whole or not at all.
 
     thinking: whether the chat template can open a think block; llama.cpp does so by default where it can.
-    UserError for what llama.cpp cannot represent.
+    context: how far to stretch the model's. UserError for what llama.cpp cannot represent.
     """
     logging.getLogger("gguf").setLevel(logging.WARNING)  # it tells of every call
     model = load_pretrained(folder)
+    model.config = context.extend(model.config)
     tensors = dict(gguf_tensors(model))
     types = {name: tensor_type(name, tensor, type) for name, tensor in tensors.items()}
     template = folder_template(folder)

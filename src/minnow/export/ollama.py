@@ -11,6 +11,7 @@ from pathlib import Path
 
 from minnow.config import UserError, atomic_write
 from minnow.export.gguf_file import GgufFile, GgufType, write_gguf
+from minnow.model.context import AS_TRAINED, ContextConfig
 from minnow.model.pretrained import read_config
 from minnow.tokenizer.template import differences, folder_template
 from minnow.tokenizer.tokenizer import Tokenizer
@@ -24,22 +25,29 @@ _REASONING = (
 _OPENING = "<think>\n{{ if not .Think }}\n</think>\n\n{{ end }}"
 
 
-def write_ollama(folder: Path, out: Path, type: GgufType = "f16", *, thinking: bool = False) -> GgufFile:
+def write_ollama(
+    folder: Path,
+    out: Path,
+    type: GgufType = "f16",
+    *,
+    thinking: bool = False,
+    context: ContextConfig = AS_TRAINED,
+) -> GgufFile:
     """Write `out/model-TYPE.gguf` and `out/Modelfile` of the model in `folder`.
 
-    thinking: whether ollama offers (and by default asks for) reasoning. UserError for a chat template that is not
-    minnow's: there is no translation from Jinja.
+    thinking: whether ollama offers (and by default asks for) reasoning. context: how far to stretch the model's.
+    UserError for a chat template that is not minnow's: there is no translation from Jinja.
     """
     template = folder_template(folder)
     if template is not None and differences(template):
         raise UserError(f"{folder}: its chat template is not minnow's, and ollama's language is another: use --to gguf")
     content = modelfile(
         f"model-{type}.gguf",
-        context=read_config(folder).max_position_embeddings,
+        context=context.extend(read_config(folder)).max_position_embeddings,
         stops=_stops(Tokenizer.from_pretrained(folder)),
         template=go_template(thinking=thinking) if template is not None else "{{ .Prompt }}",
     )
-    written = write_gguf(folder, out / f"model-{type}.gguf", type, thinking=thinking)
+    written = write_gguf(folder, out / f"model-{type}.gguf", type, thinking=thinking, context=context)
     with atomic_write(out / "Modelfile") as temporary:
         temporary.write_text(content, encoding="utf-8")
     return written

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from minnow.export.onnx_decoder import OnnxDecoder
 from minnow.model.config import ModelConfig
+from minnow.model.context import AS_TRAINED, ContextConfig
 from minnow.model.pretrained import load_pretrained
 
 OnnxType = Literal["f32", "int8"]
@@ -24,12 +25,14 @@ ONNX_TYPES: tuple[OnnxType, ...] = get_args(OnnxType)
 _OPSET = 18
 
 
-def write_onnx(folder: Path, path: Path, type: OnnxType = "f32") -> None:
+def write_onnx(folder: Path, path: Path, type: OnnxType = "f32", *, context: ContextConfig = AS_TRAINED) -> None:
     """Write the model in `folder` to `path`. Batch, new tokens and cached tokens may be any number.
 
-    A graph beyond ONNX's limit of 2 GB keeps its weights in `path` + ".data".
+    context: how far to stretch the model's. A graph beyond ONNX's limit of 2 GB keeps its weights in `path` + ".data".
     """
-    decoder = OnnxDecoder(load_pretrained(folder, dtype=torch.float32)).eval()
+    model = load_pretrained(folder, dtype=torch.float32)
+    model.config = context.extend(model.config)
+    decoder = OnnxDecoder(model).eval()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as temporary:
         graph = Path(temporary) / path.name

@@ -37,6 +37,10 @@ class ContextConfig:
         return extended
 
 
+AS_TRAINED = ContextConfig()
+"""The context as it is."""
+
+
 def extend_context(config: ModelConfig, kind: Literal["yarn", "linear", "ntk"], factor: float) -> ModelConfig:
     """The shape for sequences up to `factor` times the trained length.
 

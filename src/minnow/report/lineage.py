@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,19 +47,47 @@ def read_rollouts(run: Path) -> list[dict[str, Any]]:
     return read_records(path) if path.is_file() else []
 
 
+def run_of(model: Path) -> Path | None:
+    """The run that wrote the model in the resolved folder `model`; None where it is not known to be a run's.
+
+    That is the folder around it, if it is a run, or the stage whose model a run of several stages took for its own.
+    A folder that only lies beside runs, or among them, belongs to none of them.
+    """
+    around = model.parent
+    if model.name not in ("model", "model-before-collapse"):
+        return None
+    if _is_run(around):
+        return around
+    weights = model / "model.safetensors"
+    copied = [stage / "model" / weights.name for stage in stage_folders(around) if _is_run(stage)]
+    same = (w for w in copied if w.is_file() and weights.is_file() and filecmp.cmp(w, weights, shallow=False))
+    return next((found.parent.parent for found in same), None)
+
+
 def lineage(run: Path) -> list[Run]:
-    """`run` and the local runs that it started from; of a run of several stages, its last one. Empty for no run."""
-    if not (run / "metrics.jsonl").is_file():
-        stages = stage_folders(run) if run.is_dir() else []
-        return lineage(stages[-1]) if stages else []
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    found = Run(run, config, read_records(run / "metrics.jsonl"))
+    """`run` and the local runs that it started from; empty for a folder that is no run."""
+    if not _is_run(run):
+        return []
+    found = Run(run, _read_config(run), read_records(run / "metrics.jsonl"))
     start = Path(found.init_from) if found.init_from else None
-    if start is not None and start.name == "model":
+    if start is None:
+        return [found]
+    if start.name == "model":
         start = start.parent
-    # The second place serves a run that was moved as a whole, its stages beside each other.
-    places = [] if start is None else [start, run.parent / start.name]
-    for place in places:
-        if place.resolve() != run.resolve() and (place / "config.yaml").is_file():
-            return [*lineage(place), found]
-    return [found]
+    # A run may have been moved as a whole, its stages beside each other: the one that was made at `start` says so.
+    moved = run.parent / start.name
+    if _is_run(start):
+        before = start
+    elif _is_run(moved) and Path(_read_config(moved).get("run") or "").resolve() == start.resolve():
+        before = moved
+    else:
+        return [found]
+    return [found] if before.resolve() == run.resolve() else [*lineage(before), found]
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and (folder / "metrics.jsonl").is_file()
+
+
+def _read_config(run: Path) -> dict[str, Any]:
+    return dict(yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")))

@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 from minnow import __version__
 from minnow.config import atomic_write
 from minnow.model.reward_model import is_classification
-from minnow.report.lineage import Run, lineage, read_rollouts
+from minnow.report.lineage import Run, lineage, read_rollouts, run_of
 from minnow.report.plots import figures_of, save_figure
 
 MARK = "<!-- minnow wrote this card from the run's log and rewrites it; delete this line to keep changes of yours. -->"
@@ -36,25 +36,28 @@ print(judge(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).lo
 def write_model_card(folder: Path, *, repo: str | None = None) -> Path | None:
     """Write `folder/README.md` and, of a model that was trained here, its curves; None for a card of somebody else's.
 
-    folder: of the model; the run around it is `folder`'s parent. repo: OWNER/NAME on the Hub, where it is going.
+    folder: of the model; of one that no run wrote, nothing is said of where it came from. repo: OWNER/NAME on the
+    Hub, where it is going.
     Evaluation results come from `evaluation.json` in the run folder (`minnow eval RUN --json RUN/evaluation.json`).
     """
     path = folder / "README.md"
     if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
         return None
-    run = folder.resolve().parent
-    runs = lineage(run)
-    results = _results(run / "evaluation.json")
-    name = repo.rpartition("/")[2] if repo else (run.name if folder.name == "model" else folder.name)
+    here = folder.resolve()
+    run = run_of(here)
+    # A run's log goes on beyond a model from before its collapse, and its figures are the later ones.
+    runs = lineage(run) if run is not None and here.name == "model" else []
+    results = _results(here.parent / "evaluation.json") if runs else {}
+    name = repo.rpartition("/")[2] if repo else (here.parent.name if here.name == "model" else here.name)
     if runs:
         last = runs[-1]
         save_figure(figures_of(last.records, read_rollouts(last.folder), last.folder.name)[0], folder / _CURVES)
     text = "\n\n".join(
         [
-            f"---\n{_metadata(folder, name, runs, results)}\n---",
+            f"---\n{_metadata(folder, name, runs, results, ours=run is not None)}\n---",
             f"# {name}",
             MARK,
-            _summary(folder, runs),
+            _summary(folder, runs, ours=run is not None),
             *_use(folder, repo, name),
             *_training(runs),
             *_evaluation(results),
@@ -65,8 +68,8 @@ def write_model_card(folder: Path, *, repo: str | None = None) -> Path | None:
     return path
 
 
-def _metadata(folder: Path, name: str, runs: Sequence[Run], results: dict[str, Any]) -> str:
-    """YAML that the Hub reads."""
+def _metadata(folder: Path, name: str, runs: Sequence[Run], results: dict[str, Any], *, ours: bool) -> str:
+    """YAML that the Hub reads. ours: minnow is known to have saved the model."""
     config = _config(folder)
     started = runs[0].init_from if runs else None
     figures = [
@@ -85,7 +88,7 @@ def _metadata(folder: Path, name: str, runs: Sequence[Run], results: dict[str, A
         model_name=name,
         library_name="peft" if (folder / "adapter_config.json").is_file() else "transformers",
         pipeline_tag="text-classification" if _is_reward_model(folder) else "text-generation",
-        tags=["minnow", *([config["model_type"]] if "model_type" in config else [])],
+        tags=[*(["minnow"] if ours else []), *([config["model_type"]] if "model_type" in config else [])] or None,
         base_model=started if started and _from_hub(started) else None,
         datasets=sorted({name for run in runs for name, hub in _data(run) if hub}) or None,
         eval_results=figures or None,
@@ -93,21 +96,24 @@ def _metadata(folder: Path, name: str, runs: Sequence[Run], results: dict[str, A
     return str(data.to_yaml())
 
 
-def _summary(folder: Path, runs: Sequence[Run]) -> str:
+def _summary(folder: Path, runs: Sequence[Run], *, ours: bool) -> str:
     config = _config(folder)
     tokens = sum(run.last("tokens") or 0 for run in runs)
-    how = f"trained on {tokens:,} tokens with minnow {__version__}" if runs else f"saved by minnow {__version__}"
     start = runs[0].init_from if runs else None
-    begin = ", from scratch" if runs and start is None else f", starting from {_public(start)}" if start else ""
     kind = "reward model" if _is_reward_model(folder) else "language model"
+    text = f"A {kind} ({config['architectures'][0]})" if config else f"An adapter of a {kind}"
+    if runs:
+        text += f", trained on {tokens:,} tokens with minnow {__version__}"
+        text += f", starting from {_public(start)}" if start else ", from scratch"
+    elif ours:
+        text += f", saved by minnow {__version__}"
     if not config:
-        return f"An adapter of a {kind}, {how}{begin}."
-    shape = (
-        f"{config['num_hidden_layers']} layers of width {config['hidden_size']}, {config['num_attention_heads']} query "
-        f"and {config['num_key_value_heads']} key heads, a vocabulary of {config['vocab_size']:,}, a context of "
-        f"{config['max_position_embeddings']:,} tokens"
+        return f"{text}."
+    return (
+        f"{text}: {config['num_hidden_layers']} layers of width {config['hidden_size']}, "
+        f"{config['num_attention_heads']} query and {config['num_key_value_heads']} key heads, "
+        f"a vocabulary of {config['vocab_size']:,}, a context of {config['max_position_embeddings']:,} tokens."
     )
-    return f"A {kind} ({config['architectures'][0]}), {how}{begin}: {shape}."
 
 
 def _use(folder: Path, repo: str | None, name: str) -> list[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from minnow.config import UserError
 from minnow.engine import Delta, Engine, SamplingParams
 from minnow.engine.async_engine import Answer, AsyncEngine, ClosedError, QueueFullError
+from minnow.model.context import AS_TRAINED, ContextConfig
 from minnow.model.pretrained import load_pretrained, resolve_model_folder
 from minnow.serving.errors import APIError
 from minnow.serving.metrics import Metrics
@@ -30,6 +31,8 @@ class ServedModel:
     """Of an adapter, its base's."""
     parent: str | None = None
     """Of an adapter, the name of its base; the engine knows the adapter by `name`."""
+    stretch: ContextConfig = AS_TRAINED
+    """What was done to its context, and is done to that of weights that take its place."""
     created: int = field(default_factory=now)
 
     @property
@@ -85,7 +88,7 @@ class ServedModel:
         def load(engine: Engine) -> dict:
             found = resolve_model_folder(folder)
             fresh = load_pretrained(found, dtype=engine.model.compute_dtype, device=engine.model.head_weight.device)
-            if fresh.config != engine.model.config:
+            if self.stretch.extend(fresh.config) != engine.model.config:
                 raise UserError(f"{folder}: its config.json differs from the served model's: start a server for it")
             if Tokenizer.from_pretrained(found).fingerprint != engine.tokenizer.fingerprint:
                 raise UserError(f"{folder}: its tokenizer differs from the served model's: start a server for it")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 
 from minnow.config import UserError
+from minnow.model.context import ContextConfig
 from minnow.model.pretrained import resolve_model_folder
 from minnow.report.model_card import write_model_card
 
@@ -19,7 +20,7 @@ ExportType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(ContextConfig):
     """Write a model for llama.cpp (gguf), ollama or ONNX runtimes, or push it to the Hugging Face Hub.
 
     transformers and vLLM need no export: they read the model folder as it is.
@@ -46,6 +47,15 @@ def run(config: Config) -> None:
     console = Console(highlight=False, soft_wrap=True)
     if (config.repo is None) == (config.to == "hub"):
         raise UserError("minnow export MODEL --to hub OWNER/NAME: a repository belongs to hub, and hub needs one")
+    if config.to == "hub" and not Path(config.model).exists():
+        # What the Hub's client keeps of a Hub id lacks its card, and is not ours to write another one into.
+        raise UserError(
+            f"{config.model}: --to hub pushes a folder of this machine, and there is none of that name; of a Hub model "
+            "push what you train from it, or get it with its card and licence and push that folder "
+            f"(hf download {config.model} --local-dir FOLDER)"
+        )
+    if config.to == "hub" and (config.rope_scaling or config.factor):
+        raise UserError("--rope-scaling changes what gguf, ollama and onnx write; --to hub uploads the folder as it is")
     folder = resolve_model_folder(config.model)
     # Where the folder is a copy that the Hub's client keeps, nothing is written into it.
     home = folder if Path(config.model).exists() else Path(config.model.rpartition("/")[2])
@@ -60,7 +70,7 @@ def _gguf(config: Config, folder: Path, home: Path, console: Console) -> None:
 
     kind = _gguf_type(config)
     out = Path(config.out or home / f"model-{kind}.gguf")
-    _tell(write_gguf(folder, out, kind, thinking=config.thinking), console)
+    _tell(write_gguf(folder, out, kind, thinking=config.thinking, context=config), console)
 
 
 def _ollama(config: Config, folder: Path, home: Path, console: Console) -> None:
@@ -68,7 +78,7 @@ def _ollama(config: Config, folder: Path, home: Path, console: Console) -> None:
     from minnow.export.template import model_name
 
     out = Path(config.out or home)
-    _tell(write_ollama(folder, out, _gguf_type(config), thinking=config.thinking), console)
+    _tell(write_ollama(folder, out, _gguf_type(config), thinking=config.thinking, context=config), console)
     console.print(f"{out / 'Modelfile'}: ollama create {model_name(folder)} -f {out / 'Modelfile'}")
 
 
@@ -80,7 +90,7 @@ def _onnx(config: Config, folder: Path, home: Path, console: Console) -> None:
         raise UserError(f"--type {kind} is no ONNX type; there are {', '.join(ONNX_TYPES)}")
     name = "model.onnx" if kind == "f32" else f"model_{kind}.onnx"
     out = Path(config.out or home / "onnx" / name)
-    write_onnx(folder, out, kind)
+    write_onnx(folder, out, kind, context=config)
     console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 
 

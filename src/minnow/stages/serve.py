@@ -16,7 +16,8 @@ from minnow.config import UserError
 from minnow.engine import Engine, SamplingParams
 from minnow.engine.async_engine import AsyncEngine
 from minnow.model.adapter import base_of, is_adapter
-from minnow.model.pretrained import resolve_model_folder
+from minnow.model.context import ContextConfig
+from minnow.model.pretrained import read_config, resolve_model_folder
 from minnow.serving import ServedModel, ServingConfig, create_app
 from minnow.serving.security import LOOPBACK
 from minnow.stages.terminal import note_foreign_template
@@ -26,7 +27,7 @@ _LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ServingConfig):
+class Config(ServingConfig, ContextConfig):
     """Serve models over OpenAI's API: chat, completions, embeddings.
 
     A model is called by its folder's name (a run's by the run's); NAME=MODEL calls it otherwise. Adapters stand beside
@@ -73,6 +74,7 @@ def run(config: Config) -> None:
             f"--host {config.host} lets others in: set MINNOW_API_KEY (or --api_key), or --insecure true if anybody may"
         )
     named = name_models(config.models)
+    _check_contexts(config, named)
     placed = place_adapters(config.adapters, named)
     if placed and config.compile:
         raise UserError("--compile takes a frozen copy of a model, and a model with --adapters is run as it is")
@@ -110,6 +112,15 @@ def name_models(models: Sequence[str]) -> dict[str, Path]:
     if not named:
         raise UserError("no model to serve: minnow serve MODEL")
     return named
+
+
+def _check_contexts(config: ContextConfig, named: Mapping[str, Path]) -> None:
+    """UserError with the name of a model that cannot be stretched as asked, before any is loaded."""
+    for name, folder in named.items():
+        try:
+            config.extend(read_config(folder))
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from error
 
 
 def place_adapters(adapters: Sequence[str], named: Mapping[str, Path]) -> dict[str, PlacedAdapter]:
@@ -163,6 +174,7 @@ def build_app(
             folder,
             dtype=dtype,
             device=device,
+            context=config,
             frozen=True,
             compile=config.compile,
             memory_share=config.memory_share,
@@ -172,7 +184,7 @@ def build_app(
         if config.compile:  # now, and not while the first client waits
             engine.generate([[engine.tokenizer.start_id]], SamplingParams(max_tokens=3, ignore_eos=True))
         shared = AsyncEngine(engine, max_answers=config.max_answers)
-        models.append(ServedModel(name=name, folder=folder, engine=shared))
+        models.append(ServedModel(name=name, folder=folder, engine=shared, stretch=config))
         models += [ServedModel(name=key, folder=adapters[key], engine=shared, parent=name) for key in adapters]
     return create_app(models, config, hosts=LOOPBACK if local and config.api_key is None else None)
 

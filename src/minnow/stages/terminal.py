@@ -10,7 +10,6 @@ from rich.console import Console
 
 from minnow.engine import Engine, SamplingOptions
 from minnow.model.context import ContextConfig
-from minnow.model.pretrained import load_pretrained, resolve_model_folder
 from minnow.tokenizer.tokenizer import Tokenizer
 from minnow.training.hardware import DeviceName, Precision, choose_device, choose_precision
 
@@ -35,12 +34,16 @@ class TalkingConfig(SamplingOptions, ContextConfig):
     def load_engine(self) -> Engine:
         """The engine for the model, its context stretched if asked for."""
         device = choose_device(self.device)
-        folder = resolve_model_folder(self.model)
-        model = load_pretrained(folder, dtype=choose_precision(self.precision, device), device=device)
-        model.config = self.extend(model.config)
-        tokenizer = Tokenizer.from_pretrained(folder)
-        note_foreign_template(tokenizer, self.model)
-        return Engine(model, tokenizer, frozen=True, memory_share=self.memory_share)
+        engine = Engine.from_pretrained(
+            self.model,
+            dtype=choose_precision(self.precision, device),
+            device=device,
+            context=self,
+            frozen=True,
+            memory_share=self.memory_share,
+        )
+        note_foreign_template(engine.tokenizer, self.model)
+        return engine
 
 
 def note_foreign_template(tokenizer: Tokenizer, model: str) -> None:
