@@ -60,6 +60,12 @@ def test_regex() -> None:
         assert re.fullmatch(pattern, completion.text)
 
 
+@pytest.mark.parametrize("pattern", ["https?://[a-z]{3}", r"https?:\/\/[a-z]{3}", r"\\/[/\/]\\{2}"])
+def test_slashes_of_a_regex_may_be_escaped(pattern: str) -> None:
+    for completion in answer(regex_grammar(pattern)):
+        assert re.fullmatch(pattern, completion.text)
+
+
 def test_tool_calls_are_real_control_tokens_around_valid_arguments() -> None:
     tokenizer = tiny_tokenizer()
     nothing = {"type": "object", "properties": {}, "additionalProperties": False}

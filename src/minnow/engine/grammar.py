@@ -8,6 +8,7 @@ and none elsewhere: so models are trained, and a weak one cannot fill its contex
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
@@ -33,7 +34,9 @@ def json_grammar(schema: Mapping[str, Any] | None = None) -> str:
 
 def regex_grammar(pattern: str) -> str:
     """Text that a regular expression (Rust's syntax, no look-around) matches as a whole."""
-    return f"start: TEXT\nTEXT: /{pattern.replace('/', chr(92) + '/')}/\n"
+    # The grammar writes it between slashes. What a backslash stands before is escaped already.
+    escaped = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", pattern, flags=re.DOTALL)
+    return f"start: TEXT\nTEXT: /{escaped}/\n"
 
 
 def tool_call_grammar(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> str:
