@@ -7,11 +7,17 @@ from typing import Any
 
 import torch
 
+from minnow.engine.grammar import json_grammar
 from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer.tokenizer import Tokenizer
 from minnow.tokenizer.train import train_tokenizer
+
+WIDE = json_grammar({"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(500)}})
+"""Valid, but more than llguidance's parser takes once the brace is open."""
+LATE = f"start: /[ab]{{4}}/ rest\nrest: {WIDE.removeprefix('start: ')}"
+"""So is this one, four letters later."""
 
 
 @cache

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import aclosing
 
 import pytest
-from engine_helpers import random_prompts, tiny_model, tiny_tokenizer
+from engine_helpers import LATE, WIDE, random_prompts, tiny_model, tiny_tokenizer
 
 from minnow.config import UserError
 from minnow.engine import Engine, SamplingParams
@@ -108,6 +108,22 @@ def test_a_failed_step_fails_its_answers_and_no_others(engine: AsyncEngine, monk
         assert [delta.id async for delta in engine.stream([5], SamplingParams(max_tokens=1))]
 
     asyncio.run(fail())
+
+
+def test_a_grammar_that_fails_ends_only_its_own_answer(engine: AsyncEngine, caplog: pytest.LogCaptureFixture) -> None:
+    async def one(grammar: str) -> None:
+        with pytest.raises(UserError, match="cannot be followed"):
+            async for _ in engine.stream([6], SamplingParams(grammar=grammar, seed=1)):
+                pass
+
+    async def beside_another() -> None:
+        answer = await engine.submit([5], LONG)
+        await asyncio.gather(one(WIDE), one(LATE))
+        assert len([delta async for delta in answer]) == 100
+        assert engine.in_flight == 0
+
+    asyncio.run(beside_another())
+    assert not caplog.records
 
 
 def test_drain_and_close(engine: AsyncEngine) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_helpers import tiny_model, tiny_tokenizer
+from engine_helpers import LATE, WIDE, tiny_model, tiny_tokenizer
 
 from minnow.config import UserError
 from minnow.engine import Completion, Engine, SamplingParams
@@ -60,6 +60,12 @@ def test_regex() -> None:
         assert re.fullmatch(pattern, completion.text)
 
 
+@pytest.mark.parametrize("pattern", ["https?://[a-z]{3}", r"https?:\/\/[a-z]{3}", r"\\/[/\/]\\{2}"])
+def test_slashes_of_a_regex_may_be_escaped(pattern: str) -> None:
+    for completion in answer(regex_grammar(pattern)):
+        assert re.fullmatch(pattern, completion.text)
+
+
 def test_tool_calls_are_real_control_tokens_around_valid_arguments() -> None:
     tokenizer = tiny_tokenizer()
     nothing = {"type": "object", "properties": {}, "additionalProperties": False}
@@ -91,11 +97,42 @@ def test_neighbours_stay_free() -> None:
     assert re.fullmatch("[ab]{5}", together[1].completions[0].text)
 
 
-@pytest.mark.parametrize("grammar", ["start: [", json_grammar({"type": "nonsense"}), regex_grammar("(")])
+@pytest.mark.parametrize("grammar", ["start: [", json_grammar({"type": "nonsense"}), regex_grammar("("), WIDE])
 def test_a_bad_grammar_is_refused_before_anything_is_added(grammar: str) -> None:
     engine = Engine(tiny_model(), tiny_tokenizer())
-    with pytest.raises(UserError, match="cannot be followed"):
+    with pytest.raises(UserError, match="cannot be followed") as raised:
         engine.add("x", SamplingParams(grammar=grammar))
+    assert len(str(raised.value)) < 400  # the reason, and not the grammar
+    assert not engine.has_work
+
+
+def test_a_grammar_that_fails_on_the_way_ends_only_its_own_request() -> None:
+    engine = Engine(tiny_model(2), tiny_tokenizer())
+    free = SamplingParams(seed=3, max_tokens=20, ignore_eos=True)
+    alone = engine.generate([[5, 6]], free)[0].completions[0].ids
+    late, letters = SamplingParams(grammar=LATE, seed=1, n=3), SamplingParams(grammar=regex_grammar("[ab]{5}"))
+    requests = [engine.add([5, 6], params) for params in (free, late, letters)]
+    said: dict[int, list[Any]] = {request: [] for request in requests}
+    while engine.has_work:
+        for request, outcome in engine.step():
+            said[request].append(outcome)
+    free_said, (*deltas, last), letters_said = said.values()
+    assert [delta.id for delta in free_said] == alone
+    assert re.fullmatch("[ab]{5}", "".join(delta.text for delta in letters_said))
+    assert re.fullmatch("[ab]{4}", "".join(delta.text for delta in deltas if delta.index == 0))
+    assert isinstance(last, UserError)
+    assert not any(isinstance(delta, UserError) for delta in deltas)
+    assert not engine._parts().scheduler.running
+    assert not engine._parts().scheduler.waiting
+
+
+def test_generate_and_stream_raise_what_fails_on_the_way() -> None:
+    engine = Engine(tiny_model(), tiny_tokenizer())
+    params = SamplingParams(grammar=LATE, seed=1)
+    with pytest.raises(UserError, match="cannot be followed"):
+        engine.generate([[5], [6]], [params, SamplingParams(max_tokens=3)])
+    with pytest.raises(UserError, match="cannot be followed"):
+        list(engine.stream([5], params))
     assert not engine.has_work
 
 

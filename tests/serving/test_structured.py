@@ -192,6 +192,22 @@ def test_a_deep_schema_is_refused(client: openai.OpenAI) -> None:
         client.chat.completions.create(**OPTIONS, response_format=shape)
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_a_schema_too_wide_for_the_parser_costs_nobody_elses_answer(client: openai.OpenAI, late: bool) -> None:
+    """500 optional strings: valid, but more than llguidance follows; behind a thought that shows only at its end."""
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(500)}}
+    shape: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    extra = {"chat_template_kwargs": {"enable_thinking": late}}
+    options = OPTIONS | {"extra_body": {"ignore_eos": True}, "max_tokens": 300}
+    with client.chat.completions.create(**options, stream=True) as stream:
+        next(iter(stream))
+        with pytest.raises(openai.BadRequestError, match="cannot be followed") as raised:
+            client.chat.completions.create(**OPTIONS, response_format=shape, extra_body=extra, logit_bias={"7": 100})
+        assert len(str(raised.value)) < 600
+        *_, last = stream
+    assert last.choices[0].finish_reason == "length"
+
+
 def test_the_grammar_with_tools_and_a_schema(running: Running) -> None:
     """Either a call or JSON: one rule each, in the order in which the model may choose."""
     tokenizer = running.engines["noise"].engine.tokenizer

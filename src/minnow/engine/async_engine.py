@@ -11,6 +11,7 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
+from minnow.config import UserError
 from minnow.engine.engine import Engine, Prompt
 from minnow.engine.outputs import Delta
 from minnow.engine.sampling import SamplingParams
@@ -222,13 +223,13 @@ class AsyncEngine:
                 return False
             command()
 
-    def _deliver(self, deltas: list[tuple[int, Delta]]) -> None:
-        """Hand a step's deltas over, waking each loop once."""
+    def _deliver(self, outcomes: list[tuple[int, Delta | UserError]]) -> None:
+        """Hand what a step made over, waking each loop once."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Answer, Delta | Exception]]] = defaultdict(list)
-        for request_id, delta in deltas:
+        for request_id, outcome in outcomes:
             answer = self._answers[request_id]
-            by_loop[answer.loop].append((answer, delta))
-            if delta.usage is not None:
+            by_loop[answer.loop].append((answer, outcome))
+            if isinstance(outcome, UserError) or outcome.usage is not None:
                 del self._answers[request_id]
         for loop, items in by_loop.items():
             with suppress(RuntimeError):  # the loop has closed

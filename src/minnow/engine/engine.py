@@ -90,8 +90,8 @@ class Engine:
         self._sampler = Sampler()
         self._next_id = 0
         self._requests: dict[int, Request] = {}
-        self._mail: dict[int, deque[Delta]] = {}
-        self._unclaimed: list[tuple[int, Delta]] = []
+        self._mail: dict[int, deque[Delta | UserError]] = {}
+        self._unclaimed: list[tuple[int, Delta | UserError]] = []
 
     @classmethod
     def from_pretrained(
@@ -120,7 +120,7 @@ class Engine:
     ) -> list[Completions]:
         """Answer every prompt; one `SamplingParams` for all, or one for each. In the order of the prompts.
 
-        UserError when a prompt is empty or leaves no room in the model's context.
+        UserError when a prompt is empty or leaves no room in the model's context, or a grammar cannot be followed.
         """
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Listing) else list(params)
         if len(each) != len(prompts):
@@ -135,6 +135,9 @@ class Engine:
         finally:
             for request in requests:
                 self.abort(request.id)
+        for request in requests:
+            if request.error is not None:
+                raise request.error
         return [
             Completions(
                 prompt_ids=request.prompt_ids,
@@ -147,7 +150,7 @@ class Engine:
     def stream(self, prompt: Prompt, params: SamplingParams | None = None) -> Generator[Delta, None, None]:
         """Answer one prompt token by token; with `n` > 1 the samples' deltas take turns. Close it to abort.
 
-        Raises as `generate` does, at the call and not at the first delta.
+        Raises as `generate` does: at the call and not at the first delta, unless a grammar fails further on.
         """
         return self._stream(self._request(prompt, params or SamplingParams()))
 
@@ -158,10 +161,11 @@ class Engine:
         """
         return self._submit(self._request(prompt, params or SamplingParams())).id
 
-    def step(self) -> list[tuple[int, Delta]]:
+    def step(self) -> list[tuple[int, Delta | UserError]]:
         """One forward pass over what waits and lives; (request id, delta) for every token that came of it.
 
-        May be empty. A request's last delta bears its `usage`; after it the id is forgotten.
+        May be empty. A request's last delta bears its `usage`; after it the id is forgotten. In place of a delta stands
+        the error that ended a request, whose grammar could not be followed further; the others go on.
         """
         self._deliver()
         deltas, self._unclaimed = self._unclaimed, []
@@ -170,7 +174,7 @@ class Engine:
     def abort(self, request_id: int) -> None:
         """Forget a request: no delta of it comes after this. Nothing happens where it has its end already."""
         self._mail.pop(request_id, None)
-        self._unclaimed = [(id, delta) for id, delta in self._unclaimed if id != request_id]
+        self._unclaimed = [(id, outcome) for id, outcome in self._unclaimed if id != request_id]
         request = self._requests.pop(request_id, None)
         if request is not None:
             self._parts().scheduler.remove(request)
@@ -254,13 +258,16 @@ class Engine:
         return request
 
     def _stream(self, request: Request) -> Generator[Delta, None, None]:
-        mail = self._mail[self._submit(request).id] = deque[Delta]()
+        mail = self._mail[self._submit(request).id] = deque[Delta | UserError]()
         try:
             while mail or not request.finished:
                 if not mail:
                     self._deliver()
                 while mail:
-                    yield mail.popleft()
+                    outcome = mail.popleft()
+                    if isinstance(outcome, UserError):
+                        raise outcome
+                    yield outcome
         finally:
             self.abort(request.id)
 
@@ -268,17 +275,16 @@ class Engine:
         """Take a step. Deltas of requests that somebody streams go to their mail, the others wait for `step`."""
         if not self._requests:
             return
-        for sequence, delta in self._step():
-            request = sequence.request
+        for request, outcome in self._step():
             if request.id in self._mail:
-                self._mail[request.id].append(delta)
+                self._mail[request.id].append(outcome)
             else:
-                self._unclaimed.append((request.id, delta))
-            if delta.usage is not None:
+                self._unclaimed.append((request.id, outcome))
+            if isinstance(outcome, UserError) or outcome.usage is not None:
                 del self._requests[request.id]
 
     @torch.no_grad()  # not inference_mode: the live training module may cache what it makes here
-    def _step(self) -> list[tuple[Sequence, Delta]]:
+    def _step(self) -> list[tuple[Request, Delta | UserError]]:
         scheduler, runner = self._parts()
         plan = scheduler.schedule()
         read, logits_RV = runner.run(self._decoder(), plan)
@@ -292,12 +298,21 @@ class Engine:
             logits_RV = logits_RV[torch.tensor([place for _, place in rows], device=logits_RV.device)]
         sequences = [row for row, _ in rows]
         sampled = self._sampler(logits_RV, sequences)
-        deltas = []
+        outcomes: list[tuple[Request, Delta | UserError]] = []
         for place, (sequence, token) in enumerate(zip(sequences, sampled.ids, strict=True)):
-            deltas.append((sequence, sequence.append(token, *sampled.logprobs_of(place, sequence.params))))
+            request = sequence.request
+            if request.error is not None:  # a sample before this one ended it
+                continue
+            try:
+                outcomes.append((request, sequence.append(token, *sampled.logprobs_of(place, sequence.params))))
+            except UserError as error:
+                request.error = error
+                outcomes.append((request, error))
+                scheduler.remove(request)
+                continue
             if sequence.finish_reason is not None:
                 scheduler.finish(sequence)
-        return deltas
+        return outcomes
 
     def _decoder(self) -> Decoder:
         """What runs: the model itself, or a packed copy of it for an engine that is frozen or compiles."""

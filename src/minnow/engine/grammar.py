@@ -8,7 +8,9 @@ and none elsewhere: so models are trained, and a weak one cannot fill its contex
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,7 +34,9 @@ def json_grammar(schema: Mapping[str, Any] | None = None) -> str:
 
 def regex_grammar(pattern: str) -> str:
     """Text that a regular expression (Rust's syntax, no look-around) matches as a whole."""
-    return f"start: TEXT\nTEXT: /{pattern.replace('/', chr(92) + '/')}/\n"
+    # The grammar writes it between slashes. What a backslash stands before is escaped already.
+    escaped = re.sub(r"(\\.)|/", lambda found: found[1] or r"\/", pattern, flags=re.DOTALL)
+    return f"start: TEXT\nTEXT: /{escaped}/\n"
 
 
 def tool_call_grammar(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> str:
@@ -62,17 +66,20 @@ class Grammars:
         except ImportError as error:
             raise UserError("constrained answers need llguidance: pip install 'minnow[serve]'") from error
         self._make = llguidance.LLMatcher
+        self._vocab_size, self._end_ids = vocab_size, list(end_ids)
         self._tokenizer = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(_Vocabulary(tokenizer, end_ids[0])), n_vocab=vocab_size, eos_token=list(end_ids)
         )
 
     def constraint(self, grammar: str) -> Constraint:
         """The state before the first token. UserError where the grammar is not valid or too large."""
-        matcher = self._make(self._tokenizer, grammar)
-        if matcher.is_error():
-            reason = matcher.get_error().strip().splitlines()[0]
-            raise UserError(f"the answer's grammar (or JSON schema) cannot be followed: {reason}")
-        return Constraint(matcher)
+        constraint = Constraint(self._make(self._tokenizer, grammar))
+        # Some grammars llguidance finds too large only when it follows them: it takes one token now, on a copy.
+        trial = constraint.copy()
+        begins_V = trial.allowed(self._vocab_size, torch.device("cpu"))
+        begins_V[self._end_ids] = False
+        trial.accept(int(begins_V.nonzero()[0]) if begins_V.any() else self._end_ids[0])
+        return constraint
 
 
 class Constraint:
@@ -86,15 +93,20 @@ class Constraint:
         return Constraint(self._matcher.deep_copy())
 
     def allowed(self, vocab_size: int, device: torch.device) -> Tensor:
-        """Tokens that may come next: bool [V]. The end tokens are among them where the answer may end."""
+        """Tokens that may come next: bool [V]. The end tokens are among them where the answer may end.
+
+        Where llguidance gives the grammar up, only these: `accept` says so then.
+        """
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         allowed_V = np.unpackbits(bits, bitorder="little", count=vocab_size).astype(bool)
         return torch.from_numpy(allowed_V).to(device)
 
     def accept(self, token: int) -> None:
-        """The answer goes on with this token, which was allowed."""
-        taken = self._matcher.consume_token(token)
-        assert taken, self._matcher.get_error()
+        """The answer goes on with this token, which was allowed. UserError where llguidance gives the grammar up."""
+        self._matcher.consume_token(token)
+        if self._matcher.is_error():
+            reason = self._matcher.get_error().strip().splitlines()[0]  # the whole grammar stands below
+            raise UserError(f"the answer's grammar (or JSON schema) cannot be followed: {shorten(reason, 300)}")
 
     @property
     def complete(self) -> bool:

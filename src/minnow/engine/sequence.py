@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from minnow.config import UserError
 from minnow.engine.counter_random import sample_key
 from minnow.engine.grammar import Constraint
 from minnow.engine.outputs import Completion, Delta, FinishReason, TopLogprobs, Usage
@@ -27,13 +28,15 @@ class Request:
     end_ids: frozenset[int]
     """Tokens that end the answer."""
     samples: list[Sequence] = field(default_factory=list)
+    error: UserError | None = None
+    """Why it ended without all of its answers."""
     cached_tokens: int | None = None
     """Of the prompt: found in the cache when it was first read."""
 
     @property
     def finished(self) -> bool:
-        """Whether every sample has its end."""
-        return all(sample.finish_reason is not None for sample in self.samples)
+        """Whether every sample has its end, or the request failed."""
+        return self.error is not None or all(sample.finish_reason is not None for sample in self.samples)
 
     def usage(self) -> Usage:
         """What the request took so far."""
@@ -100,7 +103,12 @@ class Sequence:
         raw_logprob: float | None = None,
         top_logprobs: TopLogprobs | None = None,
     ) -> Delta:
-        """Take the next token and say what it adds; sets `finish_reason` when it is the last one."""
+        """Take the next token and say what it adds; sets `finish_reason` when it is the last one.
+
+        UserError where the grammar cannot be followed further; nothing is added then.
+        """
+        if self.constraint is not None:
+            self.constraint.accept(token)
         self.ids.append(token)
         self.tokens.append(token)
         may_stop = len(self.ids) >= self.params.min_tokens
@@ -109,7 +117,6 @@ class Sequence:
         silent = ends or token >= self._vocab_size
         text = "" if silent else self._stops.push(self._decoder.push(token), may_stop=may_stop)
         if self.constraint is not None:
-            self.constraint.accept(token)
             ends = ends or self.constraint.complete
         if ends or self._stops.found:
             self.finish_reason = "stop"
