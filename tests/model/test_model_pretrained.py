@@ -9,7 +9,7 @@ import shutil
 import huggingface_hub
 import pytest
 import torch
-from model_helpers import FakeTokenizer, tiny_model
+from model_helpers import FakeTokenizer, row_logits, tiny_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedConfig, Qwen2Config, Qwen3Config
 
@@ -160,6 +160,38 @@ def test_configs_we_do_not_compute_are_refused(folder, changes, message):
     change_config(folder, **changes)
     with pytest.raises(UserError, match=message):
         load_pretrained(folder)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "scaling"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, YARN),  # what a user adds to a file of transformers 5
+        (YARN | {"rope_theta": 1e4}, {"rope_type": "default"}),
+        (YARN | {"rope_theta": 1e4}, YARN | {"factor": 2.0}),
+        (YARN | {"rope_theta": 1e4}, YARN | {"attention_factor": 1.0}),
+        (YARN | {"rope_theta": 1e4}, YARN | {"rope_type": "llama3"}),
+        (YARN | {"rope_theta": 1e6}, YARN),  # rope_theta at the top, 1e4, goes with the second
+    ],
+)
+def test_rope_parameters_and_rope_scaling_that_differ_are_refused(folder, parameters, scaling):
+    change_config(folder, rope_parameters=parameters, rope_scaling=scaling)
+    with pytest.raises(UserError, match=r"config\.json: rope_parameters .* and rope_scaling .* contradict each other"):
+        load_pretrained(folder)
+
+
+def test_rope_parameters_and_rope_scaling_that_agree_are_read(folder):
+    """Agree in what they mean: transformers 4's name of the type, and defaults written out in one of them."""
+    written = {"type": "yarn", "factor": 4, "beta_fast": 32, "beta_slow": 1, "original_max_position_embeddings": 16}
+    change_config(folder, rope_parameters=YARN | {"rope_theta": 1e4}, rope_scaling=written)
+    tokens = torch.randint(0, 97, (2, 60))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ours = load_pretrained(folder)
+    assert (ours.config.rope_scaling.type, ours.config.rope_scaling.factor) == ("yarn", 4.0)
+    with torch.no_grad():
+        torch.testing.assert_close(row_logits(ours, tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_what_changes_no_number_is_read(folder):

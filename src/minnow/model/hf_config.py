@@ -142,11 +142,35 @@ def _refuse_variants(content: dict[str, Any], where: str) -> None:
 
 
 def _rope_from_hf(content: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Transformers 5 writes rope_parameters, 4 writes rope_theta and rope_scaling."""
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    """Transformers 5 writes rope_parameters, 4 writes rope_theta and rope_scaling; a file may have both if they agree.
+
+    Where they do not, transformers 5 takes rope_scaling and drops the other without a word. Often that is what a user
+    added to a file that has both, and as often what somebody forgot in it: only they can know.
+    """
+    read = {
+        key: _read_rope(content[key], content, where) for key in ("rope_parameters", "rope_scaling") if content.get(key)
+    }
+    if len(read) == 2 and read["rope_parameters"] != read["rope_scaling"]:
+        raise UserError(
+            f"{where}: rope_parameters {content['rope_parameters']} and rope_scaling {content['rope_scaling']} (with "
+            f"rope_theta {content.get('rope_theta')} and partial_rotary_factor {content.get('partial_rotary_factor')} "
+            "beside them) contradict each other: write the same into both, or remove one"
+        )
+    theta, scaling, turned = next(iter(read.values())) if read else _read_rope({}, content, where)
+    if turned not in (1, None):
+        raise UserError(f"{where}: partial_rotary_factor = {turned!r} is not supported (only 1)")
+    return theta, scaling
+
+
+def _read_rope(
+    rope: dict[str, Any], content: dict[str, Any], where: str
+) -> tuple[float, RopeScaling | None, float | None]:
+    """What one set of rope parameters comes to: the base, the scaling and the share of a head that is turned."""
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{where}: rope parameters by layer type are not supported (only one set for all layers)")
     theta = float(rope.get("rope_theta") or content.get("rope_theta") or 10_000.0)
+    default = 0.5 if content["model_type"] == "glm4_moe" else 1.0
+    turned = rope.get("partial_rotary_factor", content.get("partial_rotary_factor", default))
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_TYPES:
         hint = ""
@@ -154,9 +178,7 @@ def _rope_from_hf(content: dict[str, Any], where: str) -> tuple[float, RopeScali
             # Its angles depend on the longest row of the batch, and keys in a cache keep the angles of their time.
             hint = "; within the trained length it is 'default', beyond it --rope-scaling ntk or yarn takes its place"
         raise UserError(f"{where}: rope type {kind!r} is not supported (only {', '.join(_ROPE_TYPES)}{hint})")
-    if rope.get("partial_rotary_factor", 1) not in (1, None):
-        raise UserError(f"{where}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported (only 1)")
-    return theta, None if kind == "default" else _scaling_from_hf(kind, rope, content, where)
+    return theta, None if kind == "default" else _scaling_from_hf(kind, rope, content, where), turned
 
 
 def _scaling_from_hf(kind: Any, rope: dict[str, Any], content: dict[str, Any], where: str) -> RopeScaling:

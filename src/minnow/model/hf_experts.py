@@ -27,7 +27,6 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.0,
         "n_group": 1,
         "topk_group": 1,
-        "partial_rotary_factor": 0.5,
     },
 }
 
@@ -77,10 +76,6 @@ def experts_from_hf(content: dict[str, Any], where: str) -> ExpertsConfig | None
         # transformers 4 reads num_experts; 5 has num_local_experts for the same.
         count = content.get("num_experts") or content.get("num_local_experts") or values["num_experts"]
         return ExpertsConfig(num_experts=count, first_k_dense_replace=len(dense), **common)
-    rope = content.get("rope_parameters") or {}
-    turned = rope.get("partial_rotary_factor", values["partial_rotary_factor"])
-    if turned != 1:
-        raise UserError(f"{where}: partial_rotary_factor = {turned!r} is not supported (only 1.0)")
     count = content.get("n_routed_experts") or content.get("num_local_experts") or values["n_routed_experts"]
     rest = ("n_shared_experts", "first_k_dense_replace", "routed_scaling_factor", "n_group", "topk_group")
     return ExpertsConfig(num_experts=count, scoring="sigmoid", **common, **{key: values[key] for key in rest})
