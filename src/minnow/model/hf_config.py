@@ -125,7 +125,7 @@ def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
             attention_output_bias=bias and model_type not in ("qwen2", "glm4_moe"),
             mlp_bias=model_type == "llama" and bool(content.get("mlp_bias")),
             experts=experts_from_hf(content, where),
-            max_position_embeddings=content.get("max_position_embeddings") or _DEFAULT_POSITIONS[model_type],
+            max_position_embeddings=_longest(content, scaling),
         )
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
@@ -204,6 +204,19 @@ def _scaling_from_hf(kind: Any, rope: dict[str, Any], content: dict[str, Any], w
         low_freq_factor=float(rope.get("low_freq_factor") or 1),
         high_freq_factor=float(rope.get("high_freq_factor") or 4),
     )
+
+
+def _longest(content: dict[str, Any], scaling: RopeScaling | None) -> int:
+    """The longest sequence that the model reads, in tokens.
+
+    A yarn with the trained length beside it says by itself how far it reaches, and max_position_embeddings may still be
+    the trained length (Qwen's cards ask for rope_scaling alone): no reader of transformers stops there.
+    """
+    written: int = content.get("max_position_embeddings") or _DEFAULT_POSITIONS[content["model_type"]]
+    places = (content, content.get("rope_parameters") or {}, content.get("rope_scaling") or {})
+    if scaling is None or scaling.type != "yarn" or not any(p.get("original_max_position_embeddings") for p in places):
+        return written
+    return max(written, round(scaling.original_max_position_embeddings * scaling.factor))
 
 
 def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
