@@ -172,7 +172,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         (YARN | {"rope_theta": 1e4}, {"rope_type": "default"}),
         (YARN | {"rope_theta": 1e4}, YARN | {"factor": 2.0}),
         (YARN | {"rope_theta": 1e4}, YARN | {"attention_factor": 1.0}),
-        (YARN | {"rope_theta": 1e4}, YARN | {"rope_type": "llama3"}),
+        (YARN | {"rope_theta": 1e4}, YARN | {"rope_type": "linear"}),
         (YARN | {"rope_theta": 1e6}, YARN),  # rope_theta at the top, 1e4, goes with the second
     ],
 )

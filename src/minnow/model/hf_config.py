@@ -9,6 +9,7 @@ import torch
 from minnow.config import UserError
 from minnow.model.config import ModelConfig, RopeScaling
 from minnow.model.context import yarn_attention_factor
+from minnow.model.hf_defaults import DEFAULTS, with_defaults
 from minnow.model.hf_experts import experts_from_hf, experts_to_hf
 
 _MODEL_TYPES = {
@@ -18,10 +19,9 @@ _MODEL_TYPES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Glm4MoeForCausalLM": "glm4_moe",
 }
-_DEFAULT_POSITIONS = {"qwen3": 32768, "qwen2": 32768, "llama": 2048, "qwen3_moe": 32768, "glm4_moe": 131072}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-_ALL = tuple(_DEFAULT_POSITIONS)
+_ALL = tuple(DEFAULTS)
 _PLAIN: tuple[tuple[str, tuple[Any, ...], tuple[str, ...]], ...] = (
     # Attribute, the values that mean what this decoder computes, the classes that look at it. pretraining_tp is not
     # here: it cuts the same products into slices.
@@ -96,7 +96,7 @@ def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
     compute."""
     model_type, name = content.get("model_type"), (content.get("architectures") or ["none named"])[0]
     name = name.replace("ForSequenceClassification", "ForCausalLM")  # a reward model: the same decoder, another head
-    if model_type not in _DEFAULT_POSITIONS or name not in (*_MODEL_TYPES, "none named"):
+    if model_type not in DEFAULTS or name not in (*_MODEL_TYPES, "none named"):
         raise UserError(
             f"{where}: architecture {name} (model_type {model_type!r}) is not supported; "
             f"these are: {', '.join(_MODEL_TYPES)}"
@@ -105,26 +105,25 @@ def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
     missing = [key for key in _REQUIRED if content.get(key) is None]
     if missing:
         raise UserError(f"{where}: no {', '.join(missing)} in it; is this the config.json of a language model?")
+    content = with_defaults(content)
     heads = content["num_attention_heads"]
-    head_dim = content.get("head_dim") or (128 if model_type == "qwen3" else content["hidden_size"] // heads)
     theta, scaling = _rope_from_hf(content, where)
     # Qwen2 has its biases whatever config.json says, and never on o_proj.
-    bias = model_type == "qwen2" or bool(content.get("attention_bias"))
+    bias = model_type == "qwen2" or bool(content["attention_bias"])
     try:
         return ModelConfig(
             **{key: content[key] for key in _REQUIRED},
-            num_key_value_heads=content.get("num_key_value_heads") or heads,
-            head_dim=head_dim,
+            num_key_value_heads=content["num_key_value_heads"] or heads,
+            head_dim=content.get("head_dim") or content["hidden_size"] // heads,
             rope_theta=theta,
             rope_scaling=scaling,
-            rms_norm_eps=content.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=content.get("tie_word_embeddings", False),
-            qk_norm=model_type in ("qwen3", "qwen3_moe")
-            or (model_type == "glm4_moe" and bool(content.get("use_qk_norm"))),
+            rms_norm_eps=content["rms_norm_eps"],
+            tie_word_embeddings=content["tie_word_embeddings"],
+            qk_norm=model_type in ("qwen3", "qwen3_moe") or (model_type == "glm4_moe" and bool(content["use_qk_norm"])),
             attention_bias=bias,
             attention_output_bias=bias and model_type not in ("qwen2", "glm4_moe"),
-            mlp_bias=model_type == "llama" and bool(content.get("mlp_bias")),
-            experts=experts_from_hf(content, where),
+            mlp_bias=model_type == "llama" and bool(content["mlp_bias"]),
+            experts=experts_from_hf(content),
             max_position_embeddings=_longest(content, scaling),
         )
     except UserError as error:
@@ -152,9 +151,9 @@ def _rope_from_hf(content: dict[str, Any], where: str) -> tuple[float, RopeScali
     }
     if len(read) == 2 and read["rope_parameters"] != read["rope_scaling"]:
         raise UserError(
-            f"{where}: rope_parameters {content['rope_parameters']} and rope_scaling {content['rope_scaling']} (with "
-            f"rope_theta {content.get('rope_theta')} and partial_rotary_factor {content.get('partial_rotary_factor')} "
-            "beside them) contradict each other: write the same into both, or remove one"
+            f"{where}: rope_parameters {content['rope_parameters']} and rope_scaling {content['rope_scaling']} (where "
+            f"they leave them out, rope_theta is {content['rope_theta']} and partial_rotary_factor "
+            f"{content['partial_rotary_factor']}) contradict each other: write the same into both, or remove one"
         )
     theta, scaling, turned = next(iter(read.values())) if read else _read_rope({}, content, where)
     if turned not in (1, None):
@@ -168,9 +167,8 @@ def _read_rope(
     """What one set of rope parameters comes to: the base, the scaling and the share of a head that is turned."""
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{where}: rope parameters by layer type are not supported (only one set for all layers)")
-    theta = float(rope.get("rope_theta") or content.get("rope_theta") or 10_000.0)
-    default = 0.5 if content["model_type"] == "glm4_moe" else 1.0
-    turned = rope.get("partial_rotary_factor", content.get("partial_rotary_factor", default))
+    theta = float(rope.get("rope_theta") or content["rope_theta"])
+    turned = rope.get("partial_rotary_factor", content["partial_rotary_factor"])
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_TYPES:
         hint = ""
@@ -184,10 +182,12 @@ def _read_rope(
 def _scaling_from_hf(kind: Any, rope: dict[str, Any], content: dict[str, Any], where: str) -> RopeScaling:
     if kind == "yarn" and (rope.get("mscale") or rope.get("mscale_all_dim") or rope.get("truncate") is False):
         raise UserError(f"{where}: yarn with mscale or without truncation is not supported")
-    if rope.get("factor") is None:
-        raise UserError(f"{where}: the rope type {kind!r} needs a factor")
+    needed = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
+    missing = [key for key in needed if rope.get(key) is None]
+    if missing:
+        raise UserError(f"{where}: the rope type {kind!r} needs a {', a '.join(missing)}")
     factor = float(rope["factor"])
-    longest = content.get("max_position_embeddings") or _DEFAULT_POSITIONS[content["model_type"]]
+    longest = content["max_position_embeddings"]
     # Readers prefer the length that stands outside of the rope's parameters.
     trained = content.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     if trained is None:  # readers take the longest itself for yarn; linear does not ask
@@ -212,7 +212,7 @@ def _longest(content: dict[str, Any], scaling: RopeScaling | None) -> int:
     A yarn with the trained length beside it says by itself how far it reaches, and max_position_embeddings may still be
     the trained length (Qwen's cards ask for rope_scaling alone): no reader of transformers stops there.
     """
-    written: int = content.get("max_position_embeddings") or _DEFAULT_POSITIONS[content["model_type"]]
+    written: int = content["max_position_embeddings"]
     places = (content, content.get("rope_parameters") or {}, content.get("rope_scaling") or {})
     if scaling is None or scaling.type != "yarn" or not any(p.get("original_max_position_embeddings") for p in places):
         return written
