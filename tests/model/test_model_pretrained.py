@@ -101,6 +101,34 @@ def test_shards_are_read(folder):
         load_pretrained(folder)
 
 
+def test_a_whole_file_goes_before_an_index(folder):
+    """As in transformers. The index and its shards are of an older save, whose every weight was zero."""
+    whole, shard = load_file(folder / "model.safetensors"), "model-00001-of-00001.safetensors"
+    save_file({name: tensor * 0 for name, tensor in whole.items()}, folder / shard, metadata={"format": "pt"})
+    index = {"weight_map": dict.fromkeys(whole, shard)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(theirs.get_input_embeddings().weight, whole["model.embed_tokens.weight"])
+    assert torch.equal(load_pretrained(folder).head_weight, whole["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        (b"{}", "no weight_map in it"),
+        (b'{"weight_map": null}', "no weight_map in it"),
+        (b"[]", "not a JSON object, list"),
+        (b"{bad", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+    ],
+)
+def test_a_broken_index_is_refused_by_name(folder, index, message):
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors.index.json").write_bytes(index)
+    with pytest.raises(UserError, match=rf"model/model\.safetensors\.index\.json: {message}"):
+        load_pretrained(folder)
+
+
 def test_a_tied_head_stored_twice_is_read(folder):
     change_weights(folder, lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"].clone()}))
     load_pretrained(folder)

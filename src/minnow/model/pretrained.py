@@ -156,7 +156,7 @@ def is_reward_model(folder: Path) -> bool:
     """Whether a resolved folder holds a sequence-classification model, or an adapter that makes one of its base."""
     if is_adapter(folder):
         return is_reward_adapter(folder)
-    return is_classification(_config_content(folder))
+    return is_classification(_read_json(folder / "config.json"))
 
 
 def _fill(
@@ -199,12 +199,13 @@ def _merged(model: CausalLM, dtype: torch.dtype | None, device: torch.device | s
     return model
 
 
-def _config_content(folder: Path) -> dict[str, Any]:
-    file = folder / "config.json"
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: not a JSON object, {type(content).__name__}")
     return content
 
 
@@ -213,7 +214,7 @@ def read_config(folder: str | Path) -> ModelConfig:
     folder = Path(folder)
     if is_adapter(folder):
         return read_config(_base_folder(folder))
-    return from_hf_config(_config_content(folder), str(folder / "config.json"))
+    return from_hf_config(_read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def _base_folder(folder: Path, base: str | Path | None = None) -> Path:
@@ -264,11 +265,15 @@ def _token_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards its index names."""
-    if (folder / _INDEX).is_file():
-        files = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    elif (folder / _WEIGHTS).is_file():
+    """All tensors of model.safetensors, or of the shards its index names. A folder that has both is read as
+    transformers reads it: an index beside the whole file is left over from an older save."""
+    if (folder / _WEIGHTS).is_file():
         files = [_WEIGHTS]
+    elif (folder / _INDEX).is_file():
+        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{folder / _INDEX}: no weight_map in it, which names each tensor's file: fetch it again")
+        files = sorted(set(weight_map.values()))
     else:
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pth", ".pt"))
         also = f" ({pickled[0]} is a pickle, never read: convert it to safetensors)" if pickled else ""
