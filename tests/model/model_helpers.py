@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -59,6 +62,27 @@ class KeptKeys:
         self.kept[layer] = (k, v)
         padding = q.new_zeros(q.shape[0], k.shape[1] - q.shape[1], *q.shape[2:])
         return causal_attention(torch.cat((padding, q), dim=1), k, v)[:, -q.shape[1] :]
+
+
+def assert_same_logits(ours: CausalLM, reference: torch.nn.Module, tokens: torch.Tensor) -> None:
+    """The whole text at once, and all but its last two tokens followed by these one by one, with both caches."""
+    length = tokens.shape[1]
+    with torch.no_grad():
+        whole, expected = row_logits(ours, tokens), reference(tokens).logits
+        torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
+        kept, their_cache = KeptKeys(), None
+        for start, stop in pairwise([0, *range(max(1, length - 2), length + 1)]):
+            positions = torch.arange(start, stop).expand(tokens.shape[0], -1)
+            hidden = ours(tokens[:, start:stop], positions, kept)
+            out = reference(tokens[:, start:stop], past_key_values=their_cache, use_cache=True)
+            their_cache = out.past_key_values
+            torch.testing.assert_close(ours.logits(hidden), out.logits, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(out.logits, whole[:, start:stop], atol=1e-4, rtol=1e-4)
+
+
+def change_config(folder, **changes) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | changes))
 
 
 class FakeTokenizer:

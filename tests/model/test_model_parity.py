@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from itertools import pairwise
 
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_helpers import FakeTokenizer, KeptKeys, randomized, row_logits, tiny_config, tiny_model
+from model_helpers import FakeTokenizer, assert_same_logits, randomized, tiny_config, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -79,22 +78,6 @@ def scalings(draw, trained: int = 16) -> RopeScaling | None:
 
 def theirs(folder) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def assert_same_logits(ours: CausalLM, reference: torch.nn.Module, tokens: torch.Tensor) -> None:
-    """The whole text at once, and all but its last two tokens followed by these one by one, with both caches."""
-    length = tokens.shape[1]
-    with torch.no_grad():
-        whole, expected = row_logits(ours, tokens), reference(tokens).logits
-        torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
-        kept, their_cache = KeptKeys(), None
-        for start, stop in pairwise([0, *range(max(1, length - 2), length + 1)]):
-            positions = torch.arange(start, stop).expand(tokens.shape[0], -1)
-            hidden = ours(tokens[:, start:stop], positions, kept)
-            out = reference(tokens[:, start:stop], past_key_values=their_cache, use_cache=True)
-            their_cache = out.past_key_values
-            torch.testing.assert_close(ours.logits(hidden), out.logits, atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(out.logits, whole[:, start:stop], atol=1e-4, rtol=1e-4)
 
 
 def reach(scaling: RopeScaling | None) -> int:

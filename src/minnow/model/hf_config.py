@@ -21,18 +21,16 @@ _MODEL_TYPES = {
 }
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-_ALL = tuple(DEFAULTS)
-_PLAIN: tuple[tuple[str, tuple[Any, ...], tuple[str, ...]], ...] = (
-    # Attribute, the values that mean what this decoder computes, the classes that look at it. pretraining_tp is not
-    # here: it cuts the same products into slices.
-    ("hidden_act", ("silu", "swish"), _ALL),
-    ("attention_dropout", (0,), _ALL),
-    ("partial_rotary_factor", (1,), _ALL),
-    ("quantization_config", (None,), _ALL),
-    ("is_causal", (True,), _ALL),
-    ("add_cross_attention", (False,), _ALL),
-    ("pruned_heads", (None, {}), _ALL),
-    ("use_sliding_window", (False,), ("qwen2", "qwen3", "qwen3_moe")),
+_PLAIN: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    # Attribute, and the values that mean what this decoder computes. pretraining_tp is not here: it cuts the same
+    # products into slices.
+    ("hidden_act", ("silu", "swish")),
+    ("attention_dropout", (0,)),
+    ("partial_rotary_factor", (1,)),
+    ("quantization_config", (None,)),
+    ("is_causal", (True,)),
+    ("add_cross_attention", (False,)),
+    ("pruned_heads", (None, {})),
 )
 
 
@@ -106,6 +104,7 @@ def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
     if missing:
         raise UserError(f"{where}: no {', '.join(missing)} in it; is this the config.json of a language model?")
     content = with_defaults(content)
+    _refuse_sliding(content, where)
     heads = content["num_attention_heads"]
     theta, scaling = _rope_from_hf(content, where)
     # Qwen2 has its biases whatever config.json says, and never on o_proj.
@@ -132,12 +131,34 @@ def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
 
 def _refuse_variants(content: dict[str, Any], where: str) -> None:
     """What the class of this model_type would compute otherwise is refused by name, never left out."""
-    for key, plain, readers in _PLAIN:
-        if content["model_type"] in readers and key in content and content[key] not in (*plain, None):
+    for key, plain in _PLAIN:
+        if key in content and content[key] not in (*plain, None):
             raise UserError(f"{where}: {key} = {content[key]!r} is not supported (only {plain[0]!r})")
-    other = sorted(set(content.get("layer_types") or ()) - {"full_attention"})
-    if other and content["model_type"] != "llama":
-        raise UserError(f"{where}: layer_types with {', '.join(other)} are not supported (only full_attention)")
+
+
+def _refuse_sliding(content: dict[str, Any], where: str) -> None:
+    """Refuse a model of which a layer sees no further back than a window; the keys alone do no harm.
+
+    Qwen2's and Qwen3's classes take a kind for each layer, from max_window_layers where there is no list; Qwen3-MoE's
+    has the window in all layers or in none; Llama's and GLM-4-MoE's look at none of these keys.
+    """
+    if content["model_type"] not in ("qwen2", "qwen3", "qwen3_moe"):
+        return
+    slides = content["use_sliding_window"] and content["sliding_window"] is not None
+    if content["model_type"] == "qwen3_moe":
+        kinds = {"sliding_attention" if slides else "full_attention"}
+    elif content.get("layer_types"):
+        kinds = set(content["layer_types"])
+    else:
+        last_slides = slides and content["num_hidden_layers"] > content["max_window_layers"]
+        kinds = {"sliding_attention" if last_slides else "full_attention"}
+    if kinds != {"full_attention"}:
+        keys = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+        given = ", ".join(f"{key} {content.get(key)}" for key in keys)
+        raise UserError(
+            f"{where}: layers of {', '.join(sorted(kinds - {'full_attention'}))} are not supported, "
+            f"only full_attention ({given})"
+        )
 
 
 def _rope_from_hf(content: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
