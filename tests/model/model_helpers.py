@@ -6,10 +6,11 @@ import json
 from itertools import pairwise
 
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from minnow.model.attention import Attention, CausalAttention, causal_attention
-from minnow.model.config import ModelConfig
+from minnow.model.config import ModelConfig, RopeScaling
 from minnow.model.transformer import CausalLM
 
 
@@ -48,6 +49,38 @@ def positions_like(tokens_BT: Tensor) -> Tensor:
 def row_logits(model: CausalLM, tokens_BT: Tensor, attention: Attention | None = None) -> Tensor:
     hidden = model(tokens_BT, positions_like(tokens_BT), attention or CausalAttention())
     return model.logits(hidden)
+
+
+@st.composite
+def scalings(draw, trained: int = 16) -> RopeScaling | None:
+    kind = draw(st.sampled_from(["none", "linear", "yarn", "llama3"]))
+    if kind == "none":
+        return None
+    more = {}
+    if kind == "yarn":
+        more = {"beta_slow": draw(st.floats(0.25, 2)), "beta_fast": draw(st.floats(3, 40))}
+        more["attention_factor"] = draw(st.floats(0.8, 1.5))
+    elif kind == "llama3":
+        more = {"low_freq_factor": draw(st.floats(0.25, 2)), "high_freq_factor": draw(st.floats(2.5, 8))}
+    factor = draw(st.floats(1, 16))
+    return RopeScaling(type=kind, factor=factor, original_max_position_embeddings=trained, **more)
+
+
+def reach(scaling: RopeScaling | None) -> int:
+    """A max_position_embeddings that goes with the scaling: a shorter one with yarn is read as what yarn reaches."""
+    return 64 if scaling is None or scaling.type != "yarn" else max(64, round(16 * scaling.factor))
+
+
+def written_scaling(scaling: RopeScaling | None) -> dict:
+    """As transformers writes it, without the base."""
+    if scaling is None:
+        return {"rope_type": "default"}
+    fields = {
+        "linear": (),
+        "yarn": ("attention_factor", "beta_fast", "beta_slow", "original_max_position_embeddings"),
+        "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }[scaling.type]
+    return {"rope_type": scaling.type, "factor": scaling.factor} | {f: getattr(scaling, f) for f in fields}
 
 
 class KeptKeys:

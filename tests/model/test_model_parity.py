@@ -9,7 +9,16 @@ import shutil
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_helpers import FakeTokenizer, assert_same_logits, randomized, tiny_config, tiny_model
+from model_helpers import (
+    FakeTokenizer,
+    assert_same_logits,
+    randomized,
+    reach,
+    scalings,
+    tiny_config,
+    tiny_model,
+    written_scaling,
+)
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -61,28 +70,8 @@ def shapes(draw, kind: str | None = None) -> dict:
     }
 
 
-@st.composite
-def scalings(draw, trained: int = 16) -> RopeScaling | None:
-    kind = draw(st.sampled_from(["none", "linear", "yarn", "llama3"]))
-    if kind == "none":
-        return None
-    more = {}
-    if kind == "yarn":
-        more = {"beta_slow": draw(st.floats(0.25, 2)), "beta_fast": draw(st.floats(3, 40))}
-        more["attention_factor"] = draw(st.floats(0.8, 1.5))
-    elif kind == "llama3":
-        more = {"low_freq_factor": draw(st.floats(0.25, 2)), "high_freq_factor": draw(st.floats(2.5, 8))}
-    factor = draw(st.floats(1, 16))
-    return RopeScaling(type=kind, factor=factor, original_max_position_embeddings=trained, **more)
-
-
 def theirs(folder) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def reach(scaling: RopeScaling | None) -> int:
-    """A max_position_embeddings that goes with the scaling: a shorter one with yarn is read as what yarn reaches."""
-    return 64 if scaling is None or scaling.type != "yarn" else max(64, round(16 * scaling.factor))
 
 
 @given(
@@ -114,16 +103,9 @@ def test_ours_saved_reads_the_same_in_transformers(tmp_path, shape, scaling, row
 def test_theirs_saved_reads_the_same_in_ours_and_back(tmp_path, kind, length, seed, data):
     config_class, model_class = CLASSES[kind]
     shape, scaling = data.draw(shapes(kind)), data.draw(scalings())
-    rope = {"rope_type": "default"}
-    if scaling is not None:
-        fields = {
-            "linear": (),
-            "yarn": ("attention_factor", "beta_fast", "beta_slow", "original_max_position_embeddings"),
-            "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        }[scaling.type]
-        rope = {"rope_type": scaling.type, "factor": scaling.factor} | {f: getattr(scaling, f) for f in fields}
-        if scaling.type == "yarn" and data.draw(st.booleans()):
-            del rope["attention_factor"]  # theirs then is the paper's
+    rope = written_scaling(scaling)
+    if rope["rope_type"] == "yarn" and data.draw(st.booleans()):
+        del rope["attention_factor"]  # theirs then is the paper's
     theta = shape.pop("rope_theta")
     output_bias, mlp_bias = shape.pop("attention_output_bias"), shape.pop("mlp_bias")
     shape |= {"attention_bias": output_bias} if kind != "qwen2" else {}
