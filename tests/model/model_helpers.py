@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from itertools import pairwise
+
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 from minnow.model.attention import Attention, CausalAttention, causal_attention
-from minnow.model.config import ModelConfig
+from minnow.model.config import ModelConfig, RopeScaling
 from minnow.model.transformer import CausalLM
 
 
@@ -47,6 +51,38 @@ def row_logits(model: CausalLM, tokens_BT: Tensor, attention: Attention | None =
     return model.logits(hidden)
 
 
+@st.composite
+def scalings(draw, trained: int = 16) -> RopeScaling | None:
+    kind = draw(st.sampled_from(["none", "linear", "yarn", "llama3"]))
+    if kind == "none":
+        return None
+    more = {}
+    if kind == "yarn":
+        more = {"beta_slow": draw(st.floats(0.25, 2)), "beta_fast": draw(st.floats(3, 40))}
+        more["attention_factor"] = draw(st.floats(0.8, 1.5))
+    elif kind == "llama3":
+        more = {"low_freq_factor": draw(st.floats(0.25, 2)), "high_freq_factor": draw(st.floats(2.5, 8))}
+    factor = draw(st.floats(1, 16))
+    return RopeScaling(type=kind, factor=factor, original_max_position_embeddings=trained, **more)
+
+
+def reach(scaling: RopeScaling | None) -> int:
+    """A max_position_embeddings that goes with the scaling: a shorter one with yarn is read as what yarn reaches."""
+    return 64 if scaling is None or scaling.type != "yarn" else max(64, round(16 * scaling.factor))
+
+
+def written_scaling(scaling: RopeScaling | None) -> dict:
+    """As transformers writes it, without the base."""
+    if scaling is None:
+        return {"rope_type": "default"}
+    fields = {
+        "linear": (),
+        "yarn": ("attention_factor", "beta_fast", "beta_slow", "original_max_position_embeddings"),
+        "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }[scaling.type]
+    return {"rope_type": scaling.type, "factor": scaling.factor} | {f: getattr(scaling, f) for f in fields}
+
+
 class KeptKeys:
     """The least cache: keys and values of each layer, appended; the queries are the last ones."""
 
@@ -59,6 +95,27 @@ class KeptKeys:
         self.kept[layer] = (k, v)
         padding = q.new_zeros(q.shape[0], k.shape[1] - q.shape[1], *q.shape[2:])
         return causal_attention(torch.cat((padding, q), dim=1), k, v)[:, -q.shape[1] :]
+
+
+def assert_same_logits(ours: CausalLM, reference: torch.nn.Module, tokens: torch.Tensor) -> None:
+    """The whole text at once, and all but its last two tokens followed by these one by one, with both caches."""
+    length = tokens.shape[1]
+    with torch.no_grad():
+        whole, expected = row_logits(ours, tokens), reference(tokens).logits
+        torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
+        kept, their_cache = KeptKeys(), None
+        for start, stop in pairwise([0, *range(max(1, length - 2), length + 1)]):
+            positions = torch.arange(start, stop).expand(tokens.shape[0], -1)
+            hidden = ours(tokens[:, start:stop], positions, kept)
+            out = reference(tokens[:, start:stop], past_key_values=their_cache, use_cache=True)
+            their_cache = out.past_key_values
+            torch.testing.assert_close(ours.logits(hidden), out.logits, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(out.logits, whole[:, start:stop], atol=1e-4, rtol=1e-4)
+
+
+def change_config(folder, **changes) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | changes))
 
 
 class FakeTokenizer:

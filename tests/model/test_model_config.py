@@ -12,7 +12,7 @@ from minnow.config import UserError
 from minnow.model.config import ModelConfig, RopeScaling
 from minnow.model.init import InitConfig
 from minnow.model.presets import PRESETS, preset
-from minnow.model.size import forward_flops_per_token, parameter_count, training_flops_per_token
+from minnow.model.size import active_parameter_count, forward_flops_per_token, parameter_count, training_flops_per_token
 from minnow.model.transformer import CausalLM
 
 
@@ -76,10 +76,36 @@ PUBLISHED = {
     "171m": 32_000 * 1024
     + 12 * (2 * 1024 * 1024 + 2 * 1024 * 512 + 3 * 1024 * 2736 + (1024 + 2 * 512) + 2 * 1024)
     + 1024,
+    # minimind-3's mixture: 198.4M, 64M of them at work on a token. Four experts of the dense MLP's width, and a router.
+    "198m-a64m": 6400 * 768
+    + 8 * (2 * 768 * 768 + 2 * 768 * 384 + 4 * (3 * 768 * 2432) + 4 * 768 + 2 * 768 + 2 * 96)
+    + 768,
+    # MiniMind2-MoE: four routed experts and a shared one, each of width 64 ceil(8/3 640 / 64) = 1,728.
+    "145m-a92m": 6400 * 640 + 8 * (2 * 640 * 640 + 2 * 640 * 160 + 5 * (3 * 640 * 1728) + 4 * 640 + 2 * 640) + 640,
+    # mini-llm's mixture: eight experts, a router and its noise; the norms of queries and keys.
+    "876m-a474m": 32_000 * 1024
+    + 12 * (2 * 1024 * 1024 + 2 * 1024 * 512 + 8 * (3 * 1024 * 2736) + 2 * 8 * 1024 + 2 * 1024 + 2 * 16)
+    + 1024,
     # VelocityLM: about 1.7B. As many heads with keys as with queries.
     "1.7b": 50_257 * 2048 + 24 * (4 * 2048 * 2048 + 3 * 2048 * 8192 + 2 * 2048) + 2048,
 }
-STATED = {"26m-minimind2": (25.83, 2), "104m": (104.0, 1), "64m": (63.9, 1), "171m": (171, 0), "1.7b": (1700, -2)}
+STATED = {
+    "26m-minimind2": (25.83, 2),
+    "104m": (104.0, 1),
+    "64m": (63.9, 1),
+    "198m-a64m": (198.4, 1),
+    "145m-a92m": (144.998, 3),
+    "171m": (171, 0),
+    "876m-a474m": (876.02, 2),
+    "1.7b": (1700, -2),
+}
+# What ours has and the stated number has not.
+NOT_COUNTED = {
+    # All norms, and the routers.
+    "145m-a92m": 8 * (2 * 640 + 4 * 640) + 640,
+    # All norms, and what the gated experts, whose width is a multiple of 16, have more than plain ones of 4,096.
+    "876m-a474m": 12 * (2 * 1024 + 2 * 16) + 1024 + 12 * 8 * (3 * 1024 * 2736 - 2 * 1024 * 4096),
+}
 
 
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
@@ -89,7 +115,13 @@ def test_published_models_have_their_size(name):
         built = sum(parameter.numel() for parameter in CausalLM(PRESETS[name]).parameters())
     assert built == parameter_count(PRESETS[name]) == PUBLISHED[name]
     stated, digits = STATED[name]
-    assert round(built / 1e6, digits) == stated
+    assert round((built - NOT_COUNTED.get(name, 0)) / 1e6, digits) == stated
+
+
+@pytest.mark.parametrize("name", sorted(name for name in PRESETS if "-a" in name))
+def test_a_mixture_bears_its_active_size(name):
+    active = int(name.split("-a")[1].removesuffix("m"))
+    assert round(active_parameter_count(PRESETS[name]) / 1e6) == active
 
 
 def test_flops_by_hand():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -106,6 +107,41 @@ def test_what_cannot_be_stretched_is_refused():
         ContextConfig(factor=2.0).extend(config)
     with pytest.raises(UserError, match="head_dim of at least 4"):
         extend_context(dataclasses.replace(config, head_dim=2), "ntk", 4)
+
+
+def test_a_stretched_model_is_not_told_to_stretch():
+    """What extend_context refuses is no advice."""
+    plain = tiny_config(max_position_embeddings=16)
+    with pytest.raises(
+        UserError, match=r"20 tokens .* \(16\): .* stretch the context \(--rope-scaling yarn --factor 4\)"
+    ):
+        plain.check_sequence_length(20)
+    with pytest.raises(UserError, match=r"\(64\): shorten it \(rope_scaling yarn by 4 is counted in\)$"):
+        extend_context(plain, "yarn", 4).check_sequence_length(70)
+
+
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("written", [16, 40, 64, 100])
+def test_a_yarn_with_its_trained_length_reads_as_far_as_it_says(tmp_path, version, written):
+    """Qwen's documented form: rope_scaling alone is added, and max_position_embeddings may stay what it was."""
+    save_pretrained(tiny_model(), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    content = json.loads(file.read_text()) | {"max_position_embeddings": written}
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    content["rope_scaling" if version == 4 else "rope_parameters"] = yarn
+    content["rope_parameters" if version == 4 else "rope_scaling"] = None
+    file.write_text(json.dumps(content))
+    ours = load_pretrained(tmp_path / "model")
+    assert ours.config.max_position_embeddings == max(written, 64)
+    tokens = torch.randint(0, 97, (2, 64))
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(row_logits(ours, tokens), theirs(tokens).logits, atol=1e-4, rtol=1e-4)
+    # Without a trained length of its own transformers takes max_position_embeddings for it, and so do we.
+    del yarn["original_max_position_embeddings"]
+    file.write_text(json.dumps(content))
+    config = load_pretrained(tmp_path / "model").config
+    assert config.max_position_embeddings == config.rope_scaling.original_max_position_embeddings == written
 
 
 def test_the_factor_is_the_users_or_the_stages():

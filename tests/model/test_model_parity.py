@@ -5,12 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from itertools import pairwise
 
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_helpers import FakeTokenizer, KeptKeys, randomized, row_logits, tiny_config, tiny_model
+from model_helpers import (
+    FakeTokenizer,
+    assert_same_logits,
+    randomized,
+    reach,
+    scalings,
+    tiny_config,
+    tiny_model,
+    written_scaling,
+)
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -62,39 +70,8 @@ def shapes(draw, kind: str | None = None) -> dict:
     }
 
 
-@st.composite
-def scalings(draw, trained: int = 16) -> RopeScaling | None:
-    kind = draw(st.sampled_from(["none", "linear", "yarn", "llama3"]))
-    if kind == "none":
-        return None
-    more = {}
-    if kind == "yarn":
-        more = {"beta_slow": draw(st.floats(0.25, 2)), "beta_fast": draw(st.floats(3, 40))}
-        more["attention_factor"] = draw(st.floats(0.8, 1.5))
-    elif kind == "llama3":
-        more = {"low_freq_factor": draw(st.floats(0.25, 2)), "high_freq_factor": draw(st.floats(2.5, 8))}
-    factor = draw(st.floats(1, 16))
-    return RopeScaling(type=kind, factor=factor, original_max_position_embeddings=trained, **more)
-
-
 def theirs(folder) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def assert_same_logits(ours: CausalLM, reference: torch.nn.Module, tokens: torch.Tensor) -> None:
-    """The whole text at once, and all but its last two tokens followed by these one by one, with both caches."""
-    length = tokens.shape[1]
-    with torch.no_grad():
-        whole, expected = row_logits(ours, tokens), reference(tokens).logits
-        torch.testing.assert_close(whole, expected, atol=1e-4, rtol=1e-4)
-        kept, their_cache = KeptKeys(), None
-        for start, stop in pairwise([0, *range(max(1, length - 2), length + 1)]):
-            positions = torch.arange(start, stop).expand(tokens.shape[0], -1)
-            hidden = ours(tokens[:, start:stop], positions, kept)
-            out = reference(tokens[:, start:stop], past_key_values=their_cache, use_cache=True)
-            their_cache = out.past_key_values
-            torch.testing.assert_close(ours.logits(hidden), out.logits, atol=1e-4, rtol=1e-4)
-            torch.testing.assert_close(out.logits, whole[:, start:stop], atol=1e-4, rtol=1e-4)
 
 
 @given(
@@ -106,7 +83,7 @@ def assert_same_logits(ours: CausalLM, reference: torch.nn.Module, tokens: torch
 )
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_ours_saved_reads_the_same_in_transformers(tmp_path, shape, scaling, rows, length, seed):
-    model = tiny_model(seed, rope_scaling=scaling, **shape)
+    model = tiny_model(seed, rope_scaling=scaling, max_position_embeddings=reach(scaling), **shape)
     save_pretrained(model, tmp_path / "model", FakeTokenizer())
     reference = theirs(tmp_path / "model")
     is_qwen2 = shape["attention_bias"] and not shape["attention_output_bias"]
@@ -126,16 +103,9 @@ def test_ours_saved_reads_the_same_in_transformers(tmp_path, shape, scaling, row
 def test_theirs_saved_reads_the_same_in_ours_and_back(tmp_path, kind, length, seed, data):
     config_class, model_class = CLASSES[kind]
     shape, scaling = data.draw(shapes(kind)), data.draw(scalings())
-    rope = {"rope_type": "default"}
-    if scaling is not None:
-        fields = {
-            "linear": (),
-            "yarn": ("attention_factor", "beta_fast", "beta_slow", "original_max_position_embeddings"),
-            "llama3": ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        }[scaling.type]
-        rope = {"rope_type": scaling.type, "factor": scaling.factor} | {f: getattr(scaling, f) for f in fields}
-        if scaling.type == "yarn" and data.draw(st.booleans()):
-            del rope["attention_factor"]  # theirs then is the paper's
+    rope = written_scaling(scaling)
+    if rope["rope_type"] == "yarn" and data.draw(st.booleans()):
+        del rope["attention_factor"]  # theirs then is the paper's
     theta = shape.pop("rope_theta")
     output_bias, mlp_bias = shape.pop("attention_output_bias"), shape.pop("mlp_bias")
     shape |= {"attention_bias": output_bias} if kind != "qwen2" else {}

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from model_helpers import FakeTokenizer, randomized, row_logits, tiny_model
+from model_helpers import (
+    FakeTokenizer,
+    assert_same_logits,
+    randomized,
+    reach,
+    row_logits,
+    scalings,
+    tiny_model,
+    written_scaling,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -65,24 +76,6 @@ def theirs(folder) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, experts_implementation="eager").eval()
 
 
-@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
-@given(data=st.data(), rows=st.integers(1, 3), length=st.integers(1, 40), seed=st.integers(0, 1000))
-@NO_RESET
-def test_ours_saved_reads_the_same_in_transformers(tmp_path, scoring, data, rows, length, seed):
-    shape = data.draw(shapes(scoring))
-    model = moe_model(seed, **shape)
-    tokens = torch.randint(0, shape["vocab_size"], (rows, length))
-    save_pretrained(model, tmp_path / "model", FakeTokenizer())
-    reference = theirs(tmp_path / "model")
-    assert type(reference).__name__ == ("Qwen3MoeForCausalLM" if scoring == "softmax" else "Glm4MoeForCausalLM")
-    with torch.no_grad():
-        torch.testing.assert_close(row_logits(model, tokens), reference(tokens).logits, atol=1e-4, rtol=1e-4)
-    again = load_pretrained(tmp_path / "model")
-    assert again.config == model.config
-    assert again.state_dict().keys() == model.state_dict().keys()
-    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
-
-
 def moe_model(seed: int = 0, **shape):
     """Random weights, the selection bias too."""
     model = tiny_model(seed, **shape)
@@ -92,30 +85,75 @@ def moe_model(seed: int = 0, **shape):
     return model
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("kind", ["qwen3_moe", "glm4_moe"])
-def test_theirs_saved_reads_the_same_in_ours(tmp_path, kind, fused):
-    shape = {
-        "vocab_size": 101, "hidden_size": 40, "intermediate_size": 72, "num_hidden_layers": 3, "head_dim": 14,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 20, "rope_parameters": {"rope_type": "default", "rope_theta": 50_000.0},
-    }  # fmt: skip
-    if kind == "qwen3_moe":
-        config = Qwen3MoeConfig(**shape, num_experts=6, mlp_only_layers=[0])
-        reference = randomized(Qwen3MoeForCausalLM(config)).eval()
-    else:
-        shape["rope_parameters"]["partial_rotary_factor"] = 1.0
-        config = Glm4MoeConfig(**shape, n_routed_experts=6, n_shared_experts=2, use_qk_norm=True, attention_bias=True)
-        reference = randomized(Glm4MoeForCausalLM(config)).eval()
-        for layer in reference.model.layers[1:]:
-            layer.mlp.gate.e_score_correction_bias.uniform_(-0.5, 0.5)
-    reference.save_pretrained(tmp_path, save_original_format=not fused)
-    stored = load_file(tmp_path / "model.safetensors")
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@given(data=st.data(), rows=st.integers(1, 3), length=st.integers(1, 40), seed=st.integers(0, 1000))
+@NO_RESET
+def test_ours_saved_reads_the_same_in_transformers(tmp_path, scoring, data, rows, length, seed):
+    shape, scaling = data.draw(shapes(scoring)), data.draw(scalings())
+    model = moe_model(seed, rope_scaling=scaling, max_position_embeddings=reach(scaling), **shape)
+    tokens = torch.randint(0, shape["vocab_size"], (rows, length))
+    save_pretrained(model, tmp_path / "model", FakeTokenizer())
+    reference = theirs(tmp_path / "model")
+    assert type(reference).__name__ == ("Qwen3MoeForCausalLM" if scoring == "softmax" else "Glm4MoeForCausalLM")
+    assert_same_logits(model, reference, tokens)
+    again = load_pretrained(tmp_path / "model")
+    if scaling is not None and scaling.type == "linear":  # the files do not say which length linear started from
+        again.config = dataclasses.replace(again.config, rope_scaling=scaling)
+    assert again.config == model.config
+    assert again.state_dict().keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in again.state_dict().items())
+
+
+def their_model(shape: dict, rope: dict, seed: int) -> torch.nn.Module:
+    """The shape in the words of transformers' own classes, with random weights and selection biases."""
+    experts: ExpertsConfig = shape["experts"]
+    ours = ("experts", "qk_norm", "attention_output_bias")
+    shared = {key: value for key, value in shape.items() if key not in ours} | {"max_position_embeddings": 64}
+    for key in ("num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"):
+        shared[key] = getattr(experts, key)
+    if experts.scoring == "softmax":
+        dense = list(range(experts.first_k_dense_replace))
+        config = Qwen3MoeConfig(**shared, rope_parameters=rope, num_experts=experts.num_experts, mlp_only_layers=dense)
+        config._experts_implementation = "eager"
+        return randomized(Qwen3MoeForCausalLM(config), seed).eval()
+    for key in ("n_shared_experts", "first_k_dense_replace", "routed_scaling_factor", "n_group", "topk_group"):
+        shared[key] = getattr(experts, key)
+    config = Glm4MoeConfig(
+        **shared, rope_parameters=rope | {"partial_rotary_factor": 1.0}, n_routed_experts=experts.num_experts,
+        use_qk_norm=shape["qk_norm"],
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    reference = randomized(Glm4MoeForCausalLM(config), seed).eval()
+    for layer in reference.model.layers[experts.first_k_dense_replace :]:
+        bias = layer.mlp.gate.e_score_correction_bias
+        bias.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(seed))
+    return reference
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+@given(data=st.data(), fused=st.booleans(), length=st.integers(1, 40), seed=st.integers(0, 1000))
+@NO_RESET
+def test_theirs_saved_reads_the_same_in_ours_and_back(tmp_path, scoring, data, fused, length, seed):
+    """fused: experts stacked in the file, as transformers 5 has them in memory; else one by one, as 4 wrote them."""
+    shape, scaling = data.draw(shapes(scoring)), data.draw(scalings())
+    rope = written_scaling(scaling) | {"rope_theta": data.draw(st.sampled_from([1e4, 1e6]))}
+    reference = their_model(shape, rope, seed)
+    shutil.rmtree(tmp_path / "theirs", ignore_errors=True)  # of the example before
+    reference.save_pretrained(
+        tmp_path / "theirs", save_original_format=not fused, max_shard_size=data.draw(st.sampled_from(["4KB", "1GB"]))
+    )
+    stored = {name for file in (tmp_path / "theirs").glob("*.safetensors") for name in load_file(file)}
     assert any(name.endswith("experts.gate_up_proj") for name in stored) == fused
-    tokens = torch.randint(0, 101, (2, 33))
+    ours = load_pretrained(tmp_path / "theirs")
+    tokens = torch.randint(0, shape["vocab_size"], (2, length))
+    assert_same_logits(ours, reference, tokens)
+    save_pretrained(ours, tmp_path / "back")
+    back = theirs(tmp_path / "back")
+    assert type(back) is type(reference)
+    kept = back.state_dict()  # by name: a tied GLM-4-MoE comes back with its head written out
+    assert all(torch.equal(kept[name], tensor) for name, tensor in reference.state_dict().items())
     with torch.no_grad():
-        ours = row_logits(load_pretrained(tmp_path), tokens)
-        torch.testing.assert_close(ours, reference(tokens).logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(back(tokens).logits, reference(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_experts_are_stored_one_by_one(tmp_path):

@@ -158,9 +158,14 @@ class ModelConfig:
 
     def check_sequence_length(self, length: int) -> None:
         """Refuse a sequence longer than the model was trained (or scaled) for."""
-        if length > self.max_position_embeddings:
-            raise UserError(
-                f"a sequence of {length} tokens is longer than the model's max_position_embeddings "
-                f"({self.max_position_embeddings}): shorten it, train with a longer sequence_length, or stretch "
-                "the context (--rope-scaling yarn --factor 4)"
-            )
+        if length <= self.max_position_embeddings:
+            return
+        advice = (
+            "shorten it, train with a longer sequence_length, or stretch the context (--rope-scaling yarn --factor 4)"
+        )
+        if self.rope_scaling is not None:  # it cannot be stretched twice
+            advice = f"shorten it (rope_scaling {self.rope_scaling.type} by {self.rope_scaling.factor:g} is counted in)"
+        raise UserError(
+            f"a sequence of {length} tokens is longer than the model's max_position_embeddings "
+            f"({self.max_position_embeddings}): {advice}"
+        )

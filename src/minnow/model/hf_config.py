@@ -9,6 +9,7 @@ import torch
 from minnow.config import UserError
 from minnow.model.config import ModelConfig, RopeScaling
 from minnow.model.context import yarn_attention_factor
+from minnow.model.hf_defaults import DEFAULTS, with_defaults
 from minnow.model.hf_experts import experts_from_hf, experts_to_hf
 
 _MODEL_TYPES = {
@@ -18,21 +19,18 @@ _MODEL_TYPES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Glm4MoeForCausalLM": "glm4_moe",
 }
-_DEFAULT_POSITIONS = {"qwen3": 32768, "qwen2": 32768, "llama": 2048, "qwen3_moe": 32768, "glm4_moe": 131072}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
-_ALL = tuple(_DEFAULT_POSITIONS)
-_PLAIN: tuple[tuple[str, tuple[Any, ...], tuple[str, ...]], ...] = (
-    # Attribute, the values that mean what this decoder computes, the classes that look at it. pretraining_tp is not
-    # here: it cuts the same products into slices.
-    ("hidden_act", ("silu", "swish"), _ALL),
-    ("attention_dropout", (0,), _ALL),
-    ("partial_rotary_factor", (1,), _ALL),
-    ("quantization_config", (None,), _ALL),
-    ("is_causal", (True,), _ALL),
-    ("add_cross_attention", (False,), _ALL),
-    ("pruned_heads", (None, {}), _ALL),
-    ("use_sliding_window", (False,), ("qwen2", "qwen3", "qwen3_moe")),
+_PLAIN: tuple[tuple[str, tuple[Any, ...]], ...] = (
+    # Attribute, and the values that mean what this decoder computes. pretraining_tp is not here: it cuts the same
+    # products into slices.
+    ("hidden_act", ("silu", "swish")),
+    ("attention_dropout", (0,)),
+    ("partial_rotary_factor", (1,)),
+    ("quantization_config", (None,)),
+    ("is_causal", (True,)),
+    ("add_cross_attention", (False,)),
+    ("pruned_heads", (None, {})),
 )
 
 
@@ -96,7 +94,7 @@ def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
     compute."""
     model_type, name = content.get("model_type"), (content.get("architectures") or ["none named"])[0]
     name = name.replace("ForSequenceClassification", "ForCausalLM")  # a reward model: the same decoder, another head
-    if model_type not in _DEFAULT_POSITIONS or name not in (*_MODEL_TYPES, "none named"):
+    if model_type not in DEFAULTS or name not in (*_MODEL_TYPES, "none named"):
         raise UserError(
             f"{where}: architecture {name} (model_type {model_type!r}) is not supported; "
             f"these are: {', '.join(_MODEL_TYPES)}"
@@ -105,27 +103,27 @@ def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
     missing = [key for key in _REQUIRED if content.get(key) is None]
     if missing:
         raise UserError(f"{where}: no {', '.join(missing)} in it; is this the config.json of a language model?")
+    content = with_defaults(content)
+    _refuse_sliding(content, where)
     heads = content["num_attention_heads"]
-    head_dim = content.get("head_dim") or (128 if model_type == "qwen3" else content["hidden_size"] // heads)
     theta, scaling = _rope_from_hf(content, where)
     # Qwen2 has its biases whatever config.json says, and never on o_proj.
-    bias = model_type == "qwen2" or bool(content.get("attention_bias"))
+    bias = model_type == "qwen2" or bool(content["attention_bias"])
     try:
         return ModelConfig(
             **{key: content[key] for key in _REQUIRED},
-            num_key_value_heads=content.get("num_key_value_heads") or heads,
-            head_dim=head_dim,
+            num_key_value_heads=content["num_key_value_heads"] or heads,
+            head_dim=content.get("head_dim") or content["hidden_size"] // heads,
             rope_theta=theta,
             rope_scaling=scaling,
-            rms_norm_eps=content.get("rms_norm_eps", 1e-6),
-            tie_word_embeddings=content.get("tie_word_embeddings", False),
-            qk_norm=model_type in ("qwen3", "qwen3_moe")
-            or (model_type == "glm4_moe" and bool(content.get("use_qk_norm"))),
+            rms_norm_eps=content["rms_norm_eps"],
+            tie_word_embeddings=content["tie_word_embeddings"],
+            qk_norm=model_type in ("qwen3", "qwen3_moe") or (model_type == "glm4_moe" and bool(content["use_qk_norm"])),
             attention_bias=bias,
             attention_output_bias=bias and model_type not in ("qwen2", "glm4_moe"),
-            mlp_bias=model_type == "llama" and bool(content.get("mlp_bias")),
-            experts=experts_from_hf(content, where),
-            max_position_embeddings=content.get("max_position_embeddings") or _DEFAULT_POSITIONS[model_type],
+            mlp_bias=model_type == "llama" and bool(content["mlp_bias"]),
+            experts=experts_from_hf(content),
+            max_position_embeddings=_longest(content, scaling),
         )
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
@@ -133,20 +131,65 @@ def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
 
 def _refuse_variants(content: dict[str, Any], where: str) -> None:
     """What the class of this model_type would compute otherwise is refused by name, never left out."""
-    for key, plain, readers in _PLAIN:
-        if content["model_type"] in readers and key in content and content[key] not in (*plain, None):
+    for key, plain in _PLAIN:
+        if key in content and content[key] not in (*plain, None):
             raise UserError(f"{where}: {key} = {content[key]!r} is not supported (only {plain[0]!r})")
-    other = sorted(set(content.get("layer_types") or ()) - {"full_attention"})
-    if other and content["model_type"] != "llama":
-        raise UserError(f"{where}: layer_types with {', '.join(other)} are not supported (only full_attention)")
+
+
+def _refuse_sliding(content: dict[str, Any], where: str) -> None:
+    """Refuse a model of which a layer sees no further back than a window; the keys alone do no harm.
+
+    Qwen2's and Qwen3's classes take a kind for each layer, from max_window_layers where there is no list; Qwen3-MoE's
+    has the window in all layers or in none; Llama's and GLM-4-MoE's look at none of these keys.
+    """
+    if content["model_type"] not in ("qwen2", "qwen3", "qwen3_moe"):
+        return
+    slides = content["use_sliding_window"] and content["sliding_window"] is not None
+    if content["model_type"] == "qwen3_moe":
+        kinds = {"sliding_attention" if slides else "full_attention"}
+    elif content.get("layer_types"):
+        kinds = set(content["layer_types"])
+    else:
+        last_slides = slides and content["num_hidden_layers"] > content["max_window_layers"]
+        kinds = {"sliding_attention" if last_slides else "full_attention"}
+    if kinds != {"full_attention"}:
+        keys = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")
+        given = ", ".join(f"{key} {content.get(key)}" for key in keys)
+        raise UserError(
+            f"{where}: layers of {', '.join(sorted(kinds - {'full_attention'}))} are not supported, "
+            f"only full_attention ({given})"
+        )
 
 
 def _rope_from_hf(content: dict[str, Any], where: str) -> tuple[float, RopeScaling | None]:
-    """Transformers 5 writes rope_parameters, 4 writes rope_theta and rope_scaling."""
-    rope = content.get("rope_parameters") or content.get("rope_scaling") or {}
+    """Transformers 5 writes rope_parameters, 4 writes rope_theta and rope_scaling; a file may have both if they agree.
+
+    Where they do not, transformers 5 takes rope_scaling and drops the other without a word. Often that is what a user
+    added to a file that has both, and as often what somebody forgot in it: only they can know.
+    """
+    read = {
+        key: _read_rope(content[key], content, where) for key in ("rope_parameters", "rope_scaling") if content.get(key)
+    }
+    if len(read) == 2 and read["rope_parameters"] != read["rope_scaling"]:
+        raise UserError(
+            f"{where}: rope_parameters {content['rope_parameters']} and rope_scaling {content['rope_scaling']} (where "
+            f"they leave them out, rope_theta is {content['rope_theta']} and partial_rotary_factor "
+            f"{content['partial_rotary_factor']}) contradict each other: write the same into both, or remove one"
+        )
+    theta, scaling, turned = next(iter(read.values())) if read else _read_rope({}, content, where)
+    if turned not in (1, None):
+        raise UserError(f"{where}: partial_rotary_factor = {turned!r} is not supported (only 1)")
+    return theta, scaling
+
+
+def _read_rope(
+    rope: dict[str, Any], content: dict[str, Any], where: str
+) -> tuple[float, RopeScaling | None, float | None]:
+    """What one set of rope parameters comes to: the base, the scaling and the share of a head that is turned."""
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{where}: rope parameters by layer type are not supported (only one set for all layers)")
-    theta = float(rope.get("rope_theta") or content.get("rope_theta") or 10_000.0)
+    theta = float(rope.get("rope_theta") or content["rope_theta"])
+    turned = rope.get("partial_rotary_factor", content["partial_rotary_factor"])
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in _ROPE_TYPES:
         hint = ""
@@ -154,18 +197,18 @@ def _rope_from_hf(content: dict[str, Any], where: str) -> tuple[float, RopeScali
             # Its angles depend on the longest row of the batch, and keys in a cache keep the angles of their time.
             hint = "; within the trained length it is 'default', beyond it --rope-scaling ntk or yarn takes its place"
         raise UserError(f"{where}: rope type {kind!r} is not supported (only {', '.join(_ROPE_TYPES)}{hint})")
-    if rope.get("partial_rotary_factor", 1) not in (1, None):
-        raise UserError(f"{where}: partial_rotary_factor = {rope['partial_rotary_factor']!r} is not supported (only 1)")
-    return theta, None if kind == "default" else _scaling_from_hf(kind, rope, content, where)
+    return theta, None if kind == "default" else _scaling_from_hf(kind, rope, content, where), turned
 
 
 def _scaling_from_hf(kind: Any, rope: dict[str, Any], content: dict[str, Any], where: str) -> RopeScaling:
     if kind == "yarn" and (rope.get("mscale") or rope.get("mscale_all_dim") or rope.get("truncate") is False):
         raise UserError(f"{where}: yarn with mscale or without truncation is not supported")
-    if rope.get("factor") is None:
-        raise UserError(f"{where}: the rope type {kind!r} needs a factor")
+    needed = ("factor", "low_freq_factor", "high_freq_factor") if kind == "llama3" else ("factor",)
+    missing = [key for key in needed if rope.get(key) is None]
+    if missing:
+        raise UserError(f"{where}: the rope type {kind!r} needs a {', a '.join(missing)}")
     factor = float(rope["factor"])
-    longest = content.get("max_position_embeddings") or _DEFAULT_POSITIONS[content["model_type"]]
+    longest = content["max_position_embeddings"]
     # Readers prefer the length that stands outside of the rope's parameters.
     trained = content.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings")
     if trained is None:  # readers take the longest itself for yarn; linear does not ask
@@ -182,6 +225,19 @@ def _scaling_from_hf(kind: Any, rope: dict[str, Any], content: dict[str, Any], w
         low_freq_factor=float(rope.get("low_freq_factor") or 1),
         high_freq_factor=float(rope.get("high_freq_factor") or 4),
     )
+
+
+def _longest(content: dict[str, Any], scaling: RopeScaling | None) -> int:
+    """The longest sequence that the model reads, in tokens.
+
+    A yarn with the trained length beside it says by itself how far it reaches, and max_position_embeddings may still be
+    the trained length (Qwen's cards ask for rope_scaling alone): no reader of transformers stops there.
+    """
+    written: int = content["max_position_embeddings"]
+    places = (content, content.get("rope_parameters") or {}, content.get("rope_scaling") or {})
+    if scaling is None or scaling.type != "yarn" or not any(p.get("original_max_position_embeddings") for p in places):
+        return written
+    return max(written, round(scaling.original_max_position_embeddings * scaling.factor))
 
 
 def _scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:

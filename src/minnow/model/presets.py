@@ -69,6 +69,30 @@ PRESETS: dict[str, ModelConfig] = {
         qk_norm=False,
         attention_bias=True,
     ),
+    # MiniMind2-MoE, with a sigmoid router: no class has shared experts beside its softmax.
+    "145m-a92m": ModelConfig(
+        hidden_size=640,
+        intermediate_size=1728,
+        head_dim=80,
+        qk_norm=False,
+        rope_theta=1e6,
+        rms_norm_eps=1e-5,
+        max_position_embeddings=2048,
+        experts=ExpertsConfig(
+            num_experts=4, num_experts_per_tok=2, moe_intermediate_size=1728, scoring="sigmoid", n_shared_experts=1
+        ),
+    ),
+    # mini-llm's mixture as a Qwen3-MoE: experts gated like the MLP of 171m, QK-norm and no biases.
+    "876m-a474m": ModelConfig(
+        vocab_size=32_000,
+        hidden_size=1024,
+        intermediate_size=2736,
+        num_hidden_layers=12,
+        num_attention_heads=64,
+        num_key_value_heads=32,
+        head_dim=16,
+        experts=ExpertsConfig(num_experts=8, num_experts_per_tok=4, moe_intermediate_size=2736, noisy=True),
+    ),
     "1.7b": ModelConfig(  # VelocityLM, over GPT-2's vocabulary
         vocab_size=50257,
         hidden_size=2048,

@@ -203,9 +203,11 @@ def _merged(model: CausalLM, dtype: torch.dtype | None, device: torch.device | s
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise UserError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: not a JSON object, {type(content).__name__}")
     return content
 
 
@@ -276,11 +278,15 @@ def _generation_config(model: CausalLM, tokenizer: Tokenizer | None) -> dict[str
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards its index names."""
-    if (folder / _INDEX).is_file():
-        files = sorted(set(json.loads((folder / _INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
-    elif (folder / _WEIGHTS).is_file():
+    """All tensors of model.safetensors, or of the shards its index names. A folder that has both is read as
+    transformers reads it: an index beside the whole file is left over from an older save."""
+    if (folder / _WEIGHTS).is_file():
         files = [_WEIGHTS]
+    elif (folder / _INDEX).is_file():
+        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise UserError(f"{folder / _INDEX}: no weight_map in it, which names each tensor's file: fetch it again")
+        files = sorted(set(weight_map.values()))
     else:
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pth", ".pt"))
         also = f" ({pickled[0]} is a pickle, never read: convert it to safetensors)" if pickled else ""
