@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import resource
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from minnow.config import UserError
+from minnow.host_memory import host_memory
 
 _GIB = 2**30
 # What torch says where it raises no exception of its own kind: a CPU's allocator (Linux, then Windows and macOS),
@@ -56,8 +56,7 @@ def _amounts(error: BaseException) -> str:
             parts.append(f"{_gib(others)} are taken by other programs or by torch itself")
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        parts.append(f"this process held up to {_gib(peak)} of this machine's {_gib(total)}")
+        parts.append(f"this process held up to {_gib(peak)} of this machine's {_gib(host_memory())}")
     return ", ".join(parts)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Iterator
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 
 import pytest
 from engine_helpers import LATE, WIDE, random_prompts, tiny_model, tiny_tokenizer
@@ -84,6 +85,70 @@ def test_the_queue_is_bounded_by_samples(engine: AsyncEngine) -> None:
         await quiet(engine)
 
     asyncio.run(fill())
+
+
+def test_between_two_steps_there_is_one_computation(engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight are waiting when an answer begins: its tokens come between them."""
+    events: list[str] = []
+    step, gate = engine.engine.step, threading.Event()
+    monkeypatch.setattr(engine.engine, "step", lambda: events.append("step") or step())
+
+    async def beside_an_answer() -> None:
+        waits = asyncio.create_task(engine.call(lambda _: gate.wait()))
+        computations = [asyncio.create_task(engine.compute(lambda _: events.append("computation"))) for _ in range(8)]
+        submitted = asyncio.create_task(engine.submit([5], SamplingParams(max_tokens=5, ignore_eos=True)))
+        await asyncio.sleep(0)  # all of them are in the line now
+        gate.set()
+        await asyncio.gather(waits, *computations)
+        assert len([delta async for delta in await submitted]) == 5
+
+    asyncio.run(beside_an_answer())
+    assert events[:15] == ["computation", "step"] * 7 + ["computation"]
+
+
+def test_computations_have_places_and_need_somebody_who_waits(engine: AsyncEngine) -> None:
+    async def fill() -> None:
+        with ExitStack() as places:
+            for _ in range(40):
+                places.enter_context(engine.place())
+            with pytest.raises(QueueFullError, match="of 40 at most"), engine.place():
+                pass
+            with pytest.raises(QueueFullError):
+                await engine.submit([5])
+        assert engine.in_flight == 0
+
+    async def leave() -> None:
+        gate, ran = threading.Event(), []
+        waits = asyncio.create_task(engine.call(lambda _: gate.wait()))
+        left, stays = (asyncio.create_task(engine.compute(lambda _, i=i: ran.append(i))) for i in range(2))
+        await asyncio.sleep(0)
+        left.cancel()
+        await asyncio.sleep(0)
+        gate.set()
+        await asyncio.gather(waits, stays)
+        assert ran == [1]
+
+    asyncio.run(fill())
+    asyncio.run(leave())
+
+
+def test_closing_tells_those_whose_computation_waits(engine: AsyncEngine) -> None:
+    async def close() -> None:
+        gate = threading.Event()
+        waits = asyncio.create_task(engine.call(lambda _: gate.wait()))
+        others = [asyncio.create_task(engine.compute(lambda _: None)) for _ in range(3)]
+        await asyncio.sleep(0)
+        closing = asyncio.create_task(asyncio.to_thread(engine.close))
+        while not engine._stopped:
+            await asyncio.sleep(0.001)
+        gate.set()
+        await closing
+        assert await waits
+        for other in others:
+            with pytest.raises(ClosedError):
+                await other
+
+    asyncio.run(close())
 
 
 def test_a_mistake_reaches_who_made_it(engine: AsyncEngine) -> None:

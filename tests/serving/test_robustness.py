@@ -8,6 +8,8 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import httpx
 import openai
 import pytest
 
-from minnow.serving import ServingConfig, chat
+from minnow.serving import ServingConfig, chat, embeddings
 
 from ..stages.stage_helpers import save_random_model
 from .serving_helpers import Running, serving, wait_until
@@ -167,6 +169,39 @@ def test_a_full_queue_is_429_and_a_large_body_413(tmp_path: Path) -> None:
         many = httpx.post(f"{running.url}/v1/completions", json={"model": "noise", "prompt": ["x"] * 5})
         assert many.status_code == 400
         assert "5 prompts" in error_of(many)["message"]
+
+
+def test_embeddings_take_places_and_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside an answer three clients find a place and a fourth none; between two steps one group of texts is read."""
+    monkeypatch.setattr(embeddings, "TOKENS_PER_STEP", 1)
+    events: list[str] = []
+    mean_hidden = embeddings.mean_hidden
+    monkeypatch.setattr(embeddings, "mean_hidden", lambda *a: events.append("group") or mean_hidden(*a))
+    with serving({"noise": save_random_model(tmp_path / "m")}, ServingConfig(max_answers=4)) as running:
+        engine, gate = running.engines["noise"], threading.Event()
+        step = engine.engine.step
+        monkeypatch.setattr(engine.engine, "step", lambda: events.append("step") or step())
+        engine._commands.put(lambda: gate.wait(30) and None)
+
+        def post(path: str, **body: Any) -> Callable[[], httpx.Response]:
+            url = f"{running.url}/v1/{path}"
+            return lambda: httpx.post(url, json={"model": "noise", **body}, timeout=60)
+
+        embed = post("embeddings", input=["a fish", "a pond"])
+        ask = post("completions", prompt="x", max_tokens=20, ignore_eos=True)
+        with ThreadPoolExecutor() as pool:
+            answers = [pool.submit(asking) for asking in (ask, embed, embed, embed)]
+            wait_until(lambda: engine._commands.qsize() == 4)
+            refused = embed()
+            gate.set()
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"] == "1"
+        assert error_of(refused)["code"] == "queue_full"
+        assert [answer.result().status_code for answer in answers] == [200] * 4
+        assert engine.in_flight == 0
+        assert embed().status_code == 200
+    assert events.count("group") == 8
+    assert all("step" in pair for pair in pairwise(events))
 
 
 @pytest.mark.parametrize("stream", [True, False])

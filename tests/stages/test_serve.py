@@ -15,9 +15,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from minnow.config import UserError
 from minnow.engine import Engine, SamplingParams
+from minnow.engine import engine as engine_module
 from minnow.model.context import ContextConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.stages.serve import Config, build_app, name_models, place_adapters, run
@@ -41,6 +43,20 @@ def process(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[
     finally:
         server.kill()
         server.wait()
+
+
+@pytest.mark.parametrize(("memory_share", "together"), [(None, 0.25), (0.1, 0.1)])
+def test_models_share_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_share: float | None, together: float
+) -> None:
+    monkeypatch.setattr(engine_module, "host_memory", lambda: 2**40)
+    folder = save_random_model(tmp_path / "m")
+    named = name_models([f"{name}={folder}" for name in "abcd"])
+    config = Config(models=tuple(named), memory_share=memory_share, device="cpu", precision="fp32")
+    engines = [model.engine for model in build_app(config, named, {}, local=True).state.minnow.models]
+    assert [engine.engine._memory(torch.device("cpu")) for engine in engines] == [int(2**40 * together / 4)] * 4
+    for engine in engines:
+        engine.close()
 
 
 def test_it_serves_and_drains(tmp_path: Path) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections import defaultdict
-from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from collections import defaultdict, deque
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
@@ -79,7 +80,7 @@ class AsyncEngine:
 
     max_answers: most answers (samples of all requests together) under way and waiting; one more is a
     `QueueFullError`. While the worker lives nobody else may touch the engine: `call` runs a function between
-    two of its steps.
+    two of its steps, `compute` one that takes as long as a step.
     """
 
     def __init__(self, engine: Engine, *, max_answers: int = 256) -> None:
@@ -91,6 +92,7 @@ class AsyncEngine:
         self._lock = threading.Lock()
         self._commands: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._answers: dict[int, Answer] = {}  # the worker's
+        self._computations: deque[Callable[[], None]] = deque()  # the worker's
         self._worker = threading.Thread(target=self._run, name="minnow-engine", daemon=True)
         self._worker.start()
 
@@ -130,33 +132,32 @@ class AsyncEngine:
         finally:
             answer.close()
 
+    @contextmanager
+    def place(self) -> Iterator[None]:
+        """Within it, what is computed for a request counts as one answer. QueueFullError, ClosedError."""
+        self._admit(1)
+        try:
+            yield
+        finally:
+            self._release(1)
+
     async def call(self, function: Callable[[Engine], R]) -> R:
         """What `function` makes of the engine, in the worker thread between two steps."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[R] = loop.create_future()
+        command, result = self._command(function)
+        self._put(command)
+        return await result
 
-        def resolve(result: Any, error: BaseException | None) -> None:
-            if future.cancelled():
-                return
-            if error is None:
-                future.set_result(result)
-            else:
-                future.set_exception(error)
+    async def compute(self, function: Callable[[Engine], R]) -> R:
+        """As `call`, for what takes as long as a step: between two steps runs one such function, so answers go on."""
 
-        def command() -> None:
-            result, error = None, None
-            try:
-                result = function(self.engine)
-            except Exception as raised:
-                error = raised
-            with suppress(RuntimeError):  # the loop has closed: nobody waits
-                loop.call_soon_threadsafe(resolve, result, error)
-
-        with self._lock:  # a command behind the last one would never run
+        def unless_stopped(engine: Engine) -> R:
             if self._stopped:
                 raise ClosedError("the engine has stopped")
-            self._commands.put(command)
-        return await future
+            return function(engine)
+
+        command, result = self._command(unless_stopped)
+        self._put(partial(self._computations.append, command))
+        return await result
 
     async def drain(self, seconds: float | None = None) -> bool:
         """Take no more requests and wait until those under way have their end; False if they had not in time."""
@@ -175,6 +176,38 @@ class AsyncEngine:
         self._worker.join()
 
     # --- In any thread -----------------------------------------------------------------------------
+
+    def _command(self, function: Callable[[Engine], R]) -> tuple[Callable[[], None], asyncio.Future[R]]:
+        """What the worker shall run, and what will hold the result for the caller's loop."""
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[R] = loop.create_future()
+
+        def resolve(result: Any, error: BaseException | None) -> None:
+            if future.cancelled():
+                return
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+
+        def command() -> None:
+            if future.cancelled():  # whoever asked has left
+                return
+            result, error = None, None
+            try:
+                result = function(self.engine)
+            except Exception as raised:
+                error = raised
+            with suppress(RuntimeError):  # the loop has closed: nobody waits
+                loop.call_soon_threadsafe(resolve, result, error)
+
+        return command, future
+
+    def _put(self, command: Callable[[], None]) -> None:
+        with self._lock:  # a command behind the last one would never run
+            if self._stopped:
+                raise ClosedError("the engine has stopped")
+            self._commands.put(command)
 
     def _admit(self, samples: int) -> None:
         with self._lock:
@@ -211,17 +244,22 @@ class AsyncEngine:
                     _log.exception("a step of the engine failed; the answers under way are lost")
                 self._fail(error)
         self._fail(ClosedError("the engine has stopped"))
+        for computation in self._computations:  # they only tell those who wait
+            computation()
 
     def _obey(self) -> bool:
         """Run the commands that have come, waiting for one if there is nothing else to do; False for the end."""
         while True:
             try:
-                command = self._commands.get(block=not self.engine.has_work)
+                command = self._commands.get(block=not (self.engine.has_work or self._computations))
             except Empty:
-                return True
+                break
             if command is None:
                 return False
             command()
+        if self._computations:
+            self._computations.popleft()()
+        return True
 
     def _deliver(self, outcomes: list[tuple[int, Delta | UserError]]) -> None:
         """Hand what a step made over, waking each loop once."""

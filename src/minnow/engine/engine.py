@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections import deque
 from collections.abc import Generator, Mapping
@@ -29,6 +28,7 @@ from minnow.engine.sampling import SamplingParams
 from minnow.engine.scheduler import Scheduler
 from minnow.engine.sequence import Request, Sequence
 from minnow.engine.varlen_runner import VarlenRunner
+from minnow.host_memory import host_memory
 from minnow.model.context import AS_TRAINED, ContextConfig
 from minnow.model.lora import Quantization
 from minnow.model.pretrained import resolve_model_folder
@@ -53,7 +53,7 @@ class Engine:
     max_rows: most sequences decoded at once. max_step_tokens: most tokens in one forward pass; longer prompts
     are read in pieces. block_size: tokens in a block of the cache; None takes 16, on CUDA 256. cache_bytes: memory
     for keys and values, which bounds the rows too; None takes memory_share, by default 0.5, of the GPU's free memory,
-    or 0.25 of the machine's.
+    or 0.25 of the machine's (a container's, where that has less).
     frozen: run a packed copy of the weights, for speed where they do not change; `weights_updated` has it made
     anew. compile: compile the step in which every row decodes; takes a C++ compiler and, at its first use, up to a
     minute. It works on a packed copy too: a frozen one's weights become constants of the step; else `weights_updated`
@@ -364,9 +364,15 @@ class Engine:
     def _memory(self, device: torch.device) -> int:
         if self._cache_bytes is not None:
             return self._cache_bytes
+        share = self._memory_share or usual_memory_share(device)
         if device.type == "cuda":
-            return int(torch.cuda.mem_get_info(device)[0] * (self._memory_share or 0.5))
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * (self._memory_share or 0.25))
+            return int(torch.cuda.mem_get_info(device)[0] * share)
+        return int(host_memory() * share)
+
+
+def usual_memory_share(device: torch.device) -> float:
+    """Part of a GPU's free memory, or of the host's, that keys and values get unless told otherwise."""
+    return 0.5 if device.type == "cuda" else 0.25
 
 
 class Parts(NamedTuple):

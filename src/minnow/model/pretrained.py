@@ -229,10 +229,14 @@ def _base_folder(folder: Path, base: str | Path | None = None) -> Path:
 def resolve_model_folder(model: str | Path) -> Path:
     """The folder of MODEL: a model's or an adapter's, a run's (its `model/`), or a Hub id's, which is downloaded."""
     path = Path(model)
-    for candidate in (path, path / "model"):
-        if is_model_folder(candidate):
-            return candidate
-    if path.exists():
+    try:
+        for candidate in (path, path / "model"):
+            if is_model_folder(candidate):
+                return candidate
+        exists = path.exists()
+    except OSError as error:
+        raise UserError(f"{str(model)[:100]}...: no name of a folder ({error.strerror})") from error
+    if exists:
         raise UserError(f"{path}: neither a model folder (it has no config.json) nor a run folder with model/ in it")
     if not _HUB_ID.fullmatch(str(model)):
         raise UserError(f"{model}: no such folder (and not a Hugging Face id, which reads OWNER/NAME)")

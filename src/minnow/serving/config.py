@@ -17,7 +17,8 @@ class ServingConfig:
     cors_origins: tuple[str, ...] = ()
     """Web pages of these origins may call the server from a browser, e.g. https://chat.example.org; none by default."""
     max_answers: int = 256
-    """Most answers of one model and its adapters under way or waiting at once; further requests get status 429."""
+    """Most answers of one model and its adapters under way or waiting at once, a request for embeddings counting as
+    one; further requests get status 429."""
     max_samples: int = 64
     """Most answers that one request may ask for: prompts x n."""
     max_answer_tokens: int | None = None

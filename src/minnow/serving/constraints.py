@@ -91,7 +91,10 @@ def _schema(response_format: ResponseFormat | None) -> dict[str, Any] | None:
 def _arguments(tool: Tool) -> dict[str, Any]:
     """The schema of a call's arguments: an object, with the properties that are named and no others."""
     parameters = tool.function.parameters or {}
-    schema: dict[str, Any] = {"type": "object", **parameters}
+    kind = parameters.get("type", "object")
+    if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+        raise APIError(400, f"The parameters of {tool.function.name!r} must be of type object.", param="tools")
+    schema: dict[str, Any] = {**parameters, "type": "object"}
     if "properties" in schema:
         schema.setdefault("additionalProperties", False)
     return _written(schema)

@@ -19,7 +19,7 @@ from minnow.engine.hidden import mean_hidden
 from minnow.serving.completions import prompt_ids
 from minnow.serving.connection import unless_client_leaves
 from minnow.serving.errors import APIError
-from minnow.serving.models import ServedModel
+from minnow.serving.models import ServedModel, refusals
 from minnow.serving.requests import EmbeddingBody
 from minnow.serving.responses import Embedding, Embeddings
 from minnow.serving.state import documented, state_of
@@ -38,7 +38,8 @@ async def create_embeddings(body: EmbeddingBody, request: Request) -> Embeddings
     texts = await asyncio.to_thread(prompt_ids, model, body.input, "input")
     if len(texts) > MAX_TEXTS:
         raise APIError(400, f"{len(texts)} texts in one request; at most {MAX_TEXTS}", param="input")
-    vectors_ND = await unless_client_leaves(request, _embed(model, texts))
+    with refusals(), model.engine.place():
+        vectors_ND = await unless_client_leaves(request, _embed(model, texts))
     as_base64 = body.encoding_format == "base64"
     tokens = sum(map(len, texts))
     return {
@@ -52,7 +53,7 @@ async def create_embeddings(body: EmbeddingBody, request: Request) -> Embeddings
 async def _embed(model: ServedModel, texts: Sequence[list[int]]) -> Tensor:
     parts = []
     for group in _groups(texts):
-        parts.append(await model.engine.call(partial(_mean_hidden, adapter=model.adapter, texts=group)))
+        parts.append(await model.engine.compute(partial(_mean_hidden, adapter=model.adapter, texts=group)))
     return torch.cat(parts)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -115,16 +116,29 @@ def validation_error(errors: Any) -> APIError:
     # Where a value fits no member of a union there is one error a member: the deepest is about the likeliest one.
     same_field = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
     error = max(same_field, key=lambda error: len(error["loc"]))
-    path = [str(part) for part in error["loc"] if part != "body" and not _MEMBER.fullmatch(str(part))]
+    path = [str(part) for part in _without_tags(error["loc"]) if part != "body" and not _MEMBER.fullmatch(str(part))]
     reason = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "json_invalid":
         return APIError(400, f"We could not parse the JSON body of your request: {error['ctx']['error']}.")
+    if error["type"] == "misfit":
+        return APIError(400, reason, param=error["ctx"]["param"])
+    if not path and error["type"] == "value_error":
+        return APIError(400, f"The request's body is not valid: {reason}.")
     if not path:
         return APIError(400, f"The request's body is not valid: {reason}. Send a JSON object as application/json.")
     if error["type"] == "extra_forbidden":
         name = ".".join(path)
         return APIError(400, f"Unrecognized request argument supplied: {name}", param=name)
     return APIError(400, f"Invalid value for '{'.'.join(path)}': {reason}", param=path[0])
+
+
+def _without_tags(loc: Sequence[str | int]) -> list[str | int]:
+    """A path without what chose between the members of a union: a message's role, a response format's type."""
+    return [
+        part
+        for i, part in enumerate(loc)
+        if not (i >= 2 and loc[i - 2] == "messages") and not (i >= 1 and loc[i - 1] == "response_format")
+    ]
 
 
 # How pydantic names the members of a union in a path: str, list[int], literal['a','b'], constrained-str, TextPart.

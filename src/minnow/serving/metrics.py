@@ -41,7 +41,7 @@ class Metrics:
         )
         self._in_flight = Gauge(
             "minnow_answers_in_flight",
-            "Answers under way and waiting, those of its adapters among them",
+            "Answers under way and waiting, those of its adapters and requests for embeddings among them",
             ["model"],
             registry=self.registry,
         )

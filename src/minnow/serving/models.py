@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -129,18 +130,25 @@ class Models:
 
     async def submit(self, model: ServedModel, prompt_ids: Sequence[int], params: SamplingParams) -> Generation:
         """Start an answer. APIError 429 when the queue is full, 503 when the server drains; UserError."""
-        try:
+        with refusals():
             answer = await model.engine.submit(prompt_ids, params)
-        except QueueFullError as error:
-            # About the time in which a place becomes free; nobody knows better before the answers end.
-            raise APIError(
-                429, f"The server is busy: {error}. Try again.", code="queue_full", headers={"Retry-After": "1"}
-            ) from error
-        except ClosedError as error:
-            raise APIError(
-                503, "The server is shutting down.", code="shutting_down", headers={"Retry-After": "10"}
-            ) from error
         return Generation(answer, model.name, self.metrics)
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """What the engine refuses within it becomes an answer: APIError 429 when the queue is full, 503 in a drain."""
+    try:
+        yield
+    except QueueFullError as error:
+        # About the time in which a place becomes free; nobody knows better before the answers end.
+        raise APIError(
+            429, f"The server is busy: {error}. Try again.", code="queue_full", headers={"Retry-After": "1"}
+        ) from error
+    except ClosedError as error:
+        raise APIError(
+            503, "The server is shutting down.", code="shutting_down", headers={"Retry-After": "10"}
+        ) from error
 
 
 class Generation:

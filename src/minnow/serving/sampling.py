@@ -22,10 +22,11 @@ def sampling_params(
     limit = config.max_answer_tokens
     if limit is not None:
         max_tokens = limit if max_tokens is None else min(max_tokens, limit)
+    near_zero = body.temperature is not None and body.temperature < 1e-5
     given: dict[str, Any] = {
         # So near to 0 a float32 cannot divide by it; the likeliest token has all the probability anyway.
-        "temperature": 0.0 if body.temperature is not None and body.temperature < 1e-5 else body.temperature,
-        "top_p": body.top_p,
+        "temperature": 0.0 if body.top_p == 0 or near_zero else body.temperature,
+        "top_p": body.top_p or None,
         "min_p": body.min_p,
         "repetition_penalty": body.repetition_penalty,
         "presence_penalty": body.presence_penalty,
@@ -47,7 +48,6 @@ def sampling_params(
 
 
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token): bias for token, bias in given.items()}
-    except ValueError:
-        raise APIError(400, "the keys of logit_bias must be token ids", param="logit_bias") from None
+    if not all(token.isascii() and token.isdigit() for token in given):
+        raise APIError(400, "the keys of logit_bias must be token ids", param="logit_bias")
+    return {int(token): bias for token, bias in given.items()}

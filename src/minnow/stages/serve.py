@@ -15,6 +15,7 @@ from fastapi import FastAPI
 from minnow.config import UserError
 from minnow.engine import Engine, SamplingParams
 from minnow.engine.async_engine import AsyncEngine
+from minnow.engine.engine import usual_memory_share
 from minnow.model.adapter import base_of, is_adapter
 from minnow.model.context import ContextConfig
 from minnow.model.pretrained import read_config, resolve_model_folder
@@ -50,8 +51,8 @@ class Config(ServingConfig, ContextConfig):
     precision: Precision = "auto"
     """Number format of weights and arithmetic; auto is bf16 where the hardware has it, else fp32."""
     memory_share: float | None = None
-    """Part of the memory for a model's keys and values, 0 to 1; by default 0.5 of a GPU's free memory when the model
-    gets its first request, 0.25 of the machine's."""
+    """Part of the memory for keys and values, 0 to 1, in equal parts for all models; by default 0.5 of a GPU's free
+    memory when a model gets its first request, 0.25 of the machine's (a container's, where that has less)."""
     compile: bool = False
     """Compile the step that writes a token: faster answers, after about a minute more at the start; needs a C++
     compiler."""
@@ -167,6 +168,7 @@ def build_app(
     """Load the models and put the application together."""
     device = choose_device(config.device)
     dtype = choose_precision(config.precision, device)
+    share = config.memory_share or usual_memory_share(device)
     models = []
     for name, folder in named.items():
         adapters = {key: adapter.folder for key, adapter in placed.items() if adapter.parent == name}
@@ -177,7 +179,7 @@ def build_app(
             context=config,
             frozen=True,
             compile=config.compile,
-            memory_share=config.memory_share,
+            memory_share=share / len(named),
             adapters=adapters,
         )
         note_foreign_template(engine.tokenizer, name)

@@ -29,7 +29,8 @@ class TalkingConfig(SamplingOptions, ContextConfig):
     """Number format of weights and arithmetic; auto is bf16 where the hardware has it, else fp32."""
 
     memory_share: float | None = None
-    """Part of the memory for keys and values, 0 to 1; by default 0.5 of a GPU's free memory, 0.25 of the machine's."""
+    """Part of the memory for keys and values, 0 to 1; by default 0.5 of a GPU's free memory, 0.25 of the machine's
+    (a container's, where that has less)."""
 
     def load_engine(self) -> Engine:
         """The engine for the model, its context stretched if asked for."""

@@ -1,0 +1,19 @@
+"""How much memory this process may use on its host."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
+"""Where a container finds its own limit, in cgroups v2 and v1."""
+
+
+def host_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of the machine, or of the container where that has less."""
+    sizes = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in _LIMITS:
+        with suppress(OSError, ValueError):  # no such file; "max" for no limit
+            sizes.append(int((cgroup / name).read_text()))
+    return min(sizes)
