@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,13 @@ import minnow
 from minnow.api import Model
 from minnow.config import UserError
 from minnow.engine import SamplingParams
+from minnow.engine.sampler import Sampled
 from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
 from minnow.model.lora import LoraConfig, add_lora, lora_layers
 from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.transformer import CausalLM
-from minnow.tokenizer.chat import Conversation, Message, render
-from minnow.tokenizer.parse import parse_assistant_ids
+from minnow.tokenizer.chat import Conversation, Message, ToolCall, render
 from minnow.tokenizer.train import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = train_tokenizer(["the little minnow swims in the pond. 小鱼在池塘里游泳。"] * 10, 320)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=128,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, max_position_embeddings=256,
     )  # fmt: skip
     model = CausalLM(config, seed=1)
     with torch.no_grad():
@@ -66,23 +67,63 @@ def test_the_package_alone_does_not_load_torch() -> None:
 
 
 def test_chat_is_the_engine_on_the_rendered_messages(model: Model) -> None:
-    options = {"temperature": 0.0, "max_tokens": 30}
+    barred = dict.fromkeys(range(3, 32), -100.0)  # control tokens, which random weights would say
+    options = {"temperature": 0.0, "max_tokens": 30, "logit_bias": barred}
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "鱼?"}]
     for thinking in (False, True):
         conversation = Conversation(tuple(Message(**m) for m in messages))
         prompt = render(model.tokenizer, conversation, add_generation_prompt=True, enable_thinking=thinking).ids
-        ids = model.engine.generate([prompt.tolist()], SamplingParams(**options))[0].completions[0].ids
+        text = model.engine.generate([prompt.tolist()], SamplingParams(**options))[0].completions[0].text
         answer = model.chat(messages, thinking=thinking, **options)
-        assert answer == parse_assistant_ids(model.tokenizer, ids, thinking=thinking)
+        assert answer == (Message("assistant", "", text.strip()) if thinking else Message("assistant", text.lstrip()))
     assert model.chat("鱼?", **options) == model.chat(messages[1:], **options)
 
 
-def test_streaming_gives_the_content(model: Model) -> None:
-    barred = dict.fromkeys(range(3, 32), -100.0)  # control tokens, which random weights would say
-    options = {"seed": 3, "max_tokens": 40, "logit_bias": barred}
-    whole = model.chat("Who?", **options)
-    streamed = "".join(model.chat("Who?", stream=True, **options))
-    assert streamed.strip().rstrip("\ufffd") == whole.content.strip().rstrip("\ufffd")
+CALL = '§<tool_call>§\n{"name": "add", "arguments": {"a": [1, 2], "b": "鱼"}}\n§</tool_call>§'
+CALLS = (ToolCall("add", {"a": [1, 2], "b": "鱼"}),)
+ODD = 'Hm\n§<tool_call>§{"name": "add", "arguments": {"a":§</tool_call>§\n or 1'
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "expected"),
+    [
+        ("I am a small fish.", {"stop": "small"}, Message("assistant", "I am a ")),
+        ("I am a small fish.", {"stop": "small", "thinking": True}, Message("assistant", "", "I am a")),
+        ("hm\n§</think>§\n\n a drum. ", {"thinking": True}, Message("assistant", "a drum. ", "hm")),
+        ("hm§</think>§a small fish", {"thinking": True, "stop": "small"}, Message("assistant", "a ", "hm")),
+        (" \n小鱼 ", {}, Message("assistant", "小鱼 ")),
+        ("a§</think>§b", {}, Message("assistant", "a</think>b")),
+        ("a </think> b <tool_call>", {}, Message("assistant", "a </think> b <tool_call>")),
+        (f"Look:\n{CALL}", {}, Message("assistant", "Look:", tool_calls=CALLS)),
+        (f"{CALL}\n{CALL}", {}, Message("assistant", "", tool_calls=CALLS * 2)),
+        (ODD, {}, Message("assistant", ODD.replace("§", ""))),
+        (CALL.removesuffix("\n§</tool_call>§"), {}, Message("assistant", CALL.replace("§", "")[:-13])),
+    ],
+)
+def test_a_stream_joined_is_the_content(
+    model: Model, monkeypatch: pytest.MonkeyPatch, script: str, options: dict[str, Any], expected: Message
+) -> None:
+    ids = [
+        index
+        for i, part in enumerate(script.split("§"))
+        for index in ([model.tokenizer.special_ids[part]] if i % 2 else model.tokenizer.encode(part))
+    ]
+    ids.append(model.tokenizer.im_end_id)
+
+    def say(logits: torch.Tensor, rows: list[Any]) -> Sampled:
+        return Sampled([ids[len(row.ids)] for row in rows], None, None, None)
+
+    monkeypatch.setattr(model.engine, "_sampler", say)
+    options = options | {"max_tokens": None}
+    assert model.chat("q", **options) == expected
+    assert "".join(model.chat("q", stream=True, **options)) == expected.content
+
+
+def test_streaming_what_random_weights_say(model: Model) -> None:
+    for seed in range(8):
+        options = {"seed": seed, "max_tokens": 40, "thinking": seed % 2 == 1}
+        assert "".join(model.chat("Who?", stream=True, **options)) == model.chat("Who?", **options).content
+    options = {"seed": 3, "max_tokens": 40}
     assert "".join(model.generate("the", stream=True, **options)) == model.generate("the", **options)
 
 
@@ -124,6 +165,11 @@ def test_bad_input_is_named(model: Model, tmp_path: Path) -> None:
         minnow.load(tmp_path / "nothing")
     with pytest.raises(UserError, match="no messages"):
         model.chat([])
+    for stream in (False, True):
+        with pytest.raises(UserError, match="n is 2"):
+            model.chat("q", n=2, stream=stream)
+        with pytest.raises(UserError, match="n is 2"):
+            model.generate("q", n=2, stream=stream)
     with pytest.raises(TypeError, match="temprature"):
         model.generate("x", temprature=1.0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, overload
@@ -11,11 +12,12 @@ from torch import Tensor
 
 from minnow.config import UserError
 from minnow.data.records import parse_message
-from minnow.engine import Completions, Engine, SamplingParams
+from minnow.engine import Completions, Delta, Engine, SamplingParams
 from minnow.engine.hidden import mean_hidden, token_logprobs
-from minnow.tokenizer.chat import Conversation, Message, render
-from minnow.tokenizer.parse import parse_assistant_ids
-from minnow.tokenizer.special import END_THINK, THINK
+from minnow.tokenizer.assistant import AssistantStream, Content, Event, Reasoning
+from minnow.tokenizer.chat import Conversation, Message, ToolCall, render
+from minnow.tokenizer.pieces import PieceStream
+from minnow.tokenizer.tool_calls import CallBegins
 from minnow.training.hardware import DeviceName, Precision, choose_device, choose_precision
 
 
@@ -74,7 +76,8 @@ class Model:
         """Answer a conversation: {"role": ..., "content": ...} each, or a text as the user's only message.
 
         The answer is a `Message` with content, reasoning_content and tool_calls; with `stream`, the pieces of its
-        content as they come. thinking: let the model reason first. tools: JSON schemas of functions it may call.
+        content alone as they come, without thoughts and calls. What looks like a call and is none is content, and
+        comes once that is known. thinking: let the model reason first. tools: JSON schemas of functions it may call.
         """
         items = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         if not items:
@@ -83,21 +86,19 @@ class Model:
             messages=tuple(parse_message(item, number) for number, item in enumerate(items, 1)), tools=tuple(tools)
         )
         rendered = render(self.tokenizer, conversation, add_generation_prompt=True, enable_thinking=thinking)
-        prompt, params = rendered.ids.tolist(), SamplingParams(**options)
+        events = self._events(self.engine.stream(rendered.ids.tolist(), _one_answer(options)), thinking)
         if stream:
-            return self._content(prompt, params, thinking)
-        (completion,) = self.engine.generate([prompt], params)[0].completions
-        return parse_assistant_ids(self.tokenizer, completion.ids, thinking=thinking)
+            return (event.text for event in events if isinstance(event, Content))
+        return _message(events)
 
-    def _content(self, prompt: list[int], params: SamplingParams, thinking: bool) -> Iterator[str]:
-        special = self.tokenizer.special_ids
-        for delta in self.engine.stream(prompt, params):
-            if delta.id == special[THINK]:
-                thinking = True
-            elif delta.id == special[END_THINK]:
-                thinking = False
-            elif delta.text and not thinking:
-                yield delta.text
+    def _events(self, deltas: Iterator[Delta], thinking: bool) -> Iterator[Event[None]]:
+        """An answer taken apart as the server takes it apart."""
+        pieces: PieceStream[None] = PieceStream(self.tokenizer)
+        assistant: AssistantStream[None] = AssistantStream(thinking=thinking, tools=True, whole_calls=True)
+        for delta in deltas:
+            for piece in pieces.push([delta.id], [None], delta.text):
+                yield from assistant.push(piece)
+        yield from assistant.finish()
 
     @overload
     def generate(self, prompt: str, *, stream: Literal[False] = False, **options: Any) -> str: ...
@@ -115,7 +116,7 @@ class Model:
 
         `engine.generate` gives ids, several samples and log-probabilities too.
         """
-        params = SamplingParams(**options)
+        params = _one_answer(options)
         if stream:
             if not isinstance(prompt, str):
                 raise UserError("stream=True continues one text, not several")
@@ -149,3 +150,27 @@ class Model:
     def _embed(self, ids: list[int], adapter: str | None) -> Tensor:
         with self.engine.adapters.through(adapter, len(ids)):
             return mean_hidden(self.engine.model, [ids])
+
+
+def _one_answer(options: Mapping[str, Any]) -> SamplingParams:
+    """The options of a method that gives one answer; UserError where several are asked for."""
+    params = SamplingParams(**options)
+    if params.n > 1:
+        raise UserError(f"n is {params.n}, but this gives one answer: take `engine.generate` for several")
+    return params
+
+
+def _message(events: Iterator[Event[None]]) -> Message:
+    """A whole answer: its events, folded. A call's arguments come in one piece, see `AssistantStream`."""
+    content, reasoning = "", ""
+    calls: list[ToolCall] = []
+    for event in events:
+        if isinstance(event, Content):
+            content += event.text
+        elif isinstance(event, Reasoning):
+            reasoning += event.text
+        elif isinstance(event, CallBegins):
+            calls.append(ToolCall(event.name, {}))
+        else:
+            calls[-1] = ToolCall(calls[-1].name, json.loads(event.text))
+    return Message("assistant", content, reasoning or None, tuple(calls))

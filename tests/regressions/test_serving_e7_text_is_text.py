@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import pytest
 
-from minnow.serving.assistant import AssistantStream, Content
-from minnow.serving.pieces import PieceStream
 from minnow.serving.prompts import chat_prompt_ids
 from minnow.serving.requests import ChatBody
 from minnow.tokenizer import train_tokenizer
+from minnow.tokenizer.assistant import AssistantStream, Content
+from minnow.tokenizer.pieces import PieceStream
 
 TOKENIZER = train_tokenizer(["the little minnow"] * 5, 320)
 

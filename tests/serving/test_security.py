@@ -35,7 +35,7 @@ def test_a_key_is_asked_for_everywhere_but_at_health(tmp_path: Path, monkeypatch
         with pytest.raises(openai.AuthenticationError):
             running.client(api_key="wrong").models.list()
         assert (b"wrong", b"s3cret") in compared  # in constant time
-        for bad in ("Bearer", "Bearer é".encode(), "Basic !!!", "Basic czNjcmV0", "s3cret"):
+        for bad in ("Bearer", "Bearer é".encode(), "Basic !!!", "Basic é".encode(), "Basic czNjcmV0", "s3cret"):
             assert httpx.get(f"{running.url}/v1/models", headers={"Authorization": bad}).status_code == 401
         assert running.client(api_key="s3cret").models.list().data[0].id == "noise"
         # A browser asks its user for name and password.
@@ -70,10 +70,15 @@ def test_cors_is_off_unless_named(tmp_path: Path, running: Running) -> None:
         preflight = httpx.options(
             f"{named.url}/v1/chat/completions",
             headers=origin
-            | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"},
+            | {
+                "Access-Control-Request-Method": "POST",
+                "Access-Control-Request-Headers": "authorization,content-type,x-stainless-lang",  # OpenAI's for pages
+            },
         )
         assert preflight.status_code == 200
         assert preflight.headers["access-control-allow-origin"] == origin["Origin"]
+        allowed = httpx.get(f"{named.url}/v1/models", headers=origin)
+        assert allowed.headers["access-control-expose-headers"] == "Retry-After"
         other = httpx.get(f"{named.url}/v1/models", headers={"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
 
@@ -122,7 +127,12 @@ def test_reloading_takes_other_weights_and_needs_a_key(tmp_path: Path, running: 
         assert say() == "小鱼 swims"
         assert reload(model="m", folder=str(second)).status_code == 200
         assert say() == "pond in"
-        for folder, reason in ((other, "config.json differs"), (tmp_path / "nowhere", "no such folder")):
+        too_long = "x" * 5000
+        for folder, reason in (
+            (other, "config.json differs"),
+            (tmp_path / "nowhere", "no such folder"),
+            (too_long, "no name of a folder"),
+        ):
             answer = reload(model="m", folder=str(folder))
             assert answer.status_code == 400
             assert reason in answer.json()["error"]["message"]

@@ -5,9 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from minnow.data.readers import read_rows
+from minnow.data.records import parse_conversation
+from minnow.tokenizer.chat import Message, ToolCall
 
 from .serving_helpers import Running
 
@@ -48,13 +53,20 @@ def say(page: Any, text: str) -> None:
     page.wait_for_selector("body:not(.running)")
 
 
-def script_answers(page: Any, *answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Answer the page's requests with these deltas, in turn; the bodies it sent."""
+def script_answers(page: Any, *answers: list[dict[str, Any]] | str | None) -> list[dict[str, Any]]:
+    """Answer the page's requests with these deltas, in turn; the bodies it sent. A text: that error; None: nothing."""
     bodies: list[dict[str, Any]] = []
 
     def fulfil(route: Any) -> None:
         deltas = answers[len(bodies)]
         bodies.append(route.request.post_data_json)
+        if deltas is None:
+            return
+        if isinstance(deltas, str):
+            route.fulfill(
+                content_type="text/event-stream", body=f"data: {json.dumps({'error': {'message': deltas}})}\n\n"
+            )
+            return
         reason = "tool_calls" if any("tool_calls" in delta for delta in deltas) else "stop"
         chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
         chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
@@ -63,6 +75,22 @@ def script_answers(page: Any, *answers: list[dict[str, Any]]) -> list[dict[str, 
 
     page.route("**/v1/chat/completions", fulfil)
     return bodies
+
+
+def export(page: Any, button: str, folder: Path) -> Path:
+    """The file that the button saves."""
+    with page.expect_download() as download:
+        page.click(button)
+    path = folder / download.value.suggested_filename
+    download.value.save_as(path)
+    return path
+
+
+CALL: list[dict[str, Any]] = [
+    {"tool_calls": [{"index": 0, "id": "call_1", "type": "function",
+                     "function": {"name": "calculate", "arguments": '{"expression": '}}]},
+    {"tool_calls": [{"index": 0, "function": {"arguments": '"17 * 3"}'}}]},
+]  # fmt: skip
 
 
 def test_a_conversation_with_two_models(page: Any) -> None:
@@ -139,18 +167,44 @@ def test_what_a_model_writes_never_runs(page: Any) -> None:
     assert page.evaluate("window.hit") is None
 
 
-def test_tools_run_in_a_loop(page: Any) -> None:
-    function = {"name": "calculate", "arguments": '{"expression": '}
-    first = {"tool_calls": [{"index": 0, "id": "call_1", "type": "function", "function": function}]}
-    rest = {"tool_calls": [{"index": 0, "function": {"arguments": '"17 * 3"}'}}]}
-    bodies = script_answers(page, [first, rest], [{"content": "It is 51."}])
+def test_tools_run_in_a_loop(page: Any, tmp_path: Path) -> None:
+    bodies = script_answers(page, CALL, [{"content": "It is 51."}])
     page.check("#tools")
     say(page, "17 * 3?")
     assert page.inner_text(".tool") == "51"
     assert page.inner_text(".assistant:last-child .text") == "It is 51."
     assert [tool["function"]["name"] for tool in bodies[0]["tools"]] == ["calculate", "clock"]
     assert bodies[1]["messages"][-1] == {"role": "tool", "tool_call_id": "call_1", "content": "51"}
-    with page.expect_download() as download:
-        page.click("#json")
-    saved = json.loads(download.value.path().read_text())
+    saved = json.loads(export(page, "#json", tmp_path).read_text(encoding="utf-8"))
     assert [message["role"] for message in saved["messages"]] == ["user", "assistant", "tool", "assistant"]
+
+
+def test_a_saved_conversation_is_a_row_for_sft(page: Any, tmp_path: Path) -> None:
+    """With the system prompt and the tools, without what an error or a stop left empty; so are later requests."""
+    bodies = script_answers(page, "no luck", None, CALL, [{"content": "It is 51."}])
+    page.fill("#system", "Be brief. 简短。")
+    page.check("#tools")
+    say(page, "one")
+    assert "no luck" in page.inner_text(".error")
+    page.fill("#input", "two")
+    page.press("#input", "Enter")
+    page.wait_for_selector("body.running")
+    page.click("#stop")
+    page.wait_for_selector("body:not(.running)")
+    say(page, "17 * 3?")
+    assert [message["role"] for message in bodies[2]["messages"]] == ["system", "user", "user", "user"]
+    page.uncheck("#tools")
+    ((_, row),) = read_rows([str(export(page, "#json", tmp_path))])
+    call = ToolCall("calculate", {"expression": "17 * 3"})
+    read = parse_conversation(row)
+    assert read.messages == (
+        Message("system", "Be brief. 简短。"),
+        *(Message("user", text) for text in ("one", "two", "17 * 3?")),
+        Message("assistant", "", tool_calls=(call,)),
+        Message("tool", "51"),
+        Message("assistant", "It is 51."),
+    )
+    assert list(read.tools) == bodies[0]["tools"]
+    text = export(page, "#markdown", tmp_path).read_text(encoding="utf-8")
+    assert text.startswith("## system\n\nBe brief. 简短。\n\n## user\n\none\n\n## user")
+    assert "## tools\n\n- calculate: " in text

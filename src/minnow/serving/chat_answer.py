@@ -6,10 +6,8 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any
 
 from minnow.engine import Delta
-from minnow.serving.assistant import AssistantStream, Content, Event, Reasoning
 from minnow.serving.logprobs import token_logprob
 from minnow.serving.models import Generation, ServedModel
-from minnow.serving.pieces import PieceStream
 from minnow.serving.requests import ChatBody, NamedToolChoice
 from minnow.serving.responses import (
     FINGERPRINT,
@@ -27,7 +25,9 @@ from minnow.serving.responses import (
     now,
     usage,
 )
-from minnow.serving.tool_calls import CallBegins
+from minnow.tokenizer.assistant import AssistantStream, Content, Event, Reasoning
+from minnow.tokenizer.pieces import PieceStream
+from minnow.tokenizer.tool_calls import CallBegins
 
 
 class _Choice:
@@ -41,9 +41,11 @@ class _Choice:
         self._tokenizer = model.tokenizer
         self._named = isinstance(body.tool_choice, NamedToolChoice)
         self._pieces: PieceStream[TokenLogprob] = PieceStream(model.tokenizer)
-        self._assistant = AssistantStream(thinking=body.thinking, tools=bool(body.usable_tools))
+        self._assistant: AssistantStream[TokenLogprob] = AssistantStream(
+            thinking=body.thinking, tools=bool(body.usable_tools)
+        )
 
-    def push(self, delta: Delta) -> Iterator[Event]:
+    def push(self, delta: Delta) -> Iterator[Event[TokenLogprob]]:
         """What the next token tells."""
         self.token_ids.append(delta.id)
         self.reasoning_tokens += self._assistant.reasoning
@@ -137,15 +139,15 @@ class ChatAnswer:
         return counts
 
 
-def _delta(event: Event, body: ChatBody) -> tuple[ChatDelta, ChatLogprobs | None]:
+def _delta(event: Event[TokenLogprob], body: ChatBody) -> tuple[ChatDelta, ChatLogprobs | None]:
     """An event as a chunk says it, with its log-probabilities."""
     if isinstance(event, Reasoning):
         return {"reasoning_content": event.text}, None
     if isinstance(event, Content):
-        return {"content": event.text}, {"content": list(event.logprobs), "refusal": None} if body.logprobs else None
+        return {"content": event.text}, {"content": list(event.notes), "refusal": None} if body.logprobs else None
     if isinstance(event, CallBegins):
         function = {"name": event.name, "arguments": ""}
-        call = {"index": event.index, "id": event.id, "type": "function", "function": function}
+        call = {"index": event.index, "id": new_id("call_"), "type": "function", "function": function}
         return {"tool_calls": [call]}, None  # type: ignore[list-item]
     return {"tool_calls": [{"index": event.index, "function": {"arguments": event.text}}]}, None
 
@@ -166,13 +168,13 @@ class _WholeChoice:
         self._logprobs: list[TokenLogprob] = []
         self._calls: list[tuple[CallBegins, list[str]]] = []
 
-    def add(self, event: Event) -> None:
+    def add(self, event: Event[TokenLogprob]) -> None:
         """Take the next event."""
         if isinstance(event, Reasoning):
             self._reasoning.append(event.text)
         elif isinstance(event, Content):
             self._content.append(event.text)
-            self._logprobs += event.logprobs
+            self._logprobs += event.notes
         elif isinstance(event, CallBegins):
             self._calls.append((event, []))
         else:
@@ -191,7 +193,11 @@ class _WholeChoice:
             message["reasoning_content"] = "".join(self._reasoning)
         if self._calls:
             message["tool_calls"] = [
-                {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": "".join(arguments)}}
+                {
+                    "id": new_id("call_"),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": "".join(arguments)},
+                }
                 for call, arguments in self._calls
             ]
         whole: ChatChoice = {

@@ -1,6 +1,6 @@
 // The web chat: a conversation in this tab, answered by the server's own OpenAI endpoint.
 import { addDelta, callTool, getJson, streamChat } from "./api.js";
-import { apiMessage, asJson, asMarkdown, download } from "./export.js";
+import { asJson, asMarkdown, conversation, download } from "./export.js";
 import { element } from "./markdown.js";
 import { TEXTS } from "./texts.js";
 import { messageView } from "./view.js";
@@ -83,13 +83,12 @@ function setRunning(controller) {
 
 // --- answering ---
 
+const system = () => $("system").value.trim();
+
 function request() {
-  const body = { model: $("model").value, messages: messages.map(apiMessage) };
-  const system = $("system").value.trim();
-  if (system) body.messages.unshift({ role: "system", content: system });
+  const body = { model: $("model").value, ...conversation(messages, system(), $("tools").checked ? tools : []) };
   for (const id of NUMBERS) if ($(id).value !== "") body[id] = Number($(id).value);
   if ($("thinking").checked) body.chat_template_kwargs = { enable_thinking: true };
-  if ($("tools").checked && tools.length) body.tools = tools;
   return body;
 }
 
@@ -171,6 +170,12 @@ async function answerCalls(message, signal) {
 
 // --- the page ---
 
+// The row for a file. A call belongs to its tools, also where they were turned off after it.
+function exported() {
+  const withTools = $("tools").checked || messages.some((message) => message.tool_calls);
+  return conversation(messages, system(), withTools ? tools : []);
+}
+
 function send(event) {
   event?.preventDefault();
   const text = $("input").value;
@@ -215,8 +220,8 @@ $("language").addEventListener("click", () => {
 $("toggle").addEventListener("click", togglePanel);
 $("panel").addEventListener("change", keep);
 $("model").addEventListener("change", keep);
-$("json").addEventListener("click", () => download("conversation.json", asJson(messages), "application/json"));
-$("markdown").addEventListener("click", () => download("conversation.md", asMarkdown(messages), "text/markdown"));
+$("json").addEventListener("click", () => download("conversation.json", asJson(exported()), "application/json"));
+$("markdown").addEventListener("click", () => download("conversation.md", asMarkdown(exported()), "text/markdown"));
 
 drawTexts();
 try {

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minnow.engine.stop_strings import StopStrings
-from minnow.serving.assistant import AssistantStream, Content, Event, Reasoning
-from minnow.serving.pieces import PieceStream
-from minnow.serving.tool_calls import CallArguments, CallBegins
 from minnow.tokenizer import StreamDecoder, Tokenizer, parse_assistant_ids, train_tokenizer
+from minnow.tokenizer.assistant import AssistantStream, Content, Event, Reasoning
+from minnow.tokenizer.pieces import PieceStream
+from minnow.tokenizer.tool_calls import CallArguments, CallBegins
 
 MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
 
@@ -31,11 +31,11 @@ def ids_of(script: str) -> list[int]:
     return ids
 
 
-def stream(ids: list[int], *, thinking: bool = False, tools: bool = True, stop: tuple[str, ...] = ()) -> list[Event]:
+def stream(ids: list[int], *, stop: tuple[str, ...] = (), **options: bool) -> list[Event]:
     """What the server makes of deltas such as the engine gives."""
     decoder, stops = StreamDecoder(tokenizer(), skip_special_tokens=True), StopStrings(stop)
     pieces: PieceStream = PieceStream(tokenizer())
-    assistant = AssistantStream(thinking=thinking, tools=tools)
+    assistant = AssistantStream(**({"thinking": False, "tools": True} | options))
     events: list[Event] = []
     for index in ids:
         text = stops.push(decoder.push(index))
@@ -75,9 +75,6 @@ def test_reasoning_content_and_calls_come_apart() -> None:
     assert joined(events) == ("I think 小鱼", "Look:", [("add", ARGUMENTS)] * 2)
     # Arguments stream: they come in many pieces, after the name.
     assert sum(isinstance(event, CallArguments) for event in events) > 10
-    ids = [event.id for event in events if isinstance(event, CallBegins)]
-    assert len(set(ids)) == 2
-    assert all(i.startswith("call_") for i in ids)
 
 
 def test_text_that_spells_a_tag_is_text() -> None:
@@ -95,6 +92,15 @@ def test_without_tools_a_call_is_text() -> None:
 def test_a_call_that_is_cut_off_is_told_as_far_as_it_goes() -> None:
     assert joined(stream(ids_of('§<tool_call>§\n{"name": "f", "arguments": {"a": 1'))) == ("", "", [("f", '{"a": 1')])
     assert joined(stream(ids_of('x\n§<tool_call>§\n{"name": "f"'))) == ("", 'x\n<tool_call>\n{"name": "f"', [])
+
+
+def test_whole_calls_are_told_at_their_end_and_what_is_none_is_text() -> None:
+    events = stream(ids_of(f"a\n{CALL}\n{CALL}"), whole_calls=True)
+    assert joined(events) == ("", "a", [("add", ARGUMENTS)] * 2)
+    assert sum(isinstance(event, CallArguments) for event in events) == 2
+    for script in ('x\n§<tool_call>§\n{"name": "f", "arguments": {"a": 1', "§<tool_call>§{nonsense}§</tool_call>§",
+                   '§<tool_call>§{"name": "f", "arguments": {"a": }}§</tool_call>§'):  # fmt: skip
+        assert joined(stream(ids_of(script), whole_calls=True)) == ("", script.replace("§", ""), [])
 
 
 def test_odd_calls_are_read_whole_and_broken_ones_stay() -> None:

@@ -1,7 +1,7 @@
 """An assistant's answer taken apart while it is written: reasoning, content, tool calls.
 
 It says what `minnow.tokenizer.parse_assistant` says of the whole answer, but without waiting for its end, and a
-control token counts only where it really is one.
+control token counts only where it really is one. The server and `minnow.load` both read answers with it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, auto
+from typing import Generic, TypeVar
 
-from minnow.serving.pieces import Piece
-from minnow.serving.responses import TokenLogprob
-from minnow.serving.tool_calls import CallArguments, CallBegins, ToolCallReader
+from minnow.tokenizer.pieces import Piece
 from minnow.tokenizer.special import END_THINK, END_TOOL_CALL, THINK, TOOL_CALL
+from minnow.tokenizer.tool_calls import CallArguments, CallBegins, ToolCallReader
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,14 +26,14 @@ class Reasoning:
 
 
 @dataclass(frozen=True)
-class Content:
-    """More of the content, with the log-probabilities of its tokens (empty if not asked for)."""
+class Content(Generic[T]):
+    """More of the content, with what the caller attached to its tokens (see `Piece.note`)."""
 
     text: str
-    logprobs: tuple[TokenLogprob, ...] = ()
+    notes: tuple[T, ...] = ()
 
 
-Event = Reasoning | Content | CallBegins | CallArguments
+Event = Reasoning | Content[T] | CallBegins | CallArguments
 
 
 class _State(Enum):
@@ -40,22 +42,23 @@ class _State(Enum):
     CALL = auto()
 
 
-class AssistantStream:
+class AssistantStream(Generic[T]):
     """Turns the pieces of one answer into events.
 
     Two things must be told before the end can show them different: a `</think>` that nothing opened is text, and a
     call that is cut off is told as far as it goes.
 
     thinking: the prompt has opened the think block, so the answer starts inside it. tools: calls are looked
-    for; without tools the tags are text like any other.
+    for; without tools the tags are text like any other. whole_calls: tell calls once they are whole; one that is
+    cut off or no valid call is content, told at its end.
     """
 
-    def __init__(self, *, thinking: bool, tools: bool) -> None:
+    def __init__(self, *, thinking: bool, tools: bool, whole_calls: bool = False) -> None:
         self._state = _State.REASONING if thinking else _State.CONTENT
-        self._tools = tools
+        self._tools, self._whole_calls = tools, whole_calls
         self._said = {Reasoning: False, Content: False}  # whether anything but white space came
         self._held = ""  # white space at the end, which goes if nothing follows
-        self._held_logprobs: tuple[TokenLogprob, ...] = ()
+        self._held_notes: tuple[T, ...] = ()
         self._call: ToolCallReader | None = None
         self._after_call = False  # nothing but white space came since the last call
         self.calls = 0
@@ -66,7 +69,7 @@ class AssistantStream:
         """Whether the answer is inside its reasoning."""
         return self._state is _State.REASONING
 
-    def push(self, piece: Piece[TokenLogprob]) -> Iterator[Event]:
+    def push(self, piece: Piece[T]) -> Iterator[Event[T]]:
         """What the next piece tells."""
         if self._state is _State.REASONING:
             if piece.mark and piece.text == END_THINK:
@@ -78,21 +81,21 @@ class AssistantStream:
             if piece.mark and piece.text == THINK and not self._said[Content] and not self._said[Reasoning]:
                 self._state = _State.REASONING
             elif piece.mark and piece.text == TOOL_CALL and self._tools:
-                self._call = ToolCallReader(self.calls)
+                self._call = ToolCallReader(self.calls, whole=self._whole_calls)
                 self._state = _State.CALL
             else:
                 yield from self._content(piece.text, () if piece.note is None else (piece.note,))
         else:
             yield from self._read_call(piece)
 
-    def finish(self) -> Iterator[Event]:
+    def finish(self) -> Iterator[Event[T]]:
         """What was held back, at the end of the answer."""
         if self._call is not None and self._call.unread:  # cut off before it was a call
             yield from self._content(TOOL_CALL + self._call.unread, ())
         if self._state is not _State.REASONING and self._held and not self._after_call:
-            yield Content(self._held, self._held_logprobs)
+            yield Content(self._held, self._held_notes)
 
-    def _reasoning(self, text: str) -> Iterator[Event]:
+    def _reasoning(self, text: str) -> Iterator[Event[T]]:
         text = self._held + text
         if not self._said[Reasoning]:
             text = text.lstrip()
@@ -102,28 +105,28 @@ class AssistantStream:
             self._said[Reasoning] = True
             yield Reasoning(shown)
 
-    def _content(self, text: str, logprobs: tuple[TokenLogprob, ...]) -> Iterator[Event]:
-        if not text and not logprobs:
+    def _content(self, text: str, notes: tuple[T, ...]) -> Iterator[Event[T]]:
+        if not text and not notes:
             return
-        text, logprobs = self._held + text, self._held_logprobs + logprobs
-        self._held, self._held_logprobs = "", ()
+        text, notes = self._held + text, self._held_notes + notes
+        self._held, self._held_notes = "", ()
         if not self._said[Content]:
             blank = text.isspace()
             text = text.lstrip()  # the template's own line breaks
             if blank:
                 return
             if not text:  # the first part of a character that takes several tokens
-                self._held_logprobs = logprobs
+                self._held_notes = notes
                 return
         self._after_call = self._after_call and not text.strip()
         # The template puts a line break before a call and between two calls; it is content only if more follows.
         if (self._tools and text.endswith("\n")) or self._after_call:
-            self._held, self._held_logprobs = text, logprobs
+            self._held, self._held_notes = text, notes
             return
         self._said[Content] = True
-        yield Content(text, logprobs)
+        yield Content(text, notes)
 
-    def _read_call(self, piece: Piece[TokenLogprob]) -> Iterator[Event]:
+    def _read_call(self, piece: Piece[T]) -> Iterator[Event[T]]:
         assert self._call is not None
         if not (piece.mark and piece.text == END_TOOL_CALL):
             yield from self._count(self._call.push(piece.text))
@@ -134,13 +137,13 @@ class AssistantStream:
         if unread:  # no valid call: it stays as it was written
             yield from self._content(TOOL_CALL + unread + END_TOOL_CALL, ())
 
-    def _count(self, events: Iterator[CallBegins | CallArguments]) -> Iterator[Event]:
+    def _count(self, events: Iterator[CallBegins | CallArguments]) -> Iterator[Event[T]]:
         for event in events:
             if isinstance(event, CallBegins):
                 held = "" if self._after_call else self._held.removesuffix("\n" if not self.calls else "")
                 if held:
-                    yield Content(held, self._held_logprobs)
-                self._held, self._held_logprobs = "", ()
+                    yield Content(held, self._held_notes)
+                self._held, self._held_notes = "", ()
                 self.calls += 1
                 self._after_call = True
             yield event

@@ -7,8 +7,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from minnow.serving.responses import new_id
-from minnow.tokenizer import parse_assistant
+from minnow.tokenizer.parse import parse_assistant
 from minnow.tokenizer.special import END_TOOL_CALL, TOOL_CALL
 
 _HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
@@ -19,7 +18,6 @@ class CallBegins:
     """Call number `index` is to the function `name`."""
 
     index: int
-    id: str
     name: str
 
 
@@ -32,10 +30,14 @@ class CallArguments:
 
 
 class ToolCallReader:
-    """Reads what stands between `<tool_call>` and `</tool_call>`."""
+    """Reads what stands between `<tool_call>` and `</tool_call>`.
 
-    def __init__(self, index: int) -> None:
+    whole: tell a call at its end, and only where it is a valid one.
+    """
+
+    def __init__(self, index: int, *, whole: bool = False) -> None:
         self._index = index
+        self._whole = whole
         self._head = ""
         self._depth = 0
         self._in_string = self._escaped = False
@@ -54,14 +56,14 @@ class ToolCallReader:
             yield from self._arguments(text)
             return
         self._head += text
-        match = _HEAD.match(self._head)
+        match = None if self._whole else _HEAD.match(self._head)
         if match is None:
             return
         yield from self._begin(json.loads(match[1]))
         yield from self._arguments(self._head[match.end() :])
 
     def end(self) -> Iterator[CallBegins | CallArguments]:
-        """`</tool_call>` has come: a call written in an unusual order is told whole."""
+        """`</tool_call>` has come: what has not begun, such as a call written in an unusual order, is told whole."""
         if self.begun:
             return
         for call in parse_assistant(f"{TOOL_CALL}{self._head}{END_TOOL_CALL}").tool_calls:
@@ -70,7 +72,7 @@ class ToolCallReader:
 
     def _begin(self, name: str) -> Iterator[CallBegins]:
         self.begun = True
-        yield CallBegins(self._index, new_id("call_"), name)
+        yield CallBegins(self._index, name)
 
     def _arguments(self, text: str) -> Iterator[CallArguments]:
         """The part of `text` that belongs to the arguments' object."""

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Generic, TypeVar
 
-from minnow.tokenizer import StreamDecoder, Tokenizer
+from minnow.tokenizer.stream import StreamDecoder
+from minnow.tokenizer.tokenizer import Tokenizer
 
 T = TypeVar("T")
 
