@@ -37,9 +37,12 @@ class Running:
 
 
 def served(folders: Mapping[str, Path], max_answers: int = 256) -> list[ServedModel]:
+    """The models as `minnow serve` runs them: packed copies of their weights."""
     return [
         ServedModel(
-            name=name, folder=folder, engine=AsyncEngine(Engine.from_pretrained(folder), max_answers=max_answers)
+            name=name,
+            folder=folder,
+            engine=AsyncEngine(Engine.from_pretrained(folder, frozen=True), max_answers=max_answers),
         )
         for name, folder in folders.items()
     ]

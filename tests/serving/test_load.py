@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from minnow.engine.packed import PackedModel
+
 from ..stages.stage_helpers import save_random_model
 from .serving_helpers import Running, serving
 
@@ -62,6 +64,7 @@ async def load(running: Running, seconds: float) -> tuple[dict[int, str], list[f
 
 def check(folder: Path, seconds: float, streams_alone: int) -> None:
     with serving({"m": folder}) as running:
+        assert isinstance(running.engines["m"].engine._decoder(), PackedModel)  # what `minnow serve` runs
         answers, memory = asyncio.run(load(running, seconds))
         assert len(answers) >= STREAMS
         assert running.engines["m"].in_flight == 0
