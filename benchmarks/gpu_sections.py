@@ -329,7 +329,7 @@ class RandomRows:
 
     vocab_size: int
     length: int
-    num_rows: int = 4096
+    window_rows: tuple[int, ...] = (4096,)
 
     def batch(self, row_indices: Any) -> Batch:
         return random_batch(self.vocab_size, len(row_indices), self.length)

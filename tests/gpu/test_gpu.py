@@ -230,7 +230,7 @@ def test_a_pinned_copy_arrives_whole() -> None:
 
 
 class RandomRows:
-    num_rows = 64
+    window_rows: tuple[int, ...] = (64,)
 
     def batch(self, row_indices: object) -> Batch:
         return random_batch(SHAPE.vocab_size, len(row_indices), 256)  # type: ignore[arg-type]

@@ -16,10 +16,11 @@ from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.lora import LoraConfig
-from minnow.model.pretrained import load_pretrained
+from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.stages import pretrain
 from minnow.tokenizer import Tokenizer, train_tokenizer
 from minnow.training.config import TrainingConfig
+from minnow.training.lock import FolderLock
 
 TEXTS = [f"The {colour} fish number {i} swims in the pond." for i in range(60) for colour in ("red", "blue")]
 
@@ -61,6 +62,29 @@ def test_another_configuration_is_refused_by_key(config: pretrain.Config) -> Non
     pretrain.run(config)
     with pytest.raises(UserError, match=r"training\.clip_norm: 1\.0 there, 2\.0 now"):
         pretrain.run(replace(config, training=replace(config.training, clip_norm=2.0)))
+
+
+def test_the_folder_is_locked_until_the_model_is_in_it(
+    config: pretrain.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def save(*words, **named) -> None:  # type: ignore[no-untyped-def]
+        with pytest.raises(UserError, match="in use"):
+            FolderLock(Path(config.run)).take()
+        tried.append(save_pretrained(*words, **named))
+
+    monkeypatch.setattr("minnow.training.session.save_pretrained", save)
+    pretrain.run(config)
+    assert tried
+    FolderLock(Path(config.run)).take()
+
+
+def test_what_a_message_tells_to_change_may_be_changed(config: pretrain.Config) -> None:
+    """Room on a disk, fewer workers: with these a stopped run goes on."""
+    pretrain.run(config)
+    training = replace(config.training, keep_last=1, save_every=3, log_every=2)
+    pretrain.run(replace(config, training=training, data=replace(config.data, workers=1)))
 
 
 def test_data_that_changed_under_a_run_is_refused(config: pretrain.Config) -> None:

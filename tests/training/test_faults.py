@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -92,12 +93,29 @@ def leave_unfinished(folder: Path) -> None:
     (folder / "complete.json").unlink()
 
 
+def flip_a_bit_of_the_seal(folder: Path) -> None:
+    content = bytearray((folder / "complete.json").read_bytes())
+    content[3] ^= 128
+    (folder / "complete.json").write_bytes(content)
+
+
+def empty_the_seal(folder: Path) -> None:
+    (folder / "complete.json").write_text("")
+
+
+def seal_something_else(folder: Path) -> None:
+    (folder / "complete.json").write_text('{"step": 9}')
+
+
 DAMAGE = {
     cut_off: r"step-00000009: shard-\S+ has \d+ bytes, \d+ were written",
     flip_a_bit: r"step-00000009: shard-\S+ is not what was written",
     change_state: "step-00000009: state.json is not what was written",
     lose_a_file: r"step-00000009: shard-\S+ is missing",
     leave_unfinished: "step-00000009: unfinished",
+    flip_a_bit_of_the_seal: r"step-00000009: complete\.json is damaged",
+    empty_the_seal: r"step-00000009: complete\.json is damaged",
+    seal_something_else: r"step-00000009: complete\.json is damaged",
 }
 
 
@@ -112,9 +130,51 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path: Path
     assert_ends_the_same(tmp_path, straight)
 
 
+def test_where_none_is_whole_any_more_nothing_is_deleted(tmp_path: Path) -> None:
+    """A disk that is not all there at the start must not cost the run."""
+    newest = stopped_run(tmp_path)
+    for checkpoint in list_checkpoints(newest.parent):
+        cut_off(checkpoint.folder)
+    kept = sorted(path for path in tmp_path.rglob("*") if path.is_file())
+    with pytest.raises(UserError, match="no checkpoint is whole any more.*step-00000006.*restore one, or"):
+        make_trainer(tmp_path).resume()
+    assert sorted(path for path in tmp_path.rglob("*") if path.is_file()) == kept
+
+
+def test_a_run_that_never_finished_a_checkpoint_starts_anew(tmp_path: Path) -> None:
+    newest = stopped_run(tmp_path)
+    for checkpoint in list_checkpoints(newest.parent):
+        leave_unfinished(checkpoint.folder)
+    assert not make_trainer(tmp_path).resume()
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_a_copy_beside_the_checkpoints_is_not_one(tmp_path: Path, straight: Trainer) -> None:
+    newest = stopped_run(tmp_path)
+    shutil.copytree(newest, newest.with_name("step-00000012.bak"))
+    assert_ends_the_same(tmp_path, straight)
+    assert newest.with_name("step-00000012.bak").exists()
+
+
+def test_the_best_and_the_one_before_are_verified_too(tmp_path: Path) -> None:
+    newest = stopped_run(tmp_path)
+    trainer = make_trainer(tmp_path)
+    trainer.resume()
+    trainer.state.best_step = 8
+    before = [parameter.clone() for parameter in trainer.parameters]
+    flip_a_bit(newest.with_name("step-00000008"))
+    with pytest.raises(UserError, match=r"step-00000008: shard-\S+ is not what was written"):
+        trainer.load_best()
+    assert all(map(torch.equal, trainer.parameters, before))
+    assert trainer.load_before(9) == 6, "the damaged one is passed over"
+    shutil.rmtree(newest.with_name("step-00000008"))
+    with pytest.raises(UserError, match="no such checkpoint"):
+        trainer.load_best()
+
+
 def test_a_step_can_be_asked_for(tmp_path: Path, straight: Trainer) -> None:
     stopped_run(tmp_path)
-    with pytest.raises(UserError, match="--resume 7: .*no such checkpoint"):
+    with pytest.raises(UserError, match="step 7: .*no such checkpoint"):
         make_trainer(tmp_path, resume=7).resume()
     trainer = make_trainer(tmp_path, resume=6)
     assert trainer.resume()

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import warnings
 from collections.abc import Iterable, Sequence
@@ -38,6 +39,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
 
 COMPLETE, STATE, SOURCE = "complete.json", "state.json", "source.pt"
 _MODEL, _OPTIMIZER = "model.", "optimizer."
+_NAME = re.compile(r"step-\d{8}")  # and not a copy that somebody made beside it
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,10 @@ class Checkpoint:
 
     def problem(self) -> str | None:
         """Read every file and say which is not what was written, or None. The processes share the files out."""
-        files = json.loads((self.folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+        try:
+            files = json.loads((self.folder / COMPLETE).read_text(encoding="utf-8"))["files"]
+        except (OSError, ValueError, LookupError, TypeError):
+            return f"{COMPLETE} is damaged"
         mine = sorted(files)[rank() :: world_size()]
         found = (_file_problem(self.folder / name, files[name]) for name in mine)
         return next((p for problems in gather([p for p in found if p]) for p in problems), None)
@@ -87,8 +92,24 @@ class Checkpoint:
         load_named_state(optimizers, by_parameter)
         state = self.state()
         if len(state["rng"]) == world_size():  # other processes have other random numbers
-            torch.set_rng_state(torch.frombuffer(bytearray.fromhex(state["rng"][rank()]), dtype=torch.uint8))
+            set_random_state(state["rng"][rank()])
         return state
+
+
+def random_state() -> dict[str, str]:
+    """The generators that dropout draws from, the GPU's its own, in hex."""
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return {device: generator.numpy().tobytes().hex() for device, generator in state.items()}
+
+
+def set_random_state(state: dict[str, str]) -> None:
+    """Put back what `random_state` gave; a GPU's only where there is one."""
+    setters = {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
+    for device, generator in state.items():
+        if device == "cpu" or torch.cuda.is_available():
+            setters[device](torch.frombuffer(bytearray.fromhex(generator), dtype=torch.uint8))
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -128,7 +149,7 @@ def newest_valid(folder: Path, step: int | None = None) -> tuple[Checkpoint | No
             return checkpoint, passed_over
         passed_over.append(f"{checkpoint.folder.name}: {problem}")
     if step is not None:
-        raise UserError(f"--resume {step}: {passed_over[0] if passed_over else f'{folder} has no such checkpoint'}")
+        raise UserError(f"step {step}: {passed_over[0] if passed_over else f'{folder} has no such checkpoint'}")
     return None, passed_over
 
 
@@ -160,16 +181,16 @@ def describe_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 
 def _folders(folder: Path) -> list[Checkpoint]:
-    paths = [path for path in folder.glob("step-*") if path.is_dir()]
+    paths = [path for path in folder.glob("step-*") if path.is_dir() and _NAME.fullmatch(path.name)]
     return sorted((Checkpoint(path, int(path.name.removeprefix("step-"))) for path in paths), key=lambda c: c.step)
 
 
 def _file_problem(path: Path, entry: dict[str, Any]) -> str | None:
     if not path.is_file():
         return f"{path.name} is missing"
-    if path.stat().st_size != entry["bytes"]:
-        return f"{path.name} has {path.stat().st_size} bytes, {entry['bytes']} were written"
-    if _sha256(path) != entry["sha256"]:
+    if path.stat().st_size != entry.get("bytes"):
+        return f"{path.name} has {path.stat().st_size} bytes, {entry.get('bytes')} were written"
+    if _sha256(path) != entry.get("sha256"):
         return f"{path.name} is not what was written (its sha256 differs)"
     return None
 

@@ -28,6 +28,7 @@ from minnow.training.checkpoint import (
     describe_files,
     list_checkpoints,
     prune_checkpoints,
+    random_state,
     tensors_to_save,
 )
 from minnow.training.distribution import (
@@ -65,7 +66,7 @@ class CheckpointWriter:
         """
         self.wait()
         folder = self.folder / f"step-{step:08d}"
-        rng = gather(torch.get_rng_state().numpy().tobytes().hex())
+        rng = gather(random_state())
         with told_in_words(folder):
             with first_goes_first():  # torch makes the folder on every process: before this it would be in the way
                 if is_first():

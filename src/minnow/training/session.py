@@ -48,6 +48,11 @@ MAY_CHANGE = {
     "training.micro_batch_tokens",
     "training.gradient_checkpointing",
     "training.track",
+    "training.keep_last",
+    "training.save_every",
+    "training.log_every",
+    "data.workers",
+    "data.cache_dir",
     "training.stall_seconds",
     "training.profile",
     # When a run of reinforcement is stopped: after a false alarm it goes on.
@@ -201,6 +206,17 @@ def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Conso
     elif trainer.passed_over:
         console.print("no whole checkpoint is left: starting anew", highlight=False)
     try:
+        _fit(trainer, console)
+        if trainer.config.patience and trainer.state.best_step not in (None, trainer.state.step):
+            trainer.load_best()
+        save_pretrained(trainer.model, run.model_folder, tokenizer=tokenizer)
+    finally:
+        run.lock.release()  # and not before the model is there: another run would take the folder half-way
+    console.print(f"model written to {run.model_folder}", highlight=False)
+
+
+def _fit(trainer: Trainer, console: Console) -> None:
+    try:
         trainer.fit()
     except Interrupted as stopped:
         console.print(stopped.message, highlight=False)
@@ -208,12 +224,6 @@ def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Conso
     except (MemoryError, RuntimeError) as error:
         error.add_note(f"step {trainer.state.step + 1} of {trainer.total_steps}")
         raise
-    finally:
-        run.lock.release()
-    if trainer.config.patience and trainer.state.best_step not in (None, trainer.state.step):
-        trainer.load_best()
-    save_pretrained(trainer.model, run.model_folder, tokenizer=tokenizer)
-    console.print(f"model written to {run.model_folder}", highlight=False)
 
 
 def load_start(init_from: str, lora: LoraConfig, *, seed: int) -> tuple[CausalLM, Tokenizer]:

@@ -18,7 +18,7 @@ from minnow.model.slices import whole
 from minnow.model.transformer import CausalLM
 from minnow.optim import ScheduleConfig, learning_rate_factor, set_learning_rates
 from minnow.training.balance import ExpertBalance
-from minnow.training.checkpoint import Checkpoint, delete_after, list_checkpoints, newest_valid
+from minnow.training.checkpoint import delete_after, list_checkpoints, newest_valid
 from minnow.training.checkpoint_writer import CheckpointWriter
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import from_first, is_first, largest_over_ranks, rank, sum_over_ranks, world_size
@@ -111,6 +111,12 @@ class Trainer(Generic[BatchT]):
         """
         wanted = None if self.config.resume == "auto" else self.config.resume
         chosen, self.passed_over = newest_valid(self.checkpoints, wanted)
+        if chosen is None and list_checkpoints(self.checkpoints):
+            # They were whole once: a disk that is not all there must not cost the run.
+            raise UserError(
+                f"{self.checkpoints}: no checkpoint is whole any more ({'; '.join(self.passed_over)}): restore one, or "
+                "start anew with --overwrite"
+            )
         if is_first():
             delete_after(self.checkpoints, chosen.step if chosen else -1)
         if chosen is None:
@@ -188,17 +194,17 @@ class Trainer(Generic[BatchT]):
 
     def load_best(self) -> None:
         """Go back to the checkpoint with the best validation loss."""
-        for checkpoint in list_checkpoints(self.checkpoints):
-            if checkpoint.step == self.state.best_step:
-                checkpoint.load(self.model, self.optimizers)
+        best, _ = newest_valid(self.checkpoints, self.state.best_step)
+        assert best is not None  # newest_valid says what is wrong with one that is asked for
+        best.load(self.model, self.optimizers)
 
     def load_before(self, step: int) -> int | None:
         """Go back to the weights of the newest checkpoint of fewer than `step` updates; its step, None without one."""
-        found = [c for c in list_checkpoints(self.checkpoints) if c.step < step]
-        before = from_first(found[-1].step if found else None)
-        if before is not None:
-            Checkpoint(self.checkpoints / f"step-{before:08d}", before).load(self.model, self.optimizers)
-        return before
+        for checkpoint in reversed(list_checkpoints(self.checkpoints)):
+            if checkpoint.step < step and checkpoint.problem() is None:
+                checkpoint.load(self.model, self.optimizers)
+                return checkpoint.step
+        return None
 
     def train_step(self) -> dict[str, float]:
         """One update. The loss is the sum over the global batch divided by its count, however it is cut up.
