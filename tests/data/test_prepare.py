@@ -378,3 +378,5 @@ def test_hub_sets_are_streamed_into_shards(run, monkeypatch, tokenizer):
 def test_options_out_of_range_are_refused(run, tmp_path):
     with pytest.raises(UserError, match="validation_fraction is 0.9"):
         run(write_texts(tmp_path / "a.jsonl", documents(3)), validation_fraction=0.9)
+    with pytest.raises(UserError, match="data.workers is -1: give 0 or more"):
+        run(write_texts(tmp_path / "a.jsonl", documents(3)), workers=-1)

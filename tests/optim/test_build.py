@@ -228,3 +228,9 @@ def test_state_of_another_model_or_optimizer_is_refused():
 def test_impossible_values_are_named(values, message):
     with pytest.raises(UserError, match=message):
         OptimConfig(**values)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-8])
+def test_an_eps_that_divides_by_zero_is_refused(eps):
+    with pytest.raises(UserError, match=rf"optim\.eps is {eps}: give more than 0"):
+        OptimConfig(eps=eps)

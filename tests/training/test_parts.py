@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from minnow.config import UserError
 from minnow.data.batches import Share
+from minnow.training.config import TrainingConfig
 from minnow.training.hardware import choose_device, choose_precision, matmul_peak
 from minnow.training.loss_scale import LossScale
 from minnow.training.run_folder import LogFollower, MetricsLog
@@ -163,3 +164,21 @@ def test_choosing_device_and_precision() -> None:
         with pytest.raises(UserError, match="--device cuda"):
             choose_device("cuda")
     assert matmul_peak(cpu, torch.float32) > 1e9
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("clip_norm", -1.0),
+        ("clip_norm", float("nan")),
+        ("patience", -1),
+        ("validate_every", -1),
+        ("save_every", -1),
+        ("z_loss", -1e-4),
+        ("validation_tokens", 0),
+    ],
+)
+def test_settings_that_would_silently_spoil_a_run_are_refused(name: str, value: float) -> None:
+    """A clip_norm of -1 turned every gradient round; patience -1 stopped at the first validation."""
+    with pytest.raises(UserError, match=rf"training\.{name} is {value}: "):
+        TrainingConfig(**{name: value})  # type: ignore[arg-type]
+    TrainingConfig(clip_norm=0.0, patience=0, validate_every=0, save_every=0, z_loss=0.0, validation_tokens=1)

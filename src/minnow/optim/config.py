@@ -74,6 +74,8 @@ class OptimConfig:
             raise UserError(f"optim.reference_batch_tokens is {self.reference_batch_tokens}: give 1 or more")
         if not self.weight_decay >= 0:
             raise UserError(f"optim.weight_decay is {self.weight_decay}: give 0 or more")
+        if not self.eps > 0:
+            raise UserError(f"optim.eps is {self.eps}: give more than 0")
         if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum, self.momentum_start)):
             raise UserError("optim.betas, optim.momentum and optim.momentum_start lie from 0 to below 1")
         if self.newton_schulz_steps < 1:
