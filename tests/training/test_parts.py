@@ -165,6 +165,7 @@ def test_choosing_device_and_precision() -> None:
             choose_device("cuda")
     assert matmul_peak(cpu, torch.float32) > 1e9
 
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
