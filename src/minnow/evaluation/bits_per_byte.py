@@ -146,7 +146,7 @@ def _batches(documents: Sequence[Sequence[int]], sequence_length: int, batch_tok
 def make(options: TaskOptions) -> Task[Text]:
     """The given text files, labelled by file; without any, the pond's validation documents, labelled by language."""
     if options.texts:
-        texts = []
+        texts: list[Text] = []
         for path in options.texts:
             of_path = [Text(text, Path(path).name) for text in read_texts((path,), said_texts)]
             if not of_path:

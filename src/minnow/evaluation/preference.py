@@ -119,7 +119,7 @@ def labelled_pairs(options: TaskOptions) -> list[LabelledPair]:
             LabelledPair(parse_preference(vars(pair)), f"{'known' if pair.known else 'visitor'}/{pair.language}")
             for pair in preference_pairs(find_world(options), "held_out", POND_PAIRS)
         ]
-    pairs = []
+    pairs: list[LabelledPair] = []
     for path in options.pairs:
         of_path = [LabelledPair(pair, Path(path).name) for pair in _read(path)]
         if not of_path:
