@@ -298,7 +298,7 @@ def make_trainer(
         folder=Path(tempfile.mkdtemp(prefix="minnow-gpu-")),
         title="gpu",
         model=model,
-        optimizers=build_optimizers(model, OptimConfig()),
+        optimizers=build_optimizers(model, OptimConfig(), tokens_per_batch=rows * length),
         schedule=ScheduleConfig(),
         objective=LanguageModeling(),
         source=FullRows(parts),

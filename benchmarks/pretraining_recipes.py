@@ -155,7 +155,7 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, text: RealText) ->
         folder=folder,
         title=f"{arm} seed {seed}",
         model=model,
-        optimizers=build_optimizers(model, optim),
+        optimizers=build_optimizers(model, optim, tokens_per_batch=options.batch_tokens),
         schedule=schedule,
         objective=objective,
         source=source,

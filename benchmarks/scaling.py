@@ -150,7 +150,9 @@ def seconds_a_step(way: Way, steps: int) -> float:
         model.compute_dtype = torch.float32
         if way.parallel:
             parallelise(model, way.parallel, torch.device("cpu"))
-        optimizers = build_optimizers(model, OptimConfig(optimizer="adamw", matrix_lr=1e-4))
+        optimizers = build_optimizers(
+            model, OptimConfig(optimizer="adamw", matrix_lr=1e-4), tokens_per_batch=ROWS * LENGTH
+        )
         parts = Share(rank(), way.processes).cut(np.arange(ROWS), ROWS // PIECES // way.processes)
         batches = [random_batch(MEASURED.vocab_size, len(part), LENGTH, seed=int(part[0])) for part in parts]
         objective = LanguageModeling()

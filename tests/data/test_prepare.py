@@ -114,6 +114,14 @@ def test_validation_paths_are_the_whole_validation(run, tmp_path, tokenizer):
     assert texts_of(data.validation, tokenizer) == documents(5, 40)
 
 
+def test_validation_paths_without_a_document_are_refused(run, tmp_path):
+    """The run went on without any validation and said nothing."""
+    train = write_texts(tmp_path / "a.jsonl", documents(40))
+    (tmp_path / "b.jsonl").write_text("")
+    with pytest.raises(UserError, match=r"/b\.jsonl: no document to validate on"):
+        run(train, validation_paths=(str(tmp_path / "b.jsonl"),))
+
+
 def test_weights_are_passes_over_a_source(run, tmp_path, tokenizer):
     a, b = documents(400), documents(400, 400)
     paths = write_texts(tmp_path / "a.jsonl", a) + "@2.5", write_texts(tmp_path / "b.jsonl", b) + "@0.25"
@@ -378,3 +386,5 @@ def test_hub_sets_are_streamed_into_shards(run, monkeypatch, tokenizer):
 def test_options_out_of_range_are_refused(run, tmp_path):
     with pytest.raises(UserError, match="validation_fraction is 0.9"):
         run(write_texts(tmp_path / "a.jsonl", documents(3)), validation_fraction=0.9)
+    with pytest.raises(UserError, match="data.workers is -1: give 0 or more"):
+        run(write_texts(tmp_path / "a.jsonl", documents(3)), workers=-1)

@@ -61,3 +61,19 @@ def test_bits_per_byte_of_files(run_folder, tmp_path):
 def test_an_unknown_task_is_one_line(run_folder, capsys):
     assert main(["eval", str(run_folder), "--tasks", "algebra"]) == 2
     assert "no such task; there are arithmetic, bpb," in capsys.readouterr().err
+
+
+def test_an_examination_of_nothing_is_no_success(run_folder, tmp_path, capsys):
+    """It printed an empty table, exit code 0."""
+    empty, full = tmp_path / "empty.jsonl", tmp_path / "full.txt"
+    empty.write_text("")
+    full.write_text("The lake is calm.\n")
+    for task, option, files in (("bpb", "--text", f"{full},{empty}"), ("preference", "--pairs", str(empty))):
+        assert main(["eval", str(run_folder), "--device", "cpu", "--tasks", task, option, files]) == 2
+        assert f"{empty}: there is not one" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", ["0", "-3"])
+def test_max_rows_is_at_least_one(run_folder, capsys, number):
+    assert main(["eval", str(run_folder), "--tasks", "bpb", "--max_rows", number]) == 2
+    assert f"--max_rows {number}: give 1 or more" in capsys.readouterr().err

@@ -124,7 +124,7 @@ def make_trainer(
         folder=folder,
         title="test",
         model=model,
-        optimizers=build_optimizers(model, OptimConfig()),
+        optimizers=build_optimizers(model, OptimConfig(), tokens_per_batch=512),
         schedule=ScheduleConfig(warmup_steps=2),
         objective=LanguageModeling(z_loss=1e-4),
         source=Batches(random_batch(shape.vocab_size, 8, 64)),
@@ -134,7 +134,7 @@ def make_trainer(
 
 def reference_losses(steps: int) -> list[float]:
     model = CausalLM(SHAPE, seed=1)
-    optimizers = build_optimizers(model, OptimConfig())
+    optimizers = build_optimizers(model, OptimConfig(), tokens_per_batch=512)
     trainer: Trainer = Trainer(
         TrainingConfig(device="cpu", precision="fp32"), folder=Path("unused"), title="test", model=model,
         optimizers=optimizers, schedule=ScheduleConfig(warmup_steps=2), objective=LanguageModeling(z_loss=1e-4),

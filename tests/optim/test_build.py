@@ -90,7 +90,7 @@ def test_adapters_and_convolutions_are_not_matrices():
 
 
 def test_muon_takes_the_matrices_and_adamw_the_rest():
-    optimizers = build_optimizers(Toy(), OptimConfig(weight_decay=0.1))
+    optimizers = build_optimizers(Toy(), OptimConfig(weight_decay=0.1), tokens_per_batch=512)
     assert [type(optimizer) for optimizer in optimizers] == [Muon, torch.optim.AdamW]
     found = {
         group["kind"]: (group["base_lr"], group["lr"], group["weight_decay"])
@@ -108,7 +108,7 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
 
 def test_adamw_takes_everything_with_one_rate_unless_told():
     config = OptimConfig(optimizer="adamw", matrix_lr=5e-4, norm_lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
-    (optimizer,) = build_optimizers(Toy(), config)
+    (optimizer,) = build_optimizers(Toy(), config, tokens_per_batch=512)
     assert type(optimizer) is torch.optim.AdamW
     rates = {group["kind"]: (group["base_lr"], group["weight_decay"]) for group in optimizer.param_groups}
     assert rates == {
@@ -128,7 +128,7 @@ def test_kinds_of_a_mixture_of_experts():
     assert groups["router"] == [f"{mlp}gate.weight", f"{mlp}gate.noise_weight"]
     assert {f"{mlp}experts.{name}_proj" for name in ("gate", "up", "down")} <= set(groups["matrix"])
     assert not groups["other"]
-    muon, adamw = build_optimizers(model, OptimConfig())
+    muon, adamw = build_optimizers(model, OptimConfig(), tokens_per_batch=512)
     assert [group["kind"] for group in muon.param_groups] == ["matrix"]
     assert {group["kind"]: group["lr"] for group in adamw.param_groups}["router"] == 0.001
 
@@ -142,7 +142,7 @@ def test_batch_size_rule_by_hand():
 
 
 def test_set_learning_rates_multiplies_the_peaks():
-    optimizers = build_optimizers(Toy(), OptimConfig())
+    optimizers = build_optimizers(Toy(), OptimConfig(), tokens_per_batch=512)
     for factor in (0.5, 0.1):  # not cumulative
         set_learning_rates(optimizers, factor)
     for optimizer in optimizers:
@@ -154,10 +154,10 @@ def test_set_learning_rates_multiplies_the_peaks():
 def test_resuming_from_named_state_is_bitwise(name):
     config = OptimConfig(optimizer=name, momentum_warmup_steps=6)
     straight = Toy()
-    train(straight, build_optimizers(straight, config), range(6))
+    train(straight, build_optimizers(straight, config, tokens_per_batch=512), range(6))
 
     first = Toy()
-    optimizers = build_optimizers(first, config)
+    optimizers = build_optimizers(first, config, tokens_per_batch=512)
     train(first, optimizers, range(3))
     weights = {key: value.clone() for key, value in first.state_dict().items()}
     state = {key: {k: v.clone() for k, v in entries.items()} for key, entries in named_state(optimizers).items()}
@@ -165,7 +165,7 @@ def test_resuming_from_named_state_is_bitwise(name):
 
     second = Toy(seed=1)
     second.load_state_dict(weights)
-    optimizers = build_optimizers(second, config)
+    optimizers = build_optimizers(second, config, tokens_per_batch=512)
     load_named_state(optimizers, state)
     train(second, optimizers, range(3, 6))
     for key, value in second.state_dict().items():
@@ -174,9 +174,9 @@ def test_resuming_from_named_state_is_bitwise(name):
 
 def test_state_dict_round_trips_bitwise():
     model = Toy()
-    optimizers = build_optimizers(model, OptimConfig())
+    optimizers = build_optimizers(model, OptimConfig(), tokens_per_batch=512)
     train(model, optimizers, range(2))
-    other = build_optimizers(Toy(), OptimConfig())
+    other = build_optimizers(Toy(), OptimConfig(), tokens_per_batch=512)
     for optimizer, target in zip(optimizers, other, strict=True):
         saved = optimizer.state_dict()
         target.load_state_dict(saved)
@@ -189,13 +189,13 @@ def test_state_dict_round_trips_bitwise():
 
 def test_state_by_name_survives_another_order_of_parameters():
     model = Toy()
-    optimizers = build_optimizers(model, OptimConfig())
+    optimizers = build_optimizers(model, OptimConfig(), tokens_per_batch=512)
     train(model, optimizers, range(2))
     state = named_state(optimizers)
     reordered = Toy()
     layers = reordered.model._modules.pop("layers")
     reordered.model._modules["layers"] = layers  # layers now come after the norm
-    fresh = build_optimizers(reordered, OptimConfig())
+    fresh = build_optimizers(reordered, OptimConfig(), tokens_per_batch=512)
     assert names(fresh)["norm"] != names(optimizers)["norm"]
     load_named_state(fresh, state)
     for key, entries in named_state(fresh).items():
@@ -205,11 +205,11 @@ def test_state_by_name_survives_another_order_of_parameters():
 
 def test_state_of_another_model_or_optimizer_is_refused():
     model = Toy()
-    optimizers = build_optimizers(model, OptimConfig())
+    optimizers = build_optimizers(model, OptimConfig(), tokens_per_batch=512)
     train(model, optimizers, range(1))
     state = named_state(optimizers)
     with pytest.raises(UserError, match=r"resume with the run's optim\.optimizer"):
-        load_named_state(build_optimizers(Toy(), OptimConfig(optimizer="adamw")), state)
+        load_named_state(build_optimizers(Toy(), OptimConfig(optimizer="adamw"), tokens_per_batch=512), state)
     with pytest.raises(UserError, match=r"model\.layers\.7\.q_proj\.weight .1 such."):
         load_named_state(optimizers, {**state, "model.layers.7.q_proj.weight": {}})
 
@@ -228,3 +228,9 @@ def test_state_of_another_model_or_optimizer_is_refused():
 def test_impossible_values_are_named(values, message):
     with pytest.raises(UserError, match=message):
         OptimConfig(**values)
+
+
+@pytest.mark.parametrize("eps", [0.0, -1e-8])
+def test_an_eps_that_divides_by_zero_is_refused(eps):
+    with pytest.raises(UserError, match=rf"optim\.eps is {eps}: give more than 0"):
+        OptimConfig(eps=eps)

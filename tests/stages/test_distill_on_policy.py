@@ -13,7 +13,9 @@ from safetensors.torch import load_file
 from minnow.cli import main
 from minnow.model.lora import LoraConfig, add_lora
 from minnow.model.pretrained import load_pretrained, save_pretrained
+from minnow.rl.rollouts import RolloutConfig
 from minnow.stages import distill_on_policy
+from minnow.stages.practice import longest_batch
 from minnow.tokenizer import Tokenizer, train_tokenizer
 from minnow.training.trainer import Trainer
 from tests.rl.helpers import saved, write_prompts
@@ -170,3 +172,17 @@ def test_what_a_user_gets_wrong(start: Path, tmp_path: Path, capsys: pytest.Capt
     add_lora(model, LoraConfig(rank=2), base=str(start / "student"))
     save_pretrained(model, tmp_path / "adapter", tokenizer)
     refused("is an adapter", init_from=tmp_path / "adapter", lora__rank=2)
+
+
+def test_the_batch_size_rule_counts_answers_at_their_longest() -> None:
+    rollout = RolloutConfig(prompts=4, samples=2, max_tokens=8, max_turns=3)
+    assert longest_batch(rollout) == 4 * 2 * 8 * 3
+    assert longest_batch(rollout, 2) == 4 * 8 * 3
+
+
+@pytest.mark.usefixtures("no_report")
+def test_the_batch_size_rule_is_used(start: Path, tmp_path: Path) -> None:
+    settings = {"training.steps": 1, "schedule.warmup_steps": 0, "optim.matrix_lr": 1e-3}
+    # 4 x 2 answers of up to 8 tokens: sqrt(64 / 256) = 1 / 2.
+    assert distill(start, tmp_path / "run", **settings, **{"optim.reference_batch_tokens": 256}) == 0
+    assert [line["lr"] for line in lines(tmp_path / "run") if "lr" in line] == pytest.approx([0.0005])

@@ -17,6 +17,7 @@ from minnow.model.config import ModelConfig
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.lora import LoraConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
+from minnow.optim import OptimConfig, ScheduleConfig
 from minnow.stages import pretrain
 from minnow.tokenizer import Tokenizer, train_tokenizer
 from minnow.training.config import TrainingConfig
@@ -211,3 +212,14 @@ def test_a_checkpoint_from_elsewhere_is_trained_on_and_goes_back(
     with torch.no_grad():
         logits = ours.logits(ours(tokens, tokens, CausalAttention()))
         torch.testing.assert_close(logits, back(tokens).logits, atol=1e-4, rtol=1e-4)
+
+
+def test_the_batch_size_rule_is_used_in_training(config: pretrain.Config) -> None:
+    """`optim.reference_batch_tokens` reached the plan only; training with it ended in an AssertionError."""
+    optim = OptimConfig(optimizer="adamw", matrix_lr=0.002, reference_batch_tokens=1024)
+    schedule = ScheduleConfig(shape="constant", warmup_steps=0)
+    training = replace(config.training, steps=1, validate_every=0)
+    pretrain.run(replace(config, optim=optim, schedule=schedule, training=training))
+    lines = [json.loads(line) for line in (Path(config.run) / "metrics.jsonl").read_text().splitlines()]
+    # sqrt(256 / 1024) = 1 / 2.
+    assert [line["lr"] for line in lines if "lr" in line] == pytest.approx([0.001])

@@ -17,6 +17,7 @@ from minnow.stages.plan import Config, Plan, make_plan
 from minnow.training.config import TrainingConfig
 from minnow.training.objective import LanguageModeling
 from minnow.training.probe import random_batch
+from tests.stages.stage_helpers import tiny_tokenizer
 
 SHAPE = ModelConfig(
     vocab_size=300,
@@ -106,6 +107,15 @@ def test_the_probe_gives_a_time() -> None:
 def test_init_from_gives_the_shape(tmp_path: Path) -> None:
     save_pretrained(CausalLM(SHAPE), tmp_path / "model")
     assert plan(model=ModelConfig(), init_from=str(tmp_path / "model")).parameters == plan().parameters
+
+
+def test_the_tokenizer_gives_the_vocabulary(tmp_path: Path) -> None:
+    """The plan counted model.vocab_size, which pretrain replaces by the tokenizer's."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    more = (tokenizer.vocab_size - SHAPE.vocab_size) * SHAPE.hidden_size
+    assert more != 0
+    assert plan(tokenizer=str(tmp_path)).parameters == plan().parameters + more
 
 
 def test_a_stretched_context_can_be_planned(tmp_path: Path) -> None:

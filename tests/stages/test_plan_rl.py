@@ -66,7 +66,7 @@ def test_policy_and_reference(start: Path, tmp_path: Path, lora: list[str]) -> N
     model, _ = load_start(str(start), config, seed=0)
     policy = figures["policy"]
     assert (policy["weights"], policy["gradients"], policy["optimizer"]) == held(
-        model, build_optimizers(model, OptimConfig(optimizer="adamw"))
+        model, build_optimizers(model, OptimConfig(optimizer="adamw"), tokens_per_batch=512)
     )
     reference = sum(parameter.nbytes for parameter in load_pretrained(start).parameters())
     assert figures["reference"] == (0 if lora else reference)  # with adapters it is the policy without them

@@ -85,7 +85,7 @@ def make_trainer(
         folder=folder,
         title="test",
         model=model,
-        optimizers=build_optimizers(model, optim or OptimConfig()),
+        optimizers=build_optimizers(model, optim or OptimConfig(), tokens_per_batch=512),
         schedule=ScheduleConfig(warmup_steps=2),
         objective=LanguageModeling(z_loss=1e-4),
         source=source or RandomSource(),

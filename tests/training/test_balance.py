@@ -81,7 +81,7 @@ def make_trainer(
         folder=folder,
         title="test",
         model=model,
-        optimizers=build_optimizers(model, OptimConfig(optimizer="adamw", matrix_lr=lr)),
+        optimizers=build_optimizers(model, OptimConfig(optimizer="adamw", matrix_lr=lr), tokens_per_batch=512),
         schedule=ScheduleConfig(shape="constant", warmup_steps=0),
         objective=LanguageModeling(z_loss=1e-4),
         source=Source(*cuts),

@@ -148,7 +148,7 @@ def test_the_search_takes_what_fits_with_headroom_and_leaves_everything_as_it_wa
     gpu, model = FakeGPU(total, monkeypatch), CausalLM(SHAPE, seed=1)
     model._compiled = kept = object()  # type: ignore[assignment]
     model.eval()
-    optimizers = build_optimizers(model, OptimConfig())
+    optimizers = build_optimizers(model, OptimConfig(), tokens_per_batch=512)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     rates = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
     cpu = torch.device("cpu")
@@ -166,7 +166,7 @@ def test_the_search_takes_what_fits_with_headroom_and_leaves_everything_as_it_wa
 
 def test_a_process_with_less_memory_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, model = FakeGPU(5000, monkeypatch), CausalLM(SHAPE, seed=1)
-    optimizers = build_optimizers(model, OptimConfig())
+    optimizers = build_optimizers(model, OptimConfig(), tokens_per_batch=512)
     # Another process holds 1,000 bytes more in every trial; budgets come as negative numbers.
     monkeypatch.setattr(micro_batch, "largest_over_ranks", lambda value: value + 1000 if value >= 0 else value)
     found = find_micro_batch(model, optimizers, Watched(gpu, optimizers), Rows(), 32, torch.device("cpu"))
@@ -175,7 +175,7 @@ def test_a_process_with_less_memory_decides_for_all(monkeypatch: pytest.MonkeyPa
 
 def test_not_one_row_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, model = FakeGPU(1050, monkeypatch), CausalLM(SHAPE, seed=1)
-    optimizers = build_optimizers(model, OptimConfig())
+    optimizers = build_optimizers(model, OptimConfig(), tokens_per_batch=512)
     with pytest.raises(OutOfMemory, match="not even one row"):
         find_micro_batch(model, optimizers, Watched(gpu, optimizers), Rows(), 32, torch.device("cpu"))
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 
 from minnow.config import UserError
 from minnow.data.batches import Share
-from minnow.training.hardware import choose_device, choose_precision, matmul_peak
+from minnow.training.config import TrainingConfig
+from minnow.training.hardware import _cpu_matmul_peak, _matmul_peak, choose_device, choose_precision, matmul_peak
 from minnow.training.loss_scale import LossScale
 from minnow.training.run_folder import LogFollower, MetricsLog
 from minnow.training.signals import Interrupted, stop_requests
@@ -163,3 +164,47 @@ def test_choosing_device_and_precision() -> None:
         with pytest.raises(UserError, match="--device cuda"):
             choose_device("cuda")
     assert matmul_peak(cpu, torch.float32) > 1e9
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("clip_norm", -1.0),
+        ("clip_norm", float("nan")),
+        ("patience", -1),
+        ("validate_every", -1),
+        ("save_every", -1),
+        ("z_loss", -1e-4),
+        ("validation_tokens", 0),
+    ],
+)
+def test_settings_that_would_silently_spoil_a_run_are_refused(name: str, value: float) -> None:
+    """A clip_norm of -1 turned every gradient round; patience -1 stopped at the first validation."""
+    with pytest.raises(UserError, match=rf"training\.{name} is {value}: "):
+        TrainingConfig(**{name: value})  # type: ignore[arg-type]
+    TrainingConfig(clip_norm=0.0, patience=0, validate_every=0, save_every=0, z_loss=0.0, validation_tokens=1)
+
+
+def test_the_peak_of_a_cpu_that_emulates_a_format_does_not_take_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    clock = [0.0]
+
+    def slow(a: torch.Tensor, b: torch.Tensor) -> None:
+        sizes.append(len(a))
+        clock[0] += 2 * len(a) ** 3 / 2e8  # 0.2 GFLOP/s: 2048 takes 86 seconds
+
+    monkeypatch.setattr("minnow.training.hardware.torch.mm", slow)
+    monkeypatch.setattr("minnow.training.hardware.time.perf_counter", lambda: clock[0])
+    assert _cpu_matmul_peak(torch.float16) == pytest.approx(2e8)
+    assert set(sizes) == {256}
+    assert clock[0] < 1.5
+
+
+def test_measuring_the_peak_draws_nothing_that_dropout_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is measured after a resume has put the generator back, and once a process."""
+    monkeypatch.setattr("minnow.training.hardware.LARGEST_CPU_PRODUCT", 256)
+    _matmul_peak.cache_clear()
+    before = torch.get_rng_state()
+    assert matmul_peak(torch.device("cpu"), torch.float32) > 0
+    _matmul_peak.cache_clear()
+    assert torch.equal(torch.get_rng_state(), before)

@@ -42,6 +42,10 @@ class DataConfig:
     workers: int | None = None
     """Processes that tokenise; 0 = this process. Default: one a core, none for small inputs."""
 
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"data.workers is {self.workers}: give 0 or more")
+
 
 @dataclass(frozen=True)
 class Job:

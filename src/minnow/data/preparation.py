@@ -121,6 +121,10 @@ class Preparation:
         if not any(entry["train"]["documents"] for entry in entries):
             shutil.rmtree(self.job.folder)
             raise UserError(self._nothing(total))
+        if self.job.config.validation_paths and not any(entry["validation"]["documents"] for entry in entries):
+            shutil.rmtree(self.job.folder)
+            names = ", ".join(self.job.config.validation_paths)
+            raise UserError(f"{names}: no document to validate on; give other data.validation_paths, or none")
         tokenizer = self.job.tokenizer
         for left_over in self.job.folder.glob("*/.*.tmp"):  # of processes that were killed
             left_over.unlink()

@@ -14,7 +14,7 @@ def complaint(located: list[str], count: int, rows: int) -> str:
     """Say which of `rows` rows are bad (FILE:LINE: what is wrong, of the first), how many, and what to do."""
     shown = f", the first {NUM_SHOWN} are shown" if count > NUM_SHOWN else ""
     plural = "row is" if count == 1 else "rows are"
-    remedy = "nothing was done; mend the data, or leave such rows out with on_bad_row: skip"
+    remedy = "nothing was done; mend the data, or leave such rows out with --data.on_bad_row skip"
     return "\n".join([*located, f"{count} of {rows} {plural} bad{shown}: {remedy}"])
 
 

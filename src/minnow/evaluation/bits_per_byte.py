@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minnow.config import UserError
 from minnow.data.pond.write import validation_documents
 from minnow.data.readers import read_texts, said_texts
 from minnow.evaluation.pond import find_world
@@ -145,9 +146,13 @@ def _batches(documents: Sequence[Sequence[int]], sequence_length: int, batch_tok
 def make(options: TaskOptions) -> Task[Text]:
     """The given text files, labelled by file; without any, the pond's validation documents, labelled by language."""
     if options.texts:
-        return BitsPerByteTask(
-            [Text(text, Path(path).name) for path in options.texts for text in read_texts((path,), said_texts)]
-        )
+        texts: list[Text] = []
+        for path in options.texts:
+            of_path = [Text(text, Path(path).name) for text in read_texts((path,), said_texts)]
+            if not of_path:
+                raise UserError(f"{path}: there is not one text to examine; leave it out of --text")
+            texts += of_path
+        return BitsPerByteTask(texts)
     return BitsPerByteTask(
         [Text(document.text, document.language) for document in validation_documents(find_world(options))]
     )

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from minnow.config import atomic_write
+from minnow.config import UserError, atomic_write
 from minnow.evaluation.registry import Score, Subject, Task
 from minnow.evaluation.statistics import Interval
 from minnow.model.transformer import CausalLM
@@ -48,13 +48,20 @@ class TaskResult:
 def evaluate(
     model: CausalLM, tokenizer: Tokenizer, tasks: Sequence[Task[Any]], *, max_rows: int | None = None
 ) -> list[TaskResult]:
-    """Examine `model` in each of `tasks`. `max_rows` draws that many rows of each, always the same ones."""
+    """Examine `model` in each of `tasks`. `max_rows` draws that many rows of each, always the same ones.
+
+    UserError where a task has no rows: an empty table would pass for a success.
+    """
+    if max_rows is not None and max_rows < 1:
+        raise UserError(f"max_rows is {max_rows}: give 1 or more, or leave it out for all rows")
     subject = Subject(model, tokenizer)
     return [_run(task, subject, max_rows) for task in tasks]
 
 
 def _run(task: Task[Any], subject: Subject, max_rows: int | None) -> TaskResult:
     rows = list(task.rows())
+    if not rows:
+        raise UserError(f"{task.name}: there is not one row to examine")
     if max_rows is not None and max_rows < len(rows):
         rows = random.Random(f"evaluation/{task.name}").sample(rows, max_rows)
     start = time.perf_counter()

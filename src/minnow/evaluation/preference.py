@@ -119,7 +119,13 @@ def labelled_pairs(options: TaskOptions) -> list[LabelledPair]:
             LabelledPair(parse_preference(vars(pair)), f"{'known' if pair.known else 'visitor'}/{pair.language}")
             for pair in preference_pairs(find_world(options), "held_out", POND_PAIRS)
         ]
-    return [LabelledPair(pair, Path(path).name) for path in options.pairs for pair in _read(path)]
+    pairs: list[LabelledPair] = []
+    for path in options.pairs:
+        of_path = [LabelledPair(pair, Path(path).name) for pair in _read(path)]
+        if not of_path:
+            raise UserError(f"{path}: there is not one pair to examine; leave it out of --pairs")
+        pairs += of_path
+    return pairs
 
 
 def _read(path: str) -> Iterator[PreferencePair]:

@@ -56,7 +56,7 @@ def parameter_groups(model: nn.Module) -> dict[Kind, list[tuple[str, nn.Paramete
     return groups
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig, *, tokens_per_batch: int | None = None) -> list[Optimizer]:
+def build_optimizers(model: nn.Module, config: OptimConfig, *, tokens_per_batch: int) -> list[Optimizer]:
     """Give [Muon, AdamW] or [AdamW] over the trainable parameters, without those that would have none.
 
     Every group has `kind`, `base_lr` (its peak learning rate, for `set_learning_rates`) and torch's

@@ -33,7 +33,7 @@ class OptimConfig:
 
     reference_batch_tokens: int | None = None
     """Tokens a batch for which the learning rates are meant; those used are sqrt(tokens a batch / this) times
-    as large. None: they are used as written."""
+    as large (answers of a model in training count at their longest). None: they are used as written."""
 
     weight_decay: float = 0.05
     """Decoupled weight decay: each step shrinks a weight by its learning rate times this. Never on norms,
@@ -74,6 +74,8 @@ class OptimConfig:
             raise UserError(f"optim.reference_batch_tokens is {self.reference_batch_tokens}: give 1 or more")
         if not self.weight_decay >= 0:
             raise UserError(f"optim.weight_decay is {self.weight_decay}: give 0 or more")
+        if not self.eps > 0:
+            raise UserError(f"optim.eps is {self.eps}: give more than 0")
         if not all(0 <= beta < 1 for beta in (*self.betas, self.momentum, self.momentum_start)):
             raise UserError("optim.betas, optim.momentum and optim.momentum_start lie from 0 to below 1")
         if self.newton_schulz_steps < 1:
@@ -81,7 +83,7 @@ class OptimConfig:
         if self.momentum_warmup_steps < 0:
             raise UserError(f"optim.momentum_warmup_steps is {self.momentum_warmup_steps}: give 0 or more")
 
-    def learning_rates(self, tokens_per_batch: int | None = None) -> tuple[float, float, float, float]:
+    def learning_rates(self, tokens_per_batch: int) -> tuple[float, float, float, float]:
         """Give the peak learning rates of (matrices, embeddings, norms, routers) for a batch of that many tokens."""
         if self.optimizer == "muon":
             defaults = (0.01, 0.004, 0.005, 0.001)
@@ -91,7 +93,6 @@ class OptimConfig:
         chosen = (self.matrix_lr, self.embedding_lr, self.norm_lr, self.router_lr)
         factor = 1.0
         if self.reference_batch_tokens is not None:
-            assert tokens_per_batch is not None, "the batch-size rule needs the tokens of a batch"
             factor = (tokens_per_batch / self.reference_batch_tokens) ** 0.5
         matrix, embedding, norm, router = (
             factor * (default if rate is None else rate) for rate, default in zip(chosen, defaults, strict=True)

@@ -21,8 +21,7 @@ class ScheduleConfig:
     """Steps over which the learning rate rises linearly to its peak; at most half of the run is used."""
 
     decay_fraction: float = 0.65
-    """wsd: share of the run's steps at its end over which the learning rate falls (0.2 to 0.3 for a run that
-    may be extended from before the decay)."""
+    """wsd: share of the run's steps at its end over which the learning rate falls."""
 
     decay_shape: Literal["linear", "sqrt"] = "linear"
     """wsd: how it falls: linear, or sqrt for 1 - sqrt(share of the decay done)."""

@@ -92,7 +92,7 @@ def run(config: Config) -> None:
     console.print(table)
     if "minnow" in speeds:
         figures["peak_fraction"] = speeds["minnow"] * flops / peak
-        figures["muon_seconds"] = muon_seconds(shape, machine, config.rounds)
+        figures["muon_seconds"] = muon_seconds(shape, tokens, machine, config.rounds)
         per_step = figures["muon_seconds"] / (tokens / speeds["minnow"])
         dtype = str(machine.dtype).removeprefix("torch.")
         console.print(
@@ -125,7 +125,9 @@ def time_in_turns(
 def minnow_step(shape: ModelConfig, batch: Batch, machine: Machine) -> Step:
     """A step as `minnow pretrain` takes it, with AdamW so that the optimizers are alike."""
     model = machine.place(CausalLM(shape), TrainingConfig(compile="on"), 0.0, lambda text: None)
-    (optimizer,) = build_optimizers(model, OptimConfig(optimizer="adamw", matrix_lr=1e-4))
+    (optimizer,) = build_optimizers(
+        model, OptimConfig(optimizer="adamw", matrix_lr=1e-4), tokens_per_batch=batch.tokens_BT.numel()
+    )
     objective = LanguageModeling()
 
     def step() -> None:
@@ -160,10 +162,10 @@ def transformers_step(shape: ModelConfig, batch: Batch, device: torch.device, *,
     return step
 
 
-def muon_seconds(shape: ModelConfig, machine: Machine, rounds: int) -> float:
+def muon_seconds(shape: ModelConfig, tokens: int, machine: Machine, rounds: int) -> float:
     """Median time of one update by Muon and AdamW, gradients given."""
     model = CausalLM(shape).to(machine.device)
-    optimizers = build_optimizers(model, OptimConfig())
+    optimizers = build_optimizers(model, OptimConfig(), tokens_per_batch=tokens)
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
 

@@ -20,7 +20,7 @@ from minnow.rl.on_policy import Agreement, OnPolicyBatches, Student
 from minnow.rl.rollouts import RolloutConfig, live_engine
 from minnow.stages.distill import load_teacher, place_beside
 from minnow.stages.language_model import LanguageModelConfig, PackedData, held_out_batches, pack_data
-from minnow.stages.practice import PracticeConfig, practice_flops, practice_rows, read_practice
+from minnow.stages.practice import PracticeConfig, longest_batch, practice_flops, practice_rows, read_practice
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import NO_Z_LOSS, TrainingConfig
 from minnow.training.distillation import Distillation
@@ -125,7 +125,7 @@ def run(config: Config) -> None:
         folder=folder.path,
         title="distill on-policy",
         model=student,
-        optimizers=build_optimizers(student, config.optim),
+        optimizers=build_optimizers(student, config.optim, tokens_per_batch=longest_batch(config.rollout)),
         schedule=config.schedule,
         objective=objective,
         source=OnPolicyBatches(

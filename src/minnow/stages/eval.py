@@ -60,6 +60,8 @@ def run(config: Config) -> None:
     """Examine, print a table, write the files asked for."""
     if not config.tasks:
         raise UserError("--tasks is empty: name at least one task")
+    if config.max_rows is not None and config.max_rows < 1:
+        raise UserError(f"--max_rows {config.max_rows}: give 1 or more, or leave it out for all rows")
     if config.plot is not None and "long-context" not in config.tasks:
         raise UserError("--plot draws long-context: name it among --tasks")
     folder = resolve_model_folder(config.model)

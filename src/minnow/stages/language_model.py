@@ -218,7 +218,7 @@ def _train(
     with advised("preparing to train", config):
         machine.place(model, config.training, flops, say)
         lesson = make_lesson(packed)
-        optimizers = build_optimizers(model, config.optim)
+        optimizers = build_optimizers(model, config.optim, tokens_per_batch=config.training.batch_tokens)
         if config.training.micro_batch_tokens == "auto":
             if machine.device.type == "cuda":
                 say("looking for the largest micro-batch that fits")

@@ -21,6 +21,7 @@ from minnow.model.size import active_parameter_count, parameter_count, training_
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, build_optimizers
 from minnow.stages import pretrain
+from minnow.tokenizer import Tokenizer
 from minnow.training.hardware import matmul_peak, precision_name, synchronize
 from minnow.training.memory import Memory, training_memory
 from minnow.training.probe import random_batch, tokens_per_second
@@ -126,7 +127,10 @@ def make_plan(config: Config) -> Plan:
 
 def _shape(config: Config) -> ModelConfig:
     if config.init_from is None:
-        return dataclasses.replace(config.model, max_position_embeddings=config.sequence_length)
+        vocab_size = config.model.vocab_size
+        if config.tokenizer is not None:  # without one, pretrain asks for it; a plan can do with the stated size
+            vocab_size = Tokenizer.from_pretrained(config.tokenizer).vocab_size
+        return dataclasses.replace(config.model, vocab_size=vocab_size, max_position_embeddings=config.sequence_length)
     try:
         shape = read_config(resolve_model_folder(config.init_from))
     except UserError as error:

@@ -82,6 +82,14 @@ def practice_flops(rollout: RolloutConfig, answers: int, model: CausalLM) -> flo
     return tokens * training_flops_per_token(model.config, rollout.max_tokens / 2)
 
 
+def longest_batch(rollout: RolloutConfig, parts: int = 1) -> int:
+    """Tokens of an update that learns from one of `parts` of a phase's answers, each at its longest.
+
+    How long answers really are is not known before the run: optim.reference_batch_tokens counts these.
+    """
+    return max(1, rollout.prompts * rollout.samples * rollout.max_tokens * rollout.max_turns // parts)
+
+
 def _check_room(config: PracticeConfig, tokenizer: Tokenizer, environments: Sequence[Environment]) -> None:
     """UserError where a prompt and its first answer might not fit a row: an episode is never cut or dropped later.
 

@@ -35,7 +35,7 @@ from minnow.rl.phases import Phases
 from minnow.rl.remote_engine import RemoteEngine, RemoteEngineConfig
 from minnow.rl.rewards import RewardConfig, Rewarder
 from minnow.rl.rollouts import RolloutEngine, live_engine
-from minnow.stages.practice import Practice, PracticeConfig, practice_flops, practice_rows, read_practice
+from minnow.stages.practice import Practice, PracticeConfig, longest_batch, practice_flops, practice_rows, read_practice
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import NO_Z_LOSS, TrainingConfig
 from minnow.training.distribution import is_first, world_size
@@ -160,7 +160,9 @@ def run(config: Config) -> None:
         folder=folder.path,
         title="rl",
         model=model,
-        optimizers=build_optimizers(model, config.optim),
+        optimizers=build_optimizers(
+            model, config.optim, tokens_per_batch=longest_batch(config.rollout, config.algorithm.minibatches)
+        ),
         schedule=config.schedule,
         objective=PolicyObjective(
             config.algorithm.loss, config.rollout.temperature, config.rollout.max_tokens * config.rollout.max_turns

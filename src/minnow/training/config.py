@@ -81,9 +81,15 @@ class TrainingConfig:
     """Of a mixture of experts: keeping them evenly loaded."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_tokens", "micro_batch_tokens", "nproc", "log_every", "keep_last"):
+        for name in ("batch_tokens", "micro_batch_tokens", "nproc", "log_every", "keep_last", "validation_tokens"):
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}: it must be at least 1")
+        # A negative clip_norm would turn every gradient round, and training would silently go uphill.
+        for name in ("clip_norm", "patience", "validate_every", "save_every"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"training.{name} is {getattr(self, name)}: give 0 or more")
+        if self.z_loss is not None and not self.z_loss >= 0:
+            raise UserError(f"training.z_loss is {self.z_loss}: give 0 or more")
         if self.stall_seconds < 0:
             raise UserError(f"training.stall_seconds is {self.stall_seconds}: it must be positive, or 0 for never")
         if self.steps is None and self.epochs <= 0:

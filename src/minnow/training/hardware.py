@@ -10,6 +10,7 @@ from functools import cache
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from minnow.config import UserError
 
@@ -22,6 +23,13 @@ DTYPES: dict[Precision, torch.dtype] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+
+
+CPU_PROBE_SECONDS = 1.0
+LONG_PRODUCT = 0.05
+LARGEST_CPU_PRODUCT = 4096
+"""Of `matmul_peak` on a CPU: the time after which it stops, a product long enough to be told exactly, and the size of
+the largest."""
 
 
 def choose_device(name: DeviceName) -> torch.device:
@@ -91,7 +99,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """Measure the machine's matrix-product peak in FLOP/s: the fastest of seven trials with square random matrices.
+    """Measure the machine's matrix-product peak in FLOP/s: the fastest of some trials with square random matrices.
 
     Model FLOP utilisation is given against this figure, not against a vendor's table, so that it means the same
     on a laptop and on a shared server. Random, because a GPU that multiplies zeros draws less power and runs faster.
@@ -101,9 +109,11 @@ def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 @cache
 def _matmul_peak(device: torch.device, dtype: torch.dtype, fp32_products: str) -> float:
+    if device.type == "cpu":
+        return _cpu_matmul_peak(dtype)
     cuda = device.type == "cuda"
     size, in_a_row = (8192, 8) if cuda else (2048, 1)  # a launch and a wait are 2% of one product on a large GPU
-    a = torch.randn(size, size, device=device).to(dtype)
+    a = _random_square(size, device, dtype)
     out = torch.empty_like(a)
     seconds = []
     for _ in range(7):
@@ -118,6 +128,35 @@ def _matmul_peak(device: torch.device, dtype: torch.dtype, fp32_products: str) -
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     return 2 * size**3 * in_a_row / min(seconds)
+
+
+def _random_square(size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """From a generator of its own: a resumed run's dropout goes on in the one that this would have drawn from."""
+    return torch.randn(size, size, device=device, generator=torch.Generator(device).manual_seed(0)).to(dtype)
+
+
+def _cpu_matmul_peak(dtype: torch.dtype) -> float:
+    """The fastest of products that grow until one takes `LONG_PRODUCT` seconds, then of up to seven of that size.
+
+    A CPU that emulates the number format is a thousand times slower than one that has it: a fixed size would take
+    minutes on the one, or tell nothing of the other.
+    """
+    begin = time.perf_counter()
+    size, peak, trials = 256, 0.0, 0
+    a = _random_square(size, torch.device("cpu"), dtype)
+    while trials < 7:
+        start = time.perf_counter()
+        torch.mm(a, a)
+        end = time.perf_counter()
+        peak = max(peak, 2 * size**3 / (end - start))
+        if end - begin > CPU_PROBE_SECONDS:
+            break
+        if end - start < LONG_PRODUCT and size < LARGEST_CPU_PRODUCT:
+            size *= 2
+            a = _random_square(size, torch.device("cpu"), dtype)
+        else:
+            trials += 1
+    return peak
 
 
 def peak_memory_bytes(device: torch.device) -> int:
