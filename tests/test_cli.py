@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import subprocess
@@ -27,6 +28,10 @@ def run(config: Config) -> None:
         raise UserError("the word is wrong; say go")
     if config.word == "stop":
         raise KeyboardInterrupt
+    if config.word.startswith("open "):
+        open(config.word.removeprefix("open ")).close()
+    if config.word == "fill":
+        raise OSError(errno.ENOSPC, "No space left on device")
     if config.word.startswith("load "):
         importlib.import_module(config.word.removeprefix("load "))
     print(f"ran {config.word}")
@@ -50,6 +55,15 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["act", "mend"]) == 2
     assert capsys.readouterr().err == "error: the word is wrong; say go\n"
     assert cli.main(["act", "stop"]) == 130
+
+
+def test_mistakes_with_files_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    for word, told in {
+        "open no/such": "error: no/such: No such file or directory\n",
+        "fill": "error: No space left on device\n",
+    }.items():
+        assert cli.main(["act", word]) == 2
+        assert capsys.readouterr().err == told
 
 
 def test_a_package_of_an_optional_part_is_named_with_its_part(

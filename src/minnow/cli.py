@@ -92,6 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader left, as in `minnow --help | head -1`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a path that is missing, a file where a folder should be, a full disk
+        if error.strerror is None:  # a library's own, not the system's: its traceback says more
+            raise
+        named = f"{error.filename}: " if error.filename is not None else ""
+        print(f"error: {named}{error.strerror}", file=sys.stderr)
+        return 2
 
 
 def _dispatch(words: list[str]) -> int:

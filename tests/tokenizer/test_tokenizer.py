@@ -205,3 +205,12 @@ def test_fast_ids_are_the_slow_ids_on_real_text() -> None:
     ids = tokenizer.encode_batch(texts)
     assert ids == slow_ids(tokenizer, texts)
     assert all(tokenizer.decode(i) == text for i, text in zip(ids, texts, strict=True))
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_broken_file_is_named(name: str, content: str, tmp_path: Path) -> None:
+    small_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=rf"{tmp_path}/{name}: not .*; restore the file"):
+        Tokenizer.from_pretrained(tmp_path)

@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 
 from minnow.config import UserError, atomic_write
-from minnow.tokenizer.roles import Roles, read_roles
+from minnow.tokenizer.roles import Roles, read_json, read_roles
 from minnow.tokenizer.special import END_OF_TEXT
 from minnow.tokenizer.template import folder_template
 
@@ -53,14 +53,18 @@ def load(folder_or_hub_id: str | Path) -> tuple[tokenizers.Tokenizer, Roles, str
     if path.is_dir():
         folder = path if _is_tokenizer(path) else path / "model"
         if not _is_tokenizer(folder) and (path / "adapter_config.json").exists():  # PEFT's, of a base that has one
-            base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))["base_model_name_or_path"]
-            return load(base)
+            return load(read_json(path / "adapter_config.json")["base_model_name_or_path"])
         if not _is_tokenizer(folder):
             raise UserError(f"{path}: no tokenizer.json here, nor in {path / 'model'}")
     else:
         folder = _download(str(folder_or_hub_id))
     if (folder / "tokenizer.json").exists():
-        tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        file = folder / "tokenizer.json"
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises nothing more special
+            reason = " ".join(str(error).split())
+            raise UserError(f"{file}: not a tokenizer that can be read ({reason}); restore the file") from error
     else:
         tokenizer = _gpt2(folder)
     return tokenizer, read_roles(folder, tokenizer), folder_template(folder)
@@ -76,7 +80,7 @@ def _gpt2(folder: Path) -> tokenizers.Tokenizer:
     UserError where they are another class's, which splits texts otherwise and has control tokens beside them.
     """
     file = folder / "tokenizer_config.json"
-    named = json.loads(file.read_text(encoding="utf-8")).get("tokenizer_class") if file.exists() else None
+    named = read_json(file).get("tokenizer_class") if file.exists() else None
     if named is not None and not named.startswith("GPT2"):
         raise UserError(
             f"{folder}: vocab.json and merges.txt of a {named}, which only its own class reads; write tokenizer.json "

@@ -54,8 +54,19 @@ def _config(folder: Path) -> dict[str, Any]:
     content: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).exists():
-            stored = json.loads((folder / name).read_text(encoding="utf-8"))
+            stored = read_json(folder / name)
             content |= {key: value for key, value in stored.items() if value is not None}
+    return content
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file. UserError naming the file where it holds none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise UserError(f"{file}: not valid JSON ({error}); restore the file") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: not a JSON object; restore the file")
     return content
 
 
