@@ -215,7 +215,7 @@ def summarise(path: Path, picture: Path) -> None:
             label = arm if run is chosen[0] else None
             tokens = [point["tokens"] / 1e6 for point in run["points"]]
             axes.plot(tokens, [point["bpb"] for point in run["points"]], colour, label=label)
-    axes.set(xlabel="million tokens trained on", ylabel="held-out bits per byte", yscale="log")
+    axes.set(xlabel="million tokens trained on", ylabel="held-out bits per byte")
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)
     save_figure(figure, picture)
