@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from minnow.serving.errors import APIError
-from minnow.serving.requests import AssistantMessage, ChatBody, ChatMessage, MessageToolCall, Tool
+from minnow.serving.messages import AssistantMessage, ChatMessage, MessageToolCall
+from minnow.serving.requests import ChatBody, Tool
 from minnow.tokenizer import Conversation, Message, Tokenizer, ToolCall, render
 
 

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from minnow.serving.messages import ChatMessage
+from minnow.serving.validation import Items, Part, Strict, at_most
 
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-TokenIds = Annotated[list[_TokenId], Field(min_length=1)]
+TokenIds = Annotated[Items[_TokenId], Field(min_length=1)]
+
+MAX_BIASES = 1024
+"""Most keys of `logit_bias`; OpenAI takes 300."""
+_Bias = Annotated[float, Field(ge=-100, le=100)]
+_LogitBias = Annotated[dict[str, _Bias], Field(max_length=MAX_BIASES), at_most(MAX_BIASES)]
 
 
-class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
+class _Body(Strict):
     model: str
     """A name that /v1/models lists."""
     user: str | None = None
@@ -28,10 +34,8 @@ class _Body(BaseModel):
     prompt_cache_key: str | None = None
 
 
-class StreamOptions(BaseModel):
+class StreamOptions(Strict):
     """What a stream holds besides the answer."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     include_usage: bool = False
     """End with a chunk that counts the tokens."""
@@ -46,11 +50,11 @@ class GenerationBody(_Body):
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=128)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Annotated[str, Field(min_length=1)] | Annotated[Items[str], Field(max_length=4)] | None = None
     max_tokens: int | None = Field(None, ge=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    logit_bias: _LogitBias | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     # vLLM's additions
@@ -58,7 +62,7 @@ class GenerationBody(_Body):
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     min_tokens: int | None = Field(None, ge=0)
-    stop_token_ids: list[_TokenId] | None = Field(None, max_length=1000)
+    stop_token_ids: Items[_TokenId] | None = Field(None, max_length=1000)
     ignore_eos: bool | None = None
     return_token_ids: bool | None = Field(None, description="log-probabilities then come one for each id")
 
@@ -72,73 +76,8 @@ class GenerationBody(_Body):
 # --- Chat -----------------------------------------------------------------------------------------
 
 
-class _Part(BaseModel):
-    """Structures inside a body; clients send back what servers sent them, so unknown fields are left out."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-class TextPart(_Part):
-    """A piece of a message's content; text is the only kind so far."""
-
-    type: Literal["text"]
-    text: str
-
-
-class CalledFunction(_Part):
-    """What an assistant called earlier."""
-
-    name: str
-    arguments: str
-    """A JSON object, as text."""
-
-
-class MessageToolCall(_Part):
-    """A call in an assistant's earlier message."""
-
-    id: str | None = None
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class SystemMessage(_Part):
-    """Instructions."""
-
-    role: Literal["system", "developer"]
-    content: str | list[TextPart]
-
-
-class UserMessage(_Part):
-    """What the user says."""
-
-    role: Literal["user"]
-    content: str | list[TextPart]
-
-
-class AssistantMessage(_Part):
-    """What the assistant said or called."""
-
-    role: Literal["assistant"]
-    content: str | list[TextPart] | None = None
-    reasoning_content: str | None = None
-    tool_calls: list[MessageToolCall] | None = None
-
-
-class ToolMessage(_Part):
-    """What a tool gave back."""
-
-    role: Literal["tool"]
-    content: str | list[TextPart]
-    tool_call_id: str | None = None
-
-
-ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
-
-
-class Function(_Part):
+class Function(Strict):
     """A function that the model may call."""
-
-    model_config = ConfigDict(extra="forbid")
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
     description: str | None = None
@@ -148,41 +87,39 @@ class Function(_Part):
     """Accepted, without effect: arguments always follow the schema."""
 
 
-class Tool(_Part):
+class Tool(Strict):
     """Something the model may use; functions are the only kind."""
-
-    model_config = ConfigDict(extra="forbid")
 
     type: Literal["function"]
     function: Function
 
 
-class FunctionName(_Part):
+class FunctionName(Part):
     """A function of `tools`."""
 
     name: str
 
 
-class NamedToolChoice(_Part):
+class NamedToolChoice(Part):
     """The function that must be called."""
 
     type: Literal["function"]
     function: FunctionName
 
 
-class TextFormat(_Part):
+class TextFormat(Part):
     """No constraint."""
 
     type: Literal["text"]
 
 
-class JsonObjectFormat(_Part):
+class JsonObjectFormat(Part):
     """Any JSON object."""
 
     type: Literal["json_object"]
 
 
-class JsonSchema(_Part):
+class JsonSchema(Part):
     """A named JSON schema."""
 
     name: str = Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")
@@ -192,7 +129,7 @@ class JsonSchema(_Part):
     """Accepted, without effect: answers always follow the schema."""
 
 
-class JsonSchemaFormat(_Part):
+class JsonSchemaFormat(Part):
     """JSON that follows a schema."""
 
     type: Literal["json_schema"]
@@ -202,10 +139,8 @@ class JsonSchemaFormat(_Part):
 ResponseFormat = Annotated[TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")]
 
 
-class ChatTemplateKwargs(BaseModel):
+class ChatTemplateKwargs(Strict):
     """Switches of the chat template."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     enable_thinking: bool = False
     """Let the model reason before it answers."""
@@ -214,12 +149,12 @@ class ChatTemplateKwargs(BaseModel):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Items[ChatMessage] = Field(min_length=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = Field(None, max_length=128)
+    tools: Items[Tool] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
@@ -254,7 +189,7 @@ class ChatBody(GenerationBody):
 
 # --- The other endpoints --------------------------------------------------------------------------
 
-Texts = str | TokenIds | Annotated[list[str], Field(min_length=1)] | Annotated[list[TokenIds], Field(min_length=1)]
+Texts = str | TokenIds | Annotated[Items[str], Field(min_length=1)] | Annotated[Items[TokenIds], Field(min_length=1)]
 
 
 class CompletionBody(GenerationBody):
@@ -281,10 +216,8 @@ class EmbeddingBody(_Body):
     dimensions: None = Field(None, description="not supported: a vector has the model's hidden size")
 
 
-class ReloadBody(BaseModel):
+class ReloadBody(Strict):
     """POST /admin/reload."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     model: str
     """A name that /v1/models lists."""
