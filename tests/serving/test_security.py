@@ -35,7 +35,7 @@ def test_a_key_is_asked_for_everywhere_but_at_health(tmp_path: Path, monkeypatch
         with pytest.raises(openai.AuthenticationError):
             running.client(api_key="wrong").models.list()
         assert (b"wrong", b"s3cret") in compared  # in constant time
-        for bad in ("Bearer", "Bearer é".encode(), "Basic !!!", "Basic czNjcmV0", "s3cret"):
+        for bad in ("Bearer", "Bearer é".encode(), "Basic !!!", "Basic é".encode(), "Basic czNjcmV0", "s3cret"):
             assert httpx.get(f"{running.url}/v1/models", headers={"Authorization": bad}).status_code == 401
         assert running.client(api_key="s3cret").models.list().data[0].id == "noise"
         # A browser asks its user for name and password.

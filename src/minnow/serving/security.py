@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hmac
 from collections.abc import Collection
 
@@ -102,6 +101,6 @@ def _credentials(authorization: str) -> bytes:
     if scheme.lower() == "basic":
         try:
             return base64.b64decode(value).partition(b":")[2]
-        except binascii.Error:
+        except ValueError:  # also of characters that are not ASCII, which is no binascii.Error
             pass
     return b""
