@@ -74,6 +74,15 @@ def test_cors_is_off_unless_named(tmp_path: Path, running: Running) -> None:
         )
         assert preflight.status_code == 200
         assert preflight.headers["access-control-allow-origin"] == origin["Origin"]
+        names = "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,x-stainless-retry-count"
+        official = httpx.options(  # what the `openai` package for JavaScript makes a browser ask for
+            f"{named.url}/v1/chat/completions",
+            headers=origin | {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": names},
+        )
+        assert official.status_code == 200
+        assert set(names.split(",")) <= set(official.headers["access-control-allow-headers"].lower().split(","))
+        asked = httpx.get(f"{named.url}/v1/models", headers=origin | {"Authorization": "Bearer k"})
+        assert asked.headers["access-control-expose-headers"] == "Retry-After"
         other = httpx.get(f"{named.url}/v1/models", headers={"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
 
