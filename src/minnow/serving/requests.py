@@ -11,13 +11,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from minnow.serving.messages import ChatMessage
-from minnow.serving.validation import Items, Part, Strict, at_most
+from minnow.serving.validation import Items, Part, Strict, at_fault, at_most
 
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[Items[_TokenId], Field(min_length=1)]
 
 MAX_BIASES = 1024
 """Most keys of `logit_bias`; OpenAI takes 300."""
+_StopString = Annotated[str, Field(min_length=1)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _LogitBias = Annotated[dict[str, _Bias], Field(max_length=MAX_BIASES), at_most(MAX_BIASES)]
 
@@ -50,7 +51,7 @@ class GenerationBody(_Body):
     top_p: float | None = Field(None, gt=0, le=1)
     n: int | None = Field(None, ge=1, le=128)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: Annotated[str, Field(min_length=1)] | Annotated[Items[str], Field(max_length=4)] | None = None
+    stop: _StopString | Annotated[Items[_StopString], Field(max_length=4)] | None = None
     max_tokens: int | None = Field(None, ge=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -69,7 +70,7 @@ class GenerationBody(_Body):
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> GenerationBody:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only allowed when stream is true")
+            raise at_fault("stream_options", "only allowed when stream is true")
         return self
 
 
@@ -164,14 +165,14 @@ class ChatBody(GenerationBody):
     @model_validator(mode="after")
     def _fits_together(self) -> ChatBody:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is only allowed when logprobs is true")
+            raise at_fault("top_logprobs", "only allowed when logprobs is true")
         names = [tool.function.name for tool in self.tools or ()]
         if len(set(names)) < len(names):
-            raise ValueError("two functions of tools have the same name")
+            raise at_fault("tools", "two functions have the same name")
         if self.tool_choice in ("auto", "required") and not names:
-            raise ValueError("tool_choice is only allowed when tools are given")
+            raise at_fault("tool_choice", "only allowed when tools are given")
         if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
-            raise ValueError(f"tool_choice names {self.tool_choice.function.name!r}, which is not among the tools")
+            raise at_fault("tool_choice", f"the function {self.tool_choice.function.name!r} is not among the tools")
         return self
 
     @property
@@ -204,7 +205,7 @@ class CompletionBody(GenerationBody):
     @model_validator(mode="after")
     def _no_best_of(self) -> CompletionBody:
         if self.best_of is not None and self.best_of != (self.n or 1):
-            raise ValueError("best_of other than n is not supported")
+            raise at_fault("best_of", "another number than n is not supported")
         return self
 
 

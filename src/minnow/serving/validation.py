@@ -11,6 +11,7 @@ from collections.abc import Sized
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 _T = TypeVar("_T")
 
@@ -30,6 +31,15 @@ def at_most(count: int) -> BeforeValidator:
         return value
 
     return BeforeValidator(check)
+
+
+AT_FAULT = "at_fault"
+"""The type of the errors that `at_fault` makes; `errors.validation_error` reads them."""
+
+
+def at_fault(where: str, reason: str) -> PydanticCustomError:
+    """The error of fields that do not go together, told of the one at `where` (`messages.2.tool_call_id`)."""
+    return PydanticCustomError(AT_FAULT, "{reason}", {"where": where, "reason": reason})
 
 
 class Strict(BaseModel):
