@@ -41,7 +41,7 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     [
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": -1}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"n": 0}, "n"),
         ({"n": 10**6}, "n"),
         ({"n": True}, "n"),

@@ -1,7 +1,8 @@
 """What clients may send: OpenAI's fields, and the few that vLLM's clients add.
 
 Unknown fields are errors, as at OpenAI: a misspelt option that did nothing would be worse. Fields that only mean
-something at OpenAI's own service are accepted and have no effect (`_Body`).
+something at OpenAI's own service are accepted and have no effect; what would change the answer and is not to be had
+here is refused by name (`refused`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from minnow.serving.messages import ChatMessage
-from minnow.serving.validation import Items, Part, Strict, at_fault, at_most
+from minnow.serving.validation import Items, Part, Strict, at_fault, at_most, refused
 
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[Items[_TokenId], Field(min_length=1)]
@@ -33,6 +34,8 @@ class _Body(Strict):
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+    prompt_cache_retention: str | None = None
 
 
 class StreamOptions(Strict):
@@ -48,7 +51,7 @@ class GenerationBody(_Body):
     """What chat and text completions have in common."""
 
     temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float | None = Field(None, ge=0, le=1, description="0 takes the likeliest token")
     n: int | None = Field(None, ge=1, le=128)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     stop: _StopString | Annotated[Items[_StopString], Field(max_length=4)] | None = None
@@ -66,6 +69,9 @@ class GenerationBody(_Body):
     stop_token_ids: Items[_TokenId] | None = Field(None, max_length=1000)
     ignore_eos: bool | None = None
     return_token_ids: bool | None = Field(None, description="log-probabilities then come one for each id")
+    skip_special_tokens: Annotated[Literal[True] | None, refused("control tokens are never part of a text", True)] = (
+        None
+    )
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> GenerationBody:
@@ -147,6 +153,13 @@ class ChatTemplateKwargs(Strict):
     """Let the model reason before it answers."""
 
 
+class Moderation(Strict):
+    """Accepted, without effect, as long as no answer depends on it."""
+
+    model: str | None = None
+    policy: Annotated[None, refused("this server moderates nothing")] = None
+
+
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions."""
 
@@ -158,9 +171,20 @@ class ChatBody(GenerationBody):
     tools: Items[Tool] | None = Field(None, max_length=128)
     tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     """Anything but none lets the model reason; `chat_template_kwargs` wins."""
     chat_template_kwargs: ChatTemplateKwargs | None = None
+    add_generation_prompt: Annotated[Literal[True] | None, refused("the answer is always a new message", True)] = None
+    modalities: Annotated[Items[Literal["text"]], Field(min_length=1)] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    """Accepted, without effect; so are the fields below it."""
+    prediction: dict[str, Any] | None = None
+    moderation: Moderation | None = None
+    function_call: Annotated[Literal["none", "auto"] | None, refused("use tool_choice", "none", "auto")] = None
+    functions: Annotated[None, refused("use tools")] = None
+    """Refused; so are the fields below it."""
+    audio: Annotated[None, refused("this server answers with text only")] = None
+    web_search_options: Annotated[None, refused("this server does not search the web")] = None
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatBody:
@@ -200,7 +224,7 @@ class CompletionBody(GenerationBody):
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = Field(None, ge=1, description="only equal to n")
     echo: Literal[False] | None = None
-    suffix: None = None
+    suffix: Annotated[None, refused("text before a given end is not supported")] = None
 
     @model_validator(mode="after")
     def _no_best_of(self) -> CompletionBody:
@@ -214,7 +238,7 @@ class EmbeddingBody(_Body):
 
     input: Texts
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: None = Field(None, description="not supported: a vector has the model's hidden size")
+    dimensions: Annotated[None, refused("not supported: a vector has the model's hidden size")] = None
 
 
 class ReloadBody(Strict):

@@ -30,10 +30,11 @@ def sampling_params(
     limit = config.max_answer_tokens
     if limit is not None:
         max_tokens = limit if max_tokens is None else min(max_tokens, limit)
+    # So near to 0 a float32 cannot divide by a temperature; the likeliest token has all the probability anyway.
+    greedy = body.top_p == 0 or (body.temperature is not None and body.temperature < 1e-5)
     given: dict[str, Any] = {
-        # So near to 0 a float32 cannot divide by it; the likeliest token has all the probability anyway.
-        "temperature": 0.0 if body.temperature is not None and body.temperature < 1e-5 else body.temperature,
-        "top_p": body.top_p,
+        "temperature": 0.0 if greedy else body.temperature,
+        "top_p": body.top_p or None,
         "min_p": body.min_p,
         "repetition_penalty": body.repetition_penalty,
         "presence_penalty": body.presence_penalty,

@@ -33,6 +33,17 @@ def at_most(count: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def refused(reason: str, *but: str | bool) -> BeforeValidator:
+    """What this server cannot do, said by name; null asks for nothing, and so do the values of `but`."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in but:
+            raise ValueError(reason)
+        return value
+
+    return BeforeValidator(check)
+
+
 AT_FAULT = "at_fault"
 """The type of the errors that `at_fault` makes; `errors.validation_error` reads them."""
 
