@@ -25,6 +25,11 @@ CHAT = {"model": "noise", "messages": ASK, "max_tokens": 4}
 LONG = {"model": "noise", "messages": ASK, "max_tokens": 4000, "ignore_eos": True}
 
 SWIM = {"type": "function", "function": {"name": "swim"}}
+CALLED = {
+    "role": "assistant",
+    "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
+RESULT = {"role": "tool", "tool_call_id": "a", "content": "3"}
 WRONG_SCHEMA = {"name": "x", "schema": {"type": 5}}
 
 
@@ -54,9 +59,19 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+        ({"messages": [*ASK, {"role": "assistant"}]}, "messages"),
+        ({"messages": [*ASK, {"role": "assistant", "content": None, "tool_calls": []}]}, "messages"),
+        ({"messages": [*ASK, RESULT]}, "messages"),
+        ({"messages": [*ASK, CALLED, RESULT, *ASK, RESULT]}, "messages"),
+        ({"messages": [*ASK, CALLED, RESULT | {"tool_call_id": "b"}]}, "messages"),
+        ({"messages": [*ASK, CALLED, {"role": "tool", "content": "3"}]}, "messages"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logit_bias": {"fish": 1}}, "logit_bias"),
+        ({"logit_bias": {"1_0": 1}}, "logit_bias"),
+        ({"logit_bias": {"\u0663": 1}}, "logit_bias"),  # an Arabic 3
+        ({"logit_bias": {" 3": 1}}, "logit_bias"),
+        ({"logit_bias": {"3" * 5000: 1}}, "logit_bias"),
         ({"logit_bias": {"99999": 1}}, "logit_bias"),
         ({"stop_token_ids": [5, 99999]}, "stop_token_ids"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
@@ -100,6 +115,11 @@ def test_bad_requests_are_400_in_openais_schema(running: Running, changes: dict[
         ({"tool_choice": {"type": "function"}}, "Invalid value for 'tool_choice.function': Field required"),
         ({"tool_choice": "auto"}, "Invalid value for 'tool_choice': only allowed when tools are given"),
         ({"tool_choice": "always"}, "Invalid value for 'tool_choice': Input should be 'none', 'auto' or 'required'"),
+        (
+            {"messages": [*ASK, CALLED, RESULT, RESULT | {"tool_call_id": "b"}]},
+            "'messages.3.tool_call_id': the assista",
+        ),
+        ({"messages": [{"role": "assistant"}]}, "'messages.0': an assistant's message needs content or tool_calls"),
         ({"stop": [""]}, "Invalid value for 'stop.0': String should have at least 1 character"),
         ({"tools": [SWIM | {"mcp": 1}]}, "Unrecognized request argument supplied: tools.0.mcp"),
         ({str(i): i for i in range(200)}, "at most 100 are read"),
@@ -292,6 +312,21 @@ def test_an_asynchronous_client_that_is_cancelled(tmp_path: Path) -> None:
 
         asyncio.run(leave())
         wait_until(lambda: running.engines["noise"].in_flight == 0)
+
+
+def test_messages_that_openai_takes(running: Running) -> None:
+    refused = {"role": "assistant", "content": None, "refusal": "no"}
+    for messages in ([*ASK, CALLED, RESULT, RESULT], [*ASK, refused, *ASK], [{"role": "assistant", "content": ""}]):
+        answer = httpx.post(f"{running.url}/v1/chat/completions", json=CHAT | {"messages": messages})
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("given", ["", [""], ["a", ""], [], [[]]])
+def test_there_must_be_something_to_embed(running: Running, given: Any) -> None:
+    answer = httpx.post(f"{running.url}/v1/embeddings", json={"model": "noise", "input": given})
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == "input"
+    assert "should have at least 1" in error_of(answer)["message"]
 
 
 def test_tokens_beyond_the_vocabulary(running: Running) -> None:

@@ -131,7 +131,11 @@ def test_reloading_takes_other_weights_and_needs_a_key(tmp_path: Path, running: 
         assert say() == "小鱼 swims"
         assert reload(model="m", folder=str(second)).status_code == 200
         assert say() == "pond in"
-        for folder, reason in ((other, "config.json differs"), (tmp_path / "nowhere", "no such folder")):
+        for folder, reason in (
+            (other, "config.json differs"),
+            (tmp_path / "nowhere", "no such folder"),
+            ("a" * 5000, "File name too long"),
+        ):
             answer = reload(model="m", folder=str(folder))
             assert answer.status_code == 400
             assert reason in answer.json()["error"]["message"]

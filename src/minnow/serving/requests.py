@@ -11,15 +11,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from minnow.serving.messages import ChatMessage
+from minnow.serving.messages import ChatMessage, require_calls_before_results
 from minnow.serving.validation import Items, Part, Strict, at_fault, at_most, refused
 
+_Text = Annotated[str, Field(min_length=1)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[Items[_TokenId], Field(min_length=1)]
 
 MAX_BIASES = 1024
 """Most keys of `logit_bias`; OpenAI takes 300."""
-_StopString = Annotated[str, Field(min_length=1)]
 _Bias = Annotated[float, Field(ge=-100, le=100)]
 _LogitBias = Annotated[dict[str, _Bias], Field(max_length=MAX_BIASES), at_most(MAX_BIASES)]
 
@@ -54,7 +54,7 @@ class GenerationBody(_Body):
     top_p: float | None = Field(None, ge=0, le=1, description="0 takes the likeliest token")
     n: int | None = Field(None, ge=1, le=128)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: _StopString | Annotated[Items[_StopString], Field(max_length=4)] | None = None
+    stop: _Text | Annotated[Items[_Text], Field(max_length=4)] | None = None
     max_tokens: int | None = Field(None, ge=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -188,6 +188,7 @@ class ChatBody(GenerationBody):
 
     @model_validator(mode="after")
     def _fits_together(self) -> ChatBody:
+        require_calls_before_results(self.messages)
         if self.top_logprobs is not None and not self.logprobs:
             raise at_fault("top_logprobs", "only allowed when logprobs is true")
         names = [tool.function.name for tool in self.tools or ()]
@@ -214,7 +215,8 @@ class ChatBody(GenerationBody):
 
 # --- The other endpoints --------------------------------------------------------------------------
 
-Texts = str | TokenIds | Annotated[Items[str], Field(min_length=1)] | Annotated[Items[TokenIds], Field(min_length=1)]
+_SeveralIds = Annotated[Items[TokenIds], Field(min_length=1)]
+Texts = str | TokenIds | Annotated[Items[str], Field(min_length=1)] | _SeveralIds
 
 
 class CompletionBody(GenerationBody):
@@ -236,7 +238,7 @@ class CompletionBody(GenerationBody):
 class EmbeddingBody(_Body):
     """POST /v1/embeddings."""
 
-    input: Texts
+    input: _Text | TokenIds | Annotated[Items[_Text], Field(min_length=1)] | _SeveralIds
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[None, refused("not supported: a vector has the model's hidden size")] = None
 

@@ -67,7 +67,8 @@ def sampling_params(
 
 
 def _logit_bias(given: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token): bias for token, bias in given.items()}
-    except ValueError:
-        raise APIError(400, "the keys of logit_bias must be token ids", param="logit_bias") from None
+    for key in given:
+        # int() also reads "1_0", " 1" and other scripts' digits, and refuses thousands of digits.
+        if not (key.isascii() and key.isdigit() and len(key) <= 10):
+            raise APIError(400, f"Invalid value for 'logit_bias': the key {key!r} is no token id", param="logit_bias")
+    return {int(key): bias for key, bias in given.items()}
