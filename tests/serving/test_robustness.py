@@ -26,6 +26,12 @@ ASK: list[Any] = [{"role": "user", "content": "hi"}]
 CHAT = {"model": "noise", "messages": ASK, "max_tokens": 4}
 LONG = {"model": "noise", "messages": ASK, "max_tokens": 4000, "ignore_eos": True}
 
+SWIM = {"type": "function", "function": {"name": "swim"}}
+CALLED = {
+    "role": "assistant",
+    "tool_calls": [{"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}],
+}
+RESULT = {"role": "tool", "tool_call_id": "a", "content": "3"}
 WRONG_SCHEMA = {"name": "x", "schema": {"type": 5}}
 
 
@@ -42,29 +48,44 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
     [
         ({"temperature": "hot"}, "temperature"),
         ({"temperature": -1}, "temperature"),
-        ({"top_p": 1.5}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"n": 0}, "n"),
         ({"n": 10**6}, "n"),
         ({"n": True}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"seed": 10**40}, "seed"),
         ({"stop": ["a"] * 5}, "stop"),
-        ({"stop": [""]}, None),
+        ({"stop": [""]}, "stop"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages"),
         ({"messages": [{"role": "user"}]}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+        ({"messages": [*ASK, {"role": "assistant"}]}, "messages"),
+        ({"messages": [*ASK, {"role": "assistant", "content": None, "tool_calls": []}]}, "messages"),
+        ({"messages": [*ASK, RESULT]}, "messages"),
+        ({"messages": [*ASK, CALLED, RESULT, *ASK, RESULT]}, "messages"),
+        ({"messages": [*ASK, CALLED, RESULT | {"tool_call_id": "b"}]}, "messages"),
+        ({"messages": [*ASK, CALLED, {"role": "tool", "content": "3"}]}, "messages"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
         ({"logit_bias": {"fish": 1}}, "logit_bias"),
-        ({"logit_bias": {"99999": 1}}, None),
+        ({"logit_bias": {"1_0": 1}}, "logit_bias"),
+        ({"logit_bias": {"\u0663": 1}}, "logit_bias"),  # an Arabic 3
+        ({"logit_bias": {" 3": 1}}, "logit_bias"),
+        ({"logit_bias": {"3" * 5000: 1}}, "logit_bias"),
+        ({"logit_bias": {"99999": 1}}, "logit_bias"),
+        ({"stop_token_ids": [5, 99999]}, "stop_token_ids"),
         ({"stop_token_ids": [-1]}, "stop_token_ids"),
-        ({"min_tokens": 5}, None),
+        ({"min_tokens": 5}, "min_tokens"),
+        ({"min_tokens": 1, "response_format": {"type": "json_object"}}, "min_tokens"),
+        ({"ignore_eos": True, "response_format": {"type": "json_object"}}, "ignore_eos"),
         ({"temprature": 1}, "temprature"),
         ({"repetition_penalty": 5e-324}, "repetition_penalty"),
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"tool_choice": "auto"}, "tool_choice"),
+        ({"tools": [SWIM], "tool_choice": {"type": "function", "function": {"name": "fly"}}}, "tool_choice"),
+        ({"tools": [SWIM, SWIM]}, "tools"),
         ({"tools": [{"type": "function", "function": {"name": "not a name"}}]}, "tools"),
         ({"response_format": {"type": "xml"}}, "response_format"),
         ({"response_format": {"type": "json_schema", "json_schema": WRONG_SCHEMA}}, "response_format"),
@@ -82,6 +103,36 @@ def test_bad_requests_are_400_in_openais_schema(running: Running, changes: dict[
     assert answer.status_code == 400, answer.text
     assert error["type"] == "invalid_request_error"
     assert error["param"] == param
+    assert "application/json" not in error["message"]  # it is JSON
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"messages": [{"role": "user", "content": 5}]}, "Invalid value for 'messages.0.content': "),
+        ({"messages": [{"role": "user"}]}, "Invalid value for 'messages.0.content': Field required"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "'messages.0.content.0.text': Field req"),
+        ({"response_format": {"type": "json_schema"}}, "'response_format.json_schema': Field required"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "'response_format.json_schema.name': Field"),
+        ({"tool_choice": {"type": "function"}}, "Invalid value for 'tool_choice.function': Field required"),
+        ({"tool_choice": "auto"}, "Invalid value for 'tool_choice': only allowed when tools are given"),
+        ({"tool_choice": "always"}, "Invalid value for 'tool_choice': Input should be 'none', 'auto' or 'required'"),
+        (
+            {"messages": [*ASK, CALLED, RESULT, RESULT | {"tool_call_id": "b"}]},
+            "'messages.3.tool_call_id': the assista",
+        ),
+        ({"messages": [{"role": "assistant"}]}, "'messages.0': an assistant's message needs content or tool_calls"),
+        ({"stop": [""]}, "Invalid value for 'stop.0': String should have at least 1 character"),
+        ({"tools": [SWIM | {"mcp": 1}]}, "Unrecognized request argument supplied: tools.0.mcp"),
+        ({str(i): i for i in range(200)}, "at most 100 are read"),
+    ],
+)
+def test_messages_name_the_field_as_the_client_wrote_it(
+    running: Running, changes: dict[str, Any], message: str
+) -> None:
+    answer = httpx.post(f"{running.url}/v1/chat/completions", json=CHAT | changes)
+    assert answer.status_code == 400
+    assert message in error_of(answer)["message"]
 
 
 @pytest.mark.parametrize(
@@ -91,7 +142,8 @@ def test_bad_requests_are_400_in_openais_schema(running: Running, changes: dict[
 def test_what_is_no_request_is_4xx(running: Running, body: bytes, path: str) -> None:
     answer = httpx.post(f"{running.url}/v1/{path}", content=body, headers={"Content-Type": "application/json"})
     assert answer.status_code == 400
-    error_of(answer)
+    message = error_of(answer)["message"]
+    assert "pars" in message or message.endswith("Send a JSON object as application/json.")
 
 
 def test_a_form_and_a_plain_text_are_no_json(running: Running) -> None:
@@ -295,6 +347,21 @@ def test_an_asynchronous_client_that_is_cancelled(tmp_path: Path) -> None:
 
         asyncio.run(leave())
         wait_until(lambda: running.engines["noise"].in_flight == 0)
+
+
+def test_messages_that_openai_takes(running: Running) -> None:
+    refused = {"role": "assistant", "content": None, "refusal": "no"}
+    for messages in ([*ASK, CALLED, RESULT, RESULT], [*ASK, refused, *ASK], [{"role": "assistant", "content": ""}]):
+        answer = httpx.post(f"{running.url}/v1/chat/completions", json=CHAT | {"messages": messages})
+        assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize("given", ["", [""], ["a", ""], [], [[]]])
+def test_there_must_be_something_to_embed(running: Running, given: Any) -> None:
+    answer = httpx.post(f"{running.url}/v1/embeddings", json={"model": "noise", "input": given})
+    assert answer.status_code == 400
+    assert error_of(answer)["param"] == "input"
+    assert "should have at least 1" in error_of(answer)["message"]
 
 
 def test_tokens_beyond_the_vocabulary(running: Running) -> None:

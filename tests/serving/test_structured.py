@@ -183,6 +183,33 @@ def test_schemas_that_cannot_be_followed(client: openai.OpenAI, schema: dict[str
         assert raised.value.param == "tools"
 
 
+def test_arguments_are_an_object(client: openai.OpenAI) -> None:
+    options = OPTIONS | {"tool_choice": "required", "seed": 0}
+    for kind in ("string", ["string", "null"], [], None, {"object": 1}):
+        function: Any = {"type": "function", "function": {"name": "f", "parameters": {"type": kind}}}
+        with pytest.raises(openai.BadRequestError, match="arguments are an object") as raised:
+            client.chat.completions.create(**options, tools=[function])
+        assert raised.value.param == "tools"
+    swim: Any = tool("swim", fast=FLAG)
+    swim["function"]["parameters"]["type"] = ["null", "object"]
+    answer = client.chat.completions.create(**options, tools=[swim], parallel_tool_calls=False)
+    (call,) = answer.choices[0].message.tool_calls or ()
+    assert call.type == "function"
+    check("swim", json.loads(call.function.arguments))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_cut_off_before_its_name_is_no_content(client: openai.OpenAI, stream: bool) -> None:
+    options = OPTIONS | {"tools": TOOLS, "tool_choice": "required", "seed": 3, "max_tokens": 6}
+    if stream:
+        choices = [chunk.choices[0] for chunk in client.chat.completions.create(**options, stream=True)]
+        assert "".join(choice.delta.content or "" for choice in choices) == ""
+        assert choices[-1].finish_reason == "length"
+    else:
+        (choice,) = client.chat.completions.create(**options).choices
+        assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == ("", None, "length")
+
+
 def test_a_deep_schema_is_refused(client: openai.OpenAI) -> None:
     schema: dict[str, Any] = {"type": "string"}
     for _ in range(400):

@@ -91,7 +91,10 @@ def test_without_tools_a_call_is_text() -> None:
 
 def test_a_call_that_is_cut_off_is_told_as_far_as_it_goes() -> None:
     assert joined(stream(ids_of('§<tool_call>§\n{"name": "f", "arguments": {"a": 1'))) == ("", "", [("f", '{"a": 1')])
-    assert joined(stream(ids_of('x\n§<tool_call>§\n{"name": "f"'))) == ("", 'x\n<tool_call>\n{"name": "f"', [])
+    for cut in ("", '\n{"name": "f"', '\n{"name": "f", "argumen'):  # no name yet: its markup is no content
+        assert joined(stream(ids_of(f"§<tool_call>§{cut}"))) == ("", "", [])
+        assert joined(stream(ids_of(f"x\n§<tool_call>§{cut}"))) == ("", "x", [])
+        assert joined(stream(ids_of(f"{CALL}\n§<tool_call>§{cut}"))) == ("", "", [("add", ARGUMENTS)])
 
 
 def test_whole_calls_are_told_at_their_end_and_what_is_none_is_text() -> None:

@@ -48,5 +48,8 @@ async def reload(body: ReloadBody, request: Request) -> ModelCard:
     if state.config.api_key is None:
         raise APIError(403, "Reloading needs a server with an API key: start it with --api_key.")
     model = state.models.get(body.model)
-    await model.reload(body.folder or model.folder)
+    try:
+        await model.reload(body.folder or model.folder)
+    except OSError as error:  # a name too long, no right to read it: the path is the client's
+        raise APIError(400, f"The folder cannot be read: {error.strerror or error}", param="folder") from error
     return model.card

@@ -59,7 +59,7 @@ def create_app(
             CORSMiddleware,
             allow_origins=list(config.cors_origins),
             allow_methods=["GET", "POST"],
-            allow_headers=["*"],  # OpenAI's clients send some of their own, x-stainless-...
+            allow_headers=["*"],  # OpenAI's JavaScript client sends a dozen of its own (X-Stainless-...)
             expose_headers=["Retry-After"],
         )
     app.add_middleware(_CountRequests, metrics=metrics, paths=frozenset(_paths(app)))

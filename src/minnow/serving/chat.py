@@ -42,10 +42,10 @@ def _prepare(state: ServerState, model: ServedModel, body: ChatBody) -> tuple[li
     params = sampling_params(
         body,
         state.config,
+        model,
         max_tokens=body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens,
         logprobs=bool(body.logprobs),
         top_logprobs=body.top_logprobs or 0,
         grammar=answer_grammar(model.tokenizer, body),
-        adapter=model.adapter,
     )
     return prompt_ids, params

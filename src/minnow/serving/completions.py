@@ -36,11 +36,11 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     params = sampling_params(
         body,
         state.config,
+        model,
         max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
         prompts=len(prompts),
         logprobs=body.logprobs is not None,
         top_logprobs=body.logprobs or 0,
-        adapter=model.adapter,
     )
     generations: list[Generation] = []
 

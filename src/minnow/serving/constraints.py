@@ -89,11 +89,15 @@ def _schema(response_format: ResponseFormat | None) -> dict[str, Any] | None:
 
 
 def _arguments(tool: Tool) -> dict[str, Any]:
-    """The schema of a call's arguments: an object, with the properties that are named and no others."""
+    """The schema of a call's arguments: an object, with the properties that are named and no others.
+
+    Anything but an object is no call that a client could read: of several types the object is the one that counts.
+    """
     parameters = tool.function.parameters or {}
     kind = parameters.get("type", "object")
     if kind != "object" and not (isinstance(kind, list) and "object" in kind):
-        raise APIError(400, f"The parameters of {tool.function.name!r} must be of type object.", param="tools")
+        reason = f"the 'type' of its parameters is {kind!r}, but arguments are an object: write 'object'"
+        raise APIError(400, f"The function {tool.function.name!r} of 'tools' cannot be called: {reason}", param="tools")
     schema: dict[str, Any] = {**parameters, "type": "object"}
     if "properties" in schema:
         schema.setdefault("additionalProperties", False)

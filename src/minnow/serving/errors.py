@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -15,6 +13,7 @@ from typing_extensions import TypedDict
 
 from minnow.config import UserError
 from minnow.out_of_memory import OutOfMemory
+from minnow.serving.validation import AT_FAULT
 from minnow.tokenizer.bytelevel import valid_unicode
 
 _log = logging.getLogger(__name__)
@@ -96,7 +95,7 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(_: Request, error: RequestValidationError) -> JSONResponse:
-        return validation_error(error.errors()).response()
+        return validation_error(error.errors(), error.body).response()
 
     @app.exception_handler(StarletteHTTPException)
     async def http_error(request: Request, error: StarletteHTTPException) -> JSONResponse:
@@ -111,35 +110,33 @@ def install_handlers(app: FastAPI) -> None:
         return as_api_error(error).response()
 
 
-def validation_error(errors: Any) -> APIError:
-    """Pydantic's errors as one, with the field's path: `messages.0.content: Input should be ...`."""
-    # Where a value fits no member of a union there is one error a member: the deepest is about the likeliest one.
+def validation_error(errors: Any, body: Any) -> APIError:
+    """Pydantic's errors about `body` as one, with the field's path: `messages.0.content: Input should be ...`."""
+    # Where a value fits no member of a union there is one error a member: the deepest is about the likeliest one, and
+    # a wrong value is nearer to it than a wrong type.
     same_field = [error for error in errors if error["loc"][:2] == errors[0]["loc"][:2]]
-    error = max(same_field, key=lambda error: len(error["loc"]))
-    path = [str(part) for part in _without_tags(error["loc"]) if part != "body" and not _MEMBER.fullmatch(str(part))]
+    error = max(same_field, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     reason = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "json_invalid":
         return APIError(400, f"We could not parse the JSON body of your request: {error['ctx']['error']}.")
-    if error["type"] == "misfit":
-        return APIError(400, reason, param=error["ctx"]["param"])
-    if not path and error["type"] == "value_error":
-        return APIError(400, f"The request's body is not valid: {reason}.")
+    path = error["ctx"]["where"].split(".") if error["type"] == AT_FAULT else _path(error, body)
     if not path:
-        return APIError(400, f"The request's body is not valid: {reason}. Send a JSON object as application/json.")
+        advice = "" if isinstance(body, dict) else " Send a JSON object as application/json."
+        return APIError(400, f"The request's body is not valid: {reason}.{advice}")
+    name = ".".join(path)
     if error["type"] == "extra_forbidden":
-        name = ".".join(path)
         return APIError(400, f"Unrecognized request argument supplied: {name}", param=name)
-    return APIError(400, f"Invalid value for '{'.'.join(path)}': {reason}", param=path[0])
+    return APIError(400, f"Invalid value for '{name}': {reason}", param=path[0])
 
 
-def _without_tags(loc: Sequence[str | int]) -> list[str | int]:
-    """A path without what chose between the members of a union: a message's role, a response format's type."""
-    return [
-        part
-        for i, part in enumerate(loc)
-        if not (i >= 2 and loc[i - 2] == "messages") and not (i >= 1 and loc[i - 1] == "response_format")
-    ]
-
-
-# How pydantic names the members of a union in a path: str, list[int], literal['a','b'], constrained-str, TextPart.
-_MEMBER = re.compile(r"str|int|float|bool|none|.*[\[(-].*|[A-Z].*")
+def _path(error: Any, body: Any) -> list[str]:
+    """The keys that lead to the fault. Pydantic puts names for members of unions between them, which no body has."""
+    parts = error["loc"][1:]  # the first is "body"
+    path, value = [], body
+    for part in parts:
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
+            path.append(str(part))
+            value = value[part]
+    if error["type"] == "missing" and parts:
+        path.append(str(parts[-1]))
+    return path

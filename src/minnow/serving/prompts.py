@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from minnow.serving.errors import APIError
-from minnow.serving.requests import AssistantMessage, ChatBody, ChatMessage, MessageToolCall, Tool
+from minnow.serving.messages import AssistantMessage, ChatMessage, MessageToolCall
+from minnow.serving.requests import ChatBody, Tool
 from minnow.tokenizer import Conversation, Message, Tokenizer, ToolCall, render
 
 
@@ -38,6 +39,8 @@ def require_fit(prompt_ids: Sequence[int], context: int, param: str) -> None:
 
 def _message(message: ChatMessage, where: str) -> Message:
     content = message.content or ""
+    if isinstance(message, AssistantMessage):
+        content = content or message.refusal or ""
     text = content if isinstance(content, str) else "".join(part.text for part in content)
     if not isinstance(message, AssistantMessage):
         return Message("system" if message.role == "developer" else message.role, text)

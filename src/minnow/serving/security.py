@@ -101,6 +101,6 @@ def _credentials(authorization: str) -> bytes:
     if scheme.lower() == "basic":
         try:
             return base64.b64decode(value).partition(b":")[2]
-        except ValueError:  # binascii.Error, or text beyond ASCII
+        except ValueError:  # also of characters that are not ASCII, which is no binascii.Error
             pass
     return b""

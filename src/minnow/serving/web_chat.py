@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict
 from starlette.responses import FileResponse
 from typing_extensions import TypedDict
 
 from minnow.config import UserError
 from minnow.serving.errors import APIError
 from minnow.serving.state import documented, state_of
+from minnow.serving.validation import Strict
 from minnow.tokenizer.chat import ToolCall
 from minnow.tools import CALCULATOR, CLOCK, Tool, call_tool, lookup_tool
 
@@ -57,10 +57,8 @@ def chat_tools(table: str | None) -> tuple[Tool, ...]:
     return (CALCULATOR, CLOCK, lookup_tool(rows))
 
 
-class ToolBody(BaseModel):
+class ToolBody(Strict):
     """POST /chat/tool."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
 
     name: str
     arguments: str

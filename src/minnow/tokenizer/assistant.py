@@ -46,7 +46,8 @@ class AssistantStream(Generic[T]):
     """Turns the pieces of one answer into events.
 
     Two things must be told before the end can show them different: a `</think>` that nothing opened is text, and a
-    call that is cut off is told as far as it goes.
+    call that is cut off is told as far as it goes. Cut off before its name is known, nothing is told of it: its
+    markup is nothing that the model said.
 
     thinking: the prompt has opened the think block, so the answer starts inside it. tools: calls are looked
     for; without tools the tags are text like any other. whole_calls: tell calls once they are whole; one that is
@@ -90,10 +91,10 @@ class AssistantStream(Generic[T]):
 
     def finish(self) -> Iterator[Event[T]]:
         """What was held back, at the end of the answer."""
-        if self._call is not None and self._call.unread:  # cut off before it was a call
-            yield from self._content(TOOL_CALL + self._call.unread, ())
-        if self._state is not _State.REASONING and self._held and not self._after_call:
-            yield Content(self._held, self._held_notes)
+        if self._call is not None and not self._call.begun:  # cut off
+            yield from self._before_call()
+        elif self._state is not _State.REASONING and self._held and not self._after_call:
+            yield Content(self._held, self._held_logprobs)
 
     def _reasoning(self, text: str) -> Iterator[Event[T]]:
         text = self._held + text
@@ -140,10 +141,14 @@ class AssistantStream(Generic[T]):
     def _count(self, events: Iterator[CallBegins | CallArguments]) -> Iterator[Event[T]]:
         for event in events:
             if isinstance(event, CallBegins):
-                held = "" if self._after_call else self._held.removesuffix("\n" if not self.calls else "")
-                if held:
-                    yield Content(held, self._held_notes)
-                self._held, self._held_notes = "", ()
+                yield from self._before_call()
                 self.calls += 1
                 self._after_call = True
             yield event
+
+    def _before_call(self) -> Iterator[Event]:
+        """What was held back before a call, without the template's own line break."""
+        held = "" if self._after_call else self._held.removesuffix("\n" if not self.calls else "")
+        if held:
+            yield Content(held, self._held_logprobs)
+        self._held, self._held_logprobs = "", ()

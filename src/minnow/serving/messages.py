@@ -1,0 +1,89 @@
+"""The messages of a chat request, in OpenAI's form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from minnow.serving.validation import Items, Part, at_fault
+
+
+class TextPart(Part):
+    """A piece of a message's content; text is the only kind so far."""
+
+    type: Literal["text"]
+    text: str
+
+
+class CalledFunction(Part):
+    """What an assistant called earlier."""
+
+    name: str
+    arguments: str
+    """A JSON object, as text."""
+
+
+class MessageToolCall(Part):
+    """A call in an assistant's earlier message."""
+
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class SystemMessage(Part):
+    """Instructions."""
+
+    role: Literal["system", "developer"]
+    content: str | Items[TextPart]
+
+
+class UserMessage(Part):
+    """What the user says."""
+
+    role: Literal["user"]
+    content: str | Items[TextPart]
+
+
+class AssistantMessage(Part):
+    """What the assistant said or called."""
+
+    role: Literal["assistant"]
+    content: str | Items[TextPart] | None = None
+    refusal: str | None = None
+    """What OpenAI's models say in place of the content."""
+    reasoning_content: str | None = None
+    tool_calls: Items[MessageToolCall] | None = None
+
+    @model_validator(mode="after")
+    def _is_not_empty(self) -> AssistantMessage:
+        if self.content is None and self.refusal is None and self.reasoning_content is None and not self.tool_calls:
+            raise ValueError("an assistant's message needs content or tool_calls")
+        return self
+
+
+class ToolMessage(Part):
+    """What a tool gave back."""
+
+    role: Literal["tool"]
+    content: str | Items[TextPart]
+    tool_call_id: str
+
+
+ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+def require_calls_before_results(messages: Sequence[ChatMessage]) -> None:
+    """The error of `at_fault` for a tool's message that answers no call of the assistant's message before it."""
+    called: set[str | None] = set()
+    for i, message in enumerate(messages):
+        if isinstance(message, ToolMessage):
+            if message.tool_call_id not in called:
+                reason = f"the assistant's message before it has no call with the id {message.tool_call_id!r}"
+                raise at_fault(f"messages.{i}.tool_call_id", reason)
+        elif isinstance(message, AssistantMessage):
+            called = {call.id for call in message.tool_calls or ()}
+        else:
+            called = set()
