@@ -242,12 +242,6 @@ class EmbeddingBody(_Body):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[None, refused("not supported: a vector has the model's hidden size")] = None
 
-    @field_validator("input")
-    @classmethod
-    def _no_empty_text(cls, given: Texts) -> Texts:
-        if given == "" or (isinstance(given, list) and "" in given):
-            raise ValueError("an empty text has no embedding")
-        return given
 
 class ReloadBody(Strict):
     """POST /admin/reload."""
