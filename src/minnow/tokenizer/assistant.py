@@ -91,10 +91,14 @@ class AssistantStream(Generic[T]):
 
     def finish(self) -> Iterator[Event[T]]:
         """What was held back, at the end of the answer."""
-        if self._call is not None and not self._call.begun:  # cut off
-            yield from self._before_call()
-        elif self._state is not _State.REASONING and self._held and not self._after_call:
-            yield Content(self._held, self._held_logprobs)
+        if self._call is not None and not self._call.begun:  # cut off before it was a call
+            if not self._whole_calls:
+                yield from self._before_call()
+                return
+            if self._call.unread:
+                yield from self._content(TOOL_CALL + self._call.unread, ())
+        if self._state is not _State.REASONING and self._held and not self._after_call:
+            yield Content(self._held, self._held_notes)
 
     def _reasoning(self, text: str) -> Iterator[Event[T]]:
         text = self._held + text
@@ -146,9 +150,9 @@ class AssistantStream(Generic[T]):
                 self._after_call = True
             yield event
 
-    def _before_call(self) -> Iterator[Event]:
+    def _before_call(self) -> Iterator[Event[T]]:
         """What was held back before a call, without the template's own line break."""
         held = "" if self._after_call else self._held.removesuffix("\n" if not self.calls else "")
         if held:
-            yield Content(held, self._held_logprobs)
-        self._held, self._held_logprobs = "", ()
+            yield Content(held, self._held_notes)
+        self._held, self._held_notes = "", ()
