@@ -12,14 +12,13 @@ import pytest
 import tokenizers
 import torch
 import transformers
+from tests.engine.engine_helpers import tiny_model
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from minnow.config import UserError
 from minnow.data.prepare import DataConfig, prepare
 from minnow.engine import Engine, SamplingParams
-from minnow.model.config import ModelConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
-from minnow.model.transformer import CausalLM
 from minnow.tokenizer import Tokenizer
 
 TEXTS = ["a pond full of minnows", "the heron waits, the minnow does not"]
@@ -39,23 +38,7 @@ def foreign(
         tokenizer.post_processor = processors.TemplateProcessing(
             f"{bos} $A", special_tokens=[(bos, special.index(bos))]
         )
-    shape = ModelConfig(
-        vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=16,
-        max_position_embeddings=64,
-        qk_norm=False,
-    )
-    model = CausalLM(shape)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    save_pretrained(model, folder)
+    save_pretrained(tiny_model(vocab_size=tokenizer.get_vocab_size(), qk_norm=False), folder)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos, **config})

@@ -113,6 +113,16 @@ def assert_same_logits(ours: CausalLM, reference: torch.nn.Module, tokens: torch
             torch.testing.assert_close(out.logits, whole[:, start:stop], atol=1e-4, rtol=1e-4)
 
 
+def assert_same_model(back: torch.nn.Module, reference: torch.nn.Module, tokens: torch.Tensor) -> None:
+    """Of transformers both. By name: a tied GLM-4-MoE comes back with its head written out."""
+    assert type(back) is type(reference)
+    kept, stored = back.state_dict(), reference.state_dict()
+    assert kept.keys() == stored.keys()
+    assert all(torch.equal(kept[name], tensor) for name, tensor in stored.items())
+    with torch.no_grad():
+        torch.testing.assert_close(back(tokens).logits, reference(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
 def change_config(folder, **changes) -> None:
     content = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(content | changes))

@@ -81,6 +81,12 @@ def test_the_folder_is_locked_until_the_model_is_in_it(
     FolderLock(Path(config.run)).take()
 
 
+def test_only_the_first_process_draws_weights(config: pretrain.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not any(parameter.is_meta for parameter in pretrain.start(config)[1].parameters())
+    monkeypatch.setattr("minnow.stages.pretrain.is_first", lambda: False)
+    assert all(parameter.is_meta for parameter in pretrain.start(config)[1].parameters())
+
+
 def test_what_a_message_tells_to_change_may_be_changed(config: pretrain.Config) -> None:
     """Room on a disk, fewer workers: with these a stopped run goes on."""
     pretrain.run(config)

@@ -17,6 +17,7 @@ import gguf
 import tokenizers
 
 from minnow.config import UserError
+from minnow.json_file import read_json
 from minnow.tokenizer.bytelevel import GPT2_PATTERN, QWEN2_PATTERN, components, is_control
 from minnow.tokenizer.tokenizer import Tokenizer
 
@@ -101,7 +102,7 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int, templa
     merges = definition["model"]["merges"]
     writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in merges])
     file = folder / "config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}  # an adapter has none
+    config = read_json(file) if file.is_file() else {}  # an adapter has none
     # llama.cpp takes token 11 for what is not written, so begin, end and filler always are.
     end = _first(config.get("eos_token_id"), tokenizer.end_of_text_id)
     begin = _first(config.get("bos_token_id"), tokenizer.end_of_text_id)

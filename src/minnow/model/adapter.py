@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minnow.config import UserError
+from minnow.json_file import read_json
 from minnow.model.lora import Adapter, LoraConfig, LoraLinear, linear_names, lora_layers
 from minnow.model.reward_model import RewardModel
 from minnow.model.slices import whole
@@ -52,7 +53,7 @@ def is_adapter(folder: Path) -> bool:
 
 def is_reward_adapter(folder: Path) -> bool:
     """Whether the adapter in `folder` makes a reward model of its base: it brings the head along."""
-    return bool(_read_config(folder).get("task_type") == "SEQ_CLS")
+    return bool(read_json(folder / CONFIG).get("task_type") == "SEQ_CLS")
 
 
 def adapter_weights(model: CausalLM) -> dict[str, Tensor]:
@@ -71,7 +72,7 @@ def write_adapter(model: CausalLM, weights: dict[str, Tensor], folder: Path) -> 
 
 def base_of(folder: Path) -> str:
     """The model that the adapter in `folder` belongs to: a folder or a Hub id."""
-    base = _read_config(folder).get("base_model_name_or_path")
+    base = read_json(folder / CONFIG).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{folder / CONFIG}: it does not name its model (base_model_name_or_path)")
     return str(base)
@@ -90,7 +91,7 @@ def attach_adapter(model: CausalLM, folder: Path) -> None:
         _copy_weights(head, {name: weights[name] for name in head if name in weights}, folder)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    config = _read_config(folder)
+    config = read_json(folder / CONFIG)
     settings = LoraConfig(
         rank=config.get("r", 8),
         alpha=config.get("lora_alpha", 8),
@@ -109,7 +110,7 @@ def attach_adapter(model: CausalLM, folder: Path) -> None:
 
 def read_adapter(model: CausalLM, folder: Path) -> dict[str, LoraLinear]:
     """The adapted layers by name, around the weights of `model`, which stays as it is. UserError as above."""
-    config, weights = _read_config(folder), _read_weights(folder)
+    config, weights = read_json(folder / CONFIG), _read_weights(folder)
     _check_config(config, model, folder)
     known = set(linear_names(model))
     layers: dict[str, LoraLinear] = {}
@@ -212,14 +213,6 @@ def _by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any
     """PEFT's rule: the first pattern (a regular expression) that fits the end of the name."""
     fits = (value for key, value in (patterns or {}).items() if re.fullmatch(rf"(.*\.)?({key})", name))
     return next(fits, default)
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config: dict[str, Any] = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{folder / CONFIG}: not valid JSON ({error})") from error
-    return config
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:

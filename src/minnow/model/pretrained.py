@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minnow.config import UserError
+from minnow.json_file import read_json
 from minnow.model.adapter import (
     adapter_weights,
     attach_adapter,
@@ -158,7 +159,7 @@ def is_reward_model(folder: Path) -> bool:
     """Whether a resolved folder holds a sequence-classification model, or an adapter that makes one of its base."""
     if is_adapter(folder):
         return is_reward_adapter(folder)
-    return is_classification(_read_json(folder / "config.json"))
+    return is_classification(read_json(folder / "config.json"))
 
 
 def _fill(
@@ -201,22 +202,12 @@ def _merged(model: CausalLM, dtype: torch.dtype | None, device: torch.device | s
     return model
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: not a JSON object, {type(content).__name__}")
-    return content
-
-
 def read_config(folder: str | Path) -> ModelConfig:
     """The shape of the model in a resolved folder; of an adapter, its base's."""
     folder = Path(folder)
     if is_adapter(folder):
         return read_config(_base_folder(folder))
-    return from_hf_config(_read_json(folder / "config.json"), str(folder / "config.json"))
+    return from_hf_config(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
 def _base_folder(folder: Path, base: str | Path | None = None) -> Path:
@@ -229,14 +220,10 @@ def _base_folder(folder: Path, base: str | Path | None = None) -> Path:
 def resolve_model_folder(model: str | Path) -> Path:
     """The folder of MODEL: a model's or an adapter's, a run's (its `model/`), or a Hub id's, which is downloaded."""
     path = Path(model)
-    try:
-        for candidate in (path, path / "model"):
-            if is_model_folder(candidate):
-                return candidate
-        exists = path.exists()
-    except OSError as error:
-        raise UserError(f"{str(model)[:100]}...: no name of a folder ({error.strerror})") from error
-    if exists:
+    for candidate in (path, path / "model"):
+        if is_model_folder(candidate):
+            return candidate
+    if path.exists():
         raise UserError(f"{path}: neither a model folder (it has no config.json) nor a run folder with model/ in it")
     if not _HUB_ID.fullmatch(str(model)):
         raise UserError(f"{model}: no such folder (and not a Hugging Face id, which reads OWNER/NAME)")
@@ -267,8 +254,8 @@ def _read_generation_config(folder: Path) -> dict[str, Any]:
     file = folder / "generation_config.json"
     if file.is_file():
         written_by = ("transformers_version", "_from_model_config")
-        return {key: value for key, value in _read_json(file).items() if key not in written_by}
-    config = _read_json(folder / "config.json")
+        return {key: value for key, value in read_json(file).items() if key not in written_by}
+    config = read_json(folder / "config.json")
     return {name: config[name] for name in _TOKEN_IDS if config.get(name) is not None}
 
 
@@ -287,7 +274,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     if (folder / _WEIGHTS).is_file():
         files = [_WEIGHTS]
     elif (folder / _INDEX).is_file():
-        weight_map = _read_json(folder / _INDEX).get("weight_map")
+        weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f"{folder / _INDEX}: no weight_map in it, which names each tensor's file: fetch it again")
         files = sorted(set(weight_map.values()))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import torch
 from rich.console import Console
 
 from minnow.config import UserError
@@ -15,6 +17,7 @@ from minnow.model.transformer import CausalLM
 from minnow.model.upcycle import upcycle
 from minnow.stages.language_model import LanguageModelConfig, run_language_model
 from minnow.tokenizer import Tokenizer
+from minnow.training.distribution import is_first
 from minnow.training.session import load_start
 
 
@@ -84,5 +87,7 @@ def start(config: ConfigT) -> tuple[ConfigT, CausalLM, Tokenizer]:
                 "learn nothing from the text; leave the setting out"
             )
         config = dataclasses.replace(config, model=shape)
-        model = CausalLM(shape, seed=config.training.seed)
+        # `parallelise` gives the others the first one's weights: they need no memory for any of their own.
+        with nullcontext() if is_first() else torch.device("meta"):
+            model = CausalLM(shape, seed=config.training.seed)
     return config, model, tokenizer

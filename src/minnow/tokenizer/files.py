@@ -10,7 +10,8 @@ from typing import Any
 import tokenizers
 
 from minnow.config import UserError, atomic_write
-from minnow.tokenizer.roles import Roles, read_json, read_roles
+from minnow.json_file import read_json
+from minnow.tokenizer.roles import Roles, read_roles
 from minnow.tokenizer.special import END_OF_TEXT
 from minnow.tokenizer.template import folder_template
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import tokenizers
 
 from minnow.config import UserError
+from minnow.json_file import read_json
 from minnow.tokenizer.special import END_OF_TEXT
 
 _NAMES = (END_OF_TEXT, "<|end_of_text|>")  # Llama 3's name for it; its eos_token may be the end of a turn
@@ -56,17 +56,6 @@ def _config(folder: Path) -> dict[str, Any]:
         if (folder / name).exists():
             stored = read_json(folder / name)
             content |= {key: value for key, value in stored.items() if value is not None}
-    return content
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file. UserError naming the file where it holds none."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
-        raise UserError(f"{file}: not valid JSON ({error}); restore the file") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{file}: not a JSON object; restore the file")
     return content
 
 

@@ -16,7 +16,7 @@ import jinja2
 import jinja2.ext
 import jinja2.sandbox
 
-from minnow.tokenizer.roles import read_json
+from minnow.json_file import read_json
 
 _TOOL = {
     "type": "function",

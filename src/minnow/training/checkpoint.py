@@ -106,10 +106,10 @@ def random_state() -> dict[str, str]:
 
 def set_random_state(state: dict[str, str]) -> None:
     """Put back what `random_state` gave; a GPU's only where there is one."""
-    setters = {"cpu": torch.set_rng_state, "cuda": torch.cuda.set_rng_state}
-    for device, generator in state.items():
-        if device == "cpu" or torch.cuda.is_available():
-            setters[device](torch.frombuffer(bytearray.fromhex(generator), dtype=torch.uint8))
+    generators = {name: torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8) for name, text in state.items()}
+    torch.set_rng_state(generators["cpu"])
+    if "cuda" in generators and torch.cuda.is_available():
+        torch.cuda.set_rng_state(generators["cuda"])
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
