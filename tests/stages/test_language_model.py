@@ -59,6 +59,15 @@ def test_the_run_folder_says_what_really_ran(config: pretrain.Config) -> None:
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= saved
 
 
+def test_a_run_folder_in_brackets_is_no_markup(
+    config: pretrain.Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    run = f"{config.run}/[new]/[/x]"
+    pretrain.run(replace(config, run=run, training=replace(config.training, steps=1)))
+    assert f"model written to {run}/model\n" in capsys.readouterr().err
+
+
 def test_another_configuration_is_refused_by_key(config: pretrain.Config) -> None:
     pretrain.run(config)
     with pytest.raises(UserError, match=r"training\.clip_norm: 1\.0 there, 2\.0 now"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -35,7 +37,7 @@ TINY = quickstart.Config(
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("quickstart") / "run"
+    folder = tmp_path_factory.mktemp("quickstart") / "my run"
     quickstart.run(replace(TINY, run=str(folder)))
     return folder
 
@@ -72,14 +74,63 @@ def test_examination_asks_every_held_out_creature(finished: Path) -> None:
     assert len(pond) == 2 * 9 * 2 * 2  # creatures x relations x languages x wordings
 
 
-def test_running_again_trains_nothing(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_running_again_trains_nothing_and_counts_no_minutes(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    minutes = json.loads((finished / "summary.json").read_text())["minutes"]
     monkeypatch.setattr(Trainer, "fit", lambda self: pytest.fail("trained again"))
     quickstart.run(replace(TINY, run=str(finished)))
+    assert json.loads((finished / "summary.json").read_text())["minutes"] == minutes
 
 
-def test_another_world_in_the_same_folder_is_refused(finished: Path) -> None:
-    with pytest.raises(UserError, match="another world"):
-        quickstart.run(replace(TINY, run=str(finished), world=replace(TINY.world, seed=1)))
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"world": replace(TINY.world, seed=1)}, "world.seed: 0 there, 1 now"),
+        ({"world": replace(TINY.world, mentions=4)}, "world.mentions: 3 there, 4 now"),
+        ({"vocab_size": 410}, "vocab_size: 400 there, 410 now"),
+    ],
+)
+def test_another_world_or_vocabulary_in_the_same_folder_is_refused(
+    finished: Path, change: dict[str, Any], key: str
+) -> None:
+    with pytest.raises(UserError, match=key):
+        quickstart.run(replace(TINY, run=str(finished), **change))
+
+
+@pytest.mark.parametrize("minutes", [0.0, -3.0, float("nan")])
+def test_no_time_to_spend_is_refused(minutes: float) -> None:
+    with pytest.raises(UserError, match="minutes is"):
+        replace(TINY, minutes=minutes)
+
+
+def test_the_copied_model_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sft" / "model").mkdir(parents=True)
+    (tmp_path / "sft" / "model" / "config.json").write_text("{}")
+
+    def dies_half_way(source: Path, target: Path) -> None:
+        target.mkdir()
+        (target / "config.json").write_text("{}")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quickstart.shutil, "copytree", dies_half_way)
+        with pytest.raises(OSError):
+            quickstart._copy_model(tmp_path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["sft"]
+    quickstart._copy_model(tmp_path)
+    assert (tmp_path / "model" / "config.json").exists()
+
+
+def test_the_next_commands_can_be_typed_as_they_stand(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "bin" / "minnow"  # a virtual environment that is not activated
+    script.parent.mkdir()
+    script.write_text("")
+    monkeypatch.setattr(sys, "argv", [str(script), "quickstart"])
+    quickstart.run(replace(TINY, run=str(finished)))
+    printed = [line.strip() for line in capsys.readouterr().err.splitlines()]
+    assert f"{script} chat '{finished}'" in printed
+    assert f"{script} generate '{finished}/pretrain' --prompt 'The pond'" in printed
 
 
 def test_a_stopped_run_continues_to_the_same_model(
@@ -100,10 +151,14 @@ def test_a_stopped_run_continues_to_the_same_model(
     with pytest.raises(Interrupted) as stopped:
         quickstart.run(replace(TINY, run=str(tmp_path / "run")))
     assert stopped.value.code == 130
+    worked = json.loads((tmp_path / "run" / "clock.json").read_text())["minutes"]
+    assert worked > 0
     monkeypatch.setattr(Trainer, "train_step", original)
     quickstart.run(replace(TINY, run=str(tmp_path / "run")))
     expected, got = (folder / "model" / "model.safetensors" for folder in (finished, tmp_path / "run"))
     assert expected.read_bytes() == got.read_bytes()
+    minutes = json.loads((tmp_path / "run" / "summary.json").read_text())["minutes"]
+    assert minutes >= round(worked, 2), "the time before the interruption counts"
 
 
 def test_minutes_scale_the_training(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from minnow.cpu import cpu_multiplies_bf16_faster
+
 Polynomial = Literal["polar_express", "quintic"]
 
 # x -> a x + b x^3 + c x^5 on every singular value. One triple for all steps: Keller Jordan, "Muon" (2024).
@@ -109,12 +111,10 @@ def _by_gram(x_BMN: Tensor, triples: list[tuple[float, float, float]]) -> Tensor
 def fast_dtype(parameter: Tensor) -> torch.dtype:
     """Choose the iteration's dtype: bfloat16 where the hardware multiplies it faster, else the parameter's.
 
-    It depends on the hardware only (nothing is timed), so that a resumed run repeats itself bit by bit.
+    It depends on the hardware only, so that a resumed run repeats itself bit by bit.
     """
     if parameter.dtype == torch.float64:
         return torch.float64
     if parameter.device.type != "cpu":
         return torch.bfloat16
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    fast = capabilities.get("amx_bf16", False) or capabilities.get("avx512_bf16", False)
-    return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if cpu_multiplies_bf16_faster() else torch.float32

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minnow.config import UserError, atomic_write
+from minnow.console import plain_console
 from minnow.engine import Engine, SamplingParams
 from minnow.model.config import ModelConfig
 from minnow.model.hf_config import to_hf_config
@@ -60,7 +61,7 @@ Generate = Callable[[list[list[int]], int], None]
 
 def run(config: Config) -> None:
     """Print tokens/s, ratios, and how near one stream comes to reading the weights as fast as memory gives them."""
-    console = Console()
+    console = plain_console()
     if len(config.new_tokens) != len(config.streams):
         raise UserError(f"--new_tokens has {len(config.new_tokens)} numbers for {len(config.streams)} --streams")
     longest = config.prompt_tokens + max(config.new_tokens)
@@ -104,7 +105,6 @@ def run(config: Config) -> None:
             f"A token reads {size / 1e6:.0f} MB of weights; memory gives that {bound:,.0f} times a second: one stream "
             f"runs at {figures['bandwidth_share']:.0%} of the bound. {figures['dtype']} on {device.type}, "
             f"{figures['threads']} threads.",
-            highlight=False,
         )
     if config.json is not None:
         with atomic_write(Path(config.json)) as temporary:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minnow.config import UserError, atomic_write
+from minnow.console import plain_console
 from minnow.data.batches import Batch
 from minnow.model.config import ModelConfig
 from minnow.model.hf_config import to_hf_config
@@ -54,7 +55,7 @@ Step = Callable[[], None]
 
 def run(config: Config) -> None:
     """Print tokens/s, ratios, and the share of the measured matmul peak."""
-    console = Console()
+    console = plain_console()
     shape = replace(
         config.model, max_position_embeddings=max(config.model.max_position_embeddings, config.sequence_length)
     )
@@ -99,7 +100,6 @@ def run(config: Config) -> None:
             f"minnow: {dtype} on {machine.device.type}, {figures['peak_fraction']:.0%} of the measured {dtype} matmul "
             f"peak ({peak / 1e12:.2f} TFLOP/s). A Muon step takes {figures['muon_seconds'] * 1000:.0f} ms: "
             f"{per_step:.0%} of a step of {tokens:,} tokens.",
-            highlight=False,
         )
     if config.json is not None:
         with atomic_write(Path(config.json)) as temporary:
@@ -174,4 +174,4 @@ def muon_seconds(shape: ModelConfig, tokens: int, machine: Machine, rounds: int)
             optimizer.step()
 
     step()
-    return statistics.median(time_in_turns({"muon": step}, rounds, machine.device, Console(quiet=True))["muon"])
+    return statistics.median(time_in_turns({"muon": step}, rounds, machine.device, plain_console(quiet=True))["muon"])

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from minnow.config import UserError
+from minnow.console import plain_console
 from minnow.stages.chat_commands import run_command
 from minnow.stages.chat_session import Answer, ChatSession
 from minnow.stages.terminal import TalkingConfig, printable, tolerate_any_text
@@ -34,14 +35,13 @@ def run(config: Config) -> None:
     tolerate_any_text()
     engine = config.load_engine()
     session = ChatSession(engine, config.sampling_params(), system=config.system, thinking=config.think)
-    console = Console(highlight=False)
+    console = plain_console()
     if sys.stdin.isatty():
         parameters = sum(parameter.numel() for parameter in engine.model.parameters())
         console.print(
             f"{config.model}: {parameters / 1e6:.1f}M parameters, context {session.context} tokens. "
             "/help lists commands, Ctrl-C stops an answer, /exit leaves.",
             style="dim",
-            markup=False,
         )
     talk(session, console)
 
@@ -58,7 +58,7 @@ def talk(session: ChatSession, console: Console) -> None:
                 elif line:
                     show_answer(session, line, console)
             except UserError as error:
-                console.print(str(error), style="red", markup=False)
+                console.print(str(error), style="red")
     if sys.stdin.isatty():
         console.print("\nBye.", style="dim")
 

@@ -33,7 +33,7 @@ def run_command(session: ChatSession, line: str, console: Console) -> bool:
     """Obey a line that starts with a slash; False when the chat is over. UserError says what is wrong with it."""
 
     def say(text: str) -> None:
-        console.print(text, style="dim", markup=False)
+        console.print(text, style="dim")
 
     command, _, argument = line.partition(" ")
     argument = argument.strip()

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
+from minnow.console import plain_console
 from minnow.data.clean import CleanOptions, clean
 from minnow.stages.data_prepare import write_json
 
@@ -31,10 +31,10 @@ def run(config: Config) -> None:
     """Clean, then print what was removed."""
     options = CleanOptions(**{name: getattr(config, name) for name in CleanOptions.__dataclass_fields__})
     report = clean(config.paths, Path(config.out), options)
-    console = Console(highlight=False)
+    console = plain_console()
     print_report(console, report)
     places = f"kept rows in {config.out}/kept, the others in {config.out}/removed.jsonl"
-    console.print(places, markup=False, soft_wrap=True)
+    console.print(places, soft_wrap=True)
     if config.json:
         write_json(config.json, report)
 
@@ -48,7 +48,7 @@ def print_report(console: Console, report: dict[str, Any]) -> None:
     table.add_row("rows in", f"{report['rows']:,}", "", kinds)
     for reason, removed in report["removed"].items():
         title = reason.replace("_", " ")
-        table.add_row(title, f"{removed['rows']:,}", f"{removed['share']:.2%}", escape(_words(removed["example"])))
+        table.add_row(title, f"{removed['rows']:,}", f"{removed['share']:.2%}", _words(removed["example"]))
     table.add_row("kept", f"{report['kept']:,}", f"{report['kept'] / report['rows']:.2%}", "")
     console.print(table)
     if report["evaluation"]:

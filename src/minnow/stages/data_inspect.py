@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from minnow.config import UserError
+from minnow.console import plain_console
 from minnow.data.encoding import Kind
 from minnow.data.prepare import DataConfig, prepare
 from minnow.data.shards import Shards
@@ -41,7 +42,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Prepare (or reuse), then print figures, histogram and sample."""
-    console = Console()
+    console = plain_console()
     tokenizer = Tokenizer.from_pretrained(config.tokenizer)
     data = prepare(config.data, tokenizer, config.kind, sequence_length=config.sequence_length)
     if not 0 <= config.sample < data.train.num_documents:
@@ -49,9 +50,9 @@ def run(config: Config) -> None:
     summary = summarise(data, config.sequence_length)
     histogram = length_histogram(data.train.lengths)
     print_summary(console, data, summary, config.sequence_length)
-    console.print("\n[bold]Tokens per training document")
+    console.print("\nTokens per training document", style="bold")
     print_histogram(console, histogram)
-    console.print(f"\n[bold]Training document {config.sample}[/bold] ({sample_legend(console)})")
+    console.print(f"\n[bold]Training document {config.sample}[/bold] ({sample_legend(console)})", markup=True)
     console.print(render_sample(console, data.train, tokenizer, config.sample, config.sample_tokens), soft_wrap=True)
     if config.json:
         write_json(config.json, {**summary, "histogram": histogram})
@@ -62,7 +63,7 @@ def print_histogram(console: Console, histogram: list[tuple[int, int, int]]) -> 
     most = max((count for _, _, count in histogram), default=1)
     for low, high, count in histogram:
         bar = "█" * int(np.ceil(_BAR_WIDTH * count / most))
-        console.print(f"{low:>9,} - {high:<9,} [cyan]{bar:<{_BAR_WIDTH}}[/cyan] {count:,}", highlight=False)
+        console.print(f"{low:>9,} - {high:<9,} [cyan]{bar:<{_BAR_WIDTH}}[/cyan] {count:,}", markup=True)
 
 
 def sample_legend(console: Console) -> str:

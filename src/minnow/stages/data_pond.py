@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rich.console import Console
-
 from minnow.config import UserError
+from minnow.console import plain_console
 from minnow.data.pond.world import World
 from minnow.data.pond.write import write_pond
 
@@ -51,7 +50,7 @@ def run(config: Config) -> None:
         long_characters=config.long_characters,
         pair_count=config.pairs,
     )
-    console = Console()
+    console = plain_console()
     for name, count in counts.items():
         if name != "world.json":
-            console.print(f"{config.out}/{name}: {count:,} rows", highlight=False, soft_wrap=True)
+            console.print(f"{config.out}/{name}: {count:,} rows", soft_wrap=True)

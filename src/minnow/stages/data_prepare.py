@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minnow.config import atomic_write
+from minnow.console import plain_console
 from minnow.data.encoding import Kind
 from minnow.data.journal import Part
 from minnow.data.preparation import prepare_part
@@ -46,11 +47,11 @@ def run(config: Config) -> None:
         part = Part.parse(config.part)
         missing = prepare_part(config.data, tokenizer, config.kind, part, sequence_length=config.sequence_length)
         if missing is not None:
-            Console().print(f"part {config.part} is done. {missing}", highlight=False, markup=False, soft_wrap=True)
+            plain_console().print(f"part {config.part} is done. {missing}", soft_wrap=True)
             return
     data = prepare(config.data, tokenizer, config.kind, sequence_length=config.sequence_length)
     summary = summarise(data, config.sequence_length)
-    print_summary(Console(), data, summary, config.sequence_length)
+    print_summary(plain_console(), data, summary, config.sequence_length)
     if config.json:
         write_json(config.json, summary)
 
@@ -73,10 +74,10 @@ def print_summary(console: Console, data: PreparedData, summary: dict[str, Any],
     row("filled", "fill", ".2%")
     console.print(table)
     for warning in data.report.warnings():
-        console.print(f"note: {warning}", highlight=False, style="yellow")
+        console.print(f"note: {warning}", style="yellow")
     for bad in data.report.bad_rows:
-        console.print(f"  {bad}", highlight=False, markup=False, style="dim")
-    console.print(f"stored in {data.folder}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"  {bad}", style="dim")
+    console.print(f"stored in {data.folder}", soft_wrap=True)
 
 
 def write_json(path: str, figures: dict[str, Any]) -> None:

@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rich.console import Console
-
 from minnow.config import UserError, refuse_unused
+from minnow.console import plain_console
 from minnow.data.batches import Batch
 from minnow.model.pretrained import load_pretrained, resolve_model_folder
 from minnow.model.transformer import CausalLM
@@ -75,7 +74,7 @@ def run(config: Config) -> None:
         objective = Distillation(config.loss, None if config.loss.top_k else teacher, tokenizer.vocab_size)
         return Lesson(rows, objective, validation)
 
-    run_lesson(config, tokenizer, student, "distill", config.kind, Console(stderr=True), lesson)
+    run_lesson(config, tokenizer, student, "distill", config.kind, plain_console(stderr=True), lesson)
 
 
 def load_teacher(teacher: str, tokenizer: Tokenizer, sequence_length: int, *, chats: bool) -> CausalLM:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from minnow.config import UserError
+from minnow.console import plain_console
 from minnow.data.openai_form import tool_name
 from minnow.data.prompts import parse_prompt
 from minnow.data.readers import parse_row, read_rows
@@ -50,7 +49,7 @@ class Config(TeacherConfig):
 
 def run(config: Config) -> None:
     """Ask, check and append; stopped and started again, it goes on where it was."""
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     out = Path(config.out)
     answered = _answered(out)
     prompts = [prompt for prompt in _prompts(config) if _key(prompt) not in answered]
@@ -66,7 +65,7 @@ def run(config: Config) -> None:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
     shown = ", ".join(f"{count} {what}" for what, count in counts.most_common()) or "nothing left to ask"
-    console.print(f"{len(prompts)} prompts: {shown}; {config.out}", highlight=False)
+    console.print(f"{len(prompts)} prompts: {shown}; {config.out}")
 
 
 def check(answer: Answer, tools: Sequence[Mapping[str, Any]] = (), must_match: str | None = None) -> str | None:

@@ -7,9 +7,9 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
-from rich.console import Console
 
 from minnow.config import UserError, refuse_unused
+from minnow.console import plain_console
 from minnow.data.batches import Batch, Share
 from minnow.data.prepare import DataConfig
 from minnow.model.transformer import CausalLM
@@ -79,7 +79,7 @@ class Config(PracticeConfig, LanguageModelConfig):
 
 def run(config: Config) -> None:
     """Train, and leave the student in `RUN/model`."""
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     machine = Machine.choose(config.training)
     config = with_machine(config, machine)
     student, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
@@ -98,18 +98,17 @@ def run(config: Config) -> None:
     if packed is not None:
         folder.claim_data(packed.key)
     if folder.finished:
-        console.print(f"{folder.path} is finished; --overwrite trains it again", highlight=False)
+        console.print(f"{folder.path} is finished; --overwrite trains it again")
         return
     once = math.ceil(len(practice.prompts) / (config.rollout.prompts * config.share))
     steps = config.training.steps or max(1, math.ceil(config.training.epochs * once))
     console.print(
         f"distill on-policy: {len(practice.prompts):,} prompts; {steps} updates, {config.share:.0%} of them on "
         f"{answers} answers of the student; {machine.device.type}, {config.training.precision}",
-        highlight=False,
     )
 
     flops = practice_flops(config.rollout, steps * answers, student)
-    machine.place(student, config.training, flops, lambda text: console.print(text, highlight=False))
+    machine.place(student, config.training, flops, lambda text: console.print(text))
     place_beside(teacher, student)
     loss = DistillationLossConfig(alpha=0.0, **dataclasses.asdict(config.loss))  # own tokens are nobody's labels
     objective = Distillation(loss, teacher, tokenizer.vocab_size)

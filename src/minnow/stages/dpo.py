@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-
 from minnow.config import refuse_unused
+from minnow.console import plain_console
 from minnow.data.batches import PackedDataset
 from minnow.objectives.preference import PreferenceLossConfig
 from minnow.optim import OptimConfig, ScheduleConfig
@@ -63,7 +62,7 @@ class Config(LanguageModelConfig):
 
 def run(config: Config) -> None:
     """Train, and leave the model in `RUN/model`."""
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     model, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
     model.config.check_sequence_length(config.sequence_length)
     rows_at_once = config.training.rows_at_once(config.sequence_length)
@@ -72,7 +71,7 @@ def run(config: Config) -> None:
     def with_reference(dataset: PackedDataset, key: str, num_rows: int) -> PreferenceRows:
         if not config.loss.needs_reference:
             return PreferenceRows(dataset, None)
-        console.print(f"reference model: log-probabilities of {key.partition('/')[2]} pairs", highlight=False)
+        console.print(f"reference model: log-probabilities of {key.partition('/')[2]} pairs")
         documents = dataset.shards.num_documents
         batches = row_batches(dataset, num_rows, rows_at_once)
         reference = reference_logprobs(model, batches, documents, cache, f"{key}/{num_rows}")
@@ -89,7 +88,7 @@ def run(config: Config) -> None:
         assert isinstance(packed.train, PackedDataset), "pairs are not streamed"
         assert isinstance(packed.validation, PackedDataset)
         repeated = repeated_prompts(packed.train.shards, PAIRS_LOOKED_AT)
-        console.print(f"{repeated:.1%} of the tokens are prompts read a second time", highlight=False)
+        console.print(f"{repeated:.1%} of the tokens are prompts read a second time")
         key = packed.key
         objective = PreferenceOptimization(config.loss)
         scored_rows = num_held_out_rows(packed.validation, config)

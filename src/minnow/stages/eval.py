@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-
 from minnow.config import UserError
+from minnow.console import plain_console
 from minnow.evaluation import Subject, TaskOptions, evaluate, make_tasks
 from minnow.evaluation.evaluate import show, write_results, write_rows
 from minnow.evaluation.long_context import trained_length
@@ -82,7 +81,7 @@ def run(config: Config) -> None:
     names = config.tasks if config.judge is None or "judge" in config.tasks else (*config.tasks, "judge")
     tasks = [task for name in names for task in make_tasks(name, options)]
     results = evaluate(model, tokenizer, tasks, max_rows=config.max_rows)
-    show(results, Console())
+    show(results, plain_console())
     if config.json is not None:
         write_results(config.json, config.model, results)
     if config.rows is not None:

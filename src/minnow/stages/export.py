@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal
 from rich.console import Console
 
 from minnow.config import UserError
+from minnow.console import plain_console
 from minnow.model.context import ContextConfig
 from minnow.model.pretrained import resolve_model_folder
 from minnow.report.model_card import write_model_card
@@ -44,7 +45,7 @@ class Config(ContextConfig):
 
 def run(config: Config) -> None:
     """Export, and say what was written and how it is used."""
-    console = Console(highlight=False, soft_wrap=True)
+    console = plain_console(soft_wrap=True)
     if (config.repo is None) == (config.to == "hub"):
         raise UserError("minnow export MODEL --to hub OWNER/NAME: a repository belongs to hub, and hub needs one")
     if config.to == "hub" and not Path(config.model).exists():

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from minnow.config import UserError, atomic_write
+from minnow.console import plain_console
 from minnow.engine import Engine, SamplingParams
 from minnow.stages.terminal import TalkingConfig, printable, tolerate_any_text
 
@@ -40,8 +41,8 @@ def run(config: Config) -> None:
         raise UserError('no text to continue: give --prompt "Once upon a time", or pipe one in')
     prompt = sys.stdin.read() if config.prompt is None else config.prompt
     engine = config.load_engine()
-    result = _continue(engine, prompt, params, Console(highlight=False))
-    notes = Console(stderr=True, highlight=False)
+    result = _continue(engine, prompt, params, plain_console())
+    notes = plain_console(stderr=True)
     notes.print(f"{result['tokens']} tokens, {result['tokens_per_second']:.0f} tokens/s", style="dim")
     if config.json is not None:
         with atomic_write(config.json) as path:

@@ -171,17 +171,17 @@ def run_lesson(
     rows_at_once = config.training.rows_at_once(config.sequence_length)
     Share(rank(), world_size()).cut(np.arange(rows_per_batch), rows_at_once)
     with first_goes_first():
-        packed = pack_data(config, tokenizer, kind, lambda text: console.print(text, highlight=False))
+        packed = pack_data(config, tokenizer, kind, lambda text: console.print(text))
     try:
         for warning in packed.warnings:
-            console.print(f"note: {warning}", highlight=False)
+            console.print(f"note: {warning}")
         if not any(packed.train.window_rows):  # looks no further than to the first row
             raise UserError("the training split is empty: give more data or a smaller data.validation_fraction")
         check(packed)
         run.open(config, overwrite=config.overwrite)
         run.claim_data(packed.key)
         if run.finished:
-            console.print(f"{run.path} is finished; --overwrite trains it again", highlight=False)
+            console.print(f"{run.path} is finished; --overwrite trains it again")
         else:
             _train(config, run, machine, tokenizer, model, title, packed, console, make_lesson)
     finally:
@@ -209,11 +209,10 @@ def _train(
         f"{title}: {trained_parameters(model)}; {tokens:,} tokens in {steps} updates of "
         f"{config.training.batch_tokens:,}; {flops:.2e} FLOPs; rows {packed.train.window_fill(0):.1%} full; "
         f"{device_name(machine.device)}, {config.training.precision}",
-        highlight=False,
     )
 
     def say(text: str) -> None:
-        console.print(text, highlight=False)
+        console.print(text)
 
     with advised("preparing to train", config):
         machine.place(model, config.training, flops, say)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-
 from minnow.config import UserError
+from minnow.console import plain_console
 from minnow.model.lora import merge_lora
 from minnow.model.pretrained import load_with_adapter, resolve_model_folder, save_pretrained
 from minnow.tokenizer import Tokenizer
@@ -36,4 +35,4 @@ def run(config: Config) -> None:
     tokenizer = Tokenizer.from_pretrained(folder if own_tokenizer or config.base is None else config.base)
     merge_lora(model)
     save_pretrained(model, out, tokenizer)
-    Console(stderr=True).print(f"merged model written to {out}", highlight=False)
+    plain_console(stderr=True).print(f"merged model written to {out}")

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minnow.config import UserError, atomic_write
+from minnow.console import plain_console
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import read_config, resolve_model_folder
 from minnow.model.size import active_parameter_count, parameter_count, training_flops_per_token
@@ -91,7 +92,7 @@ class Plan:
 def run(config: Config) -> None:
     """Print the plan, and write it to `config.json` if asked."""
     plan = make_plan(config)
-    _print(plan, Console(highlight=False))
+    _print(plan, plain_console())
     if config.json is not None:
         with atomic_write(config.json) as temporary:
             temporary.write_text(json_module.dumps(plan.to_json(), indent=2) + "\n", encoding="utf-8")

@@ -7,10 +7,10 @@ import json as json_module
 from dataclasses import dataclass
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from minnow.config import atomic_write
+from minnow.console import plain_console
 from minnow.engine.cache import bytes_per_token
 from minnow.engine.engine import MAX_ROWS
 from minnow.engine.packed import packed_bytes
@@ -67,7 +67,7 @@ def run(config: Config) -> None:
     table.add_row("packed copy", in_bytes(memory.packed_copy))
     table.add_row("keys and values", in_bytes(memory.keys_and_values))
     table.add_row("in all", f"{in_bytes(memory.total)} and temporary buffers")
-    Console(highlight=False).print(table)
+    plain_console().print(table)
     if config.json is not None:
         figures = dataclasses.asdict(memory) | {"total": memory.total, "parameters": parameter_count(shape)}
         with atomic_write(config.json) as temporary:

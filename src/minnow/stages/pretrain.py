@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
-from rich.console import Console
 
 from minnow.config import UserError
+from minnow.console import plain_console
 from minnow.model.config import ModelConfig
 from minnow.model.context import ContextConfig
 from minnow.model.transformer import CausalLM
@@ -42,7 +42,7 @@ ConfigT = TypeVar("ConfigT", bound=Config)
 def run(config: Config) -> None:
     """Train, and leave the model in `RUN/model`."""
     config, model, tokenizer = start(config)
-    run_language_model(config, tokenizer, model, "pretrain", Console(stderr=True))
+    run_language_model(config, tokenizer, model, "pretrain", plain_console(stderr=True))
 
 
 def start(config: ConfigT) -> tuple[ConfigT, CausalLM, Tokenizer]:

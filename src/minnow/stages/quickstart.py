@@ -8,6 +8,8 @@ continues where it was.
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import shutil
 import sys
 import time
@@ -18,8 +20,9 @@ from rich.console import Console
 from rich.table import Table
 
 from minnow.config import UserError, atomic_write
+from minnow.console import plain_console, program
 from minnow.data.pond.world import World
-from minnow.data.pond.write import load_world, write_pond
+from minnow.data.pond.write import write_pond
 from minnow.data.prepare import DataConfig
 from minnow.data.readers import read_texts
 from minnow.engine.engine import Engine
@@ -111,37 +114,45 @@ class Config:
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(warmup_steps=10))
     """The learning rate over time, in both."""
 
+    def __post_init__(self) -> None:
+        if self.minutes is not None and not self.minutes > 0:
+            raise UserError(f"minutes is {self.minutes}: give the time to spend, more than 0")
+        _steps(self.pretrain)
+        _steps(self.sft)
+
 
 def run(config: Config) -> None:
     """Do it all, and say at the end how well it went and what to type next."""
-    console = Console(stderr=True)
-    folder = Path(config.run)
-    if config.overwrite:
-        RunFolder(folder).clear("plan.json")
-    folder.mkdir(parents=True, exist_ok=True)
-    clock = _Clock(folder / "clock.json")
-    config = _fit_into_minutes(config, console)
+    console = plain_console(stderr=True)
+    run_folder = RunFolder(config.run)
+    run_folder.open(config, overwrite=config.overwrite)
+    clock = _Clock(run_folder.path)
+    try:
+        config = _fit_into_minutes(config, console)
+        _make_data(config, run_folder.path, console)
+        _train(config, run_folder.path)
+        _copy_model(run_folder.path)
+        _examine(config, run_folder.path, clock, console)
+    finally:
+        clock.stop()
+        run_folder.lock.release()
+    if config.chat and sys.stdin.isatty() and sys.stdout.isatty():
+        from minnow.stages import chat
+
+        chat.run(chat.Config(model=config.run))
+
+
+def _make_data(config: Config, folder: Path, console: Console) -> None:
+    """The pond and the tokenizer, each unless it is there; the file looked for is the last one written."""
     if not (folder / "pond" / "world.json").exists():
         w = config.world
         world = World.generate(w.seed, w.creatures, w.held_out)
         rows = write_pond(folder / "pond", world, mentions=w.mentions, conversation_count=w.conversations)
         shown = ", ".join(f"{count:,} in {name}" for name, count in rows.items())
-        console.print(f"pond: rows {shown}", highlight=False)
-    if load_world(folder / "pond").seed != config.world.seed:
-        raise UserError(f"{folder}/pond is another world: give another --run, or --overwrite")
-    if not (folder / "tokenizer" / "tokenizer.json").exists():
+        console.print(f"pond: rows {shown}")
+    if not (folder / "tokenizer" / "chat_template.jinja").exists():
         texts = read_texts([str(folder / "pond" / "pretrain.jsonl"), str(folder / "pond" / "sft.jsonl")])
         train_tokenizer(texts, config.vocab_size).save_pretrained(folder / "tokenizer")
-    clock.lap()
-    _train(config, folder)
-    clock.lap()
-    if not (folder / "model" / "config.json").exists():
-        shutil.copytree(folder / "sft" / "model", folder / "model")
-    _examine(config, folder, clock, console)
-    if config.chat and sys.stdin.isatty() and sys.stdout.isatty():
-        from minnow.stages import chat
-
-        chat.run(chat.Config(model=str(folder)))
 
 
 def _train(config: Config, folder: Path) -> None:
@@ -169,6 +180,18 @@ def _train(config: Config, folder: Path) -> None:
             schedule=config.schedule,
         )
     )
+
+
+def _copy_model(folder: Path) -> None:
+    """The fine-tuned model as the run's own; under its final name only when it is whole."""
+    if (folder / "model").exists():
+        return
+    temporary = folder / f".model.{os.getpid()}.tmp"
+    try:
+        shutil.copytree(folder / "sft" / "model", temporary)
+        os.replace(temporary, folder / "model")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _fit_into_minutes(config: Config, console: Console) -> Config:
@@ -225,10 +248,9 @@ def _examine(config: Config, folder: Path, clock: _Clock, console: Console) -> N
     # Bits per byte is a figure of the base model: fine-tuning teaches it to answer, not to continue text.
     results = evaluate(model, tokenizer, make_tasks("pond", options))
     write_results(folder / "evaluation.json", config.run, results)  # for the model's card: the base's stay out
-    results += evaluate(base, tokenizer, make_tasks("bpb", options))
+    results += [replace(r, task="bpb before sft") for r in evaluate(base, tokenizer, make_tasks("bpb", options))]
     write_rows(folder / "answers.jsonl", results)
     conversations = [_converse(model, tokenizer, questions) for questions in _sample_questions(folder)]
-    clock.lap()
     summary = _summary(results, clock, parameter_count(model.config), _tokens_seen(folder))
     figures = {f"{task.task} {name}": f"{bar.value:.4f}" for task in results for name, bar in task.figures.items()}
     report = write_report(folder, title="minnow quickstart", figures=figures, conversations=conversations)
@@ -239,11 +261,16 @@ def _examine(config: Config, folder: Path, clock: _Clock, console: Console) -> N
         console.print()
         for message in messages:
             colour = "cyan" if message["role"] == "user" else "green"
-            console.print(f"[{colour}]{message['role']:>9}[/]  ", end="", highlight=False)
-            console.print(message["content"], markup=False, highlight=False)
-    console.print(f"\n{summary['minutes']:.1f} minutes. The report is {report}. Next:", highlight=False)
-    console.print(f"  minnow chat {config.run}\n  minnow generate {config.run}/pretrain --prompt 'The pond'")
-    console.print(f"  minnow eval {config.run} --tasks pond,bpb", highlight=False)
+            console.print(f"{message['role']:>9}  ", style=colour, end="")
+            console.print(message["content"])
+    console.print(f"\n{summary['minutes']:.1f} minutes. The report is {report}. Next:")
+    minnow, run, base_run = program(), shlex.quote(config.run), shlex.quote(str(folder / "pretrain"))
+    for command in (
+        f"chat {run}",
+        f"generate {base_run} --prompt 'The pond'",
+        f"eval {run} --tasks pond,bpb",
+    ):
+        console.print(f"  {minnow} {command}", soft_wrap=True)  # a broken line could not be copied
 
 
 def _sample_questions(folder: Path) -> list[list[str]]:
@@ -285,18 +312,21 @@ def _summary(results: list[TaskResult], clock: _Clock, parameters: int, tokens: 
 
 
 class _Clock:
-    """Minutes worked on this run, over all the times it was started."""
+    """Minutes worked on this run, over all the times it was started; a finished run's stay what they were."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.before = json.loads(path.read_text(encoding="utf-8"))["minutes"] if path.exists() else 0.0
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "clock.json"
+        self.finished = (folder / "summary.json").exists()
+        kept = folder / "summary.json" if self.finished else self.path
+        self.before = json.loads(kept.read_text(encoding="utf-8"))["minutes"] if kept.exists() else 0.0
         self.start = time.monotonic()
 
     @property
     def minutes(self) -> float:
-        return float(self.before + (time.monotonic() - self.start) / 60)
+        now = 0.0 if self.finished else (time.monotonic() - self.start) / 60
+        return float(self.before + now)
 
-    def lap(self) -> None:
+    def stop(self) -> None:
         """Keep the time so far."""
         with atomic_write(self.path) as temporary:
             temporary.write_text(json.dumps({"minutes": self.minutes}), encoding="utf-8")

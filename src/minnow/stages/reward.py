@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
-
 from minnow.config import refuse_unused
+from minnow.console import plain_console
 from minnow.data.batches import Batch
 from minnow.model.hf_config import architecture
 from minnow.model.reward_model import RewardModel, classification_config
@@ -47,7 +46,7 @@ class Config(LanguageModelConfig):
 
 def run(config: Config) -> None:
     """Train, leave the model in `RUN/model` and say how far its confidence can be trusted."""
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     start, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
     start.config.check_sequence_length(config.sequence_length)
     classification_config({"architectures": [architecture(start.config)]})  # before any work: can it be saved?
@@ -69,5 +68,4 @@ def run(config: Config) -> None:
         console.print(
             f"held-out pairs: expected calibration error {expected_calibration_error(bins):.1%}, see "
             f"{config.run}/reliability.png",
-            highlight=False,
         )

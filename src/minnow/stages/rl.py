@@ -11,6 +11,7 @@ import torch
 from rich.console import Console
 
 from minnow.config import UserError, refuse_unused
+from minnow.console import plain_console
 from minnow.data.prompts import Prompt
 from minnow.model.lora import LoraConfig
 from minnow.model.pretrained import (
@@ -111,7 +112,7 @@ class Config(PracticeConfig):
 
 def run(config: Config) -> None:
     """Train, and leave the model in `RUN/model`."""
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     machine = Machine.choose(config.training)
     config = with_machine(config, machine)
     config.algorithm.check_samples(config.rollout.samples)
@@ -129,14 +130,14 @@ def run(config: Config) -> None:
     folder = RunFolder(config.run)
     folder.open(config, overwrite=config.overwrite)
     if folder.finished:
-        console.print(f"{folder.path} is finished; --overwrite trains it again", highlight=False)
+        console.print(f"{folder.path} is finished; --overwrite trains it again")
         return
     steps = config.phases * config.algorithm.updates_per_phase
-    console.print(_summary(config, practice.prompts, steps, machine), highlight=False)
+    console.print(_summary(config, practice.prompts, steps, machine))
     answers = config.phases * config.rollout.prompts * config.rollout.samples * config.algorithm.epochs
     flops = practice_flops(config.rollout, answers, model)
     replica = _replica(config, model, machine)
-    machine.place(model, config.training, flops, lambda text: console.print(text, highlight=False))
+    machine.place(model, config.training, flops, lambda text: console.print(text))
     engine = _engine(config, model, replica, tokenizer)
     source = Phases(
         PhaseSettings(
@@ -182,7 +183,7 @@ def run(config: Config) -> None:
 
 def _conclude(folder: RunFolder, console: Console) -> None:
     if is_first() and (folder.path / METRICS).exists():
-        console.print(_where_time_went(folder.path), highlight=False)
+        console.print(_where_time_went(folder.path))
         write_report(folder.path)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rich.console import Console
-
+from minnow.console import plain_console
 from minnow.stages.language_model import LanguageModelConfig, run_language_model
 from minnow.tokenizer.template import chat_template
 from minnow.training.config import TrainingConfig
@@ -34,4 +33,4 @@ def run(config: Config) -> None:
         tokenizer.chat_template = chat_template()
     tokenizer.require_chat_template(config.init_from)
     model.config.check_sequence_length(config.sequence_length)
-    run_language_model(config, tokenizer, model, "sft", Console(stderr=True))
+    run_language_model(config, tokenizer, model, "sft", plain_console(stderr=True))

@@ -6,8 +6,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 
-from rich.console import Console
-
+from minnow.console import plain_console
 from minnow.engine import Engine, SamplingOptions
 from minnow.model.context import ContextConfig
 from minnow.tokenizer.tokenizer import Tokenizer
@@ -50,9 +49,7 @@ class TalkingConfig(SamplingOptions, ContextConfig):
 def note_foreign_template(tokenizer: Tokenizer, model: str) -> None:
     """Say so where MODEL was taught to converse in another form than minnow will ask it in."""
     if tokenizer.has_chat_tokens and (foreign := tokenizer.foreign_template) is not None:
-        Console(stderr=True).print(
-            f"note: {model} came with {foreign}: expect worse answers than elsewhere", highlight=False
-        )
+        plain_console(stderr=True).print(f"note: {model} came with {foreign}: expect worse answers than elsewhere")
 
 
 def printable(text: str) -> str:

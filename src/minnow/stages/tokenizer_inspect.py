@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from minnow.config import UserError, atomic_write
+from minnow.console import plain_console
 from minnow.data.readers import read_texts
 from minnow.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ def run(config: Config) -> None:
         if not texts[path]:
             raise UserError(f"{path}: there is no text to measure")
     figures = {name: _measure(tokenizer, some) for name, some in texts.items()}
-    console = Console(highlight=False)
+    console = plain_console()
     console.print(
         f"{config.model}: {tokenizer.vocab_size:,} tokens, {len(tokenizer.special_ids)} of them special; "
         + ("chat tokens: yes" if tokenizer.has_chat_tokens else "chat tokens: no"),

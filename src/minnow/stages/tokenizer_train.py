@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import cycle
 
-from rich.console import Console
-
 from minnow.config import UserError, atomic_write
+from minnow.console import plain_console
 from minnow.data.readers import read_texts
 from minnow.data.sources import find_sources
 from minnow.tokenizer import train_tokenizer
@@ -47,7 +46,7 @@ class Figures:
 
 def run(config: Config) -> None:
     """Train, save, and say what came out."""
-    console = Console(highlight=False)
+    console = plain_console()
     figures = Figures()
     start = time.perf_counter()
     texts = _counted(_in_turn(config.data), figures, config.max_megabytes)

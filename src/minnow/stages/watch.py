@@ -9,10 +9,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rich.console import Console
 from rich.live import Live
 
 from minnow.config import UserError
+from minnow.console import plain_console
 from minnow.report.dashboard import Record, RunView, dashboard, state_of
 from minnow.report.lineage import stage_folders
 from minnow.training.heartbeat import HEARTBEAT
@@ -42,7 +42,7 @@ def run(config: Config) -> None:
     folder = Path(config.run)
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such run")
-    console, watch = Console(), Watch(folder)
+    console, watch = plain_console(), Watch(folder)
     if config.once or not console.is_terminal:
         console.print(dashboard(watch.look()))
         return

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minnow.config import UserError
+from minnow.cpu import cpu_multiplies_bf16_faster
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
@@ -46,16 +47,16 @@ def choose_device(name: DeviceName) -> torch.device:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products run in hardware: elsewhere they are emulated, several times slower than fp32."""
+    """Whether bf16 matrix products run in hardware and are faster than fp32 ones."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+        return cpu_multiplies_bf16_faster()
     return False
 
 
 def choose_precision(name: Precision, device: torch.device) -> torch.dtype:
-    """Return the compute dtype; `auto` is bf16 where the hardware has it, else fp32.
+    """Return the compute dtype; `auto` is bf16 where the hardware multiplies faster in it, else fp32.
 
     On CUDA it also says, here and nowhere else, whether this process may multiply float32 as TF32 (10 bits of fraction
     instead of 23): with `tf32` only. Sums and everything between the products stay float32. UserError where the

@@ -9,6 +9,8 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from minnow.console import plain_console
+
 SECONDS_BETWEEN_LINES = 30.0
 
 
@@ -16,7 +18,7 @@ class TrainingProgress:
     """A bar with loss, tokens/s and ETA; without a terminal, a line every 30 seconds and one at the end."""
 
     def __init__(self, title: str, *, done: int, total: int, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True)
+        self.console = console or plain_console(stderr=True)
         self.title, self.total = title, total
         self.started_at, self.started_step = time.monotonic(), done
         self.last_line = 0.0
@@ -52,8 +54,8 @@ class TrainingProgress:
             self.last_line = now
             rate = (now - self.started_at) / max(step - self.started_step, 1)
             eta = (self.total - step) * rate
-            self.console.print(f"{self.title} {step}/{self.total} {status} ETA {eta:.0f}s", highlight=False)
+            self.console.print(f"{self.title} {step}/{self.total} {status} ETA {eta:.0f}s")
 
     def say(self, text: str) -> None:
         """Print a line above the bar."""
-        self.bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.bar.console.print(text, soft_wrap=True)

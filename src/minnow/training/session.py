@@ -40,6 +40,7 @@ ASSUMED_FLOP_UTILISATION = 0.25
 MAY_CHANGE = {
     "run",
     "overwrite",
+    "chat",
     "training.nproc",
     "training.parallel",
     "training.restarts",
@@ -200,11 +201,11 @@ def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Conso
     torch.manual_seed(trainer.config.seed)  # dropout draws from it; a checkpoint puts it back where it was
     resumed = trainer.resume()
     for why in trainer.passed_over:
-        console.print(f"not resumed from {why}", highlight=False)
+        console.print(f"not resumed from {why}")
     if resumed:
-        console.print(f"continuing {run.path} from step {trainer.state.step}", highlight=False)
+        console.print(f"continuing {run.path} from step {trainer.state.step}")
     elif trainer.passed_over:
-        console.print("no whole checkpoint is left: starting anew", highlight=False)
+        console.print("no whole checkpoint is left: starting anew")
     try:
         _fit(trainer, console)
         if trainer.config.patience and trainer.state.best_step not in (None, trainer.state.step):
@@ -212,14 +213,14 @@ def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Conso
         save_pretrained(trainer.model, run.model_folder, tokenizer=tokenizer)
     finally:
         run.lock.release()  # and not before the model is there: another run would take the folder half-way
-    console.print(f"model written to {run.model_folder}", highlight=False)
+    console.print(f"model written to {run.model_folder}")
 
 
 def _fit(trainer: Trainer, console: Console) -> None:
     try:
         trainer.fit()
     except Interrupted as stopped:
-        console.print(stopped.message, highlight=False)
+        console.print(stopped.message)
         raise
     except (MemoryError, RuntimeError) as error:
         error.add_note(f"step {trainer.state.step + 1} of {trainer.total_steps}")
