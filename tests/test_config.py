@@ -228,6 +228,16 @@ def test_errors_are_one_clear_line(words: str, message: str) -> None:
             "model: m\noptim:\n  lerning_rate: 1\n",
             ":3: optim.lerning_rate: no such setting; did you mean optim.learning_rate?",
         ),
+        ("model: m\noptm:\n  learning_rate: 1\n", ":2: optm: no such section; did you mean optim?"),
+        ("model: m\nshape:\n  seed: 1\n", ":2: shape: no such section; there are optim, validation"),
+        (
+            "optim:\n  betas:\n  - 0.9\n  shedule:\n    x: 1\n",
+            ":4: optim.shedule: no such section; did you mean optim.schedule?",
+        ),
+        (
+            "optim:\n  schedule:\n    more:\n      x: 1\n",
+            ":3: optim.schedule.more: no such section; there is none here",
+        ),
         ("model: m\noptim: 3\n", ":2: optim is a section: it holds keys such as optim.learning_rate"),
         ("- m\n", ":1: this is a configuration: it holds keys such as seed"),
         ("seed: 1\nseed: 2\n", ":2: seed stands twice in this file; keep one"),

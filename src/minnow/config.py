@@ -262,6 +262,8 @@ def _read_section(
         name = str(key_node.value).replace("-", "_")
         key = prefix + name
         if name not in fields:
+            if isinstance(value_node, yaml.MappingNode):
+                raise UserError(f"{where}: {key}: {_unknown_section(name, prefix, hints)}")
             raise UserError(f"{where}: {key}: {_unknown(key, settings)}")
         if name in seen:
             raise UserError(f"{where}: {key} stands twice in this file; keep one")
@@ -314,6 +316,17 @@ def _unknown(key: str, settings: dict[str, Setting], flag: str = "") -> str:
         return "no such setting; --help lists them all"
     name = settings[close].flag if settings[close].positional else flag + close
     return f"no such setting; did you mean {name}?"
+
+
+def _unknown_section(name: str, prefix: str, hints: dict[str, Any]) -> str:
+    """`hints`: the fields among which a section of that name was looked for, with their types."""
+    sections = [field for field, hint in hints.items() if section_class(hint) is not None]
+    if not sections:
+        return "no such section; there is none here"
+    close = nearest(name, sections)
+    return "no such section; " + (
+        f"did you mean {prefix}{close}?" if close else f"there are {', '.join(prefix + each for each in sections)}"
+    )
 
 
 def _is_missing(setting: Setting, values: dict[str, Any]) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from minnow.cli import main
 from minnow.config import UserError
 from minnow.data.prepare import DataConfig
 from minnow.model.attention import CausalAttention
@@ -22,6 +23,8 @@ from minnow.stages import pretrain
 from minnow.tokenizer import Tokenizer, train_tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.lock import FolderLock
+
+from .stage_helpers import save_random_model
 
 TEXTS = [f"The {colour} fish number {i} swims in the pond." for i in range(60) for colour in ("red", "blue")]
 
@@ -238,3 +241,26 @@ def test_the_batch_size_rule_is_used_in_training(config: pretrain.Config) -> Non
     lines = [json.loads(line) for line in (Path(config.run) / "metrics.jsonl").read_text().splitlines()]
     # sqrt(256 / 1024) = 1 / 2.
     assert [line["lr"] for line in lines if "lr" in line] == pytest.approx([0.001])
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "reward", "distill", "grpo", "distill on-policy"])
+def test_rows_longer_than_the_model_reads_are_refused_with_what_to_do(
+    stage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It advised `--rope-scaling`, which only `pretrain` has."""
+    model = str(save_random_model(tmp_path / "m", context=128))
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text('{"prompt": "a", "answer": "b"}\n')
+    words = {
+        "distill": ["--teacher", model, "--data.paths", str(data)],
+        "distill on-policy": ["--init_from", model, "--teacher", model, "--prompts", str(prompts)],
+        "grpo": ["--init_from", model, "--prompts", str(prompts)],
+    }.get(stage, ["--init_from", model, "--data.paths", str(data)])
+    run = ["--run", str(tmp_path / "run"), "--sequence_length", "256", "--training.device", "cpu"]
+    assert main([*stage.split(), *words, *run]) == 2
+    said = capsys.readouterr().err
+    assert "--sequence-length 256: " in said
+    assert "at most 128 tokens; give 128 or less" in said
+    assert "minnow pretrain --init-from MODEL --rope-scaling yarn" in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from minnow.tokenizer import Tokenizer
 
 
 def write(path: Path, texts: list[str]) -> Path:
+    path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return path
 
@@ -48,6 +50,22 @@ def test_files_take_turns(tmp_path: Path) -> None:
     tokenizer = Tokenizer.from_pretrained(tmp_path / "out")
     assert len(tokenizer.encode("aaab")) == 1
     assert len(tokenizer.encode("缺缺少")) == 1
+
+
+def test_more_files_than_a_process_may_open(tmp_path: Path) -> None:
+    """A thousand shards of a data set stopped it with "Too many open files"."""
+    for number in range(400):
+        write(tmp_path / "data" / f"{number:04}.jsonl", [f"only in {number:04} " * 3, "the same " * 3])
+    config = tokenizer_train.Config(data=(str(tmp_path / "data"),), out=str(tmp_path / "out"), vocab_size=300)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, before[1]))
+    try:
+        tokenizer_train.run(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    texts = list(tokenizer_train._in_turn((str(tmp_path / "data"),)))
+    assert len(texts) == len({*texts}) + 399 == 800
+    assert texts[:3] == ["only in 0000 " * 3, "only in 0004 " * 3, "only in 0008 " * 3]  # 100 groups of 4 files
 
 
 def test_a_small_text_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,3 +169,12 @@ class ModelConfig:
             f"a sequence of {length} tokens is longer than the model's max_position_embeddings "
             f"({self.max_position_embeddings}): {advice}"
         )
+
+    def check_training_rows(self, sequence_length: int, *, whose: str = "the model") -> None:
+        """Refuse rows to train on that are longer than what the model was trained (or scaled) for."""
+        if sequence_length > self.max_position_embeddings:
+            raise UserError(
+                f"--sequence-length {sequence_length}: {whose} reads at most {self.max_position_embeddings} tokens; "
+                f"give {self.max_position_embeddings} or less, or teach it longer texts first "
+                "(minnow pretrain --init-from MODEL --rope-scaling yarn)"
+            )

@@ -7,6 +7,7 @@ is the smaller part. Files never hold these weights; quantised files are GGUF's 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,15 @@ from minnow.model.lora import Quantization
 from minnow.model.moe import Experts
 from minnow.model.pretrained import load_pretrained
 from minnow.model.transformer import CausalLM, Linear
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig:
+    """What the commands that can round a model share."""
+
+    quantize: Quantization = "none"
+    """int8 keeps each weight of the layers in one byte, the embedding and the head as they are: smaller, seldom faster.
+    What it saves and costs is measured and printed."""
 
 
 @torch.no_grad()

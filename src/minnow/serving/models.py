@@ -14,7 +14,8 @@ from minnow.config import UserError
 from minnow.engine import Delta, Engine, SamplingParams
 from minnow.engine.async_engine import Answer, AsyncEngine, ClosedError, QueueFullError
 from minnow.model.context import AS_TRAINED, ContextConfig
-from minnow.model.pretrained import load_pretrained, resolve_model_folder
+from minnow.model.pretrained import resolve_model_folder
+from minnow.model.quantize import is_quantized, load_quantized
 from minnow.serving.errors import APIError
 from minnow.serving.metrics import Metrics
 from minnow.serving.responses import ModelCard, now
@@ -88,7 +89,13 @@ class ServedModel:
     async def _reload_model(self, folder: str | Path) -> None:
         def load(engine: Engine) -> dict:
             found = resolve_model_folder(folder)
-            fresh = load_pretrained(found, dtype=engine.model.compute_dtype, device=engine.model.head_weight.device)
+            served = engine.model
+            fresh = load_quantized(
+                found,
+                "int8" if is_quantized(served) else "none",
+                dtype=served.compute_dtype,
+                device=served.head_weight.device,
+            )
             if self.stretch.extend(fresh.config) != engine.model.config:
                 raise UserError(f"{folder}: its config.json differs from the served model's: start a server for it")
             if Tokenizer.from_pretrained(found).fingerprint != engine.tokenizer.fingerprint:

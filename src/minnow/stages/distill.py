@@ -93,7 +93,7 @@ def load_teacher(teacher: str, tokenizer: Tokenizer, sequence_length: int, *, ch
     if chats:
         its.require_chat_template(teacher)
     model = load_pretrained(folder).requires_grad_(False).eval()
-    model.config.check_sequence_length(sequence_length)
+    model.config.check_training_rows(sequence_length, whose=f"the teacher {teacher}")
     return model
 
 

@@ -83,7 +83,7 @@ def run(config: Config) -> None:
     machine = Machine.choose(config.training)
     config = with_machine(config, machine)
     student, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
-    student.config.check_sequence_length(config.sequence_length)
+    student.config.check_training_rows(config.sequence_length)
     teacher = load_teacher(config.teacher, tokenizer, config.sequence_length, chats=True)
     _require_readable(config, student, teacher)
     rows_per_micro_batch = practice_rows(config.training, config.sequence_length)

@@ -64,7 +64,7 @@ def run(config: Config) -> None:
     """Train, and leave the model in `RUN/model`."""
     console = plain_console(stderr=True)
     model, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
-    model.config.check_sequence_length(config.sequence_length)
+    model.config.check_training_rows(config.sequence_length)
     rows_at_once = config.training.rows_at_once(config.sequence_length)
     cache = Path(config.data.cache_dir).expanduser()
 

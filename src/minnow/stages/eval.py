@@ -11,7 +11,8 @@ from minnow.evaluation import Subject, TaskOptions, evaluate, make_tasks
 from minnow.evaluation.evaluate import show, write_results, write_rows
 from minnow.evaluation.long_context import trained_length
 from minnow.model.context import ContextConfig
-from minnow.model.pretrained import load_pretrained, resolve_model_folder
+from minnow.model.pretrained import resolve_model_folder
+from minnow.model.quantize import QuantizeConfig, load_quantized, saving
 from minnow.report.long_context import long_context_figure
 from minnow.report.plots import save_figure
 from minnow.stages.terminal import note_foreign_template
@@ -20,7 +21,7 @@ from minnow.training.hardware import DeviceName, choose_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ContextConfig):
+class Config(ContextConfig, QuantizeConfig):
     """Score a model on tasks and print each figure with its 95% interval."""
 
     model: str = field(metadata={"positional": True})
@@ -64,10 +65,12 @@ def run(config: Config) -> None:
     if config.plot is not None and "long-context" not in config.tasks:
         raise UserError("--plot draws long-context: name it among --tasks")
     folder = resolve_model_folder(config.model)
-    model = load_pretrained(folder, device=choose_device(config.device))
+    model = load_quantized(folder, config.quantize, device=choose_device(config.device))
     model.config = config.extend(model.config)
     tokenizer = Tokenizer.from_pretrained(folder)
     note_foreign_template(tokenizer, config.model)
+    if config.quantize != "none":
+        plain_console(stderr=True).print(saving(model))
     options = TaskOptions(
         model_folder=folder,
         subject=Subject(model, tokenizer),

@@ -48,7 +48,7 @@ def run(config: Config) -> None:
     """Train, leave the model in `RUN/model` and say how far its confidence can be trusted."""
     console = plain_console(stderr=True)
     start, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
-    start.config.check_sequence_length(config.sequence_length)
+    start.config.check_training_rows(config.sequence_length)
     classification_config({"architectures": [architecture(start.config)]})  # before any work: can it be saved?
     model = RewardModel.from_language_model(start)
     held_out: list[Batch] = []

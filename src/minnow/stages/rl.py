@@ -117,7 +117,7 @@ def run(config: Config) -> None:
     config = with_machine(config, machine)
     config.algorithm.check_samples(config.rollout.samples)
     model, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
-    model.config.check_sequence_length(config.sequence_length)
+    model.config.check_training_rows(config.sequence_length)
     rows_per_micro_batch = practice_rows(config.training, config.sequence_length)
     practice = read_practice(config, tokenizer)
     if config.rollout_engine.url is not None and world_size() > 1:

@@ -13,12 +13,15 @@ import uvicorn
 from fastapi import FastAPI
 
 from minnow.config import UserError
+from minnow.console import plain_console
 from minnow.engine import Engine, SamplingParams
 from minnow.engine.async_engine import AsyncEngine
 from minnow.engine.engine import usual_memory_share
+from minnow.evaluation.quantization import quantization_note
 from minnow.model.adapter import base_of, is_adapter
 from minnow.model.context import ContextConfig
 from minnow.model.pretrained import read_config, resolve_model_folder
+from minnow.model.quantize import QuantizeConfig
 from minnow.serving import ServedModel, ServingConfig, create_app
 from minnow.serving.security import LOOPBACK
 from minnow.stages.terminal import note_foreign_template
@@ -28,7 +31,7 @@ _LOCAL = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ServingConfig, ContextConfig):
+class Config(ServingConfig, ContextConfig, QuantizeConfig):
     """Serve models over OpenAI's API: chat, completions, embeddings.
 
     A model is called by its folder's name (a run's by the run's); NAME=MODEL calls it otherwise. Adapters stand beside
@@ -176,6 +179,7 @@ def build_app(
             folder,
             dtype=dtype,
             device=device,
+            quantize=config.quantize,
             context=config,
             frozen=True,
             compile=config.compile,
@@ -183,6 +187,8 @@ def build_app(
             adapters=adapters,
         )
         note_foreign_template(engine.tokenizer, name)
+        if config.quantize != "none":
+            plain_console(stderr=True).print(f"{name}: {quantization_note(folder, engine)}")
         if config.compile:  # now, and not while the first client waits
             engine.generate([[engine.tokenizer.start_id]], SamplingParams(max_tokens=3, ignore_eos=True))
         shared = AsyncEngine(engine, max_answers=config.max_answers)

@@ -32,5 +32,5 @@ def run(config: Config) -> None:
     if config.replace_chat_template:
         tokenizer.chat_template = chat_template()
     tokenizer.require_chat_template(config.init_from)
-    model.config.check_sequence_length(config.sequence_length)
+    model.config.check_training_rows(config.sequence_length)
     run_language_model(config, tokenizer, model, "sft", plain_console(stderr=True))

@@ -8,7 +8,10 @@ from dataclasses import dataclass, field
 
 from minnow.console import plain_console
 from minnow.engine import Engine, SamplingOptions
+from minnow.evaluation.quantization import quantization_note
 from minnow.model.context import ContextConfig
+from minnow.model.pretrained import resolve_model_folder
+from minnow.model.quantize import QuantizeConfig
 from minnow.tokenizer.tokenizer import Tokenizer
 from minnow.training.hardware import DeviceName, Precision, choose_device, choose_precision
 
@@ -17,7 +20,7 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TalkingConfig(SamplingOptions, ContextConfig):
+class TalkingConfig(SamplingOptions, ContextConfig, QuantizeConfig):
     """The model and how it speaks."""
 
     model: str = field(metadata={"positional": True})
@@ -38,11 +41,14 @@ class TalkingConfig(SamplingOptions, ContextConfig):
             self.model,
             dtype=choose_precision(self.precision, device),
             device=device,
+            quantize=self.quantize,
             context=self,
             frozen=True,
             memory_share=self.memory_share,
         )
         note_foreign_template(engine.tokenizer, self.model)
+        if self.quantize != "none":
+            plain_console(stderr=True).print(quantization_note(resolve_model_folder(self.model), engine))
         return engine
 
 

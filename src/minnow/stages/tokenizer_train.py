@@ -14,6 +14,9 @@ from minnow.data.readers import read_texts
 from minnow.data.sources import find_sources
 from minnow.tokenizer import train_tokenizer
 
+MOST_OPEN = 128
+"""Files that are read side by side: a process may open about a thousand, and each holds a piece of itself in memory."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -27,7 +30,7 @@ class Config:
     """Tokens in the vocabulary; 32 special tokens and 256 bytes are among them."""
     max_megabytes: float = 50.0
     """Megabytes of text (UTF-8) to learn from; each takes up to 50 MB of memory. The files take turns, a text each, so
-    that none is left out."""
+    that none is left out; of more than 128, groups of neighbours do."""
     min_frequency: int = 2
     """How often a pair of tokens must occur to become one token."""
     json: str | None = None
@@ -76,15 +79,18 @@ def run(config: Config) -> None:
 
 
 def _in_turn(paths: tuple[str, ...]) -> Iterator[str]:
-    """One text of each source after the other, until all are read."""
-    readers = {source.name: read_texts([source.name.removeprefix("hub:")]) for source in find_sources(paths)}
-    for name in cycle(list(readers)):
+    """One text of each group of neighbouring sources after the other (a group is one source, unless there are more
+    than `MOST_OPEN`), until all are read."""
+    names = [source.name.removeprefix("hub:") for source in find_sources(paths)]
+    size = -(-len(names) // MOST_OPEN)
+    readers = {start: read_texts(names[start : start + size]) for start in range(0, len(names), size)}
+    for group in cycle(list(readers)):
         if not readers:
             return
-        if name in readers:
-            text = next(readers[name], None)
+        if group in readers:
+            text = next(readers[group], None)
             if text is None:
-                del readers[name]
+                del readers[group]
             else:
                 yield text
 

@@ -1,0 +1,103 @@
+"""`--quantize int8` of the commands that answer: what they load, and what they say that it saves and costs."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+
+from minnow.cli import main
+from minnow.engine import Engine
+from minnow.evaluation.quantization import quantization_note
+from minnow.model.int8 import from_int8
+from minnow.model.pretrained import load_pretrained, save_pretrained
+from minnow.model.quantize import is_quantized, load_quantized
+from minnow.model.transformer import CausalLM
+from minnow.stages.serve import Config, build_app, name_models
+from minnow.tokenizer import Tokenizer
+
+from ..serving.serving_helpers import running_app
+from .stage_helpers import save_lively_model, save_random_adapter
+
+COST = re.compile(r"int8: weights (\S+) MB against (\S+) MB; ([+-]\d\.\d{4}) bits per byte")
+
+
+def cost(folder: Path, model: CausalLM) -> float:
+    found = COST.search(quantization_note(folder, Engine(model, Tokenizer.from_pretrained(folder))))
+    assert found
+    return float(found[3])
+
+
+def test_the_cost_is_the_divergence_of_the_two_models(tmp_path: Path) -> None:
+    """Nothing where the weights are on int8's grid already; else what the weights' error costs, and more of it more."""
+    folder = save_lively_model(tmp_path / "m")
+    rounded = load_quantized(folder, "int8")
+    little = cost(folder, rounded)
+    assert 0 < little < 0.05
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            if parameter.dtype == torch.int8:
+                parameter.bitwise_and_(-16)  # only the upper four bits
+    assert cost(folder, rounded) > 10 * little
+    exact = load_pretrained(folder)
+    for name, parameter in load_quantized(folder, "int8").named_parameters():
+        if parameter.dtype == torch.int8:
+            scale = load_quantized(folder, "int8").get_parameter(f"{name}_scale")
+            exact.get_parameter(name).data = from_int8(parameter, scale)
+    save_pretrained(exact, tmp_path / "grid", Tokenizer.from_pretrained(folder))
+    assert abs(cost(tmp_path / "grid", load_quantized(tmp_path / "grid", "int8"))) < 1e-4
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+def test_generate_and_eval_say_what_it_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str], adapter: bool) -> None:
+    folder = save_lively_model(tmp_path / "m")
+    if adapter:
+        folder = save_random_adapter(tmp_path / "a", folder, seed=1)
+    words = ["--device", "cpu", "--quantize", "int8"]
+    assert main(["generate", str(folder), "--prompt", "a", "--max-tokens", "4", "--precision", "fp32", *words]) == 0
+    assert COST.search(capsys.readouterr().err)
+    (tmp_path / "t.txt").write_text("the little minnow swims")
+    figures = []
+    for quantize in ("none", "int8"):
+        out = tmp_path / f"{quantize}.json"
+        command = ["eval", str(folder), "--tasks", "bpb", "--text", str(tmp_path / "t.txt"), "--device", "cpu"]
+        assert main([*command, "--quantize", quantize, "--json", str(out)]) == 0
+        said = "int8: weights" in capsys.readouterr().err
+        assert said == (quantize == "int8")
+        figures.append(json.loads(out.read_text())["tasks"]["bpb"]["figures"]["bits_per_byte/t.txt"]["value"])
+    assert figures[0] != figures[1]
+    assert math.isclose(figures[0], figures[1], rel_tol=0.02)
+
+
+def test_a_served_int8_model_stays_one_when_it_is_reloaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, other = save_lively_model(tmp_path / "m"), save_lively_model(tmp_path / "other", seed=5)
+    named = name_models([str(folder)])
+    config = Config(models=(str(folder),), device="cpu", precision="fp32", quantize="int8", api_key="k")
+    app = build_app(config, named, {}, local=True)
+    assert capsys.readouterr().err.startswith("m: int8: weights")
+    (served,) = app.state.minnow.models
+    with running_app(app) as running:
+
+        def answer() -> str:
+            body = {"model": "m", "prompt": "pond", "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+            headers = {"Authorization": "Bearer k"}
+            text = httpx.post(f"{running.url}/v1/completions", json=body, headers=headers).json()
+            return str(text["choices"][0]["text"])
+
+        before = answer()
+        reloaded = httpx.post(
+            f"{running.url}/admin/reload",
+            json={"model": "m", "folder": str(other)},
+            headers={"Authorization": "Bearer k"},
+        )
+        assert reloaded.status_code == 200, reloaded.text
+        assert is_quantized(served.engine.engine.model)
+        assert answer() != before
+        expected = load_quantized(other, "int8").state_dict()
+        for name, tensor in served.engine.engine.model.state_dict().items():
+            assert torch.equal(tensor, expected[name]), name
