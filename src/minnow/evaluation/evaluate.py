@@ -85,6 +85,7 @@ def _run(task: Task[Any], subject: Subject, max_rows: int | None) -> TaskResult:
 def show(results: Sequence[TaskResult], console: Console) -> None:
     """Print the figures with their intervals as a table."""
     table = Table("task", "figure", "value", "95% interval", "rows")
+    table.columns[1].overflow = "fold"  # a narrow terminal must not cut the language off a figure's name
     for result in results:
         for name, bar in result.figures.items():
             form = "{:.1%}" if result.unit == "share" else "{:.4f}"

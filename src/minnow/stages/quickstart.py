@@ -39,7 +39,7 @@ from minnow.stages import pretrain, sft
 from minnow.tokenizer import Tokenizer, train_tokenizer
 from minnow.tokenizer.chat import Conversation, Message, render
 from minnow.training.config import TrainingConfig
-from minnow.training.hardware import DeviceName
+from minnow.training.hardware import DeviceName, precision_name
 from minnow.training.probe import random_batch, tokens_per_second
 from minnow.training.session import Machine, RunFolder
 
@@ -221,7 +221,7 @@ def _fit_into_minutes(config: Config, console: Console) -> Config:
     plan.add_row("parameters", f"{parameter_count(shape):,}")
     plan.add_row("training tokens", f"{tokens:,}")
     plan.add_row("floating-point operations", f"{tokens * training_flops_per_token(shape, 64):.2e}")
-    plan.add_row("machine", f"{machine.device.type}, {machine.dtype}, {speed:,.0f} tokens/s in a probe")
+    plan.add_row("machine", f"{machine.device.type}, {precision_name(machine.dtype)}, {speed:,.0f} tokens/s in a probe")
     plan.add_row("expected time", f"{minutes:.1f} minutes")
     console.print(plan)
     return replace(

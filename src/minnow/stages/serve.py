@@ -188,7 +188,7 @@ def build_app(
         )
         note_foreign_template(engine.tokenizer, name)
         if config.quantize != "none":
-            plain_console(stderr=True).print(f"{name}: {quantization_note(folder, engine)}")
+            plain_console(stderr=True).print(f"{name}: {quantization_note(folder, engine)}", soft_wrap=True)
         if config.compile:  # now, and not while the first client waits
             engine.generate([[engine.tokenizer.start_id]], SamplingParams(max_tokens=3, ignore_eos=True))
         shared = AsyncEngine(engine, max_answers=config.max_answers)

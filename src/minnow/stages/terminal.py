@@ -48,7 +48,9 @@ class TalkingConfig(SamplingOptions, ContextConfig, QuantizeConfig):
         )
         note_foreign_template(engine.tokenizer, self.model)
         if self.quantize != "none":
-            plain_console(stderr=True).print(quantization_note(resolve_model_folder(self.model), engine))
+            plain_console(stderr=True).print(
+                quantization_note(resolve_model_folder(self.model), engine), soft_wrap=True
+            )
         return engine
 
 
