@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minnow.cli import PRESETS, main
 from minnow.rl.phases import Phases
@@ -94,6 +94,36 @@ def test_a_resumed_run_equals_an_uninterrupted_one(start, tmp_path, preset, monk
     whole, cut = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
     assert figures(tmp_path / "whole", "reward") == figures(tmp_path / "cut", "reward")
+
+
+def test_prompts_or_a_start_changed_under_a_run_are_refused(tmp_path, capsys, monkeypatch):
+    from minnow.training.trainer import Trainer
+
+    start = saved(tmp_path / "model"), write_prompts(tmp_path / "prompts.jsonl")
+    more = ["--rewards.functions", f"{__name__}:even_ids", "--phases", "4", "--training.save_every", "1"]
+    original = Trainer.train_step
+
+    def stopping(self):
+        if self.state.step == 2:
+            raise KeyboardInterrupt
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stopping)
+        assert rl(start, tmp_path / "run", *more) == 130
+    for file, what in ((start[1], "on other prompts"), (start[0] / "model.safetensors", "other weights of its start")):
+        kept = file.read_bytes()
+        if file == start[1]:
+            file.write_bytes(kept.replace(b'"prompt": "', b'"prompt": "x', 1))
+        else:
+            weights = load_file(file)
+            weights["model.embed_tokens.weight"][5, 0] += 0.01
+            save_file(weights, file, metadata={"format": "pt"})
+        assert kept != file.read_bytes()
+        assert rl(start, tmp_path / "run", *more) == 2
+        assert what in " ".join(capsys.readouterr().err.split())
+        file.write_bytes(kept)
+    assert rl(start, tmp_path / "run", *more) == 0
 
 
 def test_spo_knows_every_prompt_before_its_first_phase_if_told_to(start, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from minnow.cli import main
 from minnow.model.lora import LoraConfig, add_lora
@@ -95,7 +95,7 @@ def test_a_run_leaves_a_model_and_a_report(start: Path, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("no_report")
 def test_a_resumed_run_equals_an_uninterrupted_one(
-    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """To the bit, with answers drawn from the weights of the moment, validations between them, and updates on data."""
     more: dict[str, Any] = {"training__steps": 7, "training__save_every": 2, "training__validate_every": 3}
@@ -112,6 +112,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
 
     monkeypatch.setattr(Trainer, "train_step", stopping)
     assert distill(start, tmp_path / "cut", **more) == 130
+    teacher = start / "teacher" / "model.safetensors"
+    kept = teacher.read_bytes()
+    save_file({name: tensor * 1.01 for name, tensor in load_file(teacher).items()}, teacher, metadata={"format": "pt"})
+    assert distill(start, tmp_path / "cut", **more) == 2
+    assert "other weights of its teacher" in " ".join(capsys.readouterr().err.split())
+    teacher.write_bytes(kept)
     assert distill(start, tmp_path / "cut", **more) == 0
     assert steps == [0, 1, 2, 3, 4, 5, 4, 5, 6], "on from the last checkpoint, not from the start"
     whole, cut = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))

@@ -93,6 +93,33 @@ def test_resumes_bit_for_bit(start: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert losses[0] == losses[1]
 
 
+def test_another_base_under_a_run_is_refused(
+    start: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Checkpoints hold adapters only: the rest of the run would have trained them on another model."""
+    step = Trainer.train_step
+
+    def stop_at_four(trainer: Trainer) -> dict[str, float]:
+        if trainer.state.step == 4:
+            raise Interrupted(15, "stopped")
+        return step(trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stop_at_four)
+        with pytest.raises(SystemExit):
+            train(start, "cut")
+    kept = (start / "base/model.safetensors").read_bytes()
+    model = load_pretrained(start / "base")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[5, 0] += 0.01
+    save_pretrained(model, start / "base", Tokenizer.from_pretrained(start / "base"))
+    with pytest.raises(AssertionError):  # exit code 2
+        train(start, "cut")
+    assert "cut was started with other weights of its base" in " ".join(capsys.readouterr().err.split())
+    (start / "base/model.safetensors").write_bytes(kept)
+    train(start, "cut")
+
+
 def test_an_adapter_stands_for_a_model(start: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = train(start, "run")
     assert cli.main(["merge-lora", str(run), "--out", str(start / "merged")]) == 0

@@ -20,6 +20,7 @@ from minnow.training.config import NO_Z_LOSS
 from minnow.training.distillation import Distillation, teacher_store
 from minnow.training.distribution import first_goes_first
 from minnow.training.objective import Rows
+from minnow.training.session import RunFolder
 from minnow.training.validation import LanguageModelValidation
 
 
@@ -55,6 +56,7 @@ def run(config: Config) -> None:
 
     def lesson(packed: PackedData) -> Lesson[Batch]:
         device = student.head_weight.device
+        RunFolder(config.run).claim_model("teacher", teacher)
         place_beside(teacher, student)
         rows: Rows[Batch] = packed.train
         if config.loss.top_k:

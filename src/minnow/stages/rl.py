@@ -132,6 +132,9 @@ def run(config: Config) -> None:
     if folder.finished:
         console.print(f"{folder.path} is finished; --overwrite trains it again")
         return
+    folder.claim_prompts(practice.prompts)
+    if not config.lora.rank:  # with adapters, their base is claimed
+        folder.claim_model("start", model)  # it is the reference that the policy is held to
     steps = config.phases * config.algorithm.updates_per_phase
     console.print(_summary(config, practice.prompts, steps, machine))
     answers = config.phases * config.rollout.prompts * config.rollout.samples * config.algorithm.epochs

@@ -225,10 +225,15 @@ def _ask(model: CausalLM, batches: Iterable[Batch], num_documents: int) -> Answe
     return AnswerLogprobs(torch.cat([torch.empty(0), *by_document]), lengths_D.cumsum(0))
 
 
-def weights_fingerprint(model: nn.Module) -> str:
-    """Hash the names, types, shapes and bytes of a model's parameters and buffers; hex."""
+def weights_fingerprint(model: nn.Module, *, frozen: bool = False) -> str:
+    """Hash the names, types, shapes and bytes of a model's parameters and buffers; hex.
+
+    `frozen`: only of the parameters that are not trained.
+    """
     digest = hashlib.blake2b(digest_size=20)
     state: dict[str, Any] = model.state_dict()
+    if frozen:
+        state = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     for name, tensor in state.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         if isinstance(tensor, DTensor):

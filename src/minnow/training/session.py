@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from rich.console import Console
+from torch import nn
 
 from minnow.config import UserError, atomic_write, config_to_yaml
 from minnow.model.adapter import is_adapter
@@ -26,6 +29,7 @@ from minnow.training.hardware import choose_device, choose_precision, has_cpp_co
 from minnow.training.lock import FILE as LOCK
 from minnow.training.lock import FolderLock
 from minnow.training.parallel import parallelise
+from minnow.training.reference import weights_fingerprint
 from minnow.training.signals import Interrupted
 from minnow.training.trainer import Trainer
 
@@ -134,20 +138,28 @@ class RunFolder:
 
     def claim_data(self, key: str) -> None:
         """Remember which prepared data the run learns from; refuse to continue it on other data."""
+        self._claim("data", key, "on other data (a file, the tokenizer or an option has changed since)")
+
+    def claim_prompts(self, prompts: Sequence[Any]) -> None:
+        """The same of the rows that a run practises on, dataclasses all."""
+        text = json.dumps([dataclasses.asdict(prompt) for prompt in prompts], sort_keys=True, default=str)
+        self._claim("prompts", hashlib.sha256(text.encode()).hexdigest(), "on other prompts (a file has changed since)")
+
+    def claim_model(self, role: str, model: nn.Module, *, frozen: bool = False) -> None:
+        """The same of weights that no checkpoint of the run holds: a teacher's, a reference's, an adapter's base
+        (`frozen`: those of `model` that are not trained)."""
+        key = weights_fingerprint(model, frozen=frozen)  # by all processes: a model in slices is put together for it
+        self._claim(role, key, f"with other weights of its {role} (the folder has changed since)")
+
+    def _claim(self, name: str, key: str, other: str) -> None:
         with first_goes_first():
             if is_first():
-                self._claim_data(key)
-
-    def _claim_data(self, key: str) -> None:
-        file = self.path / "data.key"
-        if not file.exists():
-            with atomic_write(file) as temporary:
-                temporary.write_text(key + "\n", encoding="utf-8")
-        elif file.read_text(encoding="utf-8").strip() != key:
-            raise UserError(
-                f"{self.path} was started on other data (a file, the tokenizer or an option has changed since): "
-                "restore it, give another --run, or --overwrite"
-            )
+                file = self.path / f"{name}.key"
+                if not file.exists():
+                    with atomic_write(file) as temporary:
+                        temporary.write_text(key + "\n", encoding="utf-8")
+                elif file.read_text(encoding="utf-8").strip() != key:
+                    raise UserError(f"{self.path} was started {other}: restore it, give another --run, or --overwrite")
 
     def with_recorded_micro_batch(self, config: ConfigT) -> ConfigT:
         """Put the number that the run was started with in the place of `micro_batch_tokens auto`, if there is one."""
@@ -198,6 +210,8 @@ class RunFolder:
 
 def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Console) -> None:
     """Resume if there is something to resume, train, and write the final model (the best one under `patience`)."""
+    if trainer.model.adapter is not None:
+        run.claim_model("base", trainer.model, frozen=True)
     torch.manual_seed(trainer.config.seed)  # dropout draws from it; a checkpoint puts it back where it was
     resumed = trainer.resume()
     for why in trainer.passed_over:
