@@ -131,6 +131,12 @@ def test_regenerate_edit_clear_and_language(page: Any) -> None:
 
 def test_stop_aborts_on_the_server_too(page: Any, running: Running) -> None:
     choose(page, "wide", "4000")
+    tokenizer = running.engines["wide"].engine.tokenizer  # a random model stops when it likes
+    never_ends = {"logit_bias": {str(stop): -100 for stop in tokenizer.stop_ids}}
+    page.route(
+        "**/v1/chat/completions",
+        lambda route: route.continue_(post_data=json.dumps(route.request.post_data_json | never_ends)),
+    )
     page.fill("#input", "go on")
     page.press("#input", "Enter")
     page.wait_for_selector(".assistant:not(.waiting)")
@@ -177,6 +183,34 @@ def test_tools_run_in_a_loop(page: Any, tmp_path: Path) -> None:
     assert bodies[1]["messages"][-1] == {"role": "tool", "tool_call_id": "call_1", "content": "51"}
     saved = json.loads(export(page, "#json", tmp_path).read_text(encoding="utf-8"))
     assert [message["role"] for message in saved["messages"]] == ["user", "assistant", "tool", "assistant"]
+
+
+@pytest.mark.parametrize("how", ["stopped", "failed"])
+def test_a_call_without_a_result_is_not_kept(page: Any, how: str) -> None:
+    """The server refuses a conversation with one, so that every further question failed."""
+    bodies = script_answers(page, CALL, [{"content": "Hello."}])
+    called = []
+
+    def tool(route: Any) -> None:
+        called.append(route)
+        if how == "failed":
+            route.fulfill(status=500, json={"error": {"message": "the tool is broken"}})
+
+    page.route("**/chat/tool", tool)  # stopped: it never answers
+    page.check("#tools")
+    page.fill("#input", "17 * 3?")
+    page.press("#input", "Enter")
+    if how == "stopped":
+        page.wait_for_timeout(500)
+        page.click("#stop")
+    page.wait_for_selector("body:not(.running)")
+    assert called
+    assert page.locator(".tool").count() == 0
+    assert ("the tool is broken" in page.inner_text("article.assistant")) == (how == "failed")
+    page.unroute("**/chat/tool")
+    say(page, "hi")
+    assert page.inner_text(".assistant:last-child .text") == "Hello."
+    assert [message["role"] for message in bodies[1]["messages"]] == ["user", "user"]
 
 
 def test_a_saved_conversation_is_a_row_for_sft(page: Any, tmp_path: Path) -> None:

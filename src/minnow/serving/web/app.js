@@ -101,15 +101,13 @@ async function answer() {
   try {
     for (let round = 1; ; round += 1) {
       const message = await writeMessage(controller.signal);
+      if (message.finish === "tool_calls") await answerCalls(message, controller.signal);
       if (message.finish !== "tool_calls") break;
-      await answerCalls(message, controller.signal);
       if (round === MOST_ROUNDS) {
         message.finish = "rounds";
         break;
       }
     }
-  } catch (error) {
-    if (error.name !== "AbortError") throw error; // stopped while a tool was at work
   } finally {
     if (running === controller) {
       setRunning(null);
@@ -148,9 +146,7 @@ async function writeMessage(signal) {
     const seconds = (performance.now() - first) / 1000;
     if (message.tokens > 1 && seconds > 0) message.rate = (message.tokens - 1) / seconds;
   } catch (error) {
-    message.finish = error.name === "AbortError" ? "stopped" : "error";
-    if (message.finish === "error") message.error = error.message;
-    delete message.tool_calls; // a call without its result is none the model could be shown
+    cutOff(message, error);
   } finally {
     message.finish ??= "error";
     draw();
@@ -158,13 +154,26 @@ async function writeMessage(signal) {
   return message;
 }
 
+// The answer ended before its time: the user stopped it, or the server failed.
+function cutOff(message, error) {
+  message.finish = error.name === "AbortError" ? "stopped" : "error";
+  if (message.finish === "error") message.error = error.message;
+  delete message.tool_calls; // a call without its result is none the model could be shown
+}
+
+// Have the tools called, and keep either all their results or none.
 async function answerCalls(message, signal) {
-  for (const call of message.tool_calls) {
-    const result = { role: "tool", tool_call_id: call.id, content: "" };
-    const known = tools.some((tool) => tool.function.name === call.function.name);
-    result.content = known ? await callTool(call, signal) : JSON.stringify({ error: t().unknown });
-    messages.push(result);
-    show(result);
+  const results = [];
+  try {
+    for (const call of message.tool_calls) {
+      const known = tools.some((tool) => tool.function.name === call.function.name);
+      const content = known ? await callTool(call, signal) : JSON.stringify({ error: t().unknown });
+      results.push({ role: "tool", tool_call_id: call.id, content });
+      show(results.at(-1));
+    }
+    messages.push(...results);
+  } catch (error) {
+    cutOff(message, error);
   }
 }
 
