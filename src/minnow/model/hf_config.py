@@ -9,7 +9,7 @@ import torch
 from minnow.config import UserError
 from minnow.model.config import ModelConfig, RopeScaling
 from minnow.model.context import yarn_attention_factor
-from minnow.model.hf_defaults import DEFAULTS, with_defaults
+from minnow.model.hf_defaults import DEFAULTS, SIZES, with_defaults
 from minnow.model.hf_experts import experts_from_hf, experts_to_hf
 
 _MODEL_TYPES = {
@@ -19,8 +19,17 @@ _MODEL_TYPES = {
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Glm4MoeForCausalLM": "glm4_moe",
 }
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _ROPE_TYPES = ("default", "linear", "yarn", "llama3")
+_ROPE_NUMBERS = (
+    "rope_theta",
+    "factor",
+    "attention_factor",
+    "beta_fast",
+    "beta_slow",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+)
 _PLAIN: tuple[tuple[str, tuple[Any, ...]], ...] = (
     # Attribute, and the values that mean what this decoder computes. pretraining_tp is not here: it cuts the same
     # products into slices.
@@ -100,10 +109,10 @@ def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
             f"these are: {', '.join(_MODEL_TYPES)}"
         )
     _refuse_variants(content, where)
-    missing = [key for key in _REQUIRED if content.get(key) is None]
+    missing = [key for key in SIZES if content.get(key) is None]
     if missing:
         raise UserError(f"{where}: no {', '.join(missing)} in it; is this the config.json of a language model?")
-    content = with_defaults(content)
+    content = with_defaults(content, where)
     _refuse_sliding(content, where)
     heads = content["num_attention_heads"]
     theta, scaling = _rope_from_hf(content, where)
@@ -111,7 +120,7 @@ def from_hf_config(content: dict[str, Any], where: str) -> ModelConfig:
     bias = model_type == "qwen2" or bool(content["attention_bias"])
     try:
         return ModelConfig(
-            **{key: content[key] for key in _REQUIRED},
+            **{key: content[key] for key in SIZES},
             num_key_value_heads=content["num_key_value_heads"] or heads,
             head_dim=content.get("head_dim") or content["hidden_size"] // heads,
             rope_theta=theta,
@@ -188,6 +197,9 @@ def _read_rope(
     """What one set of rope parameters comes to: the base, the scaling and the share of a head that is turned."""
     if any(isinstance(value, dict) for value in rope.values()):
         raise UserError(f"{where}: rope parameters by layer type are not supported (only one set for all layers)")
+    for key in _ROPE_NUMBERS:
+        if isinstance(rope.get(key), (str, list)):
+            raise UserError(f"{where}: {key} = {rope[key]!r} in the rope's parameters is not a number")
     theta = float(rope.get("rope_theta") or content["rope_theta"])
     turned = rope.get("partial_rotary_factor", content["partial_rotary_factor"])
     kind = rope.get("rope_type", rope.get("type", "default"))
