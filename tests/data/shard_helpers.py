@@ -22,7 +22,9 @@ def write_shards(folder: Path, documents, weights=None, *, vocab_size=VOCAB, per
     token_bytes = np.ones(vocab_size, np.int32)
     token_bytes[0] = 0
     finish_folder(folder, entries, vocab_size, weights is not None, token_bytes)
-    return Shards.open(folder, verify=True)
+    shards = Shards.open(folder)
+    shards.verify()
+    return shards
 
 
 def documents_of(lengths, seed=0):

@@ -71,7 +71,7 @@ def test_a_document_is_end_of_text_text_end_of_text(run, tmp_path, tokenizer):
     assert data.report.warnings() == []
     assert not [path.name for path in data.folder.parent.iterdir() if path.suffix in (".partial", ".lock")]
     assert not list(data.folder.rglob(".*"))
-    Shards.open(data.folder / "train", verify=True)
+    data.train.verify()
 
 
 def test_the_split_is_stable_under_reordering_and_growth(run, tmp_path, tokenizer):
@@ -365,7 +365,9 @@ def test_a_killed_run_leaves_nothing_half_written(tmp_path, tokenizer):
             assert out.strip() in (b"6000", b"")
     assert killed
     folder = next(path for path in (tmp_path / "cache").glob("pretrain-*") if path.is_dir())
-    data = [Shards.open(folder / side, verify=True) for side in ("train", "validation")]
+    data = [Shards.open(folder / side) for side in ("train", "validation")]
+    for shards in data:
+        shards.verify()
     assert sorted(text for shards in data for text in texts_of(shards, tokenizer)) == sorted(documents(6000))
 
 

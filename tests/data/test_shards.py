@@ -43,7 +43,7 @@ def test_a_damaged_shard_is_named(tmp_path):
     path.write_bytes(data)
     Shards.open(tmp_path)  # the quick look sees sizes only
     with pytest.raises(UserError, match=r"00000\.tokens: content does not match"):
-        Shards.open(tmp_path, verify=True)
+        Shards.open(tmp_path).verify()
     path.write_bytes(data[:-2])
     with pytest.raises(UserError, match=r"00000\.tokens: 38 bytes, 40 were written"):
         Shards.open(tmp_path)

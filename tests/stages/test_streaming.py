@@ -158,6 +158,23 @@ def test_a_run_that_breaks_off_goes_on_with_the_same_batches(
     assert losses(config.run) == losses(whole.run)
 
 
+def test_a_damaged_shard_is_named_when_its_window_is_opened(config: pretrain.Config) -> None:
+    """Only data that was prepared as a whole was verified; a stream trained on whatever the disk had made of it."""
+    pretrain.run(config)
+    prepared = next(path.parent for path in Path(config.data.cache_dir).glob("*/train"))
+    shard = sorted((prepared / "train").glob("*.tokens"))[3]  # of the second window
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    again = replace(config, run=config.run + "-again")
+    with pytest.raises(UserError, match=f"{shard}: content does not match its checksum"):
+        pretrain.run(again)
+    assert losses(again.run), "the first window is whole"
+    shard.unlink()
+    with pytest.raises(UserError, match=f"{shard}: missing"):
+        pretrain.run(again)
+
+
 def test_a_bad_row_far_behind_ends_the_training_in_words(config: pretrain.Config) -> None:
     (path,) = config.data.paths
     with open(path, "a") as file:

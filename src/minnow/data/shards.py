@@ -9,7 +9,6 @@ written last. Two index rows may point at the same tokens: that is how a source 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from minnow.config import UserError
+from minnow.json_file import read_json
 
 FORMAT_VERSION = 1
 
@@ -48,25 +48,33 @@ class Shards:
         self._maps: dict[tuple[int, str], np.ndarray] = {}
 
     @classmethod
-    def open(cls, folder: str | Path, *, verify: bool = False) -> Shards:
-        """Open a folder of shards. `verify` reads every byte and compares checksums (about 1 GB/s).
-
-        Raises UserError when the folder is not a complete set of shards or does not match its checksums.
-        """
+    def open(cls, folder: str | Path) -> Shards:
+        """Open a folder of shards. Raises UserError when it is not a complete set of them."""
         folder = Path(folder)
         try:
-            meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+            meta = read_json(folder / "meta.json")
         except FileNotFoundError:
             raise UserError(f"{folder}: holds no prepared data (no meta.json); run `minnow data prepare`") from None
-        if meta["version"] != FORMAT_VERSION:
+        version = meta.get("version")
+        if version != FORMAT_VERSION:
             raise UserError(
-                f"{folder}: written in format {meta['version']}, this minnow reads {FORMAT_VERSION}; delete the folder "
+                f"{folder}: written in format {version}, this minnow reads {FORMAT_VERSION}; delete the folder "
                 "and prepare again"
             )
-        for shard in meta["shards"]:
-            for name, entry in shard["files"].items():
-                _check_file(folder / name, entry, verify)
-        return cls(folder, meta)
+        shards = cls(folder, meta)
+        for name, entry in shards._files():
+            _check_size(folder / name, entry)
+        return shards
+
+    def verify(self) -> None:
+        """Read every byte (about 1 GB/s). UserError naming the file that is not what was written."""
+        for name, entry in self._files():
+            _check_size(self.folder / name, entry)
+            if file_sha256(self.folder / name) != entry["sha256"]:
+                raise UserError(f"{self.folder / name}: content does not match its checksum; {_REMEDY}")
+
+    def _files(self) -> list[tuple[str, dict[str, Any]]]:
+        return [item for shard in self._meta["shards"] for item in shard["files"].items()]
 
     @property
     def num_shards(self) -> int:
@@ -170,11 +178,11 @@ class Shards:
         return self._maps[shard, kind]
 
 
-def _check_file(path: Path, entry: dict[str, Any], verify: bool) -> None:
-    remedy = "delete the folder and prepare again"
+_REMEDY = "delete the folder and prepare again"
+
+
+def _check_size(path: Path, entry: dict[str, Any]) -> None:
     if not path.is_file():
-        raise UserError(f"{path}: missing; {remedy}")
+        raise UserError(f"{path}: missing; {_REMEDY}")
     if path.stat().st_size != entry["bytes"]:
-        raise UserError(f"{path}: {path.stat().st_size} bytes, {entry['bytes']} were written; {remedy}")
-    if verify and file_sha256(path) != entry["sha256"]:
-        raise UserError(f"{path}: content does not match its checksum; {remedy}")
+        raise UserError(f"{path}: {path.stat().st_size} bytes, {entry['bytes']} were written; {_REMEDY}")

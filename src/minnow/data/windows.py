@@ -6,7 +6,6 @@ on them while others are being written, and finds the same rows when it starts a
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from minnow.data.journal import Journal
 from minnow.data.shard_writer import folder_meta
 from minnow.data.shards import Shards
 from minnow.data.shuffle import permutation
+from minnow.json_file import read_json
 
 WINDOW_SHARDS = 16
 """About 100 million tokens: enough to mix, and what is in memory at a time."""
@@ -69,6 +69,7 @@ class GrowingShards:
         self._journal = Journal(job.folder, job.lots, job.options.threshold)
         self._walk = self._journal.in_order()
         self._entries: list[Any] = []
+        self._verified: set[tuple[int, str]] = set()
         self._whole = False
 
     def lacking(self, window: int) -> str | None:
@@ -90,7 +91,10 @@ class GrowingShards:
         return f"waiting for prepared data: {max(0, there)} of the next {WINDOW_SHARDS} shards are there{who}"
 
     def window(self, number: int, side: str) -> Shards | None:
-        """Return a window's shards of one side, None past the last one. Waits for it."""
+        """Return a window's shards of one side, None past the last one. Waits for it.
+
+        UserError naming a file that is not what was written.
+        """
         said = None
         while (lacking := self.lacking(number)) is not None:
             if lacking != said:
@@ -101,7 +105,11 @@ class GrowingShards:
             return None
         kind, vocab_size = self.job.options.kind, self.job.tokenizer.vocab_size
         meta = folder_meta([entry[side] for entry in self._entries], vocab_size, kind != "pretrain")
-        return Shards(self.job.folder / side, meta).subset(chosen)
+        shards = Shards(self.job.folder / side, meta).subset(chosen)
+        if (number, side) not in self._verified:  # written weeks ago, perhaps, by a preparation that broke off
+            shards.verify()
+            self._verified.add((number, side))
+        return shards
 
     def _look(self) -> None:
         """Take up what has been written since the last look."""
@@ -110,8 +118,7 @@ class GrowingShards:
         if self.job.done:  # the journal is gone, or about to go
             sides = {}
             for side in ("train", "validation"):
-                meta = json.loads((self.job.folder / side / "meta.json").read_text(encoding="utf-8"))
-                sides[side] = meta["shards"]
+                sides[side] = read_json(self.job.folder / side / "meta.json")["shards"]
             self._entries = [dict(zip(sides, pair, strict=True)) for pair in zip(*sides.values(), strict=True)]
             self._whole = True
             return
