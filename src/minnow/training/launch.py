@@ -8,6 +8,8 @@ import sys
 import uuid
 from collections.abc import Callable, Sequence
 
+import torch
+
 from minnow.config import UserError
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import first_to_say, in_torchrun, only_first_speaks, process_group
@@ -26,18 +28,29 @@ def run_stage(work: Callable[[], None], words: Sequence[str], training: Training
     require_trackers(training.track)
     if not in_torchrun():
         if training.nproc > 1:
+            _require_gpus(training, training.nproc, f"--nproc {training.nproc}")
             return launch(words, training.nproc, training.restarts)
         work()
         return 0
+    _require_gpus(training, int(os.environ["LOCAL_RANK"]) + 1, "torchrun --nproc-per-node")
     device = choose_device(training.device)
     with only_first_speaks(), process_group(cuda=device.type == "cuda"):
         try:
             work()
-        except UserError as error:
+        except (UserError, OSError) as error:
             if first_to_say(str(error)):
                 raise
             raise SystemExit(2) from None
     return 0
+
+
+def _require_gpus(training: TrainingConfig, processes: int, given: str) -> None:
+    """UserError where `processes` on this machine would have to share its GPUs: NCCL refuses, in its own words."""
+    gpus = torch.cuda.device_count() if choose_device(training.device).type == "cuda" else processes
+    if processes > gpus:
+        raise UserError(
+            f"{given}: more processes than this machine has GPUs ({gpus}): start {gpus}, or give --training.device cpu"
+        )
 
 
 def launch(words: Sequence[str], processes: int, restarts: int) -> int:

@@ -7,8 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from minnow import cli
+from minnow.config import UserError
+from minnow.training import launch
+from minnow.training.config import TrainingConfig
 
 from .command_line import difference, environment, losses, words, write_world
 
@@ -68,3 +72,18 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_the_run_folder_is_made(
     assert done.returncode == 2, done.stderr
     assert "3 rows a batch, 1 at a time, cannot be shared evenly by 2 processes" in done.stderr
     assert not (world / "never").exists()
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL said "Duplicate GPU detected", or CUDA "invalid device ordinal", from every process."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(launch, "launch", lambda words, processes, restarts: processes)
+    with pytest.raises(UserError, match=r"--nproc 4: more processes than this machine has GPUs \(2\): start 2"):
+        launch.run_stage(lambda: None, ["pretrain"], TrainingConfig(steps=1, nproc=4))
+    assert launch.run_stage(lambda: None, ["pretrain"], TrainingConfig(steps=1, nproc=2)) == 2
+    assert launch.run_stage(lambda: None, ["pretrain"], TrainingConfig(steps=1, nproc=4, device="cpu")) == 4
+    monkeypatch.setattr(launch, "in_torchrun", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="torchrun --nproc-per-node: more processes than"):
+        launch.run_stage(lambda: None, ["pretrain"], TrainingConfig(steps=1))
