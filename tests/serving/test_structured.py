@@ -231,6 +231,7 @@ def test_a_schema_too_wide_for_the_parser_costs_nobody_elses_answer(client: open
         with pytest.raises(openai.BadRequestError, match="cannot be followed") as raised:
             client.chat.completions.create(**OPTIONS, response_format=shape, extra_body=extra, logit_bias={"7": 100})
         assert len(str(raised.value)) < 600
+        assert raised.value.param == "response_format"
         *_, last = stream
     assert last.choices[0].finish_reason == "length"
 

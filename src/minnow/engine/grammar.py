@@ -57,6 +57,10 @@ def _schema(schema: Mapping[str, Any]) -> str:
     return json.dumps({**schema, "x-guidance": _WRITING})
 
 
+class GrammarError(UserError):
+    """llguidance gives an answer's grammar up: too large, or nothing can follow."""
+
+
 class Grammars:
     """Compiles grammars for one tokenizer. UserError where llguidance is not installed."""
 
@@ -72,7 +76,7 @@ class Grammars:
         )
 
     def constraint(self, grammar: str) -> Constraint:
-        """The state before the first token. UserError where the grammar is not valid or too large."""
+        """The state before the first token. UserError where the grammar is not valid or too large (GrammarError)."""
         constraint = Constraint(self._make(self._tokenizer, grammar))
         # Some grammars llguidance finds too large only when it follows them: it takes one token now, on a copy.
         trial = constraint.copy()
@@ -102,11 +106,11 @@ class Constraint:
         return torch.from_numpy(allowed_V).to(device)
 
     def accept(self, token: int) -> None:
-        """The answer goes on with this token, which was allowed. UserError where llguidance gives the grammar up."""
+        """The answer goes on with this token, which was allowed. Raises GrammarError."""
         self._matcher.consume_token(token)
         if self._matcher.is_error():
             reason = self._matcher.get_error().strip().splitlines()[0]  # the whole grammar stands below
-            raise UserError(f"the answer's grammar (or JSON schema) cannot be followed: {shorten(reason, 300)}")
+            raise GrammarError(f"the answer's grammar (or JSON schema) cannot be followed: {shorten(reason, 300)}")
 
     @property
     def complete(self) -> bool:

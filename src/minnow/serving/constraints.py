@@ -43,10 +43,15 @@ def answer_grammar(tokenizer: Tokenizer, body: ChatBody) -> str | None:
         raise APIError(400, "a JSON schema is nested too deeply") from None
     error = LLMatcher.validate_grammar(rules)
     if error:
-        param = "response_format" if schema is not None else "tools"
+        param = constraining_field(body)
         reason = error.strip().splitlines()[0]
         raise APIError(400, f"A JSON schema of '{param}' cannot be followed: {reason}", param=param)
     return rules
+
+
+def constraining_field(body: ChatBody) -> str:
+    """The field of the request that the grammar of its answer comes from."""
+    return "tools" if _schema(body.response_format) is None else "response_format"
 
 
 def _rules(tokenizer: Tokenizer, body: ChatBody, tools: list[Tool], schema: dict[str, Any] | None) -> str:
