@@ -38,8 +38,8 @@ def load(
 ) -> Model:
     """Load MODEL: a model folder, a run folder (its final model) or a Hugging Face Hub id.
 
-    device: cpu, cuda, mps or auto. precision: fp32, bf16, fp16 or auto, which takes bf16 where the hardware has it.
-    adapters: by name, folders of adapters beside the model; every method takes `adapter=NAME` then.
+    device: cpu, cuda, mps or auto. precision: fp32, bf16, fp16 or auto, which takes bf16 where the hardware is faster
+    in it. adapters: by name, folders of adapters beside the model; every method takes `adapter=NAME` then.
     UserError where there is no such model, or one that minnow cannot read.
     """
     where = choose_device(device)

@@ -50,7 +50,7 @@ class Config:
     device: DeviceName = "auto"
     """auto takes CUDA, else MPS, else the CPU."""
     precision: Precision = "auto"
-    """Number format of both contestants; auto is bf16 where the hardware has it."""
+    """Number format of both contestants; auto is bf16 where the hardware is faster in it."""
     json: str | None = None
     """Write the figures to this file as well."""
 

@@ -45,7 +45,7 @@ class Config:
     device: DeviceName = "auto"
     """auto takes CUDA, else MPS, else the CPU."""
     precision: Precision = "auto"
-    """minnow's number format; auto is bf16 where the hardware has it."""
+    """minnow's number format; auto is bf16 where the hardware is faster in it."""
     json: str | None = None
     """Write the figures to this file as well."""
 

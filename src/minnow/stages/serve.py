@@ -52,7 +52,7 @@ class Config(ServingConfig, ContextConfig, QuantizeConfig):
     device: DeviceName = "auto"
     """Where to run; auto takes a GPU where there is one."""
     precision: Precision = "auto"
-    """Number format of weights and arithmetic; auto is bf16 where the hardware has it, else fp32."""
+    """Number format of weights and arithmetic; auto is bf16 where the hardware is faster in it, else fp32."""
     memory_share: float | None = None
     """Part of the memory for keys and values, 0 to 1, in equal parts for all models; by default 0.5 of a GPU's free
     memory when a model gets its first request, 0.25 of the machine's (a container's, where that has less)."""

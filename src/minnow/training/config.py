@@ -43,8 +43,8 @@ class TrainingConfig:
     device: DeviceName = "auto"
     """auto takes CUDA, else MPS, else the CPU."""
     precision: Precision = "auto"
-    """Number format of activations and products (weights stay fp32); auto is bf16 where the hardware has it. tf32 is
-    fp32 with products in fewer bits, on NVIDIA GPUs from Ampere on."""
+    """Number format of activations and products (weights stay fp32); auto is bf16 where the hardware is faster in it.
+    tf32 is fp32 with products in fewer bits, on NVIDIA GPUs from Ampere on."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the backbone; auto compiles runs long enough to earn the compile time back."""
     gradient_checkpointing: GradientCheckpointing = "off"
