@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from minnow.engine import Engine, SamplingParams
 from minnow.engine import engine as engine_module
 from minnow.model.context import ContextConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
+from minnow.stages import serve
 from minnow.stages.serve import Config, build_app, name_models, place_adapters, run
 from minnow.tokenizer import Tokenizer
 
@@ -57,6 +59,25 @@ def test_models_share_the_memory(
     assert [engine.engine._memory(torch.device("cpu")) for engine in engines] == [int(2**40 * together / 4)] * 4
     for engine in engines:
         engine.close()
+
+
+def test_a_connection_sends_at_once(tmp_path: Path) -> None:
+    """asyncio switches Nagle's algorithm off for sockets that say they are TCP; the others wait 40 ms now and then."""
+    accepted = []
+
+    async def connect() -> None:
+        listening = serve._listen("127.0.0.1", 0)
+        server = await asyncio.start_server(lambda _, writer: accepted.append(writer), sock=listening)
+        _, client = await asyncio.open_connection(*listening.getsockname())
+        while not accepted:
+            await asyncio.sleep(0.01)
+        connection = accepted[0].get_extra_info("socket")
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        client.close()
+        accepted[0].close()
+        server.close()
+
+    asyncio.run(connect())
 
 
 def test_it_serves_and_drains(tmp_path: Path) -> None:

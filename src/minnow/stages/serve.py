@@ -200,7 +200,9 @@ def build_app(
 def _listen(host: str, port: int) -> socket.socket:
     """A socket at that address, taken before the models load. UserError where it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
+    # Named TCP, or asyncio leaves Nagle's algorithm on: the first token would wait 40 ms for the client's word that
+    # the head of the answer has come.
+    listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listening.bind((host, port))
