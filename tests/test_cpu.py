@@ -30,3 +30,10 @@ def test_bf16_only_where_it_is_faster(
     expected = torch.bfloat16 if faster else torch.float32
     assert choose_precision("auto", torch.device("cpu")) == expected
     assert fast_dtype(torch.zeros(2, 2)) == expected
+
+
+@pytest.mark.parametrize("amx", [True, False])
+def test_an_older_torch_tells_of_amx_only(monkeypatch: pytest.MonkeyPatch, amx: bool) -> None:
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert cpu_multiplies_bf16_faster() is amx
