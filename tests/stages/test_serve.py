@@ -61,6 +61,27 @@ def test_models_share_the_memory(
         engine.close()
 
 
+def test_compile_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of one row and of several are compiled apart: both before the server listens, for any number of rows."""
+    made: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
+        made.append(graph)
+        return graph
+
+    compile_function = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_function(f, **options | {"backend": backend}))
+    torch._dynamo.reset()
+    folder = save_random_model(tmp_path / "m")
+    config = Config(models=(str(folder),), device="cpu", precision="fp32", compile=True)
+    (model,) = build_app(config, name_models([str(folder)]), {}, local=True).state.minnow.models
+    assert len(made) == 2
+    model.engine.close()
+    for rows in (1, 2, 3, 7):
+        model.engine.engine.generate([[5, 6]] * rows, SamplingParams(max_tokens=4, ignore_eos=True))
+    assert len(made) == 2
+
+
 def test_a_connection_sends_at_once(tmp_path: Path) -> None:
     """asyncio switches Nagle's algorithm off for sockets that say they are TCP; the others wait 40 ms now and then."""
     accepted = []

@@ -57,7 +57,7 @@ class Config(ServingConfig, ContextConfig, QuantizeConfig):
     """Part of the memory for keys and values, 0 to 1, in equal parts for all models; by default 0.5 of a GPU's free
     memory when a model gets its first request, 0.25 of the machine's (a container's, where that has less)."""
     compile: bool = False
-    """Compile the step that writes a token: faster answers, after about a minute more at the start; needs a C++
+    """Compile the step that writes a token: faster answers, after one to three minutes more at the start; needs a C++
     compiler."""
 
 
@@ -189,8 +189,10 @@ def build_app(
         note_foreign_template(engine.tokenizer, name)
         if config.quantize != "none":
             plain_console(stderr=True).print(f"{name}: {quantization_note(folder, engine)}", soft_wrap=True)
-        if config.compile:  # now, and not while the first client waits
-            engine.generate([[engine.tokenizer.start_id]], SamplingParams(max_tokens=3, ignore_eos=True))
+        if config.compile:  # both variants, for one row and for several: now, and not while clients wait
+            for rows in (1, 2):
+                prompts = [[engine.tokenizer.start_id]] * rows
+                engine.generate(prompts, SamplingParams(max_tokens=4, ignore_eos=True))
         shared = AsyncEngine(engine, max_answers=config.max_answers)
         models.append(ServedModel(name=name, folder=folder, engine=shared, stretch=config))
         models += [ServedModel(name=key, folder=adapters[key], engine=shared, parent=name) for key in adapters]
