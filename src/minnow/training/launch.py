@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -18,6 +20,9 @@ from minnow.training.tracking import require_trackers
 
 # What a SIGTERM leaves for the last checkpoint before torchrun kills; its own default is 30 seconds.
 SHUTDOWN_SECONDS = 600
+# A folder where the processes that `launch` starts note that they failed. After a signal its agent tells only of the
+# signal, and a run that could not save must not look like one that has.
+FAILURES = "MINNOW_FAILURES"
 
 
 def run_stage(work: Callable[[], None], words: Sequence[str], training: TrainingConfig) -> int:
@@ -35,13 +40,28 @@ def run_stage(work: Callable[[], None], words: Sequence[str], training: Training
     _require_gpus(training, int(os.environ["LOCAL_RANK"]) + 1, "torchrun --nproc-per-node")
     device = choose_device(training.device)
     with only_first_speaks(), process_group(cuda=device.type == "cuda"):
+        _note_failure(None)
         try:
             work()
         except (UserError, OSError) as error:
+            _note_failure(2)
             if first_to_say(str(error)):
                 raise
             raise SystemExit(2) from None
+        except Exception:
+            _note_failure(1)
+            raise
     return 0
+
+
+def _note_failure(code: int | None) -> None:
+    """Leave this process's exit code for `launch`; None takes back what it noted before a restart."""
+    if folder := os.environ.get(FAILURES):
+        note = Path(folder) / os.environ["RANK"]
+        if code is None:
+            note.unlink(missing_ok=True)
+        else:
+            note.write_text(str(code))
 
 
 def _require_gpus(training: TrainingConfig, processes: int, given: str) -> None:
@@ -57,7 +77,8 @@ def launch(words: Sequence[str], processes: int, restarts: int) -> int:
     """Start `minnow WORDS` in several processes on this machine by torch's elastic agent; return their exit code.
 
     A process that dies takes the others with it, and all start again, from the last checkpoint, up to `restarts`
-    times. A signal is passed on to them: 128 + its number comes back once they have saved.
+    times. A signal is passed on to them: 128 + its number comes back once they have saved, the exit code of one that
+    failed where they could not.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -79,11 +100,16 @@ def launch(words: Sequence[str], processes: int, restarts: int) -> int:
         local_addr="localhost",
         max_restarts=restarts,
     )
-    try:
-        elastic_launch(config, sys.executable)("-m", "minnow", *words)
-    except ChildFailedError as failed:
-        code = failed.get_first_failure()[1].exitcode
-        return 128 - code if code < 0 else code
-    except SignalException as stopped:
-        return 128 + int(stopped.sigval)
+    with tempfile.TemporaryDirectory(prefix="minnow-") as failures:
+        os.environ[FAILURES] = failures
+        try:
+            elastic_launch(config, sys.executable)("-m", "minnow", *words)
+        except ChildFailedError as failed:
+            code = failed.get_first_failure()[1].exitcode
+            return 128 - code if code < 0 else code
+        except SignalException as stopped:
+            codes = [int(note.read_text()) for note in Path(failures).iterdir()]
+            return codes[0] if codes else 128 + int(stopped.sigval)
+        finally:
+            del os.environ[FAILURES]
     return 0

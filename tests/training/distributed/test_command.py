@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.launcher.api import LaunchConfig
 
 from minnow import cli
 from minnow.config import UserError
@@ -66,6 +71,27 @@ def test_a_mistake_is_told_once_and_keeps_its_exit_code(world: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("failures", "code"), [([], 143), ([2], 2), ([1, None], 143)])
+def test_a_failure_after_a_signal_is_no_saved_stop(
+    monkeypatch: pytest.MonkeyPatch, failures: list[int | None], code: int
+) -> None:
+    """torch's agent tells only of the signal. None: the process was started again."""
+
+    def elastic_launch(config: LaunchConfig, program: str) -> Callable[..., None]:
+        def start(*words: str) -> None:
+            for failure in failures:
+                launch._note_failure(failure)
+            raise SignalException("stopped", signal.SIGTERM)
+
+        return start
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # launch sets it where it is missing
+    assert launch.launch(["pretrain"], 2, 0) == code
+    assert launch.FAILURES not in os.environ
+
+
 def test_a_batch_that_cannot_be_shared_is_refused_before_the_run_folder_is_made(world: Path) -> None:
     settings = {"nproc": 2, "batch_tokens": 192, "micro_batch_tokens": 64}
     done = start(["minnow", *words(world, "pretrain", world / "never", **settings)])

@@ -108,6 +108,18 @@ def test_a_signal_to_the_launcher_stops_all_after_the_same_step(
     assert_same_end(world, run)
 
 
+def test_a_signal_to_a_run_that_cannot_save_is_a_failure(world: Path, start: Start) -> None:
+    run, log = world / "unsaved", world / "unsaved.log"
+    process = start([sys.executable, "-m", "minnow", *words(world, "pretrain", run, **LONG, nproc=2)], log)
+    wait_until(lambda: saved(run), process, log)
+    (run / "checkpoints").rename(run / "moved")
+    (run / "checkpoints").write_text("no folder")
+    process.send_signal(signal.SIGTERM)
+    code = process.wait(timeout=240)
+    assert code in (1, 2), log.read_text()
+    assert "checkpoints" in log.read_text()
+
+
 class Host:
     """A network namespace with one end of a cable, the other in its neighbour."""
 
