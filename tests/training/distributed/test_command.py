@@ -70,7 +70,6 @@ def test_a_mistake_is_told_once_and_keeps_its_exit_code(world: Path) -> None:
     assert not (world / "never").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("failures", "code"), [([], 143), ([2], 2), ([1, None], 143)])
 def test_a_failure_after_a_signal_is_no_saved_stop(
     monkeypatch: pytest.MonkeyPatch, failures: list[int | None], code: int
@@ -92,6 +91,7 @@ def test_a_failure_after_a_signal_is_no_saved_stop(
     assert launch.FAILURES not in os.environ
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_refused_before_the_run_folder_is_made(world: Path) -> None:
     settings = {"nproc": 2, "batch_tokens": 192, "micro_batch_tokens": 64}
     done = start(["minnow", *words(world, "pretrain", world / "never", **settings)])
