@@ -18,7 +18,7 @@ from minnow.model.int8 import from_int8
 from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.quantize import is_quantized, load_quantized
 from minnow.model.transformer import CausalLM
-from minnow.stages.serve import Config, build_app, name_models
+from minnow.stages.serve import Config, build_app, name_models, place_adapters
 from minnow.tokenizer import Tokenizer
 
 from ..serving.serving_helpers import running_app
@@ -33,6 +33,17 @@ def cost(folder: Path, model: CausalLM) -> float:
     return float(found[3])
 
 
+def save_on_grid(out: Path, folder: Path) -> Path:
+    """The model in `folder` with the weights that int8 rounds it to, in float32."""
+    exact = load_pretrained(folder)
+    rounded = load_quantized(folder, "int8")
+    for name, parameter in rounded.named_parameters():
+        if parameter.dtype == torch.int8:
+            exact.get_parameter(name).data = from_int8(parameter, rounded.get_parameter(f"{name}_scale"))
+    save_pretrained(exact, out, Tokenizer.from_pretrained(folder))
+    return out
+
+
 def test_the_cost_is_the_divergence_of_the_two_models(tmp_path: Path) -> None:
     """Nothing where the weights are on int8's grid already; else what the weights' error costs, and more of it more."""
     folder = save_lively_model(tmp_path / "m")
@@ -44,13 +55,8 @@ def test_the_cost_is_the_divergence_of_the_two_models(tmp_path: Path) -> None:
             if parameter.dtype == torch.int8:
                 parameter.bitwise_and_(-16)  # only the upper four bits
     assert cost(folder, rounded) > 10 * little
-    exact = load_pretrained(folder)
-    for name, parameter in load_quantized(folder, "int8").named_parameters():
-        if parameter.dtype == torch.int8:
-            scale = load_quantized(folder, "int8").get_parameter(f"{name}_scale")
-            exact.get_parameter(name).data = from_int8(parameter, scale)
-    save_pretrained(exact, tmp_path / "grid", Tokenizer.from_pretrained(folder))
-    assert abs(cost(tmp_path / "grid", load_quantized(tmp_path / "grid", "int8"))) < 1e-4
+    grid = save_on_grid(tmp_path / "grid", folder)
+    assert abs(cost(grid, load_quantized(grid, "int8"))) < 1e-4
 
 
 @pytest.mark.parametrize("adapter", [False, True])
@@ -101,3 +107,25 @@ def test_a_served_int8_model_stays_one_when_it_is_reloaded(tmp_path: Path, capsy
         expected = load_quantized(other, "int8").state_dict()
         for name, tensor in served.engine.engine.model.state_dict().items():
             assert torch.equal(tensor, expected[name]), name
+
+
+def test_adapters_are_served_on_an_int8_model(tmp_path: Path) -> None:
+    """Each answers as on a float32 model of the same rounded weights: the adapters themselves are not rounded."""
+    folder = save_lively_model(tmp_path / "m")
+    grid = save_on_grid(tmp_path / "grid", folder)
+    answers = {}
+    for quantize, base in (("int8", folder), ("none", grid)):
+        adapter = save_random_adapter(tmp_path / f"adapter-{quantize}", base, seed=3)
+        named = name_models([f"m={base}"])
+        placed = place_adapters([f"a={adapter}"], named)
+        config = Config(models=(f"m={base}",), device="cpu", precision="fp32", quantize=quantize)
+        with running_app(build_app(config, named, placed, local=True)) as running:
+            answers[quantize] = [
+                httpx.post(
+                    f"{running.url}/v1/completions",
+                    json={"model": name, "prompt": "pond", "max_tokens": 12, "temperature": 0, "ignore_eos": True},
+                ).json()["choices"][0]["text"]
+                for name in ("m", "a")
+            ]
+    assert answers["int8"] == answers["none"]
+    assert answers["int8"][0] != answers["int8"][1]
