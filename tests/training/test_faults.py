@@ -229,6 +229,18 @@ def test_a_clock_that_jumps_changes_nothing(tmp_path: Path, straight: Trainer, m
     assert all(record["tokens_per_second"] > 0 for record in trainer.metrics.read() if "loss" in record)
 
 
+def test_a_clock_that_jumped_back_does_not_make_an_old_checkpoint_the_newest(tmp_path: Path, straight: Trainer) -> None:
+    """The times of files are those of the clock: here each checkpoint looks a day older than the one before it."""
+    stopped_run(tmp_path)
+    for age, checkpoint in enumerate(list_checkpoints(tmp_path / "checkpoints")):
+        for path in (*checkpoint.folder.rglob("*"), checkpoint.folder):
+            os.utime(path, (1e9 - age * 86_400,) * 2)
+    trainer = make_trainer(tmp_path)
+    trainer.resume()
+    assert trainer.state.step == 9
+    assert_ends_the_same(tmp_path, straight)
+
+
 def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     program = """
 import sys, time
