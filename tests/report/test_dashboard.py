@@ -95,10 +95,20 @@ def test_the_heartbeat_counts_updates_that_are_not_logged_yet() -> None:
 
 
 def test_the_screen_of_a_run_of_rollouts() -> None:
-    phases = [{"step": 0, "updates": 0, "reward": 0.25, "pass@1": 0.5, "entropy": 1.5, "sample": {"text": "[bold]"}}]
+    phases = [
+        {
+            "step": 0,
+            "updates": 0,
+            "reward": 0.25,
+            "pass@1": 0.5,
+            "entropy": 1.5,
+            "repetition": 0.1,
+            "sample": {"text": "[bold]"},
+        }
+    ]
     text = screen(RunView("rl", updates=[update(1, grad_norm=None)], phases=phases, state="running", beat=BEAT))
     assert "reward of the rollouts  0.25" in text
-    assert "phase 0  reward 0.25  pass@1 0.5  entropy 1.5" in text
+    assert "phase 0  reward 0.25  pass@1 0.5  entropy 1.5  repetition 0.1" in text
     assert "gradient norm nan" in text
 
 

@@ -37,6 +37,16 @@ def test_the_rollout_figure_draws_every_phase_and_every_examination() -> None:
     assert "KL to the reference (nats a token)" not in drawn
 
 
+def test_the_rollout_figure_has_a_colour_for_every_reward() -> None:
+    names = ["reward", "pass@1", "pass@8", *(f"reward/{name}" for name in "abcdef")]
+    held_out = [f"held_out/{name}" for name in ("reward", "a", "b", "c", "d", "pass@1", "pass@8")]
+    figure = rollout_figure([{"step": 0} | dict.fromkeys(names, 0.5)], [{"step": 1} | dict.fromkeys(held_out, 0.5)], "")
+    for axes, drawn in zip(figure.axes[:2], (names, held_out), strict=True):
+        lines = {line.get_label(): line.get_color() for line in axes.get_lines()}
+        assert set(lines) >= {name.removeprefix("held_out/") for name in drawn}
+        assert len(set(lines.values())) == len(drawn)
+
+
 def test_the_figure_of_a_run_on_pairs_draws_what_was_held_out() -> None:
     training = [
         {"step": n, "loss": 0.7 - n / 100, "accuracy": n / 10, "lr": 1e-4, "grad_norm": 1.0} for n in range(1, 9)

@@ -27,6 +27,7 @@ from minnow.rl.advantages import PhaseScores
 from minnow.rl.algorithm import AlgorithmConfig
 from minnow.rl.experience import PolicyObjective
 from minnow.rl.phase_experience import Experience
+from minnow.training.hardware import has_cpp_compiler
 from minnow.training.session import load_start
 from tests.rl.helpers import saved, tiny, write_prompts
 from tests.rl.phase_helpers import settings, trajectory
@@ -79,6 +80,9 @@ def test_compiled_rollouts_read_a_copy(start: Path, tmp_path: Path) -> None:
     assert figures["packed_copy"] == packed_bytes(load_pretrained(start).config, torch.float32) > 0
     adapters = ["--training.compile", "on", "--lora.rank", "4"]
     assert planned(start, tmp_path / "plan.json", "grpo", *adapters)["packed_copy"] == 0
+    if has_cpp_compiler():  # `auto`, the default: where the run is long enough
+        long = planned(start, tmp_path / "plan.json", "grpo", "--phases", "1000000000")
+        assert long["packed_copy"] == figures["packed_copy"]
 
 
 def test_ppo_has_a_critic_of_its_own(start: Path, tmp_path: Path) -> None:

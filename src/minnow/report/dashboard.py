@@ -150,8 +150,8 @@ def _table(view: RunView) -> Table:
     if view.validations:
         rows["validation"] = f"update {view.validations[-1]['step']:,}  {_figures(view.validations[-1])}"
     if view.phases:
-        shown = ("reward", "pass@1", "length", "truncated", "entropy", "kl_to_reference")
-        phase = {key: view.phases[-1][key] for key in shown if key in view.phases[-1]}
+        shown = ("reward", "pass@", "length", "truncated", "equal_groups", "entropy", "repetition", "kl_to_reference")
+        phase = {key: value for key, value in view.phases[-1].items() if key.startswith(shown) and "/" not in key}
         rows["rollouts"] = f"phase {view.phases[-1]['step']:,}  {_figures(phase)}"
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(style="dim")

@@ -21,7 +21,7 @@ _HELD_OUT = {
 }
 """Figures of a validation in metrics.jsonl, and what to call them."""
 
-BLUE, ORANGE, GREEN, PURPLE = "#1f6f8b", "#d9822b", "#5b8c5a", "#8c5b8a"
+BLUE, ORANGE, GREEN = "#1f6f8b", "#d9822b", "#5b8c5a"
 
 
 def figures_of(records: Sequence[Record], rollouts: Sequence[Record], title: str) -> list[Figure]:
@@ -125,15 +125,14 @@ def rollout_figure(phases: Sequence[Record], updates: Sequence[Record], title: s
     figure = Figure(figsize=(11, 6.5), layout="constrained")
     figure.suptitle(title)
     (reward, held_out), (length, health) = figure.subplots(2, 2)
-    colours = (BLUE, ORANGE, GREEN, PURPLE)
-    pass_at_k = [key for key in (phases[0] if phases else ()) if key.startswith("pass@")]
-    for key, colour in zip(("reward", *pass_at_k), colours, strict=False):
-        _curve(reward, phases, key, colour, label=key, smooth=True)
+    asked = dict.fromkeys(key for record in phases for key in record)
+    judged = [key for key in asked if key.startswith(("pass@", "reward/"))]
+    for i, key in enumerate(("reward", *judged)):
+        _curve(reward, phases, key, f"C{i}", label=key, smooth=True)
     reward.set(title="rollouts", ylabel="mean of a phase")
     names = dict.fromkeys(key for record in updates for key in record if key.startswith("held_out/"))
-    shown = [key for key in names if key != "held_out/length"]
-    for key, colour in zip(shown, colours, strict=False):
-        _curve(held_out, updates, key, colour, label=key.removeprefix("held_out/"))
+    for i, key in enumerate(name for name in names if name != "held_out/length"):
+        _curve(held_out, updates, key, f"C{i}", label=key.removeprefix("held_out/"))
     held_out.set(title="held-out prompts, answered greedily (pass@K: drawn)", ylabel="mean of a validation")
     _curve(length, phases, "length", BLUE, label="tokens of an answer", smooth=True)
     shares = length.twinx()

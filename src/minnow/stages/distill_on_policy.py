@@ -52,7 +52,7 @@ class Config(PracticeConfig, LanguageModelConfig):
     """The loss."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            batch_tokens=8192, micro_batch_tokens=8192, compile="off", validate_every=20, save_every=20
+            batch_tokens=8192, micro_batch_tokens=8192, validate_every=20, save_every=20
         )
     )
     """The training loop. An epoch is a pass over the prompts; batch_tokens is for updates on data."""
@@ -109,7 +109,7 @@ def run(config: Config) -> None:
         f"{answers} answers of the student; {machine.device.type}, {config.training.precision}",
     )
 
-    flops = practice_flops(config.rollout, steps * answers, student)
+    flops = practice_flops(config.rollout, steps * answers, student.config)
     machine.place(student, config.training, flops, lambda text: console.print(text))
     place_beside(teacher, student)
     loss = DistillationLossConfig(alpha=0.0, **dataclasses.asdict(config.loss))  # own tokens are nobody's labels

@@ -44,7 +44,7 @@ class PracticeMemory:
     critic: int
     """PPO's: weights, gradients, AdamW."""
     packed_copy: int
-    """What compiled rollouts read: training.compile on, on a CPU, no adapters or experts. Others read the model."""
+    """What compiled rollouts read: on a CPU, no adapters or experts. Others read the model."""
     keys_and_values: int
     """Of the episodes that are played at once, each as long as it may get."""
 
@@ -85,8 +85,8 @@ def practice_memory(config: rl.Config, shape: ModelConfig, machine: Machine) -> 
         head = 4 * shape.hidden_size
         adamw = training_memory(shape, config.training, OptimConfig(optimizer="adamw"), length, dtype)
         critic = adamw.weights + adamw.gradients + adamw.optimizer + 4 * head
-    compiles = config.training.compile == "on" and machine.device.type == "cpu"
-    packs = compiles and not config.lora.rank and shape.experts is None
+    may_pack = machine.device.type == "cpu" and not config.lora.rank and shape.experts is None
+    packs = may_pack and machine.compiles(config.training, rl.total_flops(config, shape), lambda text: None)
     return PracticeMemory(
         policy=policy,
         reference=weights if config.algorithm.needs_reference and not config.lora.rank else 0,

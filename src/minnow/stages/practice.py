@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from minnow.config import UserError
 from minnow.data.prompts import Prompt, read_prompts
+from minnow.model.config import ModelConfig
 from minnow.model.size import training_flops_per_token
-from minnow.model.transformer import CausalLM
 from minnow.rl.environment import Environment
 from minnow.rl.environment_calls import reset_all
 from minnow.rl.environments import environment_maker
@@ -76,10 +76,10 @@ def practice_rows(training: TrainingConfig, sequence_length: int) -> int:
     return tokens // sequence_length
 
 
-def practice_flops(rollout: RolloutConfig, answers: int, model: CausalLM) -> float:
+def practice_flops(rollout: RolloutConfig, answers: int, shape: ModelConfig) -> float:
     """Of the updates on so many answers, each at half its longest."""
     tokens = answers * rollout.max_tokens * rollout.max_turns / 2
-    return tokens * training_flops_per_token(model.config, rollout.max_tokens / 2)
+    return tokens * training_flops_per_token(shape, rollout.max_tokens / 2)
 
 
 def longest_batch(rollout: RolloutConfig, parts: int = 1) -> int:

@@ -13,6 +13,7 @@ from rich.console import Console
 from minnow.config import UserError, refuse_unused
 from minnow.console import plain_console
 from minnow.data.prompts import Prompt
+from minnow.model.config import ModelConfig
 from minnow.model.lora import LoraConfig
 from minnow.model.pretrained import (
     is_reward_model,
@@ -91,7 +92,7 @@ class Config(PracticeConfig):
     """When to stop because the policy has collapsed."""
     training: TrainingConfig = field(
         default_factory=lambda: TrainingConfig(
-            micro_batch_tokens=8192, compile="off", validate_every=20, save_every=20, stall_seconds=1800.0
+            micro_batch_tokens=8192, validate_every=20, save_every=20, stall_seconds=1800.0
         )
     )
     """The training loop, without steps, epochs, batch_tokens and validation_tokens (see phases, rollout, held_out)."""
@@ -137,10 +138,8 @@ def run(config: Config) -> None:
         folder.claim_model("start", model)  # it is the reference that the policy is held to
     steps = config.phases * config.algorithm.updates_per_phase
     console.print(_summary(config, practice.prompts, steps, machine))
-    answers = config.phases * config.rollout.prompts * config.rollout.samples * config.algorithm.epochs
-    flops = practice_flops(config.rollout, answers, model)
     replica = _replica(config, model, machine)
-    machine.place(model, config.training, flops, lambda text: console.print(text))
+    machine.place(model, config.training, total_flops(config, model.config), lambda text: console.print(text))
     engine = _engine(config, model, replica, tokenizer)
     source = Phases(
         PhaseSettings(
@@ -182,6 +181,12 @@ def run(config: Config) -> None:
         _conclude(folder, console)
         raise CollapseError(f"{collapse}. {way_back}") from None
     _conclude(folder, console)
+
+
+def total_flops(config: Config, shape: ModelConfig) -> float:
+    """Of all updates of a run."""
+    answers = config.phases * config.rollout.prompts * config.rollout.samples * config.algorithm.epochs
+    return practice_flops(config.rollout, answers, shape)
 
 
 def _conclude(folder: RunFolder, console: Console) -> None:

@@ -93,11 +93,12 @@ class Machine:
         model.compute_dtype = self.dtype
         parallelise(model, config.parallel, self.device)
         model.gradient_checkpointing = config.gradient_checkpointing
-        if self._compile(config, total_flops, say):
+        if self.compiles(config, total_flops, say):
             model.compile_backbone()
         return model
 
-    def _compile(self, config: TrainingConfig, total_flops: float, say: Say) -> bool:
+    def compiles(self, config: TrainingConfig, total_flops: float, say: Say) -> bool:
+        """Whether a run of so many FLOPs is compiled; `say` is told where that fails for want of a compiler."""
         if config.compile == "off" or self.device.type == "mps":
             return False
         if self.device.type == "cpu" and not has_cpp_compiler():
