@@ -50,18 +50,22 @@ def test_marks(judge, monkeypatch):
     url, asked, _ = judge
     monkeypatch.setenv("MINNOW_JUDGE_KEY", "k")
     items = [episode("a good one"), episode("a bad one", reference=None)]
-    assert judge_reward(JudgeConfig(url=url, weight=2.0), items) == [1.8, 0.4]
+    assert judge_reward(JudgeConfig(url=url, weight=2.0), items) == [0.9, 0.2]
     path, key, body = next(entry for entry in asked if "good" in entry[2]["messages"][1]["content"])
     assert (path, key, body["temperature"]) == ("/v1/chat/completions", "Bearer k", 0)
     assert "compare with:\n4" in body["messages"][1]["content"]
 
 
 def test_as_one_reward_of_several(judge):
-    url, _, _ = judge
+    url, asked, _ = judge
     items = [episode("good: 4")]
-    Rewarder(RewardConfig(judge=JudgeConfig(url=url)), enable_thinking=False).score(items)
-    assert items[0].rewards == {"answer": 1, "environment": 0, "judge": 0.9}
-    assert items[0].reward == pytest.approx(1.9)
+    Rewarder(RewardConfig(judge=JudgeConfig(url=url, weight=2.0)), enable_thinking=False).score(items)
+    assert items[0].rewards == {"answer": 1, "environment": 0, "judge": 0.9}  # before the weight, as the others
+    assert items[0].reward == pytest.approx(2.8)
+    asked.clear()
+    Rewarder(RewardConfig(judge=JudgeConfig(url=url, weight=0.0)), enable_thinking=False).score(items := [episode("4")])
+    assert items[0].rewards == {"answer": 1, "environment": 0}
+    assert not asked
 
 
 def test_busy_is_asked_again_and_failure_is_said(judge):

@@ -267,9 +267,12 @@ def test_prompts_without_answers_are_refused_where_nothing_else_is_rewarded(star
     prompts = tmp_path / "p.jsonl"
     prompts.write_text('{"prompt": "say 1", "solutoin": "1"}\n' * 8)
     assert rl((start[0], prompts), tmp_path / "run", "--preset", "grpo") == 2
-    assert "no prompt has an answer" in capsys.readouterr().err
+    assert "of the prompts no prompt has an answer" in capsys.readouterr().err
+    assert rl(start, tmp_path / "run", "--preset", "grpo", "--held_out", str(prompts)) == 2
+    assert "of the held_out no prompt has an answer" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     assert rl((start[0], prompts), tmp_path / "run", "--preset", "grpo", "--rewards.format", "1", "--phases", "1") == 0
+    assert "8 of 8 prompts have no answer: theirs earn 0 by rewards.answer" in capsys.readouterr().err
 
 
 def test_the_sampled_episode_is_one_of_this_processs_own():

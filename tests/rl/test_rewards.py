@@ -53,6 +53,13 @@ def episode(content, *, reference="4", ending="stop", reasoning=None, tokens=3, 
         ("It hums loudly.", "It hums", "text", False),
         ("the lake and the hill", ["lake", "hill"], "auto", True),
         ("the lake", ["lake", "hill"], "auto", False),
+        ("it is 2", "1 + 1 = 2\n#### 2", "auto", True),  # GSM8K's rows
+        ("it is 1", "1 + 1 = 2\n#### 2", "auto", False),
+        ("it is 1,234", "... so 1234.\n#### 1,234", "number", True),
+        ("The lake.", "It swims there. #### the lake", "auto", True),
+        ("there are 12", ["2"], "auto", False),
+        ("there are 2, not 12", [2, "12"], "auto", True),
+        ("1,200 fish", [1200, "fish"], "auto", True),
     ],
 )
 def test_is_right(answer, reference, kind, right):
@@ -306,6 +313,9 @@ def test_prompt_rows():
     assert [m.role for m in asked.conversation.messages] == ["system", "user"]
     assert asked.reference == "4"
     turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "None"}]
+    verl = {"prompt": turns[:1], "reward_model": {"style": "rule", "ground_truth": "7"}}
+    assert parse_prompt(verl).reference == "7"
+    assert parse_prompt(verl | {"answer": "8"}).reference == "8"
     for row in ({"conversations": turns, "gt": ["3"]}, {"messages": turns[:1], "gt": ["3"]}, {"prompt": turns[:1]}):
         prompt = parse_prompt(row)
         assert [m.content for m in prompt.conversation.messages] == ["hi"]

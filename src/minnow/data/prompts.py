@@ -41,10 +41,12 @@ def parse_prompt(row: Mapping[str, Any]) -> Prompt:
     What is asked, the first that is there: a conversation in any format that fine-tuning reads (`conversations`,
     `messages`), `prompt` or `question` (a text or a list of messages), Alpaca's `instruction`. What the assistant says
     at the end of a conversation is dropped (some data sets put a dummy there).
-    The right answer: `answer`, `reference`, `ground_truth`, `gt` or `solution`, the first that is there.
+    The right answer: `answer`, `reference`, `ground_truth`, `gt` or `solution`, the first that is there, in the row or
+    in its `reward_model` (verl's rows).
     """
-    reference = next((row[key] for key in REFERENCE_KEYS if row.get(key) is not None), None)
-    return Prompt(_asked(row), reference, row)
+    places = [place for place in (row, row.get("reward_model")) if isinstance(place, Mapping)]
+    found = (place[key] for place in places for key in REFERENCE_KEYS if place.get(key) is not None)
+    return Prompt(_asked(row), next(found, None), row)
 
 
 def read_prompts(paths: Sequence[str]) -> list[Prompt]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import deque
+from collections.abc import Iterator
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
@@ -26,18 +27,20 @@ _NUMBER = re.compile(
 
 
 def is_right(answer: str, reference: Any, kind: AnswerKind) -> bool:
-    """Compare what the model said with the reference.
+    """Compare what the model said with the reference, or with what stands behind the reference's `####`.
 
     text: equal but for case, width and spacing, and a full stop at the end. number: the last number of the answer
-    equals the reference's last. contains: every item of the reference stands in the answer. auto: number where the
-    reference is one, else text. Not for `maths`, which needs a `MathsJudge`.
+    equals the reference's last. contains: every item of the reference stands in the answer, a number as one of the
+    answer's numbers (2 is not in 12). auto: number where the reference is one, contains where it is a list, else text.
+    Not for `maths`, which needs a `MathsJudge`.
     """
     assert kind != "maths"
+    reference = final_answer(reference)
     if kind == "auto":
         kind = "contains" if isinstance(reference, list) else "number" if _is_number(str(reference)) else "text"
     if kind == "contains":
         wanted = reference if isinstance(reference, list) else [reference]
-        return all(_plain(str(item)) in _plain(answer) for item in wanted)
+        return all(_stands_in(str(item), answer) for item in wanted)
     if kind == "number":
         expected = last_number(str(reference))
         if expected is None:
@@ -46,20 +49,37 @@ def is_right(answer: str, reference: Any, kind: AnswerKind) -> bool:
     return _plain(answer) == _plain(str(reference))
 
 
+def final_answer(reference: Any) -> Any:
+    """What stands behind the last `####` of a worked solution, as GSM8K writes it; any other reference as it is."""
+    return reference.rpartition("####")[2].strip() if isinstance(reference, str) else reference
+
+
 def last_number(text: str) -> Decimal | None:
     """Return the last number in the text.
 
     Full-width figures, thousands between commas, exponents (1.5e3) and signs in front of a currency or behind it are
     read; the minus of a subtraction (12-4), of a range (10-12) or of a name (T-1000) is no sign.
     """
-    found = deque(_NUMBER.finditer(unicodedata.normalize("NFKC", text)), maxlen=1)
-    if not found:
-        return None
+    found = deque(_found(text), maxlen=1)
+    return _value(found[0]) if found else None
+
+
+def _found(text: str) -> Iterator[re.Match[str]]:
+    return _NUMBER.finditer(unicodedata.normalize("NFKC", text))
+
+
+def _value(found: re.Match[str]) -> Decimal | None:
     try:
-        size = Decimal(found[0]["size"].replace(",", ""))
+        size = Decimal(found["size"].replace(",", ""))
     except InvalidOperation:  # an exponent beyond what Decimal holds
         return None
-    return -size if found[0]["sign"] else size
+    return -size if found["sign"] else size
+
+
+def _stands_in(item: str, answer: str) -> bool:
+    if _is_number(item):
+        return last_number(item) in {_value(found) for found in _found(answer)}
+    return _plain(item) in _plain(answer)
 
 
 def _is_number(text: str) -> bool:

@@ -35,7 +35,7 @@ class JudgeConfig:
     model: str = "judge"
     """The judge's name at that address."""
     weight: float = 1.0
-    """Weight of the mark, which is scaled to 0 to 1."""
+    """Weight of the mark, which is scaled to 0 to 1; with 0 nobody is asked."""
     instruction: str = _INSTRUCTION
     """What the judge is told; it must ask for a number from 0 to 10."""
     parallel: int = 8
@@ -50,14 +50,14 @@ class JudgeConfig:
 
 
 def judge_reward(config: JudgeConfig, trajectories: Sequence[Trajectory]) -> list[float]:
-    """A mark from 0 to 1, times the weight, for each. UserError when the judge cannot be reached.
+    """A mark from 0 to 1 for each. UserError when the judge cannot be reached.
 
     An answer that the judge gives no number for is marked as left out; what stands for it here means nothing. (It would
     say the same again, at temperature 0, so that a run that stopped there could not go on.)
     """
     calls = [partial(_reply, config, trajectory) for trajectory in trajectories]
     replies = run_all(calls, seconds=ATTEMPTS * config.seconds + 60, threads=config.parallel)
-    return [config.weight * _read(config, *pair) for pair in zip(trajectories, replies, strict=True)]
+    return [_read(config, *pair) for pair in zip(trajectories, replies, strict=True)]
 
 
 def _read(config: JudgeConfig, trajectory: Trajectory, reply: str | BaseException) -> float:

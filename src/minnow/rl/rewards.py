@@ -12,7 +12,7 @@ import torch
 
 from minnow.config import UserError
 from minnow.evaluation.judge import Judge, load_judge
-from minnow.rl.answers import AnswerKind, is_right
+from minnow.rl.answers import AnswerKind, final_answer, is_right
 from minnow.rl.environment_calls import shown
 from minnow.rl.judge import JudgeConfig, judge_reward
 from minnow.rl.maths import MathsJudge
@@ -40,8 +40,8 @@ class RewardConfig:
     """1 where the last turn says what the row's reference says."""
     answer_kind: AnswerKind = "auto"
     """text, number (the last in the answer), maths (by the library math-verify), contains (every item of the
-    reference),
-    or auto: number where the reference is one."""
+    reference), or auto: number where the reference is one, contains where it is a list, else text. Of a reference with
+    #### in it, as GSM8K's, what stands behind that counts."""
     maths_seconds: float = 5.0
     """Longest time, in seconds, for one comparison of answer_kind maths, which a power of powers can keep busy for
     ever. An answer that takes longer is left out of the update and counted as `answer_timeouts`."""
@@ -121,8 +121,8 @@ class Rewarder:
         for written in config.functions:
             name, weight, function = _load(written)
             self._rewards[name] = (weight, _in_time(name, function, config.functions_seconds))
-        if config.judge.url is not None:
-            self._rewards["judge"] = (1.0, lambda items: judge_reward(config.judge, items))
+        if config.judge.url is not None and config.judge.weight:
+            self._rewards["judge"] = (config.judge.weight, lambda items: judge_reward(config.judge, items))
         if config.reward_model is not None:
             judge = load_judge(config.reward_model, torch.device(device))
             squash = config.reward_model_squash
@@ -194,7 +194,7 @@ def _answers(trajectories: Sequence[Trajectory], kind: AnswerKind, maths: MathsJ
     if maths is None:
         return [float(_can_be_right(t) and is_right(_said(t), _reference(t), kind)) for t in trajectories]
     asked = [trajectory for trajectory in trajectories if _can_be_right(trajectory)]
-    equal = maths.compare([(_said(trajectory), str(_reference(trajectory))) for trajectory in asked])
+    equal = maths.compare([(_said(trajectory), str(final_answer(_reference(trajectory)))) for trajectory in asked])
     right: set[int] = set()
     for trajectory, same in zip(asked, equal, strict=True):
         if same is None:

@@ -126,7 +126,7 @@ def run(config: Config) -> None:
     thinking = config.rollout.enable_thinking
     longest = config.rollout.max_tokens * config.rollout.max_turns
     rewarder = Rewarder(config.rewards, enable_thinking=thinking, max_tokens=longest, device=machine.device)
-    _require_references(config, practice, rewarder)
+    _look_for_references(config, practice, rewarder, console)
 
     folder = RunFolder(config.run)
     folder.open(config, overwrite=config.overwrite)
@@ -224,14 +224,23 @@ def _where_time_went(folder: Path) -> str:
     return "time: " + ", ".join(f"{seconds / total:.0%} {WORK[name]}" for name, seconds in shares.items() if seconds)
 
 
-def _require_references(config: Config, practice: Practice, rewarder: Rewarder) -> None:
-    """UserError where nothing but right answers counts and no row says what right is: every one would earn 0."""
-    only = "answer" in rewarder.names and set(rewarder.names) <= {"answer", "environment"}
-    if only and config.environment != "guess" and all(prompt.reference is None for prompt in practice.prompts):
-        raise UserError(
-            "rewards.answer has a weight, but no prompt has an answer to compare with: name the column `answer`, or "
-            "set rewards.answer 0 and reward something else"
-        )
+def _look_for_references(config: Config, practice: Practice, rewarder: Rewarder, console: Console) -> None:
+    """Say how many prompts have no answer to compare with: each of theirs earns 0 by the reward `answer`.
+
+    UserError where nothing but right answers counts and no prompt has one.
+    """
+    if "answer" not in rewarder.names or config.environment == "guess":
+        return
+    only = set(rewarder.names) <= {"answer", "environment"}
+    for name, prompts in (("prompts", practice.prompts), ("held_out", practice.held_out)):
+        without = sum(prompt.reference is None for prompt in prompts)
+        if only and without and without == len(prompts):
+            raise UserError(
+                f"rewards.answer has a weight, but of the {name} no prompt has an answer to compare with: name the "
+                "column `answer`, or set rewards.answer 0 and reward something else"
+            )
+        if without:
+            console.print(f"{without:,} of {len(prompts):,} {name} have no answer: theirs earn 0 by rewards.answer")
 
 
 def _held_out(config: Config, engine: RolloutEngine, practice: Practice, rewarder: Rewarder) -> HeldOut:
