@@ -242,6 +242,27 @@ SHOWS_ALL = (
 )
 
 
+def test_a_judge_of_transformers_reads_many_at_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Rows of different lengths, as one by one; and one by one where padding could be taken for text."""
+    save_pretrained(RewardModel(shape(), InitConfig(zero_output_projections=False)), tmp_path / "judge", tokenizer)
+    judge = TransformersJudge(tmp_path / "judge", CPU)
+    with torch.no_grad():
+        judge.model.score.weight.normal_(generator=torch.Generator().manual_seed(0))
+    talks = [Conversation((Message("user", "fish " * (n % 7)), Message("assistant", f"yes {n}"))) for n in range(20)]
+    rows: list[int] = []
+    judge.model.register_forward_pre_hook(
+        lambda _, args, inputs: rows.append(len(inputs["input_ids"])), with_kwargs=True
+    )
+    expected = [judge([talk])[0] for talk in talks]
+    rows.clear()
+    assert judge(talks) == pytest.approx(expected, abs=1e-5)
+    assert rows == [16, 4]
+    judge.model.config.pad_token_id = tokenizer.im_end_id
+    rows.clear()
+    assert judge(talks) == pytest.approx(expected, abs=1e-5)
+    assert rows == [1] * 20
+
+
 def test_a_judge_of_transformers_reads_thoughts_calls_and_tools(tmp_path: Path, tokenizer: Tokenizer) -> None:
     save_pretrained(RewardModel(shape(), InitConfig(zero_output_projections=False)), tmp_path / "judge", tokenizer)
     (tmp_path / "judge" / "chat_template.jinja").write_text(SHOWS_ALL)

@@ -24,6 +24,8 @@ from minnow.tokenizer.chat import Conversation, render
 from minnow.tokenizer.tokenizer import Tokenizer
 
 MAX_TOKENS = 256
+BATCH_ROWS = 16
+"""Conversations that a model of transformers reads at once."""
 
 
 class Judge(Protocol):
@@ -71,12 +73,27 @@ class TransformersJudge:
 
     @torch.no_grad()
     def __call__(self, conversations: Sequence[Conversation]) -> list[float]:
-        """The model's only logit, one conversation at a time: models differ in how they take padding."""
-        rewards = []
-        for conversation in conversations:
-            text = self._rendered(conversation)
-            inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt").to(self.model.device)
-            rewards.append(float(self.model(**inputs).logits[0, 0]))
+        """The model's only logit.
+
+        In padded batches, but one at a time where a text holds the padding token itself (often the end of a turn):
+        transformers takes the last token that is not padding for a text's last.
+        """
+        texts = [self.tokenizer(self._rendered(c), add_special_tokens=False)["input_ids"] for c in conversations]
+        padding = self.model.config.pad_token_id
+        size = 1 if padding is None or any(padding in text for text in texts) else BATCH_ROWS
+        order = sorted(range(len(texts)), key=lambda n: len(texts[n]))  # rows of like length together
+        rewards = [0.0] * len(texts)
+        for start in range(0, len(order), size):
+            rows = order[start : start + size]
+            lengths = torch.tensor([len(texts[n]) for n in rows])
+            ids_BT = torch.full((len(rows), int(lengths.max())), padding or 0)
+            for row, n in zip(ids_BT, rows, strict=True):
+                row[: len(texts[n])] = torch.tensor(texts[n])
+            mask_BT = (torch.arange(ids_BT.shape[1]) < lengths[:, None]).long()
+            device = self.model.device
+            logits_B1 = self.model(input_ids=ids_BT.to(device), attention_mask=mask_BT.to(device)).logits
+            for n, reward in zip(rows, logits_B1[:, 0].tolist(), strict=True):
+                rewards[n] = reward
         return rewards
 
     def _rendered(self, conversation: Conversation) -> str:
