@@ -12,6 +12,7 @@ from minnow.data.prompts import Prompt
 from minnow.rl.environments import environment_maker
 from minnow.tokenizer.chat import Conversation, Message, ToolCall, render_continuation
 from minnow.tokenizer.parse import parse_assistant
+from minnow.tools.sandbox import can_isolate
 from tests.rl.helpers import tiny
 
 
@@ -31,6 +32,16 @@ def test_calculator_answers_every_call_until_there_is_none():
     assert reply.messages[0].content == "42"
     assert "division by zero" in json.loads(reply.messages[1].content)["error"]
     assert not reply.done
+    assert environment.step(Message("assistant", "It is 42.")).done
+
+
+@pytest.mark.skipif(not can_isolate(), reason="no closed room on this machine")
+def test_python_runs_what_the_model_writes():
+    environment = environment_maker("python", pond=None)(prompt("6 x 7?", "42"))
+    assert environment.reset().tools[0]["function"]["name"] == "python"
+    reply = environment.step(calls(("python", {"code": "print(6 * 7)"}), ("python", {"code": "open('/etc/passwd')"})))
+    assert reply.messages[0].content == "42"
+    assert "PermissionError" in json.loads(reply.messages[1].content)["error"]
     assert environment.step(Message("assistant", "It is 42.")).done
 
 

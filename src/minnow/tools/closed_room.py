@@ -1,8 +1,8 @@
 """The program that runs a model's code: it locks itself in, then runs what comes on standard input.
 
 Started by `sandbox.py` in a process, namespace and folder of its own, with nothing of minnow imported. It gives up
-every access to files but reading Python's own library and using the folder it stands in (Landlock, Linux 5.13;
-`landlock(7)`), and cannot take it back.
+every access to files but reading Python's own library (Landlock, Linux 5.13; `landlock(7)`), and cannot take it back.
+There is no file to write: each could be small, and all together the disk.
 """
 
 import ctypes
@@ -17,8 +17,8 @@ RIGHTS_OF_VERSION = {1: 13, 2: 14, 3: 15, 4: 15, 5: 16}  # how many of the low b
 NO_NEW_PRIVILEGES = 38
 
 
-def lock_files(readable: list[str], writable: str) -> None:
-    """Deny every path but these, for ever. Raises OSError where the kernel has no Landlock."""
+def lock_files(readable: list[str]) -> None:
+    """Deny every path but these, and all writing, for ever. Raises OSError where the kernel has no Landlock."""
     libc = ctypes.CDLL(None, use_errno=True)
 
     def call(number: int, *arguments: object) -> int:
@@ -30,10 +30,10 @@ def lock_files(readable: list[str], writable: str) -> None:
     version = call(CREATE_RULESET, None, ctypes.c_size_t(0), 1)
     every = (1 << RIGHTS_OF_VERSION[min(version, 5)]) - 1
     ruleset = call(CREATE_RULESET, struct.pack("=Q", every), ctypes.c_size_t(8), 0)
-    for path, rights in [*((path, EXECUTE | READ_FILE | READ_DIR) for path in readable), (writable, every)]:
+    for path in readable:
         if os.path.isdir(path):
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-            call(ADD_RULE, ruleset, 1, struct.pack("=Qi", rights, place), 0)
+            call(ADD_RULE, ruleset, 1, struct.pack("=Qi", EXECUTE | READ_FILE | READ_DIR, place), 0)
             os.close(place)
     if libc.prctl(NO_NEW_PRIVILEGES, 1, 0, 0, 0) != 0:
         raise OSError("no_new_privs was refused")
@@ -52,8 +52,8 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     code = sys.stdin.read()
     # It counts the processes of a user, and this namespace has a user of its own.
-    resource.setrlimit(resource.RLIMIT_NPROC, (16, 16))
-    lock_files([os.path.dirname(os.__file__), "/usr/lib", "/lib", "/lib64"], os.getcwd())
+    resource.setrlimit(resource.RLIMIT_NPROC, (8, 8))
+    lock_files([os.path.dirname(os.__file__), "/usr/lib", "/lib", "/lib64"])
     exec(compile(code, "<program>", "exec"), {"__name__": "__main__"})
 
 

@@ -1,8 +1,8 @@
 """Python in a closed room: another process without network, without your files, with little memory and little time.
 
 For models that write programs. The code never runs in this process. Linux only: user, network and process namespaces
-(`unshare`) cut every connection, Landlock (see `closed_room.py`) every file but Python's own library and an empty
-folder, and resource limits stand on top. Where the kernel does not give all of it the tool refuses to exist; it never
+(`unshare`) cut every connection, Landlock (see `closed_room.py`) every file but Python's own library, and resource
+limits stand on top. Where the kernel does not give all of it the tool refuses to exist; it never
 runs code outside the room.
 """
 
@@ -66,9 +66,9 @@ def run_python(code: str, *, seconds: int, megabytes: int) -> str:
     """Run `code`; what it printed, cut at MAX_OUTPUT. Raises ToolError with the last line of an exception or the limit
     met.
 
-    Limits: CPU seconds, address space, no file above 1 MB (output is one), 16 open files; 16 processes
-    where the caller is not root. The folder it runs in is deleted afterwards. May be called on several threads: a
-    program waits for a free core before its time begins.
+    Limits: CPU seconds and address space of each process, twice the seconds on the clock, 1 MB of output, 16 open
+    files; 8 processes where the caller is not root, whom the kernel does not count. Nothing can be written but output.
+    May be called on several threads: a program waits for a free core before its time begins.
     """
     # Output goes to files, which have a limit; a pipe would carry all of it into this process's memory.
     with (
