@@ -12,7 +12,7 @@ import torch
 from minnow.config import UserError
 from minnow.data.prompts import Prompt, parse_prompt
 from minnow.data.records import RowError
-from minnow.evaluation.judge import RewardModelJudge
+from minnow.evaluation.judge import RewardModelJudge, TransformersJudge
 from minnow.model.pretrained import save_pretrained
 from minnow.model.reward_model import RewardModel
 from minnow.rl.answers import is_right, last_number
@@ -348,6 +348,13 @@ def test_a_reward_model_reads_the_whole_episode(tmp_path):
     assert len({round(reward, 5) for reward in raw}) == 3
     Rewarder(replace(config, reward_model_squash=True), enable_thinking=False).score(items)
     assert [item.rewards["reward_model"] for item in items] == pytest.approx([1 / (1 + math.exp(-r)) for r in raw])
+    template = "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}"
+    (tmp_path / "rm" / "chat_template.jinja").write_text(template)  # not ours: transformers reads it
+    Rewarder(config, enable_thinking=False).score(items)
+    theirs = TransformersJudge(tmp_path / "rm", torch.device("cpu"))
+    expected = theirs([item.conversation for item in items])
+    assert [item.rewards["reward_model"] for item in items] == pytest.approx(expected, abs=1e-5)
+    assert expected != pytest.approx(raw, abs=1e-3)
     save_pretrained(model, tmp_path / "lm", tokenizer=tokenizer)
     with pytest.raises(UserError, match="not a sequence-classification model"):
         Rewarder(replace(config, reward_model=str(tmp_path / "lm")), enable_thinking=False)
