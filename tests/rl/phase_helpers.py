@@ -16,6 +16,7 @@ from minnow.data.prompts import Prompt
 from minnow.model.transformer import CausalLM
 from minnow.rl.algorithm import AlgorithmConfig
 from minnow.rl.collapse import Watch, WatchConfig
+from minnow.rl.critic import Critic
 from minnow.rl.environment import SingleTurn
 from minnow.rl.phase_experience import PhaseSettings
 from minnow.rl.phases import Phases
@@ -83,6 +84,7 @@ def phases(
     *,
     prompts: int = 12,
     model: CausalLM | None = None,
+    critic: Critic | None = None,
 ) -> tuple[Phases, Clock]:
     """Phases whose answers are three random tokens, a pure function of the seed and the place."""
     clock = Clock()
@@ -108,7 +110,7 @@ def phases(
         how,
         engine=SimpleNamespace(model=policy, tokenizer=SimpleNamespace(decode=str), weights_updated=lambda: None),  # type: ignore[arg-type]
         reference=None,
-        critic=None,
+        critic=critic,
         prompts=[prompt(number) for number in range(prompts)],
         make_environment=SingleTurn,
         rewarder=SimpleNamespace(score=judge),  # type: ignore[arg-type]

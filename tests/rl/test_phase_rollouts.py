@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from minnow.data.batches import Share
@@ -160,3 +161,30 @@ def test_a_curriculum_remembers_what_was_judged(monkeypatch: pytest.MonkeyPatch,
     assert source.tracker is not None
     both, one, none = 0.96 * (0.96 * 0.5 + 1) + 1, 0.96 * 0.5 + 1, 0.5
     assert source.tracker.alpha_P == pytest.approx([both, one, both, one, none, one])
+
+
+@pytest.mark.parametrize("asked", [[], [0, 5]], ids=["a first round", "two were asked already"])
+@pytest.mark.parametrize(
+    "algorithm",
+    [AlgorithmConfig(advantage="tracker"), AlgorithmConfig(advantage="group", curriculum=True)],
+    ids=["spo", "a curriculum"],
+)
+def test_what_is_open_is_asked_oftener(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, algorithm: AlgorithmConfig, asked: list[int]
+) -> None:
+    """One prompt of twelve is right half of the time, the others are always or never: in 4000 phases each is asked as
+    often as its weight says."""
+    source, _ = phases(monkeypatch, tmp_path, settings(algorithm), lambda number, place: 1.0)
+    tracker = source.tracker
+    assert tracker is not None
+    for number in range(12):
+        tracker.seed(number, np.array([1.0, 0.0] * 4) if number == 7 else np.full(8, float(number % 2)))
+    weights = tracker.sampling_weights()
+    weights[asked] = 0.0
+    shares = weights / weights.sum()
+    drawn = [int(n) for phase in range(4000) for n in source.rollouts._choose(phase, len(asked), 1, asked)]
+    assert len(drawn) == 4000
+    counts, expected = np.bincount(drawn, minlength=12), 4000 * shares
+    deviations = np.sqrt(expected * (1 - shares))
+    assert expected[7] - 5 * deviations[7] > 4000 / (12 - len(asked))  # more than were all asked alike
+    assert (np.abs(counts - expected) <= 5 * deviations).all(), (counts, expected)

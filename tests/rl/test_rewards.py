@@ -1,5 +1,6 @@
 """Rewards: right answers, text, composition, and what happens when one fails."""
 
+import json
 import math
 import threading
 import time
@@ -320,6 +321,25 @@ def test_prompt_rows():
         prompt = parse_prompt(row)
         assert [m.content for m in prompt.conversation.messages] == ["hi"]
         assert prompt.reference == row.get("gt")
+        assert prompt.conversation.tools == ()
+    # Tools beside what is asked (as objects or as their JSON), or on its system message as data sets have them.
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
+    declaring = [{"role": "system", "content": "Be short.", "tools": tools}, *turns]
+    for row in (
+        {"question": "2 + 2?", "tools": tools},
+        {"prompt": "2 + 2?", "system": "Be short.", "tools": json.dumps(tools)},
+        {"prompt": turns, "tools": tools},
+        {"messages": turns, "tools": tools},
+        {"instruction": "2 + 2?", "tools": tools},
+        {"messages": declaring},
+        {"conversations": declaring[:2]},
+        {"prompt": declaring},
+    ):
+        conversation = parse_prompt(row).conversation
+        assert conversation.tools == tuple(tools), row
+        assert conversation.messages[-1].role == "user"
+    with pytest.raises(RowError, match="two different lists of tools"):
+        parse_prompt({"messages": declaring, "tools": [{**tools[0], "type": "other"}]})
     with pytest.raises(RowError, match="no `prompt`"):
         parse_prompt({"text": "x"})
     with pytest.raises(RowError, match="empty"):
