@@ -26,7 +26,7 @@ def phase_figures(trajectories: Sequence[Trajectory], scores: PhaseScores, sampl
         "truncated": float(np.mean([t.ending == "length" for t in trajectories])),
         # Mean of -log p over drawn tokens: an unbiased estimate of the entropy where the sampler is the policy.
         "entropy": float(-old.mean()),
-        "repetition": float(-np.mean([repetition_reward(t.written) for t in trajectories])),
+        "repetition": 0.0 - float(np.mean([repetition_reward(t.written) for t in trajectories])),
         "sampler_mismatch": float(np.abs(old - sampler).mean()),
         "sampler_mismatch_max": float(np.abs(old - sampler).max()),
     }
