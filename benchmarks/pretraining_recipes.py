@@ -2,11 +2,12 @@
 
     python benchmarks/pretraining_recipes.py --data $MINNOW_DATA/pretrain/*.zst --tokens 8000000 --seeds 0 1 2
 
-Arms: `minnow` (Muon, WSD, packed rows), `adamw-LR` (AdamW + cosine with our packing and batch, one arm a rate) and
-`minimind` (AdamW 5e-4, cosine to 10%, no warm-up, default betas and decay on everything, rows of at most 340 tokens
-padded to that length, mean of micro-batch means, N(0, 0.02) initialisation). Two things are kinder to it than its own
-code: a long document becomes several rows, where that drops all but the first 340 tokens; and everybody is judged on
-held-out rows of 340 tokens, the length it was trained at. The same tokenizer and the same validation rows throughout.
+Arms: `minnow` (Muon, WSD, packed rows), `adamw-LR` (AdamW + cosine with our packing and batch, one arm a rate; with our
+initialisation, or as `adamw-LR-normal` with N(0, 0.02) on every matrix) and `minimind` (AdamW 5e-4, cosine to 10%, no
+warm-up, default betas and decay on everything, rows of at most 340 tokens padded to that length, mean of micro-batch
+means, N(0, 0.02) initialisation). Two things are kinder to it than its own code: a long document becomes several rows,
+where that drops all but the first 340 tokens; and everybody is judged on held-out rows of 340 tokens, the length it was
+trained at. The same tokenizer and the same validation rows throughout.
 Tokens are real ones: padding and filler do not count. Writes one JSON line a run (every validation, with tokens and
 seconds of processor time, validations included) and the model itself, and draws the curves; `--summarise` prints the
 table from the file. For two arms side by side on two cores: OMP_NUM_THREADS=1 and one process an arm.
@@ -123,7 +124,8 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, text: RealText) ->
     if arm == "minnow":
         optim, schedule = ours, ScheduleConfig(warmup_steps=options.warmup)
     elif arm.startswith("adamw-"):
-        optim = OptimConfig(optimizer="adamw", matrix_lr=float(arm[6:]), betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        rate = float(arm.split("-")[1])
+        optim = OptimConfig(optimizer="adamw", matrix_lr=rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
         schedule = ScheduleConfig(shape="cosine", warmup_steps=options.warmup, final_fraction=0.1)
     elif arm == "minimind":
         optim = OptimConfig(optimizer="adamw", matrix_lr=5e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
@@ -131,13 +133,14 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, text: RealText) ->
         objective = MeanOfMeans()
         source = PaddedRows(text.train, seed, 256, 32)
         steps = round(options.tokens / (256 * source.tokens_per_row))
+    else:
+        raise SystemExit(f"no arm called {arm}")
+    if arm == "minimind" or arm.endswith("-normal"):
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim == 2:
                     parameter.normal_(0, 0.02, generator=generator)
-    else:
-        raise SystemExit(f"no arm called {arm}")
     if arm == "minimind" or arm.startswith("adamw"):
         for name, parameter in model.named_parameters():
             if name.endswith(("q_norm.weight", "k_norm.weight")):
