@@ -63,4 +63,4 @@ def test_a_prompt_is_read_whole_or_refused(tmp_path: Path, capsys: pytest.Captur
     start, prompts = saved(tmp_path / "start"), write_prompts(tmp_path / "prompts.jsonl")
     words = ["ppo", "--init_from", str(start), "--prompts", str(prompts), "--run", str(tmp_path / "run")]
     assert main([*words, "--sequence_length", str(len(whole) + 3), "--rollout.max_tokens", "4"]) == 2
-    assert "it does not fit sequence_length" in capsys.readouterr().err
+    assert "no prompt of the prompts is short enough" in capsys.readouterr().err

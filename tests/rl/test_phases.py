@@ -188,13 +188,26 @@ def test_one_answer_a_prompt_is_no_want_of_contrast(start, tmp_path, preset):
     assert set(figures(tmp_path / "same", "equal_groups")) == {1.0}
 
 
+def test_prompts_without_room_for_an_answer_are_left_out_and_counted(start, tmp_path, capsys):
+    """One long row of real data must not end a run before it begins, nor be cut."""
+    prompts = tmp_path / "p.jsonl"
+    long, short = {"prompt": "say 1 " * 40, "answer": "1"}, {"prompt": "say 1", "answer": "1"}
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in [long, *[short] * 6, long]))
+    more = ["--preset", "grpo", "--held_out", str(prompts), "--phases", "1", "--rollout.prompts", "6"]
+    assert rl((start[0], prompts), tmp_path / "run", *more) == 0
+    said = capsys.readouterr().err
+    assert "2 of 8 prompts are too long and left out" in said
+    assert "2 of 8 held_out are too long and left out" in said
+    assert "say 1 say 1" not in (tmp_path / "run" / "rollouts.jsonl").read_text()
+
+
 def test_what_a_user_gets_wrong(start, tmp_path, capsys):
     assert rl(start, tmp_path / "a", "--preset", "grop") == 2
     assert "there are" in capsys.readouterr().err
     assert rl(start, tmp_path / "b", "--preset", "grpo", "--rollout.samples", "1") == 2
     assert "at least 2" in capsys.readouterr().err
     assert rl(start, tmp_path / "b", "--preset", "grpo", "--rollout.samples", "2", "--rollout.max_tokens", "60") == 2
-    assert "does not fit sequence_length 64" in capsys.readouterr().err
+    assert "sequence_length 64 has room for prompts of 4 tokens" in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
 
 

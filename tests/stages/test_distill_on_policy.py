@@ -168,7 +168,7 @@ def test_what_a_user_gets_wrong(start: Path, tmp_path: Path, capsys: pytest.Capt
     refused("share below 1 and data.paths go together", data__paths=talks)
     refused("share is 0.0", share=0.0)
     refused("batch_tokens (100) must be a multiple", share=0.5, data__paths=talks, training__batch_tokens=100)
-    refused("does not fit sequence_length 64", rollout__max_tokens=60)
+    refused("sequence_length 64 has room for prompts of 4 tokens", rollout__max_tokens=60)
     refused("training.micro_batch_tokens as a number", training__micro_batch_tokens="auto")
     refused("no such setting", loss__alpha=0.5)
     model = load_pretrained(start / "student")

@@ -87,7 +87,7 @@ def run(config: Config) -> None:
     teacher = load_teacher(config.teacher, tokenizer, config.sequence_length, chats=True)
     _require_readable(config, student, teacher)
     rows_per_micro_batch = practice_rows(config.training, config.sequence_length)
-    practice = read_practice(config, tokenizer)
+    practice = read_practice(config, tokenizer, console.print)
     answers = config.rollout.prompts * config.rollout.samples
     if answers < world_size():
         raise UserError(f"{answers} answers an update cannot be shared by {world_size()} processes: draw more")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from minnow.config import UserError
@@ -50,18 +50,21 @@ class Practice:
     make_environment: MakeEnvironment
 
 
-def read_practice(config: PracticeConfig, tokenizer: Tokenizer) -> Practice:
-    """Read the prompts. UserError where one of them, with an answer, does not fit a row."""
-    prompts, held_out = read_prompts(config.prompts), read_prompts(config.held_out) if config.held_out else []
+def read_practice(config: PracticeConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> Practice:
+    """Read the prompts, without those that do not fit a row with their answer; `say` is told how many these are.
+
+    A prompt is never cut, and no episode dropped later. UserError where none fits.
+    """
     make_environment = environment_maker(
         config.environment, pond=config.pond, seconds=config.rollout.environment_seconds
     )
     if config.environment != "question" and config.rollout.max_turns < 2:
         raise UserError(f"environment {config.environment} replies to the model: give rollout.max_turns of at least 2")
-    everything = [*prompts, *held_out]
-    for first in range(0, len(everything), CHECKED_AT_ONCE):
-        _check_room(config, tokenizer, [make_environment(p) for p in everything[first : first + CHECKED_AT_ONCE]])
-    return Practice(prompts, held_out, make_environment)
+    fitting = {
+        name: _fitting(config, tokenizer, make_environment, name, read_prompts(paths), say) if paths else []
+        for name, paths in (("prompts", config.prompts), ("held_out", config.held_out))
+    }
+    return Practice(fitting["prompts"], fitting["held_out"], make_environment)
 
 
 def practice_rows(training: TrainingConfig, sequence_length: int) -> int:
@@ -90,11 +93,41 @@ def longest_batch(rollout: RolloutConfig, parts: int = 1) -> int:
     return max(1, rollout.prompts * rollout.samples * rollout.max_tokens * rollout.max_turns // parts)
 
 
-def _check_room(config: PracticeConfig, tokenizer: Tokenizer, environments: Sequence[Environment]) -> None:
-    """UserError where a prompt and its first answer might not fit a row: an episode is never cut or dropped later.
+def _fitting(
+    config: PracticeConfig,
+    tokenizer: Tokenizer,
+    make_environment: MakeEnvironment,
+    name: str,
+    prompts: Sequence[Prompt],
+    say: Callable[[str], None],
+) -> list[Prompt]:
+    """The prompts that leave room for `rollout.max_tokens` in a row."""
+    room = config.sequence_length - config.rollout.max_tokens
+    fitting: list[Prompt] = []
+    longest, shown = 0, ""
+    for first in range(0, len(prompts), CHECKED_AT_ONCE):
+        part = prompts[first : first + CHECKED_AT_ONCE]
+        for prompt, opening in zip(part, _openings(config, [make_environment(p) for p in part]), strict=True):
+            # An environment that did not open in time may do so when it is played.
+            length = 0 if opening is None else len(render(tokenizer, opening, add_generation_prompt=True).ids)
+            if length <= room:
+                fitting.append(prompt)
+            elif length > longest and opening is not None:
+                longest, shown = length, opening.messages[-1].content[:60]
+    if len(fitting) < len(prompts):
+        why = (
+            f"beside an answer of rollout.max_tokens {config.rollout.max_tokens}, sequence_length "
+            f"{config.sequence_length} has room for prompts of {max(room, 0)} tokens; the longest, "
+            f"{shown!r}, has {longest}"
+        )
+        if not fitting:
+            raise UserError(f"no prompt of the {name} is short enough: {why}. Raise it, or shorten prompts or answers")
+        say(f"{len(prompts) - len(fitting):,} of {len(prompts):,} {name} are too long and left out: {why}")
+    return fitting
 
-    An environment that does not open in time may do so when it is played; if none does, something is wrong.
-    """
+
+def _openings(config: PracticeConfig, environments: Sequence[Environment]) -> list[Conversation | None]:
+    """What each environment begins with; None for one that took too long. UserError where all did."""
     seconds, threads = config.rollout.environment_seconds, config.rollout.environment_threads
     openings = reset_all(environments, seconds=seconds, threads=threads)
     if not any(openings):
@@ -102,17 +135,4 @@ def _check_room(config: PracticeConfig, tokenizer: Tokenizer, environments: Sequ
             f"environment {config.environment}: none of {len(openings)} was reset within rollout.environment_seconds "
             f"({seconds:g}). Look into what hangs, or raise it"
         )
-    for conversation in openings:
-        if conversation is not None:
-            _check_length(config, tokenizer, conversation)
-
-
-def _check_length(config: PracticeConfig, tokenizer: Tokenizer, conversation: Conversation) -> None:
-    length = len(render(tokenizer, conversation, add_generation_prompt=True).ids)
-    if length + config.rollout.max_tokens > config.sequence_length:
-        shown = conversation.messages[-1].content[:60]
-        raise UserError(
-            f"the prompt {shown!r} has {length} tokens; with an answer of rollout.max_tokens "
-            f"{config.rollout.max_tokens} it does not fit sequence_length {config.sequence_length}: "
-            "raise it, or shorten the prompt or the answer"
-        )
+    return openings

@@ -120,7 +120,7 @@ def run(config: Config) -> None:
     model, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
     model.config.check_training_rows(config.sequence_length)
     rows_per_micro_batch = practice_rows(config.training, config.sequence_length)
-    practice = read_practice(config, tokenizer)
+    practice = read_practice(config, tokenizer, console.print)
     if config.rollout_engine.url is not None and world_size() > 1:
         raise UserError("rollout_engine.url: one process pushes weights to a server; leave out --nproc and torchrun")
     thinking = config.rollout.enable_thinking
