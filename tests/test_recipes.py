@@ -160,16 +160,25 @@ def test_the_ponds_tools_are_taught_at_a_tiny_setting(pond: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "command"),
-    [("sums", "grpo"), ("sums", "ppo"), ("sums", "spo"), ("preference", "ppo"), ("calculator", "grpo")],
+    [
+        ("sums-pond", "grpo"),
+        ("sums-pond", "ppo"),
+        ("sums-pond", "spo"),
+        ("preference-pond", "ppo"),
+        ("calculator-pond", "grpo"),
+        ("brief", "grpo"),
+    ],
 )
-def test_the_ponds_recipes_practise_at_a_tiny_setting(name: str, command: str, pond: Path) -> None:
-    if name == "preference":
+def test_recipes_practise_at_a_tiny_setting(name: str, command: str, pond: Path) -> None:
+    if name == "preference-pond":
         train("reward-pond")
-    words = f"--config {RECIPES[0].parent}/rl-{name}-pond.yaml --init_from start --phases 1 --watch.patience 0"
+    for conversations in ("practise.jsonl", "held_out.jsonl"):
+        Path(conversations).symlink_to("pond/sft.jsonl")
+    words = f"--config {RECIPES[0].parent}/rl-{name}.yaml --init_from start --phases 1 --watch.patience 0"
     words += " --rollout.prompts 4 --rollout.max_tokens 4 --training.device cpu --training.precision fp32"
     words += " --algorithm.critic.warmup_phases 0 --sequence_length 2048 --training.validate_every 0"
     assert cli.main([command, *words.split()]) == 0
-    lines = (pond / f"runs/rl-{name}-pond/metrics.jsonl").read_text().splitlines()
+    lines = (pond / f"runs/rl-{name}/metrics.jsonl").read_text().splitlines()
     assert any("held_out/reward" in json.loads(line) for line in lines)
 
 

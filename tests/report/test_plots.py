@@ -27,8 +27,8 @@ def test_the_rollout_figure_draws_every_phase_and_every_examination() -> None:
     ]
     updates: list[dict[str, Any]] = [
         {"step": 1, "loss": 0.1},
-        {"step": 5, "held_out/reward": 0.2, "held_out/length": 9.0},
-        {"step": 10, "held_out/reward": 0.6, "held_out/length": 8.0},
+        {"step": 5, "held_out/reward": 0.2, "held_out/tokens": 9.0},
+        {"step": 10, "held_out/reward": 0.6, "held_out/tokens": 8.0},
     ]
     figure = rollout_figure(phases, updates, "a run")
     drawn = {line.get_label(): list(line.get_xydata()[:, 1]) for axes in figure.axes for line in axes.get_lines()}

@@ -231,9 +231,11 @@ def test_held_out_prompts_are_asked_before_the_first_update_and_drawn_from(start
 def test_held_out_prompts_are_asked_greedily(start, tmp_path):
     _, prompts = start
     more = ["--preset", "grpo", "--rollout.samples", "2", "--phases", "1", "--held_out", str(prompts)]
-    assert rl(start, tmp_path / "run", *more) == 0
+    assert rl(start, tmp_path / "run", *more, "--rewards.length", "1", "--rewards.longest", "1") == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert any("held_out/answer" in line for line in lines)
+    first = next(line for line in lines if "held_out/reward" in line)
+    assert first["held_out/length"] <= 1 < first["held_out/tokens"]  # the reward called so, and the tokens
     assert not any("held_out/pass@1" in line for line in lines)
 
 

@@ -131,7 +131,7 @@ def rollout_figure(phases: Sequence[Record], updates: Sequence[Record], title: s
         _curve(reward, phases, key, f"C{i}", label=key, smooth=True)
     reward.set(title="rollouts", ylabel="mean of a phase")
     names = dict.fromkeys(key for record in updates for key in record if key.startswith("held_out/"))
-    for i, key in enumerate(name for name in names if name != "held_out/length"):
+    for i, key in enumerate(name for name in names if name != "held_out/tokens"):
         _curve(held_out, updates, key, f"C{i}", label=key.removeprefix("held_out/"))
     held_out.set(title="held-out prompts, answered greedily (pass@K: drawn)", ylabel="mean of a validation")
     _curve(length, phases, "length", BLUE, label="tokens of an answer", smooth=True)

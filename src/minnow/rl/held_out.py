@@ -39,7 +39,7 @@ class HeldOut:
         for name in trajectories[0].rewards:
             figures[f"held_out/{name}"] = float(np.mean([t.rewards[name] for t in trajectories]))
         figures |= {f"held_out/{name}": count for name, count in left_out_figures(trajectories).items() if count}
-        figures["held_out/length"] = float(np.mean([t.num_trained for t in trajectories]))
+        figures["held_out/tokens"] = float(np.mean([t.num_trained for t in trajectories]))
         if self.samples:
             drawn = pass_figures(self._answers(self.samples, greedy=False), self.samples)
             figures |= {f"held_out/{name}": value for name, value in drawn.items()}
