@@ -1,13 +1,18 @@
-"""Which CPUs compute in bf16 by default."""
+"""Which CPUs compute in bf16 by default, and whose OpenMP threads stay."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from minnow.cpu import cpu_multiplies_bf16_faster
+from minnow.config import UserError
+from minnow.cpu import cpu_multiplies_bf16_faster, in_passing_thread
 from minnow.optim.newton_schulz import fast_dtype
 from minnow.training.hardware import choose_precision
 
@@ -37,3 +42,40 @@ def test_an_older_torch_tells_of_amx_only(monkeypatch: pytest.MonkeyPatch, amx: 
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert cpu_multiplies_bf16_faster() is amx
+
+
+def test_what_is_done_in_passing_comes_back() -> None:
+    assert in_passing_thread(lambda: threading.current_thread()) not in threading.enumerate()
+
+    def fail() -> None:
+        raise UserError("no such model")
+
+    with pytest.raises(UserError, match="no such model"):
+        in_passing_thread(fail)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")
+def test_a_passing_thread_leaves_no_threads_of_openmp() -> None:
+    """Those of the main thread stay, and would put the next thread's to sleep between its operations."""
+    program = """
+import os, time, torch
+from minnow.cpu import in_passing_thread
+def threads():
+    return len(os.listdir("/proc/self/task")) - before
+def compute():
+    torch.ones(1 << 20).exp().sum()
+    return threads()
+before = len(os.listdir("/proc/self/task"))
+inside = in_passing_thread(compute)
+deadline = time.monotonic() + 30
+while threads() and time.monotonic() < deadline:  # they end a moment after the one that they helped
+    time.sleep(0.01)
+print(torch.get_num_threads(), inside, threads(), compute())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    threads, inside, after, in_main = map(int, done.stdout.split())
+    if threads == 1:
+        pytest.skip("one core: nobody helps")
+    assert inside > 1, "itself and its helpers"
+    assert in_main > 0, "helpers stay with a thread that lives"
+    assert after == 0

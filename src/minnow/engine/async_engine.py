@@ -81,6 +81,9 @@ class AsyncEngine:
     max_answers: most answers (samples of all requests together) under way and waiting; one more is a
     `QueueFullError`. While the worker lives nobody else may touch the engine: `call` runs a function between
     two of its steps, `compute` one that takes as long as a step.
+
+    On a CPU load the model in a thread that ends (`minnow.cpu.in_passing_thread`), or the worker is two to three times
+    as slow.
     """
 
     def __init__(self, engine: Engine, *, max_answers: int = 256) -> None:

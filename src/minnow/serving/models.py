@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from minnow.config import UserError
+from minnow.cpu import in_passing_thread
 from minnow.engine import Delta, Engine, SamplingParams
 from minnow.engine.async_engine import Answer, AsyncEngine, ClosedError, QueueFullError
 from minnow.model.context import AS_TRAINED, ContextConfig
@@ -78,7 +79,8 @@ class ServedModel:
         if self.parent is None:
             await self._reload_model(folder)
         else:
-            layers = await asyncio.to_thread(self.engine.engine.adapters.read, folder)
+            read = partial(self.engine.engine.adapters.read, folder)
+            layers = await asyncio.to_thread(in_passing_thread, read)
 
             def put(engine: Engine) -> None:
                 engine.adapters.put(self.name, layers)
@@ -102,7 +104,7 @@ class ServedModel:
                 raise UserError(f"{folder}: its tokenizer differs from the served model's: start a server for it")
             return fresh.state_dict()
 
-        weights = await asyncio.to_thread(load, self.engine.engine)
+        weights = await asyncio.to_thread(in_passing_thread, partial(load, self.engine.engine))
 
         def swap(engine: Engine) -> None:
             engine.model.load_state_dict(weights)

@@ -14,6 +14,7 @@ from fastapi import FastAPI
 
 from minnow.config import UserError
 from minnow.console import plain_console
+from minnow.cpu import in_passing_thread
 from minnow.engine import Engine, SamplingParams
 from minnow.engine.async_engine import AsyncEngine
 from minnow.engine.engine import usual_memory_share
@@ -83,7 +84,7 @@ def run(config: Config) -> None:
     if placed and config.compile:
         raise UserError("--compile takes a frozen copy of a model, and a model with --adapters is run as it is")
     listening = _listen(config.host, config.port)
-    app = build_app(config, named, placed, local=local)
+    app = in_passing_thread(lambda: build_app(config, named, placed, local=local))
     address, port = listening.getsockname()[:2]
     shown = f"[{address}]" if ":" in address else address
     print(f"serving {', '.join([*named, *placed])} at http://{shown}:{port}/v1", flush=True)
