@@ -131,7 +131,9 @@ def test_a_process_holds_what_was_planned(tmp_path: Path) -> None:
         )  # fmt: skip
         folder = tmp_path / str(width)
         save_pretrained(CausalLM(shape), folder / "start", tokenizer=tokenizer)
-        plans.append(planned(folder / "start", folder / "plan.json", "ppo", "--rollout.prompts", "16")["total"])
+        plans.append(
+            planned(folder / "start", folder / "plan.json", "ppo", "--rollout.prompts", "16", "--phases", "2")["total"]
+        )
         words = {
             "init_from": folder / "start", "prompts": write_prompts(folder / "prompts.jsonl"), "run": folder / "run",
             "phases": 2, "rollout.prompts": 16, "rollout.max_tokens": 8, "sequence_length": 64,
