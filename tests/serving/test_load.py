@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ctypes
 import os
 import time
 from pathlib import Path
@@ -21,6 +23,12 @@ QUESTIONS = ["Who are you?", "你是谁？", "Where does Tavrik live?", "What is
 def resident_mib() -> float:
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def let_threads_share_their_heap() -> None:
+    """GNU's C library gives threads heaps of their own (M_ARENA_MAX, -8); how these fill is no leak of the server's."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(-8, 2)
 
 
 async def answer(running: Running, seed: int) -> str:
@@ -63,6 +71,7 @@ async def load(running: Running, seconds: float) -> tuple[dict[int, str], list[f
 
 
 def check(folder: Path, seconds: float, streams_alone: int) -> None:
+    let_threads_share_their_heap()
     with serving({"m": folder}) as running:
         assert isinstance(running.engines["m"].engine._decoder(), PackedModel)  # what `minnow serve` runs
         answers, memory = asyncio.run(load(running, seconds))
