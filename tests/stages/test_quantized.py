@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -80,7 +82,17 @@ def test_generate_and_eval_say_what_it_saves(tmp_path: Path, capsys: pytest.Capt
     assert math.isclose(figures[0], figures[1], rel_tol=0.02)
 
 
-def test_a_served_int8_model_stays_one_when_it_is_reloaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_served_int8_model_stays_one_when_it_is_reloaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding computes: it happens in a thread that ends, or the engine's would be slower ever after."""
+    rounding: list[threading.Thread] = []
+
+    def load(*arguments: Any, **options: Any) -> CausalLM:
+        rounding.append(threading.current_thread())
+        return load_quantized(*arguments, **options)
+
+    monkeypatch.setattr("minnow.serving.models.load_quantized", load)
     folder, other = save_lively_model(tmp_path / "m"), save_lively_model(tmp_path / "other", seed=5)
     named = name_models([str(folder)])
     config = Config(models=(str(folder),), device="cpu", precision="fp32", quantize="int8", api_key="k")
@@ -102,6 +114,7 @@ def test_a_served_int8_model_stays_one_when_it_is_reloaded(tmp_path: Path, capsy
             headers={"Authorization": "Bearer k"},
         )
         assert reloaded.status_code == 200, reloaded.text
+        assert not rounding[0].is_alive()
         assert is_quantized(served.engine.engine.model)
         assert answer() != before
         expected = load_quantized(other, "int8").state_dict()

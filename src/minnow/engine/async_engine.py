@@ -82,8 +82,8 @@ class AsyncEngine:
     `QueueFullError`. While the worker lives nobody else may touch the engine: `call` runs a function between
     two of its steps, `compute` one that takes as long as a step.
 
-    On a CPU load the model in a thread that ends (`minnow.cpu.in_passing_thread`), or the worker is two to three times
-    as slow.
+    On a CPU compute nothing in a thread that lives on beside it, or the worker is two to three times as slow: compile
+    or try the engine in `minnow.cpu.in_passing_thread`.
     """
 
     def __init__(self, engine: Engine, *, max_answers: int = 256) -> None:

@@ -1,6 +1,6 @@
 """The program that runs a model's code: it locks itself in, then runs what comes on standard input.
 
-Started by `sandbox.py` in a process, namespace and folder of its own, with nothing of minnow imported. It gives up
+Started by `sandbox.py` in a process and namespaces of its own, with nothing of minnow imported. It gives up
 every access to files but reading Python's own library (Landlock, Linux 5.13; `landlock(7)`), and cannot take it back.
 There is no file to write: each could be small, and all together the disk.
 """

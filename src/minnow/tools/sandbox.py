@@ -72,7 +72,6 @@ def run_python(code: str, *, seconds: int, megabytes: int) -> str:
     """
     # Output goes to files, which have a limit; a pipe would carry all of it into this process's memory.
     with (
-        tempfile.TemporaryDirectory(prefix="minnow-python-") as folder,
         tempfile.TemporaryFile() as printed,
         tempfile.TemporaryFile() as complaints,
         _FREE_CORES,
@@ -83,7 +82,7 @@ def run_python(code: str, *, seconds: int, megabytes: int) -> str:
                 stdout=printed,
                 stderr=complaints,
                 input=code.encode("utf-8", "replace"),
-                cwd=folder,
+                cwd="/",
                 env={},
                 timeout=2 * seconds + 1,
             )
