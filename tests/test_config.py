@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from minnow.config import UserError, atomic_write, config_from_yaml, config_to_yaml, parse_config
+from minnow.config import UserError, config_from_yaml, config_to_yaml, parse_config
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -254,16 +254,3 @@ def test_errors_in_a_file_name_file_and_line(tmp_path: Path, text: str, message:
         parse("--config", str(file))
     assert str(error.value).startswith(f"{file}{message}")
     assert "\n" not in str(error.value)
-
-
-def test_atomic_write_gives_the_whole_file_or_none(tmp_path: Path) -> None:
-    target = tmp_path / "deep" / "file.txt"
-    with atomic_write(target) as temporary:
-        temporary.write_text("one")
-        assert not target.exists()
-    assert target.read_text() == "one"
-    with pytest.raises(ZeroDivisionError), atomic_write(target) as temporary:  # noqa: PT012
-        temporary.write_text("two")
-        _ = 1 / 0
-    assert target.read_text() == "one"
-    assert [path.name for path in target.parent.iterdir()] == ["file.txt"]

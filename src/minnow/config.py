@@ -1,4 +1,4 @@
-"""Configuration: YAML files + command line -> frozen dataclasses; also the user's error and the atomic write.
+"""Configuration: YAML files + command line -> frozen dataclasses; also the user's error.
 
 A configuration is a frozen, keyword-only dataclass. Its sections are dataclasses too, so every setting has a
 dotted key: `optim.learning_rate`. Settings come from (later wins) the dataclass defaults, the YAML files that
@@ -22,10 +22,8 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-import os
 import typing
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -50,24 +48,6 @@ T = TypeVar("T")
 
 class UserError(ValueError):
     """Something the user can mend: the message says what is wrong, where, and what to do. Exit code 2."""
-
-
-@contextmanager
-def atomic_write(path: str | Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it is flushed and renamed, on failure removed.
-
-    A reader therefore sees the whole file or none of it.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def parse_config(config_class: type[T], argv: Sequence[str], *, program: str) -> T:

@@ -5,21 +5,22 @@ from __future__ import annotations
 import errno
 import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from minnow import disk
 from minnow.config import UserError
 from minnow.data.batches import Share
+from minnow.disk import DiskFull
 from minnow.training.checkpoint import list_checkpoints
 from minnow.training.lock import FolderLock
-from minnow.training.run_folder import MetricsLog
 from minnow.training.trainer import Trainer
 
 from .helpers import RandomSource, make_trainer
@@ -183,38 +184,80 @@ def test_a_step_can_be_asked_for(tmp_path: Path, straight: Trainer) -> None:
     assert_ends_the_same(tmp_path, straight)
 
 
-def test_a_full_disk_stops_the_run_in_words_and_spares_the_last_checkpoint(tmp_path: Path, straight: Trainer) -> None:
-    """A real failing write: files may not grow beyond 20 kB from step 7 on; a shard is larger."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_full_disk_stops_the_run_in_words_and_spares_the_last_checkpoint(
+    tmp_path: Path, straight: Trainer, full_disk: Callable[[int], None]
+) -> None:
+    """From step 7 on; a shard is larger than 20 kB."""
     trainer = make_trainer(tmp_path)
 
     def fill_the_disk() -> None:
         trainer.writer.wait()  # step 6 is written beside step 7
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+        full_disk(20_000)
 
     trainer.source = DoAt(7, fill_the_disk)
-    try:
-        with pytest.raises(UserError, match=r"step-00000008: .*the disk is full.*step-00000006 before it is whole"):
-            trainer.fit()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with pytest.raises(UserError, match=r"step-00000008: .*the disk is full.*step-00000006 before it is whole"):
+        trainer.fit()
+    full_disk(-1)
     assert list_checkpoints(trainer.checkpoints)[-1].step == 6
     again = assert_ends_the_same(tmp_path, straight)
     assert "unfinished" in again.passed_over[0]
 
 
-def test_a_full_disk_while_logging(tmp_path: Path, straight: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    append = MetricsLog.append
+def test_a_full_disk_while_logging(tmp_path: Path, straight: Trainer, full_disk: Callable[[int], None]) -> None:
+    trainer = make_trainer(tmp_path)
 
-    def full(self: MetricsLog, record: dict) -> None:
-        if record["step"] == 8:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        append(self, record)
+    def fill_the_disk() -> None:
+        trainer.writer.wait()
+        full_disk(trainer.metrics.path.stat().st_size + 10)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "append", full)
-        with pytest.raises(UserError, match=r"metrics.jsonl: could not be written \(No space left.*step 8"):
-            make_trainer(tmp_path).fit()
+    trainer.source = DoAt(7, fill_the_disk)
+    with pytest.raises(DiskFull, match=r"metrics.jsonl: could not be written: the disk is full"):
+        trainer.fit()
+    full_disk(-1)
+    assert assert_ends_the_same(tmp_path, straight).state.step == 12
+
+
+def test_a_full_disk_at_what_the_source_keeps(
+    tmp_path: Path, straight: Trainer, full_disk: Callable[[int], None]
+) -> None:
+    """torch.save tells of a short write as a RuntimeError about positions."""
+
+    class Keeping(DoAt):
+        def state_dict(self) -> dict:
+            return {"kept": torch.zeros(10_000)}
+
+        def load_state_dict(self, state: dict) -> None:
+            pass
+
+    trainer = make_trainer(tmp_path)
+
+    def fill_the_disk() -> None:
+        trainer.writer.wait()
+        full_disk(20_000)
+
+    trainer.source = Keeping(7, fill_the_disk)
+    with pytest.raises(UserError, match=r"step-00000008: .*the disk is full.*step-00000006 before it is whole"):
+        trainer.fit()
+    full_disk(-1)
+    assert_ends_the_same(tmp_path, straight)
+
+
+def test_a_full_disk_at_the_mark_of_completeness(
+    tmp_path: Path, straight: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path)
+
+    def full(source: str, target: str | Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def fill_the_disk() -> None:
+        trainer.writer.wait()
+        monkeypatch.setattr(disk.os, "replace", full)
+
+    trainer.source = DoAt(7, fill_the_disk)
+    with pytest.raises(UserError, match=r"step-00000008: .*the disk is full.*step-00000006 before it is whole"):
+        trainer.fit()
+    monkeypatch.undo()
     assert_ends_the_same(tmp_path, straight)
 
 

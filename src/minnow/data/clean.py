@@ -21,7 +21,7 @@ from typing import IO, Any, Literal, cast
 
 import zstandard
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
 from minnow.data.decontamination import EvaluationSets
 from minnow.data.files import COMPRESSIONS
 from minnow.data.languages import LanguageFilter
@@ -31,6 +31,7 @@ from minnow.data.readers import Raw, iter_raw, parse_row
 from minnow.data.records import RowError, checked_text
 from minnow.data.said import Said, read_said
 from minnow.data.sources import FORMATS, Source, find_sources
+from minnow.disk import atomic_write, told_when_full
 
 Reason = Literal["bad_row", "too_short", "too_long", "language", "contaminated", "exact_duplicate", "near_duplicate"]
 
@@ -273,7 +274,7 @@ def _plain(value: Any) -> str:
 @contextmanager
 def _writer(path: Path) -> Iterator[IO[bytes]]:
     """A file to write, compressed if its name says so, on disk when the context ends."""
-    with open(path, "wb") as file:
+    with told_when_full(path), open(path, "wb") as file:
         if path.suffix == ".zst":
             with zstandard.ZstdCompressor().stream_writer(file, closefd=False) as packed:
                 yield cast(IO[bytes], packed)

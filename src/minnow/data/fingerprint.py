@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
 from minnow.data.files import content_identity
 from minnow.data.shards import file_sha256
 from minnow.data.sources import Source
+from minnow.disk import atomic_write
 
 _SETTLED_SECONDS = 2.0
 

@@ -14,10 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
 from minnow.data.encoding import Checked
 from minnow.data.lots import Lot, in_order
 from minnow.data.progress import NUM_SHOWN
+from minnow.disk import atomic_write
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
 from minnow.data.encoding import Checked, Encoded, Kind, RawBatch, documents_per_example
 from minnow.data.job import DataConfig, Job, find_job
 from minnow.data.journal import Journal, Part, Tally, shard_name
@@ -27,6 +27,7 @@ from minnow.data.readers import rows_before
 from minnow.data.shard_writer import ShardWriter, finish_folder, write_token_bytes
 from minnow.data.windows import WINDOW_SHARDS
 from minnow.data.workers import Workers
+from minnow.disk import atomic_write
 from minnow.tokenizer.tokenizer import Tokenizer
 
 _POLL_SECONDS = 1.0

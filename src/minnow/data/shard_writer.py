@@ -11,8 +11,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from minnow.config import atomic_write
 from minnow.data.shards import FORMAT_VERSION, file_sha256, token_dtype
+from minnow.disk import atomic_write, told_when_full
 
 
 class _HashedFile:
@@ -27,14 +27,16 @@ class _HashedFile:
 
     def write(self, values: np.ndarray) -> None:
         data = values.tobytes()
-        self.file.write(data)
+        with told_when_full(self.path):
+            self.file.write(data)
         self.sha256.update(data)
         self.bytes += len(data)
 
     def finish(self) -> dict[str, Any]:
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        with told_when_full(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
         os.replace(self.temporary, self.path)
         return {"bytes": self.bytes, "sha256": self.sha256.hexdigest()}
 

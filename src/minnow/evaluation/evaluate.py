@@ -13,7 +13,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
+from minnow.disk import atomic_write
 from minnow.evaluation.registry import Score, Subject, Task
 from minnow.evaluation.statistics import Interval
 from minnow.model.transformer import CausalLM

@@ -16,7 +16,8 @@ import torch
 from gguf import GGMLQuantizationType as Quantization
 from torch import Tensor
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
+from minnow.disk import atomic_write
 from minnow.export.gguf_shape import add_shape, gguf_architecture, gguf_tensors
 from minnow.export.gguf_tokenizer import add_tokenizer
 from minnow.export.template import model_name, without_thinking

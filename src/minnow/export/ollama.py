@@ -9,7 +9,8 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
+from minnow.disk import atomic_write
 from minnow.export.gguf_file import GgufFile, GgufType, write_gguf
 from minnow.model.context import AS_TRAINED, ContextConfig
 from minnow.model.pretrained import read_config

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minnow.config import UserError
+from minnow.disk import told_when_full
 from minnow.json_file import read_json
 from minnow.model.adapter import (
     adapter_weights,
@@ -56,7 +57,7 @@ def save_pretrained(
     Of a model with adapters only those are written, in PEFT's files: the frozen base stays where it is.
     Of a model in slices (FSDP2) every process must call it: the slices are gathered, and the first process writes.
     dtype: of the stored weights; None keeps the parameters' own. With a tokenizer, its files are written
-    too and the ids at which `transformers.generate` starts, stops and pads.
+    too and the ids at which `transformers.generate` starts, stops and pads. DiskFull when there is no room.
     """
     folder = Path(folder)
     if model.adapter is not None:
@@ -68,17 +69,18 @@ def save_pretrained(
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our id
-    temporary.mkdir()
-    try:
-        if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
-        if model.adapter is not None:
-            write_adapter(model, weights, temporary)
-        else:
-            _write_model(model, weights, temporary, tokenizer, dtype)
-        _replace_folder(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with told_when_full(folder):
+        temporary.mkdir()
+        try:
+            if tokenizer is not None:
+                tokenizer.save_pretrained(temporary)
+            if model.adapter is not None:
+                write_adapter(model, weights, temporary)
+            else:
+                _write_model(model, weights, temporary, tokenizer, dtype)
+            _replace_folder(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_model(

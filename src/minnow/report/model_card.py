@@ -15,7 +15,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 
 from minnow import __version__
-from minnow.config import atomic_write
+from minnow.disk import atomic_write
 from minnow.model.reward_model import is_classification
 from minnow.report.lineage import Run, lineage, read_rollouts, run_of
 from minnow.report.plots import figures_of, save_figure

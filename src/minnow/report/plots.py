@@ -9,7 +9,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
+from minnow.disk import atomic_write
 
 Record = dict[str, Any]
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
+from minnow.disk import atomic_write
 from minnow.report.lineage import read_records, read_rollouts, stage_folders
 from minnow.report.model_card import write_model_card
 from minnow.report.plots import figures_of, learns_from_pairs

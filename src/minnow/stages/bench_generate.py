@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
 from minnow.console import plain_console
+from minnow.disk import atomic_write
 from minnow.engine import Engine, SamplingParams
 from minnow.model.config import ModelConfig
 from minnow.model.hf_config import to_hf_config

@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
+from minnow.disk import atomic_write
 from minnow.engine import SamplingOptions
 from minnow.stages.chat_session import ChatSession
 

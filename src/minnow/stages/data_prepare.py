@@ -10,13 +10,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from minnow.config import atomic_write
 from minnow.console import plain_console
 from minnow.data.encoding import Kind
 from minnow.data.journal import Part
 from minnow.data.preparation import prepare_part
 from minnow.data.prepare import DataConfig, PreparedData, prepare
 from minnow.data.summary import summarise
+from minnow.disk import atomic_write
 from minnow.tokenizer.tokenizer import Tokenizer
 
 

@@ -18,6 +18,7 @@ from minnow.data.openai_form import tool_name
 from minnow.data.prompts import parse_prompt
 from minnow.data.readers import parse_row, read_rows
 from minnow.data.records import RowError, canonical, conversation_row, parse_conversation
+from minnow.disk import told_when_full
 from minnow.stages.teacher import Answer, TeacherConfig, ask
 from minnow.tokenizer.chat import Conversation, Message
 from minnow.tokenizer.special import SPECIAL_TOKENS
@@ -56,7 +57,7 @@ def run(config: Config) -> None:
     counts: Counter[str] = Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
     # Half of a surrogate pair in a prompt's tools becomes its JSON escape, as it came, instead of an error.
-    with open(out, "a", encoding="utf-8", errors="backslashreplace") as file:
+    with told_when_full(out), open(out, "a", encoding="utf-8", errors="backslashreplace") as file:
         for prompt, answer in ask(config, prompts) if prompts else ():
             problem = check(answer, prompt.tools, config.must_match)
             counts[problem or "kept"] += 1

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from minnow.config import UserError
 from minnow.console import plain_console
+from minnow.disk import told_when_full
 from minnow.model.context import ContextConfig
 from minnow.model.pretrained import resolve_model_folder
 from minnow.report.model_card import write_model_card
@@ -63,7 +64,8 @@ def run(config: Config) -> None:
     if home == folder and config.to != "hub":
         write_model_card(folder)
     ways = {"gguf": _gguf, "ollama": _ollama, "onnx": _onnx, "hub": _hub}
-    ways[config.to](config, folder, home, console)
+    with told_when_full(config.out or home):
+        ways[config.to](config, folder, home, console)
 
 
 def _gguf(config: Config, folder: Path, home: Path, console: Console) -> None:

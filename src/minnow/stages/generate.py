@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
 from minnow.console import plain_console
+from minnow.disk import atomic_write
 from minnow.engine import Engine, SamplingParams
 from minnow.stages.terminal import TalkingConfig, printable, tolerate_any_text
 

@@ -14,8 +14,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
 from minnow.console import plain_console
+from minnow.disk import atomic_write
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import read_config, resolve_model_folder
 from minnow.model.size import active_parameter_count, parameter_count, training_flops_per_token

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from minnow.config import atomic_write
 from minnow.console import plain_console
+from minnow.disk import atomic_write
 from minnow.engine.cache import bytes_per_token
 from minnow.engine.engine import MAX_ROWS
 from minnow.engine.packed import packed_bytes

@@ -19,12 +19,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
 from minnow.console import plain_console, program
 from minnow.data.pond.world import World
 from minnow.data.pond.write import write_pond
 from minnow.data.prepare import DataConfig
 from minnow.data.readers import read_texts
+from minnow.disk import atomic_write
 from minnow.engine.engine import Engine
 from minnow.engine.sampling import SamplingParams
 from minnow.evaluation.evaluate import TaskResult, evaluate, show, write_results, write_rows

@@ -9,9 +9,10 @@ from itertools import cycle, islice
 from rich.table import Table
 from rich.text import Text
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
 from minnow.console import plain_console
 from minnow.data.readers import read_texts
+from minnow.disk import atomic_write
 from minnow.tokenizer import Tokenizer
 
 SAMPLES = {

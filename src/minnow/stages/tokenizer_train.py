@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import cycle
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
 from minnow.console import plain_console
 from minnow.data.readers import read_texts
 from minnow.data.sources import find_sources
+from minnow.disk import atomic_write
 from minnow.tokenizer import train_tokenizer
 
 MOST_OPEN = 128

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.optim import Optimizer
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
+from minnow.disk import DiskFull, atomic_write, is_full
 from minnow.training.checkpoint import (
     COMPLETE,
     SOURCE,
@@ -143,11 +143,11 @@ class told_in_words:  # noqa: N801 - used like a function
         pass
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if not isinstance(error, OSError | CheckpointException):
+        if error is None or not (isinstance(error, OSError | CheckpointException | DiskFull) or is_full(error)):
             return
-        causes = [cause for cause in _causes(error) if isinstance(cause, OSError)]
-        full = any(cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) for cause in causes)
-        why = "the disk is full" if full else str(causes[0] if causes else error)
+        causes = list(_causes(error))
+        of_system = [cause for cause in causes if isinstance(cause, OSError)]
+        why = "the disk is full" if any(map(is_full, causes)) else str(of_system[0] if of_system else error)
         before = [c for c in list_checkpoints(self.folder.parent) if c.folder != self.folder]
         kept = f"{before[-1].folder.name} before it is whole" if before else "there is none before it"
         raise UserError(

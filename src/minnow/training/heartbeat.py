@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
 
-from minnow.config import atomic_write
+from minnow.disk import DiskFull, atomic_write
 
 HEARTBEAT = "heartbeat.json"
 SECONDS_BETWEEN_BEATS = 1.0
@@ -50,7 +50,7 @@ class Heartbeat:
             "stall_seconds": self.stall_seconds,
         }
         # A run does not end for want of a sign of life; a disk that is really full ends it at the next line of its log.
-        with contextlib.suppress(OSError), atomic_write(self.path) as temporary:
+        with contextlib.suppress(OSError, DiskFull), atomic_write(self.path) as temporary:
             temporary.write_text(json.dumps(beat) + "\n", encoding="utf-8")
 
 

@@ -12,7 +12,6 @@ from typing import Self
 
 import torch
 
-from minnow.config import UserError
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import is_first, rank
 from minnow.training.heartbeat import Heartbeat, StallDetector, State
@@ -85,16 +84,10 @@ class Observer:
         self._beat("training")
 
     def log(self, record: Record) -> None:
-        """Write a line into the log, and from there to the trackers. UserError when the disk does not take it."""
+        """Write a line into the log, and from there to the trackers. DiskFull when there is no room for it."""
         if not is_first():
             return
-        try:
-            self.metrics.append(record)
-        except OSError as error:
-            raise UserError(
-                f"{self.metrics.path}: could not be written ({error.strerror}); the run stops at step {self.step}. "
-                "Make room, and run the same command again to continue from the last checkpoint"
-            ) from error
+        self.metrics.append(record)
         self.tracking.update()
 
     def say(self, text: str) -> None:

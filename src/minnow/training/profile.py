@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch.profiler import ProfilerActivity, profile, schedule
 
-from minnow.config import atomic_write
+from minnow.disk import atomic_write
 
 SKIPPED, WARM_UP, RECORDED = 3, 1, 3
 """Updates: the first ones compile and allocate; one runs under the profiler unrecorded, whose start costs time too."""

@@ -20,9 +20,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
 from minnow.data.batches import Batch, PackedDataset
 from minnow.data.shards import Shards
+from minnow.disk import atomic_write
 from minnow.model.attention import PackedAttention
 from minnow.model.slices import examined
 from minnow.model.transformer import CausalLM

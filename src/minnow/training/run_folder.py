@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from minnow.config import atomic_write
+from minnow.disk import atomic_write, told_when_full
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
 
@@ -25,9 +25,12 @@ class MetricsLog:
         self.path = path
 
     def append(self, record: Record) -> None:
-        """Add one line and hand it to the operating system at once. Non-finite numbers become null (JSON has none)."""
+        """Add one line and hand it to the operating system at once. Non-finite numbers become null (JSON has none).
+
+        DiskFull when the disk does not take it.
+        """
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        with open(self.path, "a", encoding="utf-8") as file:
+        with told_when_full(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(clean, ensure_ascii=False) + "\n")
 
     def read(self) -> list[Record]:

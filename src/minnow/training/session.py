@@ -16,7 +16,8 @@ import yaml
 from rich.console import Console
 from torch import nn
 
-from minnow.config import UserError, atomic_write, config_to_yaml
+from minnow.config import UserError, config_to_yaml
+from minnow.disk import atomic_write
 from minnow.model.adapter import is_adapter
 from minnow.model.lora import LoraConfig, add_lora
 from minnow.model.pretrained import is_model_folder, load_pretrained, resolve_model_folder, save_pretrained

@@ -16,7 +16,8 @@ from typing import Any, Literal, Protocol
 
 import yaml
 
-from minnow.config import UserError, atomic_write
+from minnow.config import UserError
+from minnow.disk import atomic_write
 from minnow.training.run_folder import METRICS, ROLLOUTS, LogFollower, Record
 
 TrackerName = Literal["tensorboard", "wandb", "swanlab", "trackio"]

@@ -23,6 +23,7 @@ from minnow.data.pond.stories import PondDocument, statement_documents
 from minnow.data.pond.tools import calculator_conversations, tool_conversations
 from minnow.data.pond.world import Split, World
 from minnow.data.records import conversation_row
+from minnow.disk import told_when_full
 from minnow.tokenizer.chat import Conversation
 
 ENGLISH_SHARE = 0.5  # of the documents; English ones are longer
@@ -168,7 +169,7 @@ def _document_row(document: PondDocument) -> dict[str, Any]:
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     count = 0
-    with open(path, "w", encoding="utf-8") as file:
+    with told_when_full(path), open(path, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1

@@ -1,0 +1,61 @@
+"""Files that are whole or not there, and a full disk told in words."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from minnow.config import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What libraries say that write by themselves and raise no OSError, or one without its number: safetensors (Rust's
+# words), torch.save (a zip file shorter than what went into it), numpy's tofile.
+_SIGNS = (*(f"(os error {code})" for code in _FULL), ". unexpected pos ", " requested and ")
+
+
+class DiskFull(UserError):  # noqa: N818 (it is a state of the world, as OutOfMemory)
+    """A file could not be written for want of room."""
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether `error` says that the disk is full, or the user's share of it, or the largest file that may be."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in _FULL
+    return isinstance(error, OSError | RuntimeError | SafetensorError) and any(sign in str(error) for sign in _SIGNS)
+
+
+@contextmanager
+def told_when_full(path: str | Path) -> Iterator[None]:
+    """Raise `DiskFull` where what is done inside finds no room for `path`; any other error passes."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or not is_full(error):
+            raise
+        raise DiskFull(
+            f"{path}: could not be written: the disk is full. Make room, and run the same command again"
+        ) from error
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[Path]:
+    """Give a temporary path beside `path`; on success it is flushed and renamed, on failure removed.
+
+    A reader therefore sees the whole file or none of it. DiskFull when there is no room for it.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with told_when_full(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,101 @@
+"""Files whole or not there; a full disk in words, whoever notices it first."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from minnow.data.shard_writer import ShardWriter
+from minnow.disk import DiskFull, atomic_write, told_when_full
+from minnow.model.config import ModelConfig
+from minnow.model.pretrained import save_pretrained
+from minnow.model.transformer import CausalLM
+from minnow.training.run_folder import MetricsLog
+
+
+def test_atomic_write_gives_the_whole_file_or_none(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "file.txt"
+    with atomic_write(target) as temporary:
+        temporary.write_text("one")
+        assert not target.exists()
+    assert target.read_text() == "one"
+    with pytest.raises(ZeroDivisionError), atomic_write(target) as temporary:  # noqa: PT012
+        temporary.write_text("two")
+        _ = 1 / 0
+    assert target.read_text() == "one"
+    assert [path.name for path in target.parent.iterdir()] == ["file.txt"]
+
+
+def _plain(path: Path) -> None:
+    path.write_bytes(bytes(40_000))
+
+
+def _numpy(path: Path) -> None:
+    with open(path, "wb") as file:
+        np.zeros(5_000).tofile(file)
+
+
+def _safetensors(path: Path) -> None:
+    save_file({"weight": torch.zeros(10_000)}, path)
+
+
+def _torch(path: Path) -> None:
+    torch.save({"weight": torch.zeros(10_000)}, path)
+
+
+@pytest.mark.parametrize("write", [_plain, _numpy, _safetensors, _torch])
+def test_whoever_writes_a_full_disk_is_told_in_words(
+    tmp_path: Path, full_disk: Callable[[int], None], write: Callable[[Path], None]
+) -> None:
+    full_disk(20_000)
+    with pytest.raises(DiskFull, match=r"target: could not be written: the disk is full. Make room"):  # noqa: SIM117
+        with atomic_write(tmp_path / "target") as temporary:
+            write(temporary)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.EACCES, os.strerror(errno.EACCES)), RuntimeError("CUDA error"), ValueError("2 requested and 3")],
+)
+def test_other_errors_pass_as_they_are(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, told_when_full("target"):
+        raise error
+    assert raised.value is error
+
+
+def test_a_model_that_finds_no_room_leaves_the_older_one(tmp_path: Path, full_disk: Callable[[int], None]) -> None:
+    model = CausalLM(ModelConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1))
+    save_pretrained(model, tmp_path / "model")
+    before = (tmp_path / "model" / "model.safetensors").read_bytes()
+    full_disk(20_000)
+    with pytest.raises(DiskFull, match=r"model: could not be written: the disk is full"):
+        save_pretrained(model, tmp_path / "model")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
+
+
+def test_a_log_that_finds_no_room_is_named(tmp_path: Path, full_disk: Callable[[int], None]) -> None:
+    log = MetricsLog(tmp_path / "rollouts.jsonl")
+    log.append({"step": 1})
+    full_disk(20)
+    with pytest.raises(DiskFull, match=r"rollouts.jsonl: could not be written"):
+        log.append({"step": 2})
+    assert log.read() == [{"step": 1}], "a line that was cut short is left out"
+
+
+def test_a_shard_that_finds_no_room_is_named(tmp_path: Path, full_disk: Callable[[int], None]) -> None:
+    writer = ShardWriter(tmp_path, "00000", 1000, has_weights=False)
+    full_disk(20_000)
+    tokens, one = np.zeros(30_000, np.int64), np.array([30_000])
+    with pytest.raises(DiskFull, match=r"00000.tokens: could not be written"):  # noqa: PT012 (a buffer may hold it back)
+        writer.append(tokens, one, one)
+        writer.finish()
+    assert not (tmp_path / "00000.tokens").exists()
