@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import numpy as np
 import pytest
@@ -373,12 +374,25 @@ def test_a_killed_run_leaves_nothing_half_written(tmp_path, tokenizer):
 
 def test_hub_sets_are_streamed_into_shards(run, monkeypatch, tokenizer):
     import datasets
+    import huggingface_hub
 
-    from minnow.data import fingerprint
+    pushed, read = iter(["abc", "abc", "def", "ghi"]), []
 
-    monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: iter([{"text": text} for text in documents(30)]))
-    monkeypatch.setattr(fingerprint, "_hub_revision", lambda name: f"{name}@abc")
+    def load_dataset(*arguments, revision, **settings):
+        read.append(revision)
+        return iter([{"text": text} for text in documents(30)])
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(
+        huggingface_hub.HfApi, "dataset_info", lambda self, name: types.SimpleNamespace(sha=next(pushed))
+    )
     data = run("org/name")
+    assert set(read) == {"abc"}, "the commit that the cache is keyed by is the one that is read"
+    read.clear()
+    assert run("org/name").folder == data.folder
+    assert read == []
+    assert run("org/name").folder != data.folder
+    assert set(read) == {"def"}
     assert sorted(texts_of(data.train, tokenizer) + texts_of(data.validation, tokenizer)) == sorted(documents(30))
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: iter([{"text": "a"}, {"body": "b"}]))
     with pytest.raises(UserError, match="hub:org/other:2: no `text`"):

@@ -154,8 +154,8 @@ def test_unreadable_files_are_named(tmp_path, name, data, message):
 def test_hub_sets_are_streamed(monkeypatch):
     asked = {}
 
-    def load_dataset(path, config, *, split, streaming):
-        asked.update(path=path, config=config, split=split, streaming=streaming)
+    def load_dataset(path, config, *, split, revision, streaming):
+        asked.update(path=path, config=config, split=split, revision=revision, streaming=streaming)
         return iter([{"text": "a"}, {"text": "b"}])
 
     import datasets
@@ -165,7 +165,7 @@ def test_hub_sets_are_streamed(monkeypatch):
         "hub:org/name:config:test:1",
         "hub:org/name:config:test:2",
     ]
-    assert asked == {"path": "org/name", "config": "config", "split": "test", "streaming": True}
+    assert asked == {"path": "org/name", "config": "config", "split": "test", "revision": None, "streaming": True}
 
 
 def test_texts_for_the_tokenizer(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,11 @@ from safetensors.torch import load_file
 
 from minnow import cli
 from minnow.engine import Engine
+from minnow.export.hub import FILES
 from minnow.model.attention import CausalAttention
 from minnow.model.pretrained import load_pretrained, load_with_adapter, save_pretrained
+from minnow.report.lineage import MERGED_FROM, lineage
+from minnow.report.model_card import write_model_card
 from minnow.tokenizer import Tokenizer
 from minnow.training.run_folder import MetricsLog
 from minnow.training.signals import Interrupted
@@ -118,6 +122,23 @@ def test_another_base_under_a_run_is_refused(
     assert "cut was started with other weights of its base" in " ".join(capsys.readouterr().err.split())
     (start / "base/model.safetensors").write_bytes(kept)
     train(start, "cut")
+
+
+def test_a_merged_models_card_names_the_run_of_its_adapter(start: Path) -> None:
+    run = train(start, "run")
+    assert cli.main(["merge-lora", str(run), "--out", str(start / "merged")]) == 0
+    card = write_model_card(start / "merged")
+    assert card is not None
+    text = card.read_text(encoding="utf-8")
+    assert "# merged" in text
+    assert "run: the settings" in text
+    assert "rank:" in text
+    assert str(start) not in text, "a card names nothing of this machine"
+    assert not any(fnmatch(MERGED_FROM, pattern) for pattern in FILES), "nor does what is published"
+    (start / "next").mkdir()
+    (start / "next/config.yaml").write_text(f"init_from: {start / 'merged'}\n", encoding="utf-8")
+    (start / "next/metrics.jsonl").touch()
+    assert [each.folder.name for each in lineage(start / "next")] == ["run", "next"]
 
 
 def test_an_adapter_stands_for_a_model(start: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from minnow.config import UserError
 from minnow.data.files import content_identity
 from minnow.data.shards import file_sha256
 from minnow.data.sources import Source
@@ -19,7 +18,10 @@ _SETTLED_SECONDS = 2.0
 
 
 def fingerprint(sources: Sequence[Source], cache_dir: Path, settings: dict[str, Any]) -> str:
-    """Return the sha256 (hex) of the sources' content, their order and weights, and of `settings`."""
+    """Return the sha256 (hex) of the sources' content, their order and weights, and of `settings`.
+
+    A Hub data set's content is its commit: it must be `pinned`.
+    """
     hashes = _file_hashes([source.name for source in sources if source.is_local], cache_dir)
     inputs = [[_content(source, hashes), source.format, source.weight, source.entry] for source in sources]
     return hashlib.sha256(json.dumps([inputs, settings], sort_keys=True).encode()).hexdigest()
@@ -28,7 +30,7 @@ def fingerprint(sources: Sequence[Source], cache_dir: Path, settings: dict[str, 
 def _content(source: Source, hashes: dict[str, str]) -> Any:
     if source.is_local:
         return hashes[source.name]
-    return content_identity(source.name) if source.is_file else _hub_revision(source.name)
+    return content_identity(source.name) if source.is_file else f"{source.name}@{source.revision}"
 
 
 def _file_hashes(paths: Sequence[str], cache_dir: Path) -> dict[str, str]:
@@ -54,14 +56,3 @@ def _file_hashes(paths: Sequence[str], cache_dir: Path) -> dict[str, str]:
         with atomic_write(memory) as temporary:
             temporary.write_text(json.dumps(known), encoding="utf-8")
     return hashes
-
-
-def _hub_revision(name: str) -> str:
-    """The commit of a Hugging Face data set: its content cannot be read twice, but a commit does not change."""
-    import huggingface_hub
-
-    repository = name.removeprefix("hub:").split(":")[0]
-    try:
-        return f"{name}@{huggingface_hub.HfApi().dataset_info(repository).sha}"
-    except Exception as error:
-        raise UserError(f"{name}: the Hugging Face hub does not know it or cannot be reached: {error}") from error

@@ -14,7 +14,7 @@ from minnow.data.encoding import EncodeOptions, Kind, Side
 from minnow.data.fingerprint import fingerprint
 from minnow.data.lots import Lot, cut_into_lots
 from minnow.data.shards import FORMAT_VERSION
-from minnow.data.sources import Source, find_sources
+from minnow.data.sources import Source, find_sources, pinned
 from minnow.tokenizer.tokenizer import Tokenizer
 
 _ENCODING_VERSION = 3  # goes into the cache key: raise it when the same rows should give other tokens or another order
@@ -113,6 +113,7 @@ def find_job(config: DataConfig, tokenizer: Tokenizer, kind: Kind, sequence_leng
         sources += [
             replace(source, entry=num_entries + source.entry) for source in find_sources(config.validation_paths)
         ]
+    sources = [pinned(source) for source in sources]
     weights = {source.entry: source.weight for source in sources}
     settings = {
         "versions": [FORMAT_VERSION, _ENCODING_VERSION],

@@ -106,12 +106,14 @@ def iter_raw(
     `stop` choose a stretch of what `is_divisible`: lines that begin in these bytes, or row groups. Numbers then count
     from its first row, see `rows_before`.
     """
-    readers = {"json": _json, "txt": _txt, "hub": _hub}
+    readers = {"json": _json, "txt": _txt}
     try:
         if source.format == "jsonl":
             yield from _jsonl(source.name, start, stop)
         elif source.format == "parquet":
             yield from read_parquet(source.name, () if every_column else _COLUMNS, start, stop)
+        elif source.format == "hub":
+            yield from _hub(source.name, source.revision)
         else:
             yield from readers[source.format](source.name)
     except UserError:
@@ -245,14 +247,14 @@ def _txt(path: str) -> Iterator[tuple[int, Raw]]:
             number += chunk.endswith(b"\n")
 
 
-def _hub(name: str) -> Iterator[tuple[int, Raw]]:
+def _hub(name: str, revision: str | None) -> Iterator[tuple[int, Raw]]:
     import datasets
 
     path, *rest = name.removeprefix("hub:").split(":")
     config = rest[0] if rest else None
     split = rest[1] if len(rest) > 1 else "train"
     try:
-        rows = datasets.load_dataset(path, config, split=split, streaming=True)
+        rows = datasets.load_dataset(path, config, split=split, revision=revision, streaming=True)
         yield from enumerate(rows, 1)
     except Exception as error:  # the library raises its own, requests' and the hub client's alike
         raise UserError(f"{name}: the data set cannot be read: {error}") from error

@@ -32,6 +32,8 @@ class Source:
     """Bytes as stored; 0 where nobody tells."""
     entry: int = 0
     """Which of the given paths it belongs to."""
+    revision: str | None = None
+    """The commit of a Hub data set (see `pinned`); None reads the newest."""
 
     @property
     def is_file(self) -> bool:
@@ -55,6 +57,24 @@ def find_sources(paths: Sequence[str]) -> list[Source]:
     if not paths:
         raise UserError("no data is given: name at least one file, folder, glob or Hugging Face data set")
     return [replace(source, entry=entry) for entry, path in enumerate(paths) for source in _resolve(path)]
+
+
+def pinned(source: Source) -> Source:
+    """A Hub data set at the commit that it has now: whoever pushes to it later changes nothing of what is read.
+
+    Any other source as it is. Raises UserError where the Hub cannot be asked.
+    """
+    if source.format != "hub" or source.revision is not None:
+        return source
+    import huggingface_hub
+
+    repository = source.name.removeprefix("hub:").split(":")[0]
+    try:
+        return replace(source, revision=huggingface_hub.HfApi().dataset_info(repository).sha)
+    except Exception as error:
+        raise UserError(
+            f"{source.name}: the Hugging Face hub does not know it or cannot be reached: {error}"
+        ) from error
 
 
 def _resolve(written: str) -> list[Source]:

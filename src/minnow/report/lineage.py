@@ -10,6 +10,9 @@ from typing import Any
 
 import yaml
 
+MERGED_FROM = "merged-from.txt"
+"""In a merged model's folder: the path of its adapter. A path is this machine's own, so it is never published."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -47,6 +50,12 @@ def read_rollouts(run: Path) -> list[dict[str, Any]]:
     return read_records(path) if path.is_file() else []
 
 
+def origin(model: Path) -> Path:
+    """The folder that training wrote: of a merged model its adapter's, else the model's own."""
+    note = model / MERGED_FROM
+    return Path(note.read_text(encoding="utf-8").strip()) if note.is_file() else model
+
+
 def run_of(model: Path) -> Path | None:
     """The run that wrote the model in the resolved folder `model`; None where it is not known to be a run's.
 
@@ -69,9 +78,9 @@ def lineage(run: Path) -> list[Run]:
     if not _is_run(run):
         return []
     found = Run(run, _read_config(run), read_records(run / "metrics.jsonl"))
-    start = Path(found.init_from) if found.init_from else None
-    if start is None:
+    if not found.init_from:
         return [found]
+    start = origin(Path(found.init_from))
     if start.name == "model":
         start = start.parent
     # A run may have been moved as a whole, its stages beside each other: the one that was made at `start` says so.

@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 from minnow import __version__
 from minnow.disk import atomic_write
 from minnow.model.reward_model import is_classification
-from minnow.report.lineage import Run, lineage, read_rollouts, run_of
+from minnow.report.lineage import Run, lineage, origin, read_rollouts, run_of
 from minnow.report.plots import figures_of, save_figure
 
 MARK = "<!-- minnow wrote this card from the run's log and rewrites it; delete this line to keep changes of yours. -->"
@@ -44,10 +44,11 @@ def write_model_card(folder: Path, *, repo: str | None = None) -> Path | None:
     if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
         return None
     here = folder.resolve()
-    run = run_of(here)
+    trained = origin(here)
+    run = run_of(trained)
     # A run's log goes on beyond a model from before its collapse, and its figures are the later ones.
-    runs = lineage(run) if run is not None and here.name == "model" else []
-    results = _results(here.parent / "evaluation.json") if runs else {}
+    runs = lineage(run) if run is not None and trained.name == "model" else []
+    results = _results(here.parent / "evaluation.json") if runs and trained == here else {}
     name = repo.rpartition("/")[2] if repo else (here.parent.name if here.name == "model" else here.name)
     if runs:
         last = runs[-1]
