@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +57,50 @@ def test_what_is_done_in_passing_comes_back() -> None:
 
     with pytest.raises(UserError, match="no such model"):
         in_passing_thread(fail)
+
+
+def test_what_failed_in_passing_leaves_nothing_behind() -> None:
+    """A server that could not reload a model would hold it until Python looks for cycles."""
+    loaded: list[weakref.ref[torch.Tensor]] = []
+
+    def fail() -> None:
+        weights = torch.ones(3)
+        loaded.append(weakref.ref(weights))
+        raise UserError("other shape")
+
+    gc.disable()
+    try:
+        with pytest.raises(UserError):
+            in_passing_thread(fail)
+        assert loaded[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_ctrl_c_ends_what_is_done_in_passing() -> None:
+    """Python ended beside the thread that computed: "terminate called without an active exception", exit code 134."""
+    program = """
+import sys, time, torch
+from minnow.cpu import in_passing_thread
+def compute():
+    x = torch.randn(300, 300)
+    print("begun", flush=True)
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        x = (x @ x).clamp(-1, 1)
+try:
+    in_passing_thread(compute)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begun\n"
+    time.sleep(0.2)
+    os.kill(process.pid, signal.SIGINT)
+    _, said = process.communicate(timeout=50)
+    assert process.returncode == 130, said
+    assert not said
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")

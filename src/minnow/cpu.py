@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
-from concurrent.futures import Future
-from threading import Thread
+from threading import Event, Thread
 from typing import TypeVar
 
 import torch
@@ -18,23 +18,36 @@ def in_passing_thread(work: Callable[[], T]) -> T:
     For work with tensors before another thread computes for long. On a CPU every thread that has computed keeps its
     own OpenMP threads until it ends; when there are more of them than cores, GNU's OpenMP lets all of them sleep
     between two operations instead of waiting awake, and a small model's step takes two to three times as long.
+
+    Ctrl-C interrupts the work, and is waited for: Python aborts when it ends beside a thread that computes.
     """
-    done: Future[T] = Future()
+    results: list[T] = []
+    errors: list[BaseException] = []
+    done = Event()  # a join that Ctrl-C has interrupted takes the thread for ended, up to Python 3.12
 
     def run() -> None:
         try:
-            done.set_result(work())
+            results.append(work())
         except BaseException as error:
-            done.set_exception(error)
+            errors.append(error)
+        finally:
+            done.set()
 
-    # A daemon: after Ctrl-C nobody waits for it.
-    thread = Thread(target=run, name="minnow-passing", daemon=True)
+    thread = Thread(target=run, name="minnow-passing", daemon=True)  # a second Ctrl-C does not wait
     thread.start()
     try:
-        return done.result()
-    finally:
-        if done.done():
-            thread.join()
+        done.wait()
+    except KeyboardInterrupt:  # the main thread alone gets it
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(
+            ctypes.c_ulong(thread.ident or 0), ctypes.py_object(KeyboardInterrupt)
+        )
+        done.wait()
+        thread.join()
+        raise
+    thread.join()
+    if errors:
+        raise errors.pop()  # and not kept here: its traceback holds this frame, and what the work had loaded
+    return results.pop()
 
 
 def cpu_multiplies_bf16_faster() -> bool:

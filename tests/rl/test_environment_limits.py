@@ -1,5 +1,6 @@
 """Environments that hang, are slow, or break: the run goes on or says why not, and nothing false is learnt."""
 
+import json
 import logging
 import re
 import threading
@@ -19,6 +20,7 @@ from minnow.rl.environment_calls import make
 from minnow.rl.left_out import left_out_figures, settle
 from minnow.rl.rewards import RewardConfig, Rewarder
 from minnow.rl.rollouts import RolloutConfig, Trajectory, play
+from minnow.stages import practice
 from minnow.tokenizer.chat import Conversation, Message
 from tests.rl.helpers import saved, tiny, write_prompts
 from tests.rl.test_phases import figures, rl
@@ -280,6 +282,35 @@ def test_a_world_that_never_opens_is_refused_before_any_work(start, tmp_path, ca
     assert rl(start, tmp_path / "run", *MORE, "--environment", f"{__name__}:NeverOpens") == 2
     assert "none of 4 was reset within rollout.environment_seconds (0.4)" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+class OpensSometimes(SingleTurn):
+    def reset(self):
+        if self.prompt.reference == "never":
+            threading.Event().wait(5)
+        return self.prompt.conversation
+
+
+def practice_of(folder, references, monkeypatch):
+    _, tokenizer = tiny()
+    file = folder / "p.jsonl"
+    file.write_text("".join(json.dumps({"prompt": "say it", "answer": answer}) + "\n" for answer in references))
+    config = practice.PracticeConfig(
+        prompts=(str(file),), environment=f"{__name__}:OpensSometimes", sequence_length=64, rollout=CONFIG
+    )
+    monkeypatch.setattr(practice, "CHECKED_AT_ONCE", 2)
+    return practice.read_practice(config, tokenizer, print).prompts
+
+
+def test_the_last_prompt_alone_may_be_slow_to_open(tmp_path, monkeypatch):
+    """Environments are opened so many at once; one prompt that was left for the last round is not all of them."""
+    assert len(practice_of(tmp_path, ["1", "2", "3", "4", "never"], monkeypatch)) == 5
+
+
+def test_all_processes_practise_on_the_prompts_that_the_first_found_to_fit(tmp_path, monkeypatch):
+    """An environment whose openings differ from one reset to the next, or come late, may be too long for one alone."""
+    monkeypatch.setattr(practice, "from_first", lambda places: [place for place in places if place != 1])
+    assert [p.reference for p in practice_of(tmp_path, ["1", "2", "3"], monkeypatch)] == ["1", "3"]
 
 
 class OpensLate(SingleTurn):

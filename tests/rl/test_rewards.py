@@ -61,10 +61,24 @@ def episode(content, *, reference="4", ending="stop", reasoning=None, tokens=3, 
         ("there are 12", ["2"], "auto", False),
         ("there are 2, not 12", [2, "12"], "auto", True),
         ("1,200 fish", [1200, "fish"], "auto", True),
+        ("It is C#.", "It must be C#", "auto", False),
+        ("c#", "So it is this one.\n#### C#", "auto", True),
+        ("", "C####", "auto", False),  # nothing stands behind it
+        ("x is 5", "#### Answer\nx is 5", "auto", False),  # a heading
+        ("so 15% of 13 cats", ["5%"], "auto", False),
+        ("so 15% of 13 cats", ["3 cats"], "auto", False),
+        ("0.5% of 3 cats", ["0.5%", "3 cats"], "auto", True),
+        ("page 12.5", ["page 1"], "auto", False),
     ],
 )
 def test_is_right(answer, reference, kind, right):
     assert is_right(answer, reference, kind) is right
+
+
+def test_a_reference_that_nothing_equals_is_refused():
+    """verl's rows may hold an object for a reward function of their own."""
+    with pytest.raises(UserError, match=r"'target'.* is an object.*rewards.answer 0"):
+        is_right("42", {"target": 42, "numbers": [6, 7]}, "auto")
 
 
 @pytest.mark.parametrize(
@@ -317,6 +331,10 @@ def test_prompt_rows():
     verl = {"prompt": turns[:1], "reward_model": {"style": "rule", "ground_truth": "7"}}
     assert parse_prompt(verl).reference == "7"
     assert parse_prompt(verl | {"answer": "8"}).reference == "8"
+    for nothing in ("", [], None):  # a list without an item would stand in every answer
+        assert parse_prompt(verl | {"answer": nothing}).reference == "7"
+        assert parse_prompt({"prompt": "hi", "answer": nothing, "reward_model": "a text"}).reference is None
+    assert parse_prompt({"prompt": "hi", "answer": 0, "solution": "none"}).reference == 0
     for row in ({"conversations": turns, "gt": ["3"]}, {"messages": turns[:1], "gt": ["3"]}, {"prompt": turns[:1]}):
         prompt = parse_prompt(row)
         assert [m.content for m in prompt.conversation.messages] == ["hi"]

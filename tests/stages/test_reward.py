@@ -263,6 +263,57 @@ def test_a_judge_of_transformers_reads_many_at_once(tmp_path: Path, tokenizer: T
     assert rows == [1] * 20
 
 
+def test_a_judge_of_transformers_reads_fewer_long_ones_at_once(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pretrained(RewardModel(shape()), tmp_path / "judge", tokenizer)
+    judge = TransformersJudge(tmp_path / "judge", CPU)
+    rows: list[tuple[int, ...]] = []
+    judge.model.register_forward_pre_hook(
+        lambda _, args, inputs: rows.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
+    )
+    talks = [Conversation((Message("user", "x" * 5 * n), Message("assistant", "yes"))) for n in range(1, 9)]
+    monkeypatch.setattr("minnow.evaluation.judge.BATCH_TOKENS", 100)
+    judge(talks)
+    assert sum(size for size, _ in rows) == 8
+    assert all(size == 1 or size * length <= 100 for size, length in rows)
+    assert {size for size, _ in rows} >= {1, 2}
+
+
+@pytest.mark.parametrize("family", ["Gemma3", "Llama"])
+def test_where_a_judge_s_padding_stands(tmp_path: Path, tokenizer: Tokenizer, family: str) -> None:
+    """Gemma 3 has it in the configuration of its text part; -1 is none, as old Llamas say."""
+    import transformers
+
+    sizes = {
+        "vocab_size": tokenizer.vocab_size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    }
+    if family == "Gemma3":
+        sight = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = transformers.Gemma3ForSequenceClassification(
+            transformers.Gemma3Config(
+                text_config=transformers.Gemma3TextConfig(**sizes, pad_token_id=0),
+                vision_config=transformers.SiglipVisionConfig(**sight, image_size=28, patch_size=14),
+                mm_tokens_per_image=4,
+                num_labels=1,
+            )
+        )
+    else:
+        model = transformers.LlamaForSequenceClassification(transformers.LlamaConfig(**sizes, num_labels=1))
+        model.config.pad_token_id = -1
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    judge = TransformersJudge(tmp_path, CPU)
+    talks = [Conversation((Message("user", "fish " * n), Message("assistant", "yes"))) for n in range(1, 4)]
+    assert judge(talks) == pytest.approx([judge([talk])[0] for talk in talks], abs=1e-5)
+
+
 def test_a_judge_of_transformers_reads_thoughts_calls_and_tools(tmp_path: Path, tokenizer: Tokenizer) -> None:
     save_pretrained(RewardModel(shape(), InitConfig(zero_output_projections=False)), tmp_path / "judge", tokenizer)
     (tmp_path / "judge" / "chat_template.jinja").write_text(SHOWS_ALL)

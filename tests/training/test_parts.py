@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from minnow.training.config import TrainingConfig
 from minnow.training.hardware import _cpu_matmul_peak, _matmul_peak, choose_device, choose_precision, matmul_peak
 from minnow.training.loss_scale import LossScale
 from minnow.training.run_folder import LogFollower, MetricsLog
+from minnow.training.session import RunFolder
 from minnow.training.signals import Interrupted, stop_requests
 from minnow.training.validation import validate
 
@@ -208,3 +210,18 @@ def test_measuring_the_peak_draws_nothing_that_dropout_would(monkeypatch: pytest
     assert matmul_peak(torch.device("cpu"), torch.float32) > 0
     _matmul_peak.cache_clear()
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_run_may_go_on_compiled_or_not(tmp_path: Path) -> None:
+    """`auto` measures the machine: which it was must not bind the rest of a run, nor a default that has changed."""
+
+    @dataclass(frozen=True)
+    class Config:
+        training: TrainingConfig
+
+    before, now = (Config(TrainingConfig(steps=1, compile=compiled)) for compiled in ("off", "auto"))
+    folder = RunFolder(tmp_path / "run")
+    folder.open(before, overwrite=False)
+    folder.open(now, overwrite=False)
+    with pytest.raises(UserError, match="training.seed: 0 there, 1 now"):
+        folder.open(Config(TrainingConfig(steps=1, seed=1)), overwrite=False)

@@ -42,10 +42,10 @@ def parse_prompt(row: Mapping[str, Any]) -> Prompt:
     `messages`), `prompt` or `question` (a text or a list of messages), Alpaca's `instruction`. What the assistant says
     at the end of a conversation is dropped (some data sets put a dummy there).
     The right answer: `answer`, `reference`, `ground_truth`, `gt` or `solution`, the first that is there, in the row or
-    in its `reward_model` (verl's rows).
+    in its `reward_model` (verl's rows). An empty text or list is none.
     """
     places = [place for place in (row, row.get("reward_model")) if isinstance(place, Mapping)]
-    found = (place[key] for place in places for key in REFERENCE_KEYS if place.get(key) is not None)
+    found = (place[key] for place in places for key in REFERENCE_KEYS if place.get(key) not in (None, "", []))
     return Prompt(_asked(row), next(found, None), row)
 
 

@@ -25,7 +25,9 @@ from minnow.tokenizer.tokenizer import Tokenizer
 
 MAX_TOKENS = 256
 BATCH_ROWS = 16
-"""Conversations that a model of transformers reads at once."""
+"""Conversations that a model of transformers reads at once, at most."""
+BATCH_TOKENS = 16_384
+"""Tokens of these, padding included; a longer conversation is read alone."""
 
 
 class Judge(Protocol):
@@ -76,17 +78,20 @@ class TransformersJudge:
         """The model's only logit.
 
         In padded batches, but one at a time where a text holds the padding token itself (often the end of a turn):
-        transformers takes the last token that is not padding for a text's last.
+        transformers takes the last token that is not padding for a text's last. So too where there is no such token;
+        old configurations say -1 then.
         """
         texts = [self.tokenizer(self._rendered(c), add_special_tokens=False)["input_ids"] for c in conversations]
-        padding = self.model.config.pad_token_id
-        size = 1 if padding is None or any(padding in text for text in texts) else BATCH_ROWS
+        padding = self.model.config.get_text_config().pad_token_id
+        alone = padding is None or padding < 0 or any(padding in text for text in texts)
         order = sorted(range(len(texts)), key=lambda n: len(texts[n]))  # rows of like length together
         rewards = [0.0] * len(texts)
-        for start in range(0, len(order), size):
-            rows = order[start : start + size]
+        while order:
+            fitting = 1 if alone else min(BATCH_ROWS, BATCH_TOKENS // max(1, len(texts[order[-1]])))
+            rows = order[-max(1, fitting) :]
+            del order[-len(rows) :]
             lengths = torch.tensor([len(texts[n]) for n in rows])
-            ids_BT = torch.full((len(rows), int(lengths.max())), padding or 0)
+            ids_BT = torch.full((len(rows), int(lengths.max())), 0 if alone else padding)
             for row, n in zip(ids_BT, rows, strict=True):
                 row[: len(texts[n])] = torch.tensor(texts[n])
             mask_BT = (torch.arange(ids_BT.shape[1]) < lengths[:, None]).long()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from decimal import Decimal, InvalidOperation
 from typing import Any, Literal
 
@@ -31,11 +31,16 @@ def is_right(answer: str, reference: Any, kind: AnswerKind) -> bool:
 
     text: equal but for case, width and spacing, and a full stop at the end. number: the last number of the answer
     equals the reference's last. contains: every item of the reference stands in the answer, a number as one of the
-    answer's numbers (2 is not in 12). auto: number where the reference is one, contains where it is a list, else text.
-    Not for `maths`, which needs a `MathsJudge`.
+    answer's numbers (2 is not in 12, nor 5% in 15%). auto: number where the reference is one, contains where it is a
+    list, else text. Not for `maths`, which needs a `MathsJudge`. UserError for a reference that is an object.
     """
     assert kind != "maths"
     reference = final_answer(reference)
+    if isinstance(reference, Mapping):  # it would never be equal to what is said, and every answer wrong
+        raise UserError(
+            f"the reference {str(reference)[:80]} is an object, no text, number or list: set rewards.answer 0 and "
+            "compare it in a function of yours (rewards.functions)"
+        )
     if kind == "auto":
         kind = "contains" if isinstance(reference, list) else "number" if _is_number(str(reference)) else "text"
     if kind == "contains":
@@ -50,8 +55,12 @@ def is_right(answer: str, reference: Any, kind: AnswerKind) -> bool:
 
 
 def final_answer(reference: Any) -> Any:
-    """What stands behind the last `####` of a worked solution, as GSM8K writes it; any other reference as it is."""
-    return reference.rpartition("####")[2].strip() if isinstance(reference, str) else reference
+    """What stands behind the last `####` of a worked solution, as GSM8K writes it; any other reference as it is.
+
+    One line: what goes on for more stands under a heading, and C#### has nothing behind it.
+    """
+    tail = reference.rpartition("####")[2].strip() if isinstance(reference, str) else ""
+    return tail if tail and "\n" not in tail else reference
 
 
 def last_number(text: str) -> Decimal | None:
@@ -79,7 +88,10 @@ def _value(found: re.Match[str]) -> Decimal | None:
 def _stands_in(item: str, answer: str) -> bool:
     if _is_number(item):
         return last_number(item) in {_value(found) for found in _found(answer)}
-    return _plain(item) in _plain(answer)
+    wanted = _plain(item)
+    before = r"(?<!\d)(?<!\d[.,])" if wanted[:1].isdigit() else ""
+    after = r"(?!\d|[.,]\d)" if wanted[-1:].isdigit() else ""
+    return re.search(f"{before}{re.escape(wanted)}{after}", _plain(answer)) is not None
 
 
 def _is_number(text: str) -> bool:

@@ -17,6 +17,7 @@ from minnow.rl.rollouts import RolloutConfig
 from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.chat import Conversation, render
 from minnow.training.config import TrainingConfig
+from minnow.training.distribution import from_first
 
 CHECKED_AT_ONCE = 64
 """Prompts whose environments are made and opened together before a run."""
@@ -103,17 +104,19 @@ def _fitting(
 ) -> list[Prompt]:
     """The prompts that leave room for `rollout.max_tokens` in a row."""
     room = config.sequence_length - config.rollout.max_tokens
-    fitting: list[Prompt] = []
+    places: list[int] = []
     longest, shown = 0, ""
     for first in range(0, len(prompts), CHECKED_AT_ONCE):
-        part = prompts[first : first + CHECKED_AT_ONCE]
-        for prompt, opening in zip(part, _openings(config, [make_environment(p) for p in part]), strict=True):
+        part = [make_environment(prompt) for prompt in prompts[first : first + CHECKED_AT_ONCE]]
+        for place, opening in enumerate(_openings(config, part, all_may_fail=first > 0), first):
             # An environment that did not open in time may do so when it is played.
             length = 0 if opening is None else len(render(tokenizer, opening, add_generation_prompt=True).ids)
             if length <= room:
-                fitting.append(prompt)
+                places.append(place)
             elif length > longest and opening is not None:
                 longest, shown = length, opening.messages[-1].content[:60]
+    # Where openings differ from one reset to the next, all processes still must practise on the same prompts.
+    fitting = [prompts[place] for place in from_first(places)]
     if len(fitting) < len(prompts):
         why = (
             f"beside an answer of rollout.max_tokens {config.rollout.max_tokens}, sequence_length "
@@ -121,16 +124,20 @@ def _fitting(
             f"{shown!r}, has {longest}"
         )
         if not fitting:
-            raise UserError(f"no prompt of the {name} is short enough: {why}. Raise it, or shorten prompts or answers")
+            raise UserError(
+                f"no prompt of the {name} is short enough: {why}. Raise sequence_length, or shorten prompts or answers"
+            )
         say(f"{len(prompts) - len(fitting):,} of {len(prompts):,} {name} are too long and left out: {why}")
     return fitting
 
 
-def _openings(config: PracticeConfig, environments: Sequence[Environment]) -> list[Conversation | None]:
-    """What each environment begins with; None for one that took too long. UserError where all did."""
+def _openings(
+    config: PracticeConfig, environments: Sequence[Environment], *, all_may_fail: bool
+) -> list[Conversation | None]:
+    """What each environment begins with; None for one that took too long. UserError where all did, unless they may."""
     seconds, threads = config.rollout.environment_seconds, config.rollout.environment_threads
     openings = reset_all(environments, seconds=seconds, threads=threads)
-    if not any(openings):
+    if not any(openings) and not all_may_fail:
         raise UserError(
             f"environment {config.environment}: none of {len(openings)} was reset within rollout.environment_seconds "
             f"({seconds:g}). Look into what hangs, or raise it"

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -55,13 +56,17 @@ def run_stage(work: Callable[[], None], words: Sequence[str], training: Training
 
 
 def _note_failure(code: int | None) -> None:
-    """Leave this process's exit code for `launch`; None takes back what it noted before a restart."""
+    """Leave this process's exit code for `launch`; None takes back what it noted before a restart.
+
+    In the name of an empty file: what failed may be a full disk, and nothing here may hide the error itself.
+    """
     if folder := os.environ.get(FAILURES):
-        note = Path(folder) / os.environ["RANK"]
-        if code is None:
-            note.unlink(missing_ok=True)
-        else:
-            note.write_text(str(code))
+        rank = os.environ["RANK"]
+        with suppress(OSError):
+            for note in Path(folder).glob(f"{rank}.*"):
+                note.unlink()
+            if code is not None:
+                (Path(folder) / f"{rank}.{code}").touch()
 
 
 def _require_gpus(training: TrainingConfig, processes: int, given: str) -> None:
@@ -108,8 +113,9 @@ def launch(words: Sequence[str], processes: int, restarts: int) -> int:
             code = failed.get_first_failure()[1].exitcode
             return 128 - code if code < 0 else code
         except SignalException as stopped:
-            codes = [int(note.read_text()) for note in Path(failures).iterdir()]
-            return codes[0] if codes else 128 + int(stopped.sigval)
+            codes = [int(note.suffix[1:]) for note in Path(failures).iterdir()]
+            # One that could not save (2) leaves the others without a connection (1).
+            return max(codes, default=128 + int(stopped.sigval))
         finally:
             del os.environ[FAILURES]
     return 0

@@ -53,6 +53,8 @@ MAY_CHANGE = {
     # What memory suffices for. Sums differ by rounding, as with another number of processes.
     "training.micro_batch_tokens",
     "training.gradient_checkpointing",
+    # Rounding too; `auto` itself measures the machine, and may decide otherwise at the next start.
+    "training.compile",
     "training.track",
     "training.keep_last",
     "training.save_every",

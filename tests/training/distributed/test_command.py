@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -89,6 +90,39 @@ def test_a_failure_after_a_signal_is_no_saved_stop(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # launch sets it where it is missing
     assert launch.launch(["pretrain"], 2, 0) == code
     assert launch.FAILURES not in os.environ
+
+
+@pytest.mark.parametrize("failures", [[(0, 2), (1, 1)], [(1, 1), (0, 2)], [(0, 1), (1, 2)]])
+def test_after_a_signal_what_a_user_can_mend_counts(
+    monkeypatch: pytest.MonkeyPatch, failures: list[tuple[int, int]]
+) -> None:
+    """One process cannot save (2), and its neighbour has lost the connection to it (1): whichever note is read first.
+
+    On a full disk, where an empty file is all that can be written.
+    """
+
+    def elastic_launch(config: LaunchConfig, program: str) -> Callable[..., None]:
+        def start(*words: str) -> None:
+            for rank, code in failures:
+                monkeypatch.setenv("RANK", str(rank))
+                launch._note_failure(code)
+            raise SignalException("stopped", signal.SIGTERM)
+
+        return start
+
+    def full(*content: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
+    monkeypatch.setattr(Path, "write_text", full)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    assert launch.launch(["pretrain"], 2, 0) == 2
+
+
+def test_a_note_that_cannot_be_left_does_not_hide_the_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv(launch.FAILURES, str(tmp_path / "gone"))
+    launch._note_failure(2)
 
 
 @pytest.mark.slow
