@@ -136,6 +136,9 @@ def test_the_experts_are_in_the_header(name: str, architecture: str, changes: di
     dense = found[f"{architecture}.leading_dense_block_count"]
     header = {key: found.get(f"{architecture}.expert_{key}") for key in expected} | {"leading_dense_block_count": dense}
     assert header == expected
+    stored = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    assert stored["blk.1.ffn_gate_inp.weight"] == gguf.GGMLQuantizationType.F32  # llama.cpp demands it of routers
+    assert stored["blk.1.ffn_gate_exps.weight"] == gguf.GGMLQuantizationType.F16
 
 
 def test_where_a_text_begins_and_ends_follows_the_files(tmp_path: Path) -> None:

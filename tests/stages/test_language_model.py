@@ -100,9 +100,10 @@ def test_only_the_first_process_draws_weights(config: pretrain.Config, monkeypat
 
 
 def test_what_a_message_tells_to_change_may_be_changed(config: pretrain.Config) -> None:
-    """Room on a disk, fewer workers: with these a stopped run goes on."""
+    """Room on a disk, fewer workers, another number of processes: with these a stopped run goes on."""
     pretrain.run(config)
-    training = replace(config.training, keep_last=1, save_every=3, log_every=2)
+    training = replace(config.training, keep_last=1, save_every=3, log_every=2, nproc=2, parallel="fsdp", restarts=1)
+    training = replace(training, resume=2, stall_seconds=0.0, profile=True, track=("tensorboard",))
     pretrain.run(replace(config, training=training, data=replace(config.data, workers=1)))
 
 

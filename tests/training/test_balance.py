@@ -11,6 +11,7 @@ import torch
 
 from minnow.data.batches import Batch, Share
 from minnow.model.experts_config import ExpertsConfig
+from minnow.model.lora import LoraConfig, add_lora
 from minnow.model.transformer import CausalLM
 from minnow.objectives.balance import expert_counts, load_balance_loss
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
@@ -21,6 +22,7 @@ from minnow.training.objective import LanguageModeling
 from minnow.training.trainer import Trainer
 
 from .helpers import SHAPE, masked_batch, rows_of
+from .helpers import make_trainer as trainer_of
 
 FAMILIES = {
     "softmax": ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
@@ -236,6 +238,17 @@ def test_metrics_tell_the_load(tmp_path: Path, family: str) -> None:
 def test_each_family_is_balanced_in_its_own_way_by_default(tmp_path: Path, family: str, expected: tuple) -> None:
     balance = make_trainer(tmp_path, family, balance=BalanceConfig()).balance
     assert (balance.load_loss, balance.kl_loss, balance.sequence_loss) == expected
+
+
+def test_beside_a_frozen_model_nothing_is_balanced(tmp_path: Path) -> None:
+    """An adapter is saved without its base, whose selection biases must stay what they are."""
+    model = CausalLM(replace(SHAPE, experts=FAMILIES["sigmoid"]), seed=1)
+    add_lora(model, LoraConfig(rank=2), base="")
+    before = [bias.clone() for bias in model.buffers()]
+    figures = trainer_of(tmp_path, model=model).train_step()
+    assert before
+    assert all(map(torch.equal, model.buffers(), before))
+    assert "balance_loss" not in figures
 
 
 def test_noise_is_drawn_anew_for_every_step_layer_and_row(tmp_path: Path) -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from minnow.data.batches import Share
+from minnow.model.pretrained import load_pretrained
 from minnow.training.checkpoint import list_checkpoints
 from minnow.training.loss_scale import LossScale
+from minnow.training.session import RunFolder, train
 from minnow.training.trainer import NonFiniteLossError, Trainer
 
 from .helpers import RandomSource, make_trainer
@@ -172,6 +176,17 @@ def test_patience_stops_early_and_the_best_checkpoint_survives(tmp_path: Path) -
     assert [c.step for c in list_checkpoints(tmp_path / "checkpoints")] == [best, trainer.state.step]
     trainer.load_best()
     assert trainer.state.best_step == best
+
+
+def test_under_patience_the_final_model_is_the_best(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, steps=200, source=OneBatch(), validate_every=2, save_every=0, patience=2)
+    train(trainer, RunFolder(tmp_path), None, Console(file=io.StringIO()))  # type: ignore[arg-type]
+    best = make_trainer(tmp_path, resume=trainer.state.best_step)
+    assert best.resume()
+    assert best.state.step == trainer.state.step - 2 * 2
+    saved = load_pretrained(tmp_path / "model").state_dict()
+    for name, weight in best.model.state_dict().items():
+        assert torch.equal(saved[name], weight), name
 
 
 class OneBatch(RandomSource):
