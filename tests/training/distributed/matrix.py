@@ -36,6 +36,7 @@ class Case:
     dtype: torch.dtype = torch.float64
     pieces: int = 4  # micro-batches in one process; several processes have fewer each
     tied: bool = True
+    intermediate_size: int = 48
     gradient_checkpointing: GradientCheckpointing = "off"
     experts: ExpertsConfig | None = None
 
@@ -46,7 +47,8 @@ CASES = {
     "muon": Case(),
     "adamw": Case(optimizer="adamw"),
     "one micro-batch": Case(pieces=1),
-    "untied": Case(tied=False),
+    # Of the 5 rows of a matrix two processes have 3 and 2, four processes 2, 2, 1 and none.
+    "untied, uneven": Case(tied=False, intermediate_size=5),
     "recomputed": Case(gradient_checkpointing="full"),
     # Three experts, shaped like k_proj: of two processes one has a slice of two, of four processes one has none.
     "experts": Case(experts=ExpertsConfig(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16)),
@@ -56,7 +58,8 @@ CASES = {
 
 def train_case(case: Case, mode: Parallel, folder: Path) -> None:
     """Train STEPS updates; leave losses, norms, validation and the whole weights in `folder`."""
-    shape = dataclasses.replace(SHAPE, tie_word_embeddings=case.tied, experts=case.experts)
+    changes = {"tie_word_embeddings": case.tied, "intermediate_size": case.intermediate_size, "experts": case.experts}
+    shape = dataclasses.replace(SHAPE, **changes)  # type: ignore[arg-type]
     if rank() == 0:
         model = CausalLM(shape, seed=1)
     else:
