@@ -249,6 +249,18 @@ def test_file_hashes_are_remembered(run, tmp_path, monkeypatch):
     run(path)
 
 
+def test_a_file_that_changes_within_the_clocks_tick_is_another(run, tmp_path):
+    """Of the same size, at the same time: what was hashed that soon after a change is hashed again."""
+    soon = (time.time() + 3600,) * 2  # for an hour it is new, however slow this machine
+    folders = []
+    for start in (0, 5):
+        path = write_texts(tmp_path / "a.jsonl", documents(5, start))
+        os.utime(path, soon)
+        folders.append((os.path.getsize(path), run(path).folder))
+    assert folders[0][0] == folders[1][0]
+    assert folders[0][1] != folders[1][1]
+
+
 def small_shards(monkeypatch):
     monkeypatch.setattr(lots, "BATCH_BYTES", 500)
     monkeypatch.setattr(lots, "LOT_BYTES", 1000)

@@ -75,6 +75,95 @@ def test_what_the_header_says(tmp_path: Path) -> None:
     assert found["tokenizer.ggml.merges"] == [" ".join(pair) for pair in merges]
 
 
+def test_every_number_of_the_shape_is_in_the_header(tmp_path: Path) -> None:
+    """The readers of test_transformers_reads_the_file are given the shape: a number that is missing shows here."""
+    write_gguf(tiny_model(tmp_path, rope_theta=12_345.0, rms_norm_eps=1e-5), tmp_path / "x.gguf", "f16")
+    found = fields(tmp_path / "x.gguf")
+    expected = {
+        "vocab_size": small_tokenizer().vocab_size + 3,
+        "context_length": 64,
+        "embedding_length": 64,
+        "block_count": 2,
+        "feed_forward_length": 96,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.key_length": 16,
+        "attention.value_length": 16,
+        "attention.layer_norm_rms_epsilon": pytest.approx(1e-5),
+        "rope.dimension_count": 16,
+        "rope.freq_base": 12_345.0,
+    }
+    assert {name: found.get(f"qwen3.{name}") for name in expected} == expected
+
+
+SOFTMAX, SIGMOID = gguf.ExpertGatingFuncType.SOFTMAX, gguf.ExpertGatingFuncType.SIGMOID
+
+
+@pytest.mark.parametrize(
+    ("name", "architecture", "changes"),
+    [
+        ("qwen3 moe", "qwen3moe", {}),
+        # What llama.cpp's Qwen3-MoE cannot do, its GLM-4-MoE does with a softmax.
+        ("qwen3 moe, one expert a token", "glm4moe", {"used_count": 1, "weights_norm": False}),
+        (
+            "glm4 moe",
+            "glm4moe",
+            {"gating_func": SIGMOID, "weights_scale": 1.5, "leading_dense_block_count": 1},
+        ),
+        (
+            "glm4 moe, groups",
+            "glm4moe",
+            {"gating_func": SIGMOID, "count": 8, "shared_count": 2, "group_count": 4, "group_used_count": 2},
+        ),
+    ],
+)
+def test_the_experts_are_in_the_header(name: str, architecture: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    write_gguf(tiny_model(tmp_path, **ARCHITECTURES[name]), tmp_path / "x.gguf", "f16")
+    found = fields(tmp_path / "x.gguf")
+    expected: dict[str, Any] = {
+        "count": 4,
+        "used_count": 2,
+        "feed_forward_length": 32,
+        "shared_count": 1,
+        "gating_func": SOFTMAX,
+        "weights_norm": True,
+        "weights_scale": 1.0,
+        "group_count": None,
+        "group_used_count": None,
+        "leading_dense_block_count": 0,
+    } | changes
+    assert found["general.architecture"] == architecture
+    dense = found[f"{architecture}.leading_dense_block_count"]
+    header = {key: found.get(f"{architecture}.expert_{key}") for key in expected} | {"leading_dense_block_count": dense}
+    assert header == expected
+    stored = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    assert stored["blk.1.ffn_gate_inp.weight"] == gguf.GGMLQuantizationType.F32  # llama.cpp demands it of routers
+    assert stored["blk.1.ffn_gate_exps.weight"] == gguf.GGMLQuantizationType.F16
+
+
+def test_where_a_text_begins_and_ends_follows_the_files(tmp_path: Path) -> None:
+    """A tokenizer that begins every text with a token, and a config.json with several ends."""
+    folder = tiny_model(tmp_path)
+    begin = "<|endoftext|>"
+    sequence = [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+    definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": sequence,
+        "pair": [*sequence, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {begin: {"id": begin, "ids": [small_tokenizer().end_of_text_id], "tokens": [begin]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [7, 5]}), encoding="utf-8")
+    write_gguf(folder, tmp_path / "x.gguf", "f16")
+    found = fields(tmp_path / "x.gguf")
+    assert found["tokenizer.ggml.eos_token_id"] == 7
+    assert found["tokenizer.ggml.bos_token_id"] == small_tokenizer().end_of_text_id
+    assert found["tokenizer.ggml.add_bos_token"] is True
+    assert found["tokenizer.ggml.add_eos_token"] is False
+
+
 def test_template_asks_for_reasoning_only_of_a_model_that_was_taught_to(tmp_path: Path) -> None:
     """llama.cpp sets `enable_thinking` by default, and a model without the habit would answer into the block."""
     import jinja2
@@ -153,6 +242,18 @@ def test_rope_scalings(tmp_path: Path) -> None:
     assert found["qwen3.rope.scaling.original_context_length"] == 16
     # llama.cpp multiplies by 0.1 ln 4 + 1 = 1.1386 by itself: 1.1 / 1.1386
     assert found["qwen3.rope.scaling.attn_factor"] == pytest.approx(0.96608, abs=1e-5)
+
+    write_gguf(tiny_model(tmp_path, **ARCHITECTURES["qwen3 linear"]), tmp_path / "x.gguf", "f32")
+    found = fields(tmp_path / "x.gguf")
+    assert (found["qwen3.rope.scaling.type"], found["qwen3.rope.scaling.factor"]) == ("linear", 2.0)
+
+    # Llama 3's stands in a tensor: by how much the angles of each pair are divided. The first pair turns 16 / (2 pi) =
+    # 2.546 times within the trained length, (2.546 - 1) / (4 - 1) = 0.5155 of the way from slow to fast; the last
+    # ones not once.
+    write_gguf(tiny_model(tmp_path, **ARCHITECTURES["llama grouped, llama3 rope"]), tmp_path / "x.gguf", "f32")
+    (factors,) = (t.data for t in gguf.GGUFReader(tmp_path / "x.gguf").tensors if t.name == "rope_freqs.weight")
+    assert factors[0] == pytest.approx(1 / ((1 - 0.5155) / 4 + 0.5155), rel=1e-4)
+    assert factors[-1] == pytest.approx(4.0)
 
     scaling = RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0)
     with pytest.raises(UserError, match="beta_fast"):

@@ -48,14 +48,16 @@ def test_the_model_and_its_exports_are_sent_and_nothing_else(
 ) -> None:
     folder = tiny_model(tmp_path)
     cli.main(["export", str(folder), "--to", "gguf", "--type", "q8_0"])
+    (folder / "onnx").mkdir()
+    for name in ("curves.png", "Modelfile", "onnx/model.onnx", "onnx/model.onnx.data"):
+        (folder / name).touch()
     (folder / ".env").write_text("secret")
     (folder / "notes.txt").write_text("mine")
     assert cli.main(["export", str(folder), "--to", "hub", "somebody/fish", "--private", "true"]) == 0
     assert stub.calls[0] == ("create", {"repo": "somebody/fish", "private": True, "exist_ok": True})
-    files = stub.calls[1][1]["files"]
-    expected = {"config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "model-q8_0.gguf"}
-    assert expected <= set(files)
-    assert not {".env", "notes.txt"} & set(files)
+    written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert {"README.md", "generation_config.json", "model.safetensors", "chat_template.jinja"} <= written
+    assert set(stub.calls[1][1]["files"]) == written - {".env", "notes.txt"}
     assert "https://huggingface.co/somebody/fish" in capsys.readouterr().out
 
 

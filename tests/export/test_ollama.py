@@ -128,6 +128,7 @@ def test_folder(tmp_path: Path) -> None:
     assert 'PARAMETER stop "<|im_end|>"' in text
     assert 'PARAMETER stop "<|endoftext|>"' in text
     assert "PARAMETER num_ctx 64\n" in text
+    assert "PARAMETER repeat_penalty 1\n" in text  # ollama's own would make it avoid every name it has to repeat
     assert f'TEMPLATE """{go_template(thinking=False)}"""' in text
 
 

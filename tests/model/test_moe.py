@@ -115,6 +115,25 @@ def test_router_by_hand():
         assert float(decisions.probabilities_NE.sum()) == pytest.approx(1.0)
 
 
+def test_sigmoid_router_by_hand():
+    """Logits ln 3, 0, -ln 3: scores 3/4, 1/2, 1/4, as shares 1/2, 1/3, 1/6; the two best weigh 3/5 and 2/5, doubled."""
+    router = Router(1, sigmoid_experts(num_experts=3, routed_scaling_factor=2.0)).requires_grad_(False)
+    router.weight.copy_(torch.tensor([[3.0], [1.0], [1 / 3]]).log())
+    weights, decisions = router(torch.ones(1, 1))
+    torch.testing.assert_close(weights, torch.tensor([[1.2, 0.8]]))
+    torch.testing.assert_close(decisions.probabilities_NE, torch.tensor([[1 / 2, 1 / 3, 1 / 6]]))
+
+
+@pytest.mark.parametrize("experts", [softmax_experts(), sigmoid_experts()])
+def test_the_router_decides_in_fp32_whatever_it_is_given(experts):
+    """In bf16 experts whose scores are close change places."""
+    router = randomized(Router(64, experts))
+    x = torch.randn(200, 64).bfloat16()
+    for got, expected in zip(router(x), router(x.float()), strict=True):
+        for one, other in zip(got, expected, strict=True):
+            assert torch.equal(one, other)
+
+
 def test_the_selection_bias_chooses_but_does_not_weigh():
     router = randomized(Router(8, sigmoid_experts(num_experts=4)))
     x = torch.randn(50, 8)
@@ -160,9 +179,9 @@ def test_filler_goes_to_no_expert():
 def test_gradient_checkpointing_changes_nothing(experts):
     tokens = torch.randint(0, 97, (2, 12))
     gradients, reports = [], []
-    for recompute in (False, True):
+    for mode in ("off", "full"):
         model = tiny_model(experts=experts)
-        model.gradient_checkpointing = recompute
+        model.gradient_checkpointing = mode
         model.routing = Routing(torch.zeros(2, 12, dtype=torch.bool))
         model(tokens, positions_like(tokens), CausalAttention()).square().sum().backward()
         gradients.append([parameter.grad for parameter in model.parameters()])

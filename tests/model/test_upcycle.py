@@ -34,3 +34,8 @@ def test_it_starts_as_the_dense_model(experts):
 def test_widths_that_forbid_it_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         upcycle(tiny_model(), ExpertsConfig(**changes), seed=0)
+
+
+def test_a_mixture_is_not_upcycled_again():
+    with pytest.raises(UserError, match="has experts already"):
+        upcycle(tiny_model(experts=ExpertsConfig(**SOFTMAX)), ExpertsConfig(**SOFTMAX), seed=0)

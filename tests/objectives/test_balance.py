@@ -90,4 +90,6 @@ def test_sequence_balance_is_the_papers_formula():
 
 
 def test_bias_step():
-    assert bias_step(torch.tensor([[5.0, 1.0, 3.0], [2.0, 2.0, 2.0]])).tolist() == [[-1, 1, 0], [0, 0, 0]]
+    # The mean of 6, 1 and 2 is 3, of which one has more and two have less.
+    counts = torch.tensor([[5.0, 1.0, 3.0], [2.0, 2.0, 2.0], [6.0, 1.0, 2.0]])
+    assert bias_step(counts).tolist() == [[-1, 1, 0], [0, 0, 0], [-1, 1, 1]]

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import yaml
 from huggingface_hub import ModelCard
@@ -82,6 +83,22 @@ def test_a_run_and_the_one_before_it(tmp_path: Path) -> None:
         "minnow chat .",
     ):
         assert program in text
+
+
+def test_the_hub_model_that_it_started_from_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the Hub's own field too, if the Hub's client has it: a folder may look like OWNER/NAME."""
+    run = a_run(tmp_path / "tuned", data="x.jsonl", init_from="somebody/small")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    card = write_model_card(run / "model")
+    assert card is not None
+    assert ModelCard(card.read_text(encoding="utf-8")).data.base_model is None
+    cached = tmp_path / "hub" / "models--somebody--small"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("0123abc")
+    shutil.copytree(run / "model", cached / "snapshots" / "0123abc")
+    text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+    assert ModelCard(text).data.base_model == "somebody/small"
+    assert "starting from somebody/small" in text
 
 
 def test_on_the_hub_commands_name_the_repository(tmp_path: Path) -> None:

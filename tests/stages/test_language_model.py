@@ -100,10 +100,34 @@ def test_only_the_first_process_draws_weights(config: pretrain.Config, monkeypat
 
 
 def test_what_a_message_tells_to_change_may_be_changed(config: pretrain.Config) -> None:
-    """Room on a disk, fewer workers: with these a stopped run goes on."""
+    """Room on a disk, fewer workers, another number of processes: with these a stopped run goes on."""
     pretrain.run(config)
-    training = replace(config.training, keep_last=1, save_every=3, log_every=2)
+    training = replace(config.training, keep_last=1, save_every=3, log_every=2, nproc=2, parallel="fsdp", restarts=1)
+    training = replace(training, resume=2, stall_seconds=0.0, profile=True, track=("tensorboard",))
     pretrain.run(replace(config, training=training, data=replace(config.data, workers=1)))
+
+
+def test_it_says_from_where_a_run_goes_on_and_why_not_from_later(
+    config: pretrain.Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    pretrain.run(config)
+    run = Path(config.run)
+    checkpoints = sorted((run / "checkpoints").iterdir())
+    assert [folder.name for folder in checkpoints] == ["step-00000002", "step-00000004"]
+    (run / "model" / "config.json").unlink()  # as if the run had been stopped
+    (checkpoints[1] / "state.json").unlink()
+    pretrain.run(config)
+    said = capsys.readouterr().err
+    assert "not resumed from step-00000004: state.json is missing\n" in said
+    assert f"continuing {run} from step 2\n" in said
+    (run / "model" / "config.json").unlink()
+    for folder in checkpoints:
+        (folder / "complete.json").unlink()
+    pretrain.run(config)
+    said = capsys.readouterr().err
+    assert said.count(": unfinished: ") == 2
+    assert "no whole checkpoint is left: starting anew\n" in said
 
 
 def test_data_that_changed_under_a_run_is_refused(config: pretrain.Config) -> None:

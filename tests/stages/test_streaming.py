@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +28,8 @@ from minnow.stages import pretrain
 from minnow.tokenizer import Tokenizer, train_tokenizer
 from minnow.training import trainer
 from minnow.training.config import TrainingConfig
-from minnow.training.objective import PackedBatches
+from minnow.training.objective import PackedBatches, StreamedBatches
+from minnow.training.signals import Interrupted
 
 TEXTS = [f"The {colour} fish number {i} swims in the pond." for i in range(100) for colour in ("red", "blue")]
 
@@ -201,6 +205,38 @@ def test_a_preparation_that_ends_without_a_word_is_told(
     with pytest.raises(UserError, match="the process that prepares the data ended"):
         pretrain.run(config)
     assert losses(config.run), "it trained on what was there"
+
+
+def test_a_step_waits_for_the_last_of_its_rows() -> None:
+    """Steps of 4 rows: of step 3 that is row 15. Waiting for less, the step itself would wait, and hear no signal."""
+    asked: list[int] = []
+    rows: Any = SimpleNamespace(lacking=asked.append)
+    StreamedBatches(rows, seed=0, rows_per_batch=4, rows_per_micro_batch=2, written=rows).lacking(3)
+    assert asked == [15]
+
+
+def test_a_signal_stops_a_run_that_waits_for_data(config: pretrain.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on, waits = slow_preparation(monkeypatch, after=3), []
+
+    def sleep(seconds: float) -> None:
+        waits.append(seconds)
+        os.kill(os.getpid(), signal.SIGTERM)
+        if len(waits) == 4:  # nobody listens
+            go_on.set()
+
+    def close(self: Thread) -> None:
+        go_on.set()
+        self.thread.join(timeout=60)
+
+    monkeypatch.setattr(Thread, "close", close)
+    monkeypatch.setattr(trainer, "time", SimpleNamespace(sleep=sleep, perf_counter=time.perf_counter))
+    with pytest.raises(Interrupted) as caught:
+        pretrain.run(config)
+    assert caught.value.code == 143
+    assert len(waits) == 1
+    done = len(losses(config.run))
+    assert f"stopped at step {done};" in caught.value.message
+    assert (Path(config.run) / "checkpoints" / f"step-{done:08d}" / "complete.json").exists()
 
 
 def growing(config: pretrain.Config) -> tuple[GrowingShards, list[str]]:

@@ -11,15 +11,18 @@ import torch
 
 from minnow.data.batches import Batch, Share
 from minnow.model.experts_config import ExpertsConfig
+from minnow.model.lora import LoraConfig, add_lora
 from minnow.model.transformer import CausalLM
 from minnow.objectives.balance import expert_counts, load_balance_loss
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
 from minnow.training.balance import BalanceConfig
 from minnow.training.config import TrainingConfig
+from minnow.training.loss_scale import LossScale
 from minnow.training.objective import LanguageModeling
 from minnow.training.trainer import Trainer
 
 from .helpers import SHAPE, masked_batch, rows_of
+from .helpers import make_trainer as trainer_of
 
 FAMILIES = {
     "softmax": ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
@@ -215,8 +218,9 @@ def test_a_lopsided_router_becomes_even(tmp_path: Path, family: str) -> None:
     assert last["left alone"] > last["balanced"] + 0.2, last
 
 
-def test_metrics_tell_the_load(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, "one", 4)
+@pytest.mark.parametrize("family", ["one", "softmax"])
+def test_metrics_tell_the_load(tmp_path: Path, family: str) -> None:
+    trainer = make_trainer(tmp_path, family, 4)
     trainer.fit()
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
@@ -225,3 +229,50 @@ def test_metrics_tell_the_load(tmp_path: Path) -> None:
         assert 0.0 <= line["expert_load_min"] <= 1.0
         assert 0.0 < line["router_entropy"] <= 1.3864  # ln 4
         assert 0.9 < line["balance_loss"] <= 4.0
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [("softmax", (0.01, 0.0, 0.0)), ("noisy", (0.0, 0.05, 0.0)), ("sigmoid", (0.0, 0.0, 0.0001))],
+)
+def test_each_family_is_balanced_in_its_own_way_by_default(tmp_path: Path, family: str, expected: tuple) -> None:
+    balance = make_trainer(tmp_path, family, balance=BalanceConfig()).balance
+    assert (balance.load_loss, balance.kl_loss, balance.sequence_loss) == expected
+
+
+def test_beside_a_frozen_model_nothing_is_balanced(tmp_path: Path) -> None:
+    """An adapter is saved without its base, whose selection biases must stay what they are."""
+    model = CausalLM(replace(SHAPE, experts=FAMILIES["sigmoid"]), seed=1)
+    add_lora(model, LoraConfig(rank=2), base="")
+    before = [bias.clone() for bias in model.buffers()]
+    figures = trainer_of(tmp_path, model=model).train_step()
+    assert before
+    assert all(map(torch.equal, model.buffers(), before))
+    assert "balance_loss" not in figures
+
+
+def test_noise_is_drawn_anew_for_every_step_layer_and_row(tmp_path: Path) -> None:
+    """Noise that stayed the same would be a part of the router's weights."""
+    balance = make_trainer(tmp_path, "noisy").balance
+
+    def drawn(*, step: int = 3, first_row: int = 4, layer: int = 0) -> torch.Tensor:
+        with balance.watch(batch_with_filler(0, 2), step=step, first_row=first_row) as routing:
+            return routing.noise(layer)
+
+    noise = drawn()
+    assert torch.equal(drawn(), noise)
+    assert torch.equal(drawn(first_row=5)[0], noise[1]), "a row has its noise wherever the batch is cut"
+    for other in (drawn(step=4), drawn(layer=1), noise.flip(0)):
+        assert not (other == noise).any()
+
+
+def test_an_update_that_overflows_moves_neither_biases_nor_statistics(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, "sigmoid")
+    trainer.train_step()
+    kept = trainer.balance.state_dict(), [bias.clone() for bias in trainer.model.buffers()]
+    assert any(bias.any() for bias in kept[1])
+    trainer.loss_scale = LossScale(torch.float16)
+    trainer.loss_scale.scale = 2.0**140  # beyond fp32: every gradient overflows
+    trainer.train_step()
+    assert trainer.balance.state_dict() == kept[0]
+    assert all(map(torch.equal, trainer.model.buffers(), kept[1]))

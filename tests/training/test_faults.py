@@ -74,8 +74,8 @@ def cut_off(folder: Path) -> None:
     os.truncate(shard, shard.stat().st_size - 100)
 
 
-def flip_a_bit(folder: Path) -> None:
-    shard = next(folder.glob("shard-*"))
+def flip_a_bit(folder: Path, pattern: str = "shard-*") -> None:
+    shard = next(folder.glob(pattern))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 4
     shard.write_bytes(content)

@@ -7,6 +7,7 @@ import os
 import signal
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,15 +15,18 @@ import torch.nn.functional as F
 
 from minnow.config import UserError
 from minnow.data.batches import Share
+from minnow.model.transformer import CausalLM
+from minnow.training import parallel
 from minnow.training.config import TrainingConfig
 from minnow.training.hardware import _cpu_matmul_peak, _matmul_peak, choose_device, choose_precision, matmul_peak
 from minnow.training.loss_scale import LossScale
+from minnow.training.parallel import choose_parallel
 from minnow.training.run_folder import LogFollower, MetricsLog
 from minnow.training.session import RunFolder
 from minnow.training.signals import Interrupted, stop_requests
 from minnow.training.validation import validate
 
-from .helpers import RandomSource, make_trainer, masked_batch
+from .helpers import SHAPE, RandomSource, make_trainer, masked_batch
 
 
 def test_loss_scale_halves_on_overflow_and_doubles_after_a_calm_stretch() -> None:
@@ -166,6 +170,23 @@ def test_choosing_device_and_precision() -> None:
         with pytest.raises(UserError, match="--device cuda"):
             choose_device("cuda")
     assert matmul_peak(cpu, torch.float32) > 1e9
+
+
+def test_auto_slices_a_model_whose_training_needs_half_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weight, gradient and two averages of 4 bytes each; over several hosts a sliced copy on each."""
+    model = CausalLM(SHAPE)
+    needed = 16 * sum(parameter.numel() for parameter in model.parameters())
+    monkeypatch.setattr(parallel, "world_size", lambda: 4)
+
+    def chosen(memory: int, processes_here: int) -> str:
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=memory))
+        monkeypatch.setattr(parallel, "local_world_size", lambda: processes_here)
+        return choose_parallel("auto", model, torch.device("cuda"))
+
+    assert [chosen(2 * needed + 2, here) for here in (4, 2)] == ["ddp", "ddp"]
+    assert [chosen(2 * needed, here) for here in (4, 2)] == ["fsdp", "hsdp"]
+    assert choose_parallel("auto", model, torch.device("cpu")) == "ddp"
+    assert choose_parallel("hsdp", model, torch.device("cpu")) == "hsdp"
 
 
 @pytest.mark.parametrize(

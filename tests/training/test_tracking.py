@@ -17,9 +17,13 @@ import pytest
 
 from minnow import cli
 from minnow.config import UserError
+from minnow.data.batches import Share
 from minnow.training import trackers, tracking
 from minnow.training.run_folder import MetricsLog
+from minnow.training.signals import Interrupted
 from minnow.training.tracking import TrackedRun, Tracking, require_trackers
+
+from .helpers import RandomSource, make_trainer
 
 ROOT = Path(__file__).parents[2]
 Line = tuple[int, dict[str, float]]
@@ -249,6 +253,19 @@ def test_a_tracker_that_fails_is_given_up_and_the_run_goes_on(tmp_path: Path, bo
     assert len(said) == 2  # where to look, and that it is over
     assert said[1].startswith("wandb: given up")
     assert "no route" in said[1]
+
+
+@pytest.mark.parametrize(("error", "code"), [(Interrupted(signal.SIGTERM, "asked"), 143), (OSError(), 1)])
+def test_a_tracker_is_told_how_the_run_ended(
+    tmp_path: Path, board: type[Board], error: BaseException, code: int
+) -> None:
+    class Ends(RandomSource):
+        def micro_batches(self, step: int, share: Share) -> list:
+            raise error
+
+    with pytest.raises(type(error)):
+        make_trainer(tmp_path, track=("wandb",), source=Ends()).fit()
+    assert board.made[0].exit_code == code
 
 
 def test_a_tracker_that_cannot_be_opened_ends_the_run_in_one_line(tmp_path: Path, board: type[Board]) -> None:

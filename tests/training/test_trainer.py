@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from minnow.data.batches import Share
+from minnow.model.pretrained import load_pretrained
 from minnow.training.checkpoint import list_checkpoints
+from minnow.training.loss_scale import LossScale
+from minnow.training.session import RunFolder, train
 from minnow.training.trainer import NonFiniteLossError, Trainer
 
 from .helpers import RandomSource, make_trainer
@@ -86,6 +91,17 @@ class StopAt(RandomSource):
         return super().micro_batches(step, share)
 
 
+def test_the_loss_scale_is_resumed(tmp_path: Path) -> None:
+    first, second = (make_trainer(tmp_path) for _ in range(2))
+    for trainer in (first, second):
+        trainer.loss_scale = LossScale(torch.float16)
+    first.loss_scale.scale, first.loss_scale.calm_steps = 4.0, 7
+    first._save()
+    first.writer.wait()
+    assert second.resume()
+    assert (second.loss_scale.scale, second.loss_scale.calm_steps) == (4.0, 7)
+
+
 def test_metrics_have_physical_units(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, steps=4)
     trainer.fit()
@@ -124,6 +140,18 @@ def test_nan_guard_names_step_and_documents_and_spares_the_weights(tmp_path: Pat
         assert torch.equal(weight, dict(trainer.model.named_parameters())[name])
 
 
+def test_a_gradient_that_is_not_finite_spares_the_weights_too(tmp_path: Path) -> None:
+    """Of a loss that is."""
+    trainer = make_trainer(tmp_path)
+    trainer.train_step()
+    before = weights(trainer)
+    trainer.parameters[0].register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(NonFiniteLossError, match=r"step 1: gradient norm is (inf|nan).*8 documents.*0, 1, 2, 3"):
+        trainer.train_step()
+    for name, weight in before.items():
+        assert torch.equal(weight, dict(trainer.model.named_parameters())[name])
+
+
 def test_clipping(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, clip_norm=0.01)
     trainer.source.micro_batches(0, Share())
@@ -150,6 +178,17 @@ def test_patience_stops_early_and_the_best_checkpoint_survives(tmp_path: Path) -
     assert trainer.state.best_step == best
 
 
+def test_under_patience_the_final_model_is_the_best(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, steps=200, source=OneBatch(), validate_every=2, save_every=0, patience=2)
+    train(trainer, RunFolder(tmp_path), None, Console(file=io.StringIO()))  # type: ignore[arg-type]
+    best = make_trainer(tmp_path, resume=trainer.state.best_step)
+    assert best.resume()
+    assert best.state.step == trainer.state.step - 2 * 2
+    saved = load_pretrained(tmp_path / "model").state_dict()
+    for name, weight in best.model.state_dict().items():
+        assert torch.equal(saved[name], weight), name
+
+
 class OneBatch(RandomSource):
     """The same batch at every step."""
 
@@ -159,9 +198,13 @@ class OneBatch(RandomSource):
 
 def test_checkpoints_are_pruned(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, keep_last=2)
+    (tmp_path / "config.yaml").write_text("sequence_length: 32\n")
     trainer.fit()
     kept = [c.step for c in list_checkpoints(tmp_path / "checkpoints")]
     assert kept[-1] == 12
     assert len(kept) <= 3  # the last two and the best
-    names = {path.name for path in (tmp_path / "checkpoints" / "step-00000012").iterdir()}
-    assert names == {"shard-00001-model-00001-of-00001.safetensors", "state.json", "complete.json"}
+    newest = tmp_path / "checkpoints" / "step-00000012"
+    sealed = {"shard-00001-model-00001-of-00001.safetensors", "state.json", "config.yaml"}
+    assert {path.name for path in newest.iterdir()} == {*sealed, "complete.json"}
+    assert json.loads((newest / "complete.json").read_text())["files"].keys() == sealed
+    assert (newest / "config.yaml").read_text() == "sequence_length: 32\n"

@@ -95,7 +95,10 @@ class Muon(torch.optim.Optimizer):
             if group["momentum_warmup_steps"] == 0:
                 momentum = group["momentum"]
             state["step"] += 1
-            buckets.setdefault((momentum, (p.shape[-2:], p.dtype, p.device)), []).append(p)
+            # A slice of a stack of experts is some whole experts; a slice of a matrix is some rows of it. They do not
+            # go together, though an expert may be shaped like a matrix.
+            sliced = p.ndim if isinstance(p, DTensor) else None
+            buckets.setdefault((momentum, (p.shape[-2:], p.dtype, p.device, sliced)), []).append(p)
         return buckets
 
 
@@ -128,7 +131,6 @@ def _update_stack(params: list[Tensor], buffers: list[Tensor], momentum: float, 
         steps=group["newton_schulz_steps"],
         dtype=group["orthogonalise_dtype"] or fast_dtype(first),
     )
-    # A slice of a stack of experts is some whole experts; a slice of a matrix is some rows of it.
     if isinstance(first, DTensor) and first.ndim == 2:
         update_BMN = on_whole_matrices(orthogonal, update_BMN, first)
     elif update_BMN.numel():

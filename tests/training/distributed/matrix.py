@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
+from minnow.model.checkpointing import GradientCheckpointing
+from minnow.model.experts_config import ExpertsConfig
 from minnow.model.pretrained import save_pretrained
 from minnow.model.slices import whole
 from minnow.model.transformer import CausalLM
@@ -34,7 +36,9 @@ class Case:
     dtype: torch.dtype = torch.float64
     pieces: int = 4  # micro-batches in one process; several processes have fewer each
     tied: bool = True
-    gradient_checkpointing: bool = False
+    intermediate_size: int = 48
+    gradient_checkpointing: GradientCheckpointing = "off"
+    experts: ExpertsConfig | None = None
 
 
 # float64: Muon lifts the rounding of a sum over processes to visible size in directions without gradient, and AdamW
@@ -43,15 +47,19 @@ CASES = {
     "muon": Case(),
     "adamw": Case(optimizer="adamw"),
     "one micro-batch": Case(pieces=1),
-    "untied": Case(tied=False),
-    "recomputed": Case(gradient_checkpointing=True),
+    # Of the 5 rows of a matrix two processes have 3 and 2, four processes 2, 2, 1 and none.
+    "untied, uneven": Case(tied=False, intermediate_size=5),
+    "recomputed": Case(gradient_checkpointing="full"),
+    # Three experts, shaped like k_proj: of two processes one has a slice of two, of four processes one has none.
+    "experts": Case(experts=ExpertsConfig(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=16)),
     "fp32": Case(optimizer="adamw", dtype=torch.float32, learning_rate=0.0003),
 }
 
 
 def train_case(case: Case, mode: Parallel, folder: Path) -> None:
     """Train STEPS updates; leave losses, norms, validation and the whole weights in `folder`."""
-    shape = dataclasses.replace(SHAPE, tie_word_embeddings=case.tied)
+    changes = {"tie_word_embeddings": case.tied, "intermediate_size": case.intermediate_size, "experts": case.experts}
+    shape = dataclasses.replace(SHAPE, **changes)  # type: ignore[arg-type]
     if rank() == 0:
         model = CausalLM(shape, seed=1)
     else:
