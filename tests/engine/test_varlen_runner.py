@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -17,7 +18,7 @@ from minnow.engine import Engine, SamplingParams
 from minnow.engine.blocks import BlockManager
 from minnow.engine.cache import PagedCache, Window
 from minnow.engine.engine import Parts
-from minnow.engine.graphs import Capture, Recordings, padded_rows
+from minnow.engine.graphs import Capture, NoWaiting, Recordings, padded_rows
 from minnow.engine.runner import Runner, padded_reach
 from minnow.engine.scheduler import Scheduler
 from minnow.engine.varlen_runner import VarlenRunner, block_table, decode_inputs
@@ -214,3 +215,65 @@ def test_the_installed_torch_takes_those_words() -> None:
 
 def test_block_table() -> None:
     np.testing.assert_array_equal(block_table([[3, 1], [2]], 3), [[3, 1, 0], [2, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda x: x * x.sum().item(),
+        lambda x: x * float(x[0]),
+        lambda x: x[x > 0],
+        lambda x: x.masked_fill(x > 9, 0.0) if (x > 0).any() else x,
+        lambda x: x.nonzero(),
+        lambda x: x.index_put_((x > 0,), x),
+        lambda x: x.to("meta"),
+        lambda x: torch.empty(4, device="meta").copy_(x),
+    ],
+)
+def test_steps_that_wait_for_the_device_are_refused(step: Callable[[Tensor], Tensor]) -> None:
+    with NoWaiting(), pytest.raises(RuntimeError, match="synchronizes"):
+        step(torch.ones(4))
+
+
+def test_a_whole_step_of_either_runner_does_not_wait() -> None:
+    def strict(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        with NoWaiting():
+            function()
+        return Recorder()(function)
+
+    for window in (False, True):
+        # Beside the runner of blocks stands a plain function for the kernel, which reads its lengths.
+        engine = make_engine(strict, window=window, frozen=True)
+        if isinstance(runner := engine._parts().runner, VarlenRunner):
+            runner._attend = lambda q, *rest, **more: q
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # a step that could not be recorded warns
+            answers(engine, temperature=0.0)
+
+
+def test_later_pieces_of_prompts_take_flash_attention_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    pieces: list[tuple[int, int]] = []
+
+    def flash(q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int) -> Tensor:
+        """What varlen_attn does without a block table, as in torch 2.11: the last query sees all keys."""
+        assert cu_q.dtype == cu_k.dtype == torch.int32
+        out = []
+        for part in zip(
+            *(x.tensor_split(cu[1:-1].tolist()) for x, cu in ((q, cu_q), (k, cu_k), (v, cu_k))), strict=True
+        ):
+            queries, keys = len(part[0]), len(part[1])
+            assert 0 < queries <= max_q
+            assert queries < keys <= max_k
+            pieces.append((queries, keys))
+            mask = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+            heads = (x.transpose(0, 1) for x in part)
+            out.append(F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True).transpose(0, 1))
+        return torch.cat(out)
+
+    monkeypatch.setattr("minnow.engine.attention.flash_attention", lambda device, dtype, head_dim: flash)
+    assert answers(make_engine(None, window=True)) == answers(Engine(tiny_model(1), tiny_tokenizer()))
+    assert len(pieces) > 3
+
+
+def test_cudnn_plans_no_attention_of_ours() -> None:
+    assert not torch.backends.cuda.cudnn_sdp_enabled()

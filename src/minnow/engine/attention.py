@@ -5,7 +5,9 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from collections.abc import Sequence as Listing
+from functools import cached_property
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -65,14 +67,7 @@ class MixedAttention:
         whole = [chunk.count for chunk in chunks if chunk.start == 0]
         self._whole_end = rows + sum(whole)
         self._whole = PackedAttention(torch.tensor([0, *whole]).cumsum(0).to(torch.int32), device) if whole else None
-        self._later: list[tuple[int, int, Tensor, Tensor]] = []
-        start = self._whole_end
-        for chunk in chunks[len(whole) :]:
-            end = chunk.start + chunk.count
-            past_T = to_device(torch.from_numpy(cache.slots(chunk.sequence, 0, end)), device)
-            places_T = torch.arange(end, device=device)
-            self._later.append((start, start + chunk.count, past_T, places_T <= places_T[chunk.start :, None]))
-            start += chunk.count
+        self._later = _LaterPieces(cache, chunks[len(whole) :], device) if len(whole) < len(chunks) else None
 
     def __call__(self, layer: int, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
         """B is 1 and T all tokens of the step."""
@@ -84,17 +79,48 @@ class MixedAttention:
             out.append(self._decode(layer, q[:rows, None], k[:rows, None], v[:rows, None])[:, 0])
         if self._whole is not None:
             out.append(self._whole(layer, *(x[None, rows:whole_end] for x in (q, k, v)))[0])
-        for start, end, past_T, mask_QT in self._later:
-            keys, values = self._cache.read(layer, past_T)
-            attended = F.scaled_dot_product_attention(
-                q[start:end].transpose(0, 1)[None],
-                keys.transpose(0, 1)[None],
-                values.transpose(0, 1)[None],
-                attn_mask=mask_QT,
-                enable_gqa=q.shape[1] != keys.shape[1],
-            )
-            out.append(attended[0].transpose(0, 1))
+        if self._later is not None:
+            out.append(self._later(layer, q[whole_end:]))
         return torch.cat(out)[None]
+
+
+class _LaterPieces:
+    """Attention of later pieces of prompts to everything before them and to themselves, all of it in the blocks."""
+
+    def __init__(self, cache: PagedCache, chunks: Listing[Chunk], device: torch.device):
+        self._cache = cache
+        self._counts = [chunk.count for chunk in chunks]
+        self._ends = [chunk.start + chunk.count for chunk in chunks]
+        slots = [cache.slots(chunk.sequence, 0, end) for chunk, end in zip(chunks, self._ends, strict=True)]
+        self._slots_N = to_device(torch.from_numpy(np.concatenate(slots)), device)
+
+    @cached_property
+    def _borders(self) -> list[Tensor]:
+        """Of the queries and of the keys, one piece after another: what flash attention asks for."""
+        borders = (torch.tensor([0, *lengths]).cumsum(0).to(torch.int32) for lengths in (self._counts, self._ends))
+        return [to_device(border, self._slots_N.device) for border in borders]
+
+    @cached_property
+    def _masks(self) -> list[Tensor]:
+        """Of each piece, bool [its tokens, those up to its end]: where a query sees a key."""
+        places_T = torch.arange(max(self._ends), device=self._slots_N.device)
+        return [
+            places_T[:end] <= places_T[end - count : end, None]
+            for count, end in zip(self._counts, self._ends, strict=True)
+        ]
+
+    def __call__(self, layer: int, q_NHd: Tensor) -> Tensor:
+        keys, values = self._cache.read(layer, self._slots_N)
+        flash = flash_attention(q_NHd.device, q_NHd.dtype, q_NHd.shape[-1])
+        if flash is not None:  # a causal one aligns the last query with the last key
+            return flash(q_NHd, keys, values, *self._borders, max(self._counts), max(self._ends))
+        pieces = zip(q_NHd.split(self._counts), keys.split(self._ends), values.split(self._ends), strict=True)
+        out = []
+        for piece, mask_QT in zip(pieces, self._masks, strict=True):
+            q, k, v = (x.transpose(0, 1)[None] for x in piece)
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask_QT, enable_gqa=q.shape[1] != k.shape[1])
+            out.append(attended[0].transpose(0, 1))
+        return torch.cat(out)
 
 
 VARLEN_BLOCK_SIZE = 256

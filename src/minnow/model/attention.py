@@ -20,6 +20,10 @@ from torch import Tensor
 
 from minnow.transfer import to_device
 
+# torch prefers cuDNN's attention on Hopper and Blackwell, and that one takes a tenth of a second or more to plan for
+# each shape it meets. Ours are new ones in nearly every step.
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 class Attention(Protocol):
     """Attends within one layer: queries [B, T, H, d], keys and values [B, T, K, d] -> [B, T, H, d]."""
