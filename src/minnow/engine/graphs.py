@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if TYPE_CHECKING:
     from minnow.engine.runner import Decoder
@@ -38,7 +38,7 @@ class CudaGraphs:
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 function()  # what is made on first use is made before the recording
-                with _no_waiting():  # an error while recording would leave torch's random generator half recorded
+                with NoWaiting():  # an error while recording would leave torch's random generator half recorded
                     function()
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
@@ -49,15 +49,29 @@ class CudaGraphs:
         return graph.replay, result
 
 
-@contextmanager
-def _no_waiting() -> Iterator[None]:
-    """Make every operation raise that has the host wait for the device."""
-    before = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode(before)
+class NoWaiting(TorchDispatchMode):
+    """Makes every operation raise RuntimeError that has the host wait for the device.
+
+    Those of this thread: torch's own debug mode is the whole process's, where other models' threads read their tokens.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation or refuse it."""
+        if _waits(func, args):
+            raise RuntimeError(f"{func} synchronizes with the device")
+        result = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and result.device.type != args[0].device.type:
+            raise RuntimeError(f"{func} synchronizes with the device")
+        return result
+
+
+def _waits(func: Any, args: Any) -> bool:
+    aten = torch.ops.aten
+    if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+        return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1])
+    if func is aten.copy_.default:
+        return bool(args[0].device.type != args[1].device.type)
+    return torch.Tag.data_dependent_output in func.tags or torch.Tag.dynamic_output_shape in func.tags
 
 
 class Recordings:
