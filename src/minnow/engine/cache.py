@@ -90,10 +90,13 @@ class Window:
         staying = set(stay)
         new = (sequence for sequence in sequences if sequence not in staying)
         rows = [next(new) if owner is None else owner for owner in stay]
+        missing = []
         for row, sequence in enumerate(rows):
             known = row < len(self._owners) and self._owners[row] is sequence
             if not known or self._filled[row] != sequence.computed:
-                self._gather(row, sequence, cache)
+                missing.append(row)
+        if missing:
+            self._gather(missing, [rows[row] for row in missing], cache)
         self._owners = rows
         self._filled = [sequence.computed + 1 for sequence in rows]  # with the step to come
         return rows
@@ -102,11 +105,15 @@ class Window:
         """Forget all rows: the weights that made them are gone."""
         self._owners, self._filled = [], []
 
-    def _gather(self, row: int, sequence: Sequence, cache: PagedCache) -> None:
-        length = sequence.computed
-        slots_T = to_device(torch.from_numpy(cache.slots(sequence, 0, length)), self.keys[0].device)
-        for layer in range(len(self.keys)):
-            self.keys[layer][row, :length], self.values[layer][row, :length] = cache.read(layer, slots_T)
+    def _gather(self, rows: Listing[int], sequences: Listing[Sequence], cache: PagedCache) -> None:
+        """Copy the sequences' computed tokens into these rows, all at once: answers mostly begin many together."""
+        device = self.keys[0].device
+        slots = [cache.slots(sequence, 0, sequence.computed) for sequence in sequences]
+        places = [row * self.length + np.arange(len(of_row)) for row, of_row in zip(rows, slots, strict=True)]
+        slots_N, places_N = (to_device(torch.from_numpy(np.concatenate(x)), device) for x in (slots, places))
+        for layer, stores in enumerate(zip(self.keys, self.values, strict=True)):
+            for store, found_NKd in zip(stores, cache.read(layer, slots_N), strict=True):
+                store.flatten(0, 1).index_copy_(0, places_N, found_NKd)
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -74,10 +74,13 @@ class Runner:
     def run(self, model: Decoder, plan: Plan) -> tuple[list[Sequence], Tensor]:
         """Compute the plan's chunks; the sequences whose last token was among them and their logits [B, V], fp32."""
         self.cache.copy(plan.copies)
-        decoding = [chunk for chunk in plan.chunks if chunk.count == 1 and chunk.start > 0 and chunk.reaches_end]
+        decoding: list[Chunk] = []
+        others: list[Chunk] = []
+        for chunk in plan.chunks:
+            decodes = chunk.count == 1 and chunk.start > 0 and chunk.reaches_end
+            (decoding if decodes else others).append(chunk)
         rows = self.window.arrange([chunk.sequence for chunk in decoding], self.cache)
-        if len(decoding) < len(plan.chunks):
-            others = [chunk for chunk in plan.chunks if chunk not in decoding]
+        if others:
             return self._mixed(model, rows, sorted(others, key=lambda chunk: chunk.start > 0))
         if self._recordings.possible and self.adapters is None:
             return rows, self._recorded(model, rows)

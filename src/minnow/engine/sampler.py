@@ -14,6 +14,7 @@ from minnow.engine.outputs import TopLogprobs
 from minnow.engine.penalties import Penalties
 from minnow.engine.sampling import SamplingParams
 from minnow.engine.sequence import Sequence
+from minnow.transfer import to_device
 
 CANDIDATES = 256
 """Likeliest tokens looked at for top-p before the whole vocabulary is sorted, which is slow."""
@@ -172,7 +173,7 @@ def kept_tokens(scaled_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
 def _draw(scaled_BV: Tensor, keys: np.ndarray, steps: list[int]) -> Tensor:
     """Token ids [B] by inverting the cumulative distribution at each row's own random number."""
     cumulative_BV = scaled_BV.exp().cumsum(-1, dtype=torch.float64)
-    targets_B = torch.from_numpy(uniforms(keys, steps)).to(scaled_BV.device) * cumulative_BV[:, -1]
+    targets_B = to_device(torch.from_numpy(uniforms(keys, steps)), scaled_BV.device) * cumulative_BV[:, -1]
     # right: the first token whose cumulative probability exceeds the target; it has a positive probability
     # itself.
     return torch.searchsorted(cumulative_BV, targets_B[:, None], right=True)[:, 0]
