@@ -239,11 +239,13 @@ class Trainer(Generic[BatchT]):
             loss.backward()
             outputs.append(output)
             first_row += len(batch.tokens_BT)
+        grads = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)  # begun before the loss is read: that waits for the device
         figures = {name: value / count for name, value in totals(outputs).items()}
         figures["flops"] = flops
         if not math.isfinite(figures["loss"]):
             raise NonFiniteLossError.of("loss", figures["loss"], self.state.step, batches)
-        figures["grad_norm"] = self._clip_gradients()
+        figures["grad_norm"] = self._clip_gradients(grads, norm)
         finite = math.isfinite(figures["grad_norm"])
         if not finite and (not self.loss_scale.enabled or self.loss_scale.scale < 1):
             raise NonFiniteLossError.of("gradient norm", figures["grad_norm"], self.state.step, batches)
@@ -272,10 +274,9 @@ class Trainer(Generic[BatchT]):
             output = self.objective(self.model, batch)
         return output, self.balance.loss_sum(routing, batch)
 
-    def _clip_gradients(self) -> float:
+    def _clip_gradients(self, grads: list[Tensor], scaled_norm: Tensor) -> float:
         """Undo the loss scale and clip to `clip_norm`; return the norm before clipping."""
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = float(whole(torch.nn.utils.get_total_norm(grads))) / self.loss_scale.scale
+        norm = float(whole(scaled_norm)) / self.loss_scale.scale
         too_long = self.config.clip_norm / (norm + 1e-6) if self.config.clip_norm else 1.0
         coefficient = min(1.0, too_long) / self.loss_scale.scale
         if math.isfinite(norm) and coefficient != 1.0:
