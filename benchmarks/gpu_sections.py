@@ -245,11 +245,15 @@ class FullRows:
 def training(options: Options) -> Iterator[Row]:
     """Steps as a run takes them, optimizer and clipping included, on full rows of one document."""
     for name, shape in options.shapes("26m", "64m", "104m", "1b").items():
+        trainer = make_trainer(shape, options)
         for compiled in (False, True):
             if compiled and options.tiny:
                 continue  # takes a minute, and the same code
-            trainer = fitting_trainer(shape, options, compiled)
+            if compiled:
+                trainer.model.compile_backbone()
+            rows = fit(trainer, options)
             seconds, figures = timed_steps(trainer, options, warm=3, steps=6)
+            memory = peak_memory_bytes(options.device)
             label = f"{name} {'compiled' if compiled else 'eager'}"
             speed = figures["tokens"] / seconds
             mfu = figures["flops"] / seconds / matmul_peak(options.device, options.dtype)
@@ -257,52 +261,51 @@ def training(options: Options) -> Iterator[Row]:
             yield Row("training", f"{label}, tokens/s", f"{speed:,.0f}", speed, "tokens/s")
             shown = f"{mfu:.1%}" + (f" (bar {bar:.0%})" if bar else "")
             yield Row("training", f"{label}, MFU", shown, mfu, "", None if bar is None else mfu >= bar)
-            memory = peak_memory_bytes(options.device)
-            rows = len(trainer.source.micro_batches(0, Share())[0].tokens_BT)
             yield Row("training", f"{label}, peak memory", f"{memory / 1e9:.1f} GB, {rows} rows at once", memory, "B")
-            del trainer
-            gc.collect()
-            torch._dynamo.reset()
+        del trainer
+        gc.collect()
+        torch._dynamo.reset()
 
 
-def fitting_trainer(shape: ModelConfig, options: Options, compiled: bool) -> Trainer:
-    """A trainer on global batches of 65,536 tokens, in the largest micro-batches that a first step survives."""
+def fit(trainer: Trainer, options: Options) -> int:
+    """Give `trainer` global batches of 65,536 tokens, in the largest micro-batches that a first step survives; their
+    rows."""
     rows, length = (4, 32) if options.tiny else (64, 1024)
     at_once = rows
     while True:
+        if options.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        vocab_size = trainer.model.config.vocab_size
+        trainer.source = FullRows([random_batch(vocab_size, at_once, length, seed=i) for i in range(rows // at_once)])
         try:
-            trainer = make_trainer(shape, options, compiled, rows, at_once, length)
             trainer.train_step()
-            return trainer
+            return at_once
         except RuntimeError as error:
             if not is_out_of_memory(error) or at_once == 1:
                 raise
         at_once //= 2
+        trainer.model.zero_grad(set_to_none=True)
+        torch._dynamo.reset()  # a second size would be compiled for sizes of all kinds, which is slower code
         gc.collect()
-        torch.cuda.empty_cache()
 
 
-def make_trainer(
-    shape: ModelConfig, options: Options, compiled: bool, rows: int, at_once: int, length: int, steps: int = 1000
-) -> Trainer:
+def make_trainer(shape: ModelConfig, options: Options, *, compiled: bool = False) -> Trainer:
+    """A trainer without rows to learn from yet."""
     config = TrainingConfig(
         device=options.device.type, precision=options.precision, compile="on" if compiled else "off", z_loss=0.0
     )  # type: ignore[arg-type]
-    shape = replace(shape, max_position_embeddings=max(shape.max_position_embeddings, length))
     model = Machine.choose(config).place(CausalLM(shape, seed=1), config, 0.0, lambda text: None)
-    parts = [random_batch(shape.vocab_size, at_once, length, seed=part) for part in range(rows // at_once)]
-    if options.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
     return Trainer(
         config,
         folder=Path(tempfile.mkdtemp(prefix="minnow-gpu-")),
         title="gpu",
         model=model,
-        optimizers=build_optimizers(model, OptimConfig(), tokens_per_batch=rows * length),
+        optimizers=build_optimizers(model, OptimConfig(), tokens_per_batch=65_536),
         schedule=ScheduleConfig(),
         objective=LanguageModeling(),
-        source=FullRows(parts),
-        total_steps=steps,
+        source=FullRows([]),
+        total_steps=1000,
     )
 
 
@@ -341,7 +344,7 @@ def memory(options: Options) -> Iterator[Row]:
         yield Row("memory", "largest micro-batch", "looked for on CUDA only")
         return
     for name, shape in options.shapes("26m", "1b").items():
-        trainer = make_trainer(shape, options, False, 1, 1, 1024)
+        trainer = make_trainer(shape, options)
         rows = RandomRows(shape.vocab_size, 1024)
         start = time.perf_counter()
         objective = LanguageModeling()
@@ -405,7 +408,8 @@ def decode_seconds(engine: Engine, vocab_size: int, streams: int, prompt: int, n
 def recipe(options: Options) -> Iterator[Row]:
     """minimind's pretraining, 0.33 B tokens through 64M parameters, in packed rows of 1024 tokens."""
     (shape,) = options.shapes("64m").values()
-    trainer = fitting_trainer(shape, options, compiled=not options.tiny)
+    trainer = make_trainer(shape, options, compiled=not options.tiny)
+    fit(trainer, options)
     seconds, figures = timed_steps(trainer, options, warm=5, steps=20)
     steps = -(-RECIPE_TOKENS // int(figures["tokens"]))
     whole = steps * seconds
