@@ -10,7 +10,13 @@ from model_helpers import row_logits, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minnow.config import UserError
-from minnow.model.attention import CausalAttention, PackedAttention, causal_attention
+from minnow.model.attention import (
+    CausalAttention,
+    PackedAttention,
+    causal_attention,
+    has_flash_attention,
+    with_a_key_head_each,
+)
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.transformer import CausalLM
 
@@ -84,6 +90,16 @@ def test_causal_attention_is_the_formula():
             scores = torch.softmax(keys @ q[0, place, head] / 2.0, dim=0)  # 2 = sqrt(4)
             expected[0, place, head] = scores @ v[0, : place + 1, head // 2]
     torch.testing.assert_close(causal_attention(q, k, v), expected)
+
+
+def test_a_key_head_for_each_query_head_gives_what_grouped_heads_give():
+    q, k, v = (torch.randn(2, 9, heads, 8) for heads in (6, 2, 2))
+    torch.testing.assert_close(causal_attention(q, *with_a_key_head_each(q, k, v)), causal_attention(q, k, v))
+
+
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", torch.bfloat16), ("cuda", torch.float32)])
+def test_flash_attention_is_for_half_precision_on_cuda(device, dtype):
+    assert not has_flash_attention(torch.device(device), dtype)
 
 
 def test_a_token_sees_only_its_own_past():

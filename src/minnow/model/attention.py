@@ -35,14 +35,25 @@ class Attention(Protocol):
 
 def causal_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
     """Every query sees the keys up to its own place: softmax(q k / sqrt(d)) v, heads grouped (GQA)."""
+    grouped = q_BTHd.shape[2] != k_BTKd.shape[2]
+    if grouped and q_BTHd.is_cuda and not has_flash_attention(q_BTHd.device, q_BTHd.dtype):
+        # Flash attention alone among torch's kernels takes grouped heads: without it all scores would be held at once.
+        k_BTKd, v_BTKd = with_a_key_head_each(q_BTHd, k_BTKd, v_BTKd)
+        grouped = False
     out_BHTd = F.scaled_dot_product_attention(
         q_BTHd.transpose(1, 2),
         k_BTKd.transpose(1, 2),
         v_BTKd.transpose(1, 2),
         is_causal=True,
-        enable_gqa=q_BTHd.shape[2] != k_BTKd.shape[2],
+        enable_gqa=grouped,
     )
     return out_BHTd.transpose(1, 2)
+
+
+def with_a_key_head_each(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, T, H, d], repeated for the queries that share them."""
+    group = q_BTHd.shape[2] // k_BTKd.shape[2]
+    return k_BTKd.repeat_interleave(group, dim=2), v_BTKd.repeat_interleave(group, dim=2)
 
 
 class CausalAttention:
@@ -171,16 +182,21 @@ class _FromGroups(torch.autograd.Function):
 
 
 @cache
+def has_flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether its kernels, which are for Ampere and newer and for half precision, run here."""
+    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@cache
 def flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[..., Tensor] | None:
     """torch's causal flash attention over sequences of different lengths, `varlen_attn`, or None where it cannot be.
 
-    It takes (q [N, H, d], k and v [N, K, d], borders of the queries and of the keys, int32, longest of each). Its
-    kernels are for Ampere and newer, for half precision, and for heads whose size is a multiple of 8; backward, those
-    of consumer cards end at 192.
+    It takes (q [N, H, d], k and v [N, K, d], borders of the queries and of the keys, int32, longest of each). Its heads'
+    size is a multiple of 8; backward, the kernels of consumer cards end at 192.
     """
-    if device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16) or head_dim % 8 or head_dim > 192:
-        return None
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    if not has_flash_attention(device, dtype) or head_dim % 8 or head_dim > 192:
         return None
     try:
         from torch.nn.attention.varlen import varlen_attn
