@@ -13,7 +13,7 @@ from minnow.model.config import ModelConfig
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
 from minnow.training.config import TrainingConfig
-from minnow.training.objective import LanguageModeling
+from minnow.training.objective import BatchSource, LanguageModeling
 from minnow.training.parallel import parallelise
 from minnow.training.probe import random_batch
 from minnow.training.trainer import Trainer
@@ -71,7 +71,7 @@ def make_trainer(
     folder: Path,
     *,
     steps: int = 12,
-    source: RandomSource | None = None,
+    source: BatchSource[Batch] | None = None,
     model: CausalLM | None = None,
     optim: OptimConfig | None = None,
     **settings: object,

@@ -5,20 +5,24 @@ from __future__ import annotations
 import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from minnow.data.batches import Share
+from minnow.data.batches import Batch, Share
 from minnow.model.pretrained import load_pretrained
 from minnow.training.checkpoint import list_checkpoints
 from minnow.training.loss_scale import LossScale
+from minnow.training.objective import PackedBatches
+from minnow.training.probe import random_batch
 from minnow.training.session import RunFolder, train
 from minnow.training.trainer import NonFiniteLossError, Trainer
 
-from .helpers import RandomSource, make_trainer
+from .helpers import SHAPE, RandomSource, make_trainer
 
 VOLATILE = {"tokens_per_second", "mfu", "memory_gb", "eta_seconds", "seconds"}
 
@@ -157,10 +161,44 @@ def test_clipping(tmp_path: Path) -> None:
     trainer.source.micro_batches(0, Share())
     for batch in trainer.source.micro_batches(0, Share()):
         (trainer.objective(trainer.model, batch).loss_sum / trainer.objective.count(batch)).backward()
-    norm = trainer._clip_gradients()
+    grads = [p.grad for p in trainer.parameters if p.grad is not None]
+    norm = trainer._clip_gradients(grads, torch.nn.utils.get_total_norm(grads))
     after = torch.nn.utils.get_total_norm([p.grad for p in trainer.parameters if p.grad is not None])
     assert norm > 0.01
     assert float(after) == pytest.approx(0.01, rel=1e-3)
+
+
+class CountedRows:
+    """16 rows of random tokens; counts the reads."""
+
+    window_rows = (16,)
+
+    def __init__(self) -> None:
+        self.reads = 0
+
+    def batch(self, row_indices: Sequence[int] | np.ndarray) -> Batch:
+        self.reads += 1
+        return random_batch(SHAPE.vocab_size, len(row_indices), 32, seed=int(row_indices[0]))
+
+
+class Unforeseen:
+    """The same batches from a source that the Trainer knows nothing of."""
+
+    def __init__(self, source: PackedBatches) -> None:
+        self.source = source
+
+    def micro_batches(self, step: int, share: Share) -> list[Batch]:
+        return self.source.micro_batches(step, share)
+
+
+def test_the_next_rows_are_read_while_a_step_is_under_way(tmp_path: Path) -> None:
+    rows, others = CountedRows(), CountedRows()
+    ahead = make_trainer(tmp_path / "ahead", steps=3, source=PackedBatches(rows, 0, 8, 4))
+    plain = make_trainer(tmp_path / "plain", steps=3, source=Unforeseen(PackedBatches(others, 0, 8, 4)))
+    for reads in (4, 6, 6):  # two micro-batches a step
+        assert ahead.train_step() == plain.train_step()
+        assert rows.reads == reads
+    assert others.reads == 6
 
 
 def test_patience_stops_early_and_the_best_checkpoint_survives(tmp_path: Path) -> None:

@@ -193,8 +193,8 @@ def has_flash_attention(device: torch.device, dtype: torch.dtype) -> bool:
 def flash_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[..., Tensor] | None:
     """torch's causal flash attention over sequences of different lengths, `varlen_attn`, or None where it cannot be.
 
-    It takes (q [N, H, d], k and v [N, K, d], borders of the queries and of the keys, int32, longest of each). Its heads'
-    size is a multiple of 8; backward, the kernels of consumer cards end at 192.
+    It takes (q [N, H, d], k and v [N, K, d], borders of the queries and of the keys, int32, longest of each). The size
+    of a head is a multiple of 8; backward, the kernels of consumer cards end at 192.
     """
     if not has_flash_attention(device, dtype) or head_dim % 8 or head_dim > 192:
         return None

@@ -33,6 +33,7 @@ from minnow.training.objective import (
     LooksAhead,
     Objective,
     ObjectiveOutput,
+    PackedBatches,
     SourceStopsError,
     Stateful,
     totals,
@@ -101,6 +102,8 @@ class Trainer(Generic[BatchT]):
         self.metrics = MetricsLog(folder / METRICS)
         self.checkpoints = folder / "checkpoints"
         self.writer = CheckpointWriter(self.checkpoints, keep_last=config.keep_last)
+        self._ahead: tuple[int, Sequence[BatchT]] | None = None
+        """The next step's number and micro-batches."""
         self.passed_over: list[str] = []
         """Checkpoints that `resume` could not use, and why."""
 
@@ -213,7 +216,7 @@ class Trainer(Generic[BatchT]):
         from loss_sum_m / count with the count of the *whole* batch; dividing by micro-batch counts and averaging would
         weight tokens unequally.
         """
-        batches = self.source.micro_batches(self.state.step, self.share)
+        batches = self._batches()
         count, rows, tokens, flops = sum_over_ranks(
             [
                 sum(self.objective.count(batch) for batch in batches),
@@ -239,8 +242,10 @@ class Trainer(Generic[BatchT]):
             loss.backward()
             outputs.append(output)
             first_row += len(batch.tokens_BT)
+        # Begun before the loss is read, which waits for the device.
         grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)  # begun before the loss is read: that waits for the device
+        norm = torch.nn.utils.get_total_norm(grads)
+        self._read_ahead()
         figures = {name: value / count for name, value in totals(outputs).items()}
         figures["flops"] = flops
         if not math.isfinite(figures["loss"]):
@@ -265,6 +270,17 @@ class Trainer(Generic[BatchT]):
         self.state.step += 1
         self.state.tokens += int(tokens)
         return figures
+
+    def _batches(self) -> Sequence[BatchT]:
+        step, batches = self._ahead or (None, [])
+        self._ahead = None
+        return batches if step == self.state.step else self.source.micro_batches(self.state.step, self.share)
+
+    def _read_ahead(self) -> None:
+        """Read the next step's rows while the device is at work, where they need neither this step nor waiting for."""
+        step = self.state.step + 1
+        if isinstance(self.source, PackedBatches) and not isinstance(self.source, Growing) and step < self.total_steps:
+            self._ahead = step, self.source.micro_batches(step, self.share)
 
     def _forward(self, batch: BatchT, first_row: int) -> tuple[ObjectiveOutput, Tensor | None]:
         """The objective on one micro-batch; of a mixture of experts also the sum of its balance losses."""
