@@ -235,6 +235,14 @@ def test_steps_that_wait_for_the_device_are_refused(step: Callable[[Tensor], Ten
         step(torch.ones(4))
 
 
+def test_a_compiled_step_stays_compiled_while_it_is_looked_at() -> None:
+    compiled = torch.compile(lambda x: x.sin() + 1, backend="eager", fullgraph=True)
+    compiled(torch.ones(4))
+    with NoWaiting():
+        result = compiled(torch.ones(4))
+    assert torch.equal(result, torch.ones(4).sin() + 1)
+
+
 def test_a_whole_step_of_either_runner_does_not_wait() -> None:
     def strict(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
         with NoWaiting():

@@ -55,6 +55,11 @@ class NoWaiting(TorchDispatchMode):
     Those of this thread: torch's own debug mode is the whole process's, where other models' threads read their tokens.
     """
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled steps be run as they are; torch would else run no compiled code meanwhile, in any thread."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation or refuse it."""
         if _waits(func, args):
