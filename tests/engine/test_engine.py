@@ -267,6 +267,7 @@ def test_min_tokens_ignore_eos_and_stop_tokens() -> None:
     assert finished(ignore_eos=True) == (9, "length")
     assert finished(ignore_eos=True, stop_token_ids=[b]) == (2, "stop")
     assert finished(min_tokens=3) == (7, "stop")  # barred at its first place, it comes at the next
+    assert finished(min_tokens=9, ignore_eos=True) == (9, "length")  # no token ends this answer: none is barred
     assert finished(stop=["a"], min_tokens=2) == (3, "stop")
 
 
