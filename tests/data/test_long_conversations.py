@@ -1,6 +1,7 @@
 """No supervised token of a long conversation is lost or counted twice, and it keeps what context fits."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,10 +27,12 @@ def test_a_conversation_that_fits_is_not_touched():
     assert pieces[0][0] is conversation.ids
 
 
-def test_cut_by_hand():
+@pytest.mark.parametrize("sequence_length", [15, 13])
+def test_cut_by_hand(sequence_length):
     # 2 of system and five turns of 4, rows of 15 positions = 16 tokens, so 14 of room: three turns fit (12). The next
-    # piece takes new turns up to 7 tokens: turn 4 alone, and before it turns 2 and 3; then turn 5 after 3 and 4.
-    pieces, long_turns = cut_conversation(rendered(2, [(2, 2)] * 5), 15)
+    # piece takes new turns up to 7 tokens: turn 4 alone, and before it turns 2 and 3; then turn 5 after 3 and 4. In
+    # rows of 13 positions, with 12 of room, the same turns fit to the last token.
+    pieces, long_turns = cut_conversation(rendered(2, [(2, 2)] * 5), sequence_length)
     assert long_turns == 0
     assert [ids.tolist() for ids, _ in pieces] == [
         list(range(14)),

@@ -96,8 +96,9 @@ def test_duplicates_fall_on_one_side(run, tmp_path, tokenizer):
 
 @pytest.mark.parametrize("fraction", [0.0001, 0.5])
 def test_neither_side_is_empty_where_two_documents_differ(run, tmp_path, fraction):
-    for n in range(2, 8):
-        data = run(write_texts(tmp_path / f"{n}.jsonl", documents(n, 10 * n)), validation_fraction=fraction)
+    # Of the pairs some lie below the half together, and some above.
+    for n, start in [*((n, 10 * n) for n in range(2, 8)), *((2, start) for start in range(100, 124, 2))]:
+        data = run(write_texts(tmp_path / f"{start}.jsonl", documents(n, start)), validation_fraction=fraction)
         assert data.train.num_documents
         assert data.validation.num_documents
     data = run(write_texts(tmp_path / "one.jsonl", documents(1)), validation_fraction=fraction)
@@ -136,6 +137,9 @@ def test_weights_are_passes_over_a_source(run, tmp_path, tokenizer):
     assert 60 <= sum(text in counts for text in b) <= 120  # a quarter of them: 90 +- 8
     validation = texts_of(data.validation, tokenizer)
     assert len(validation) == len(set(validation))  # nothing counts twice there
+    # A tenth of what is taken of either: which documents a mixture takes says nothing of where they fall.
+    assert 25 <= sum(text in validation for text in a) <= 55  # 40 +- 6
+    assert 2 <= sum(text in validation for text in b) <= 20  # 10 +- 3
     stored = sum(shard["bytes"] for shard in _files(data.folder / "train") if shard["name"].endswith(".tokens"))
     assert stored < 2 * data.train.num_tokens  # repeats are listed, not stored
     again = run(*reversed(paths), validation_fraction=0.1)

@@ -266,8 +266,15 @@ def test_min_tokens_ignore_eos_and_stop_tokens() -> None:
     assert finished() == (3, "stop")
     assert finished(ignore_eos=True) == (9, "length")
     assert finished(ignore_eos=True, stop_token_ids=[b]) == (2, "stop")
+    assert finished(ignore_eos=True, stop_token_ids=[b], min_tokens=3) == (6, "stop")
+    # An end at the last place there is room for is an end all the same.
+    assert finished(max_tokens=3) == (3, "stop")
+    assert finished(stop=["b"], max_tokens=2) == (2, "stop")
     assert finished(min_tokens=3) == (7, "stop")  # barred at its first place, it comes at the next
+    assert finished(min_tokens=9, ignore_eos=True) == (9, "length")  # no token ends this answer: none is barred
     assert finished(stop=["a"], min_tokens=2) == (3, "stop")
+    with pytest.raises(UserError, match="min_tokens bars the tokens that end an answer, which are all there are"):
+        finished(min_tokens=1, stop_token_ids=range(engine.model.config.vocab_size))
 
 
 def test_the_context_ends_the_answer() -> None:
@@ -404,6 +411,11 @@ def test_streams_and_steps_share_an_engine() -> None:
     assert [streamed] == expected[1]
     assert engine.has_work  # the deltas that came meanwhile wait for their owner
     assert [[delta.id for delta in collect(engine)[request_id]]] == expected[0]
+    request_id = engine.add([5], params)
+    list(engine.stream([6, 7], params))
+    engine.abort(request_id)  # those of a request that is aborted have none
+    assert not engine.has_work
+    assert engine.step() == []
 
 
 def test_add_refuses_before_anything_is_added() -> None:
@@ -428,3 +440,23 @@ def test_top_logprobs() -> None:
     for place, expected in zip(completion.top_logprobs, values.tolist(), strict=True):
         assert [value for _, value in place] == pytest.approx(expected, abs=1e-5)
     assert [delta.top_logprobs for delta in engine.stream([5, 6], params)] == completion.top_logprobs
+
+
+def test_top_logprobs_are_raw_and_each_row_gets_its_own_number() -> None:
+    engine = make_engine(31)
+    pushed = {"logit_bias": {9: 6.0}, "frequency_penalty": 1.5, "repetition_penalty": 2.0, "ignore_eos": True}
+    wishes = [
+        SamplingParams(seed=i, max_tokens=5, top_logprobs=count, logprobs=True, **pushed)
+        for i, count in enumerate((1, 3, 0))
+    ]
+    for output, count in zip(engine.generate([[5, 6]] * 3, wishes), (1, 3, 0), strict=True):
+        (completion,) = output.completions
+        raw = full_logits(engine.model, [5, 6, *completion.ids])[1:-1].log_softmax(-1)
+        chosen = raw.gather(1, torch.tensor(completion.ids)[:, None])[:, 0]
+        assert completion.raw_logprobs == pytest.approx(chosen.tolist(), abs=1e-5)
+        if not count:
+            assert completion.top_logprobs is None
+            continue
+        assert completion.top_logprobs is not None
+        shown = [[token for token, _ in place] for place in completion.top_logprobs]
+        assert shown == raw.topk(count).indices.tolist()

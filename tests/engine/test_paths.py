@@ -77,6 +77,31 @@ def test_preemption_gives_the_same_tokens(temperature: float) -> None:
     assert_all_free(engine)
 
 
+def test_the_oldest_gets_on_and_what_is_read_again_was_not_cached() -> None:
+    """The youngest gives its blocks back: a token of the first request comes of every step until its end."""
+    engine = make_engine(4, blocks=20)
+    params = SamplingParams(seed=4, max_tokens=60, ignore_eos=True)
+    first, *_ = ids = [engine.add([10 * i + 5] * 30, params) for i in range(3)]
+    steps, usages = [], {}
+    while engine.has_work:
+        deltas = engine.step()
+        steps.append([request_id for request_id, _ in deltas])
+        usages |= {request_id: delta.usage for request_id, delta in deltas if delta.usage is not None}
+    assert engine._parts().scheduler.preemptions > 0
+    assert [first in step for step in steps] == [i < 60 for i in range(len(steps))]
+    # No two prompts begin alike. What a request finds of its own when it is read again is no prefix found.
+    assert [usages[request_id].cached_tokens for request_id in ids] == [0, 0, 0]
+
+
+def test_what_begins_a_text_is_kept_longer_than_its_end() -> None:
+    engine = make_engine(5, blocks=16)
+    params = SamplingParams(temperature=0.0, max_tokens=1)
+    text = list(range(10, 50))
+    run(engine, text, params)  # leaves 5 blocks kept and 11 free
+    run(engine, [7] * 97, params)  # takes 13: the last two of the text's blocks go
+    assert cached_tokens(run(engine, [*text, 8], params)) == 24
+
+
 def test_a_prefix_is_found_and_gives_the_same_tokens() -> None:
     shared = random_prompts(1, 5)[0][:1] * 5 + list(range(10, 40))  # 35 tokens: 4 blocks of 8 and a part
     prompts = [[*shared, *rest] for rest in random_prompts(6, 6, longest=10)]

@@ -65,6 +65,7 @@ def make_row(
         {"top_p": 0.3},
         {"top_p": 0.95},
         {"min_p": 0.1},
+        {"min_p": 1.0},  # the likeliest stays
         {"temperature": 1.5, "top_k": 20, "top_p": 0.8, "min_p": 0.05},
         {
             "temperature": 100.0,

@@ -106,6 +106,15 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
     assert optimizers[1].param_groups[0]["fused"] is True
 
 
+def test_a_run_without_settings_gets_the_defaults_that_published_figures_were_measured_with():
+    muon, adamw = build_optimizers(Toy(), OptimConfig(), tokens_per_batch=512)
+    given = {name: muon.param_groups[0][name] for name in ("momentum", "momentum_start", "momentum_warmup_steps")}
+    assert given == {"momentum": 0.95, "momentum_start": 0.85, "momentum_warmup_steps": 300}
+    for group in adamw.param_groups:
+        assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-10)
+    assert {group["weight_decay"] for group in (*muon.param_groups, *adamw.param_groups)} == {0.05, 0.0}
+
+
 def test_adamw_takes_everything_with_one_rate_unless_told():
     config = OptimConfig(optimizer="adamw", matrix_lr=5e-4, norm_lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
     (optimizer,) = build_optimizers(Toy(), config, tokens_per_batch=512)

@@ -90,6 +90,8 @@ def test_no_character_of_an_answer_ends_a_line() -> None:
 def test_without_asking_there_is_no_usage_in_a_stream(client: openai.OpenAI) -> None:
     chunks = list(client.chat.completions.create(model="parrot", messages=ASK, temperature=0, stream=True))
     assert all(len(chunk.choices) == 1 and "usage" not in chunk.model_fields_set for chunk in chunks)
+    parts = list(client.completions.create(model="noise", prompt="x", max_tokens=3, stream=True))
+    assert all(len(part.choices) == 1 and "usage" not in part.model_fields_set for part in parts)
 
 
 def test_reasoning_is_apart(client: openai.OpenAI) -> None:
@@ -105,6 +107,12 @@ def test_reasoning_is_apart(client: openai.OpenAI) -> None:
     assert usage is not None
     assert usage.completion_tokens_details is not None
     assert usage.completion_tokens_details.reasoning_tokens == usage.completion_tokens - len("yes") - 1
+    both = client.chat.completions.create(**options, reasoning_effort="low", n=2).usage
+    assert both is not None
+    assert both.completion_tokens_details is not None
+    assert both.completion_tokens == 2 * usage.completion_tokens
+    assert both.completion_tokens_details.reasoning_tokens == 2 * usage.completion_tokens_details.reasoning_tokens
+    assert both.prompt_tokens == usage.prompt_tokens  # read once
 
 
 def test_n_seed_and_limits(client: openai.OpenAI) -> None:
@@ -114,16 +122,24 @@ def test_n_seed_and_limits(client: openai.OpenAI) -> None:
     assert {choice.finish_reason for choice in answer.choices} <= {"length", "stop"}
     texts = [choice.message.content for choice in answer.choices]
     assert len(set(texts)) == 3
-    streamed = ["", "", ""]
+    streamed, roles = ["", "", ""], []
     for chunk in client.chat.completions.create(**options, stream=True):
         streamed[chunk.choices[0].index] += chunk.choices[0].delta.content or ""
+        roles += [chunk.choices[0].index] if chunk.choices[0].delta.role else []
     assert streamed == texts
+    assert roles == [0, 1, 2]  # once each, in its first delta
     long = client.chat.completions.create(
         **{**options, "n": 1, "max_completion_tokens": 3}, extra_body={"ignore_eos": True}
     )
     assert long.choices[0].finish_reason == "length"
     assert long.usage is not None
     assert long.usage.completion_tokens == 3
+    # The newer name of two wins.
+    both = client.chat.completions.create(
+        **{**options, "n": 1, "max_completion_tokens": 3, "max_tokens": 5}, extra_body={"ignore_eos": True}
+    )
+    assert both.usage is not None
+    assert both.usage.completion_tokens == 3
 
 
 def test_stop(client: openai.OpenAI) -> None:
@@ -184,6 +200,9 @@ def test_completions(client: openai.OpenAI, running: Running) -> None:
     assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
     assert answer.choices[0].text == answer.choices[1].text
     assert answer.choices[2].prompt_token_ids == engine.prompt_ids("小鱼")
+    assert answer.usage is not None
+    read = len(engine.prompt_ids("the pond")) + len(engine.prompt_ids("小鱼"))  # each once, for both of its answers
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (read, 2 * 2 * 5)
     for choice in answer.choices:
         assert len(choice.token_ids) == 5
         assert choice.finish_reason == "length"
@@ -210,7 +229,10 @@ def test_completions(client: openai.OpenAI, running: Running) -> None:
             extra_body={"return_token_ids": True, "ignore_eos": True},
         ).choices[0].token_ids
     )  # fmt: skip
-    assert len(client.completions.create(model="noise", prompt="x", extra_body={"ignore_eos": True}).choices) == 1
+    short = client.completions.create(model="noise", prompt="x", extra_body={"ignore_eos": True})
+    assert len(short.choices) == 1
+    assert short.usage is not None
+    assert short.usage.completion_tokens == 16  # OpenAI's default
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -227,6 +249,7 @@ def test_embeddings_are_mean_hidden_states(client: openai.OpenAI, running: Runni
     numbers = client.embeddings.create(model="noise", input=texts, encoding_format="float")
     assert [item.embedding for item in numbers.data] == [pytest.approx(vector, abs=1e-6) for vector in vectors]
     engine = running.engines["noise"].engine
+    assert numbers.usage.prompt_tokens == numbers.usage.total_tokens == sum(len(engine.prompt_ids(t)) for t in texts)
     for text, vector in zip(texts, vectors, strict=True):
         ids = engine.prompt_ids(text)
         with torch.no_grad():

@@ -10,7 +10,12 @@ import pytest
 from openai.types.shared import ReasoningEffort
 from pydantic import BaseModel, ValidationError
 
+from minnow.engine import SamplingParams
+from minnow.serving import ServingConfig
 from minnow.serving.requests import ChatBody, CompletionBody, EmbeddingBody
+from minnow.serving.sampling import sampling_params
+
+from .serving_helpers import Running
 
 ASK: list[Any] = [{"role": "user", "content": "你好"}]
 NOT_PARAMETERS = {"self", "extra_headers", "extra_query", "extra_body", "timeout"}
@@ -78,6 +83,21 @@ def test_what_has_no_effect_and_what_is_refused(client: openai.OpenAI) -> None:
         with pytest.raises(openai.BadRequestError, match=reason) as raised:
             client.chat.completions.create(**plain, extra_body={name: value})
         assert raised.value.param == name
+
+
+def test_every_sampling_option_reaches_the_engine(running: Running) -> None:
+    model = running.app.state.minnow.models.get("noise")
+    options = {
+        "temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "repetition_penalty": 1.2,
+        "presence_penalty": 0.3, "frequency_penalty": 0.4, "n": 2, "stop": ["a", "b"], "stop_token_ids": [7],
+        "min_tokens": 2, "ignore_eos": True,
+    }  # fmt: skip
+    for create, required in ((ChatBody, {"messages": ASK}), (CompletionBody, {"prompt": "x"})):
+        body = create.model_validate({"model": "noise", **required, **options, "seed": -1, "logit_bias": {"9": 1.5}})
+        expected = SamplingParams(**options, seed=2**64 - 1, logit_bias={9: 1.5}, max_tokens=6)
+        assert sampling_params(body, ServingConfig(), model, max_tokens=6) == expected
+        silent = create.model_validate({"model": "noise", **required})
+        assert sampling_params(silent, ServingConfig(), model, max_tokens=None) == SamplingParams(max_tokens=None)
 
 
 def test_top_p_0_takes_the_likeliest_token(client: openai.OpenAI) -> None:

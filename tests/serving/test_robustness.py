@@ -18,8 +18,11 @@ import openai
 import pytest
 
 from minnow.serving import ServingConfig, chat, embeddings
+from minnow.serving.prompts import chat_prompt_ids
+from minnow.serving.requests import ChatBody
+from minnow.tokenizer import Conversation, Message, ToolCall, render
 
-from ..stages.stage_helpers import save_random_model
+from ..stages.stage_helpers import save_random_model, tiny_tokenizer
 from .serving_helpers import Running, serving, wait_until
 
 ASK: list[Any] = [{"role": "user", "content": "hi"}]
@@ -203,10 +206,10 @@ def test_a_prompt_too_long_names_both_lengths(client: openai.OpenAI, running: Ru
 
 def test_a_full_queue_is_429_and_a_large_body_413(tmp_path: Path) -> None:
     folder = save_random_model(tmp_path / "m", context=4096)
-    config = ServingConfig(max_answers=2, max_body_mib=0.01, max_samples=4)
+    config = ServingConfig(max_answers=4, max_body_mib=0.01, max_samples=4)
     with serving({"noise": folder}, config) as running:
         url = f"{running.url}/v1/chat/completions"
-        with httpx.stream("POST", url, json=LONG | {"stream": True, "n": 2}) as answer:
+        with httpx.stream("POST", url, json=LONG | {"stream": True, "n": 4}) as answer:
             assert answer.status_code == 200
             refused = httpx.post(url, json=CHAT)
             assert refused.status_code == 429
@@ -221,6 +224,43 @@ def test_a_full_queue_is_429_and_a_large_body_413(tmp_path: Path) -> None:
         many = httpx.post(f"{running.url}/v1/completions", json={"model": "noise", "prompt": ["x"] * 5})
         assert many.status_code == 400
         assert "5 prompts" in error_of(many)["message"]
+        for path, given in (("completions", {"prompt": ["x"] * 2, "n": 3}), ("chat/completions", CHAT | {"n": 5})):
+            many = httpx.post(f"{running.url}/v1/{path}", json={"model": "noise", **given})
+            assert (many.status_code, error_of(many)["param"]) == (400, "n")
+
+
+def test_a_refused_prompt_takes_the_others_of_its_request_with_it(tmp_path: Path) -> None:
+    folder = save_random_model(tmp_path / "m", context=4096)
+    with serving({"noise": folder}, ServingConfig(max_answers=2)) as running:
+        engine = running.engines["noise"]
+        body = {"model": "noise", "prompt": ["x"] * 2, "max_tokens": 4000, "ignore_eos": True}
+        with httpx.stream("POST", f"{running.url}/v1/chat/completions", json=LONG | {"stream": True}) as answer:
+            assert answer.status_code == 200
+            assert httpx.post(f"{running.url}/v1/completions", json=body).status_code == 429
+            wait_until(lambda: engine.in_flight == 1)
+        wait_until(lambda: engine.in_flight == 0 and not engine.engine.has_work)
+        never = httpx.post(f"{running.url}/v1/completions", json=body | {"prompt": ["x"] * 3})
+        assert never.status_code == 400, "more than ever fit at once need not come again"
+        assert "this server gives 2" in error_of(never)["message"]
+
+
+def test_no_answer_is_longer_than_the_server_gives(tmp_path: Path) -> None:
+    with serving({"noise": save_random_model(tmp_path / "m")}, ServingConfig(max_answer_tokens=3)) as running:
+        for path, given in (("chat/completions", {"messages": ASK}), ("completions", {"prompt": "x"})):
+            for limit in ({}, {"max_tokens": 9}, {"max_tokens": 2}):
+                body = {"model": "noise", "ignore_eos": True, **given, **limit}
+                answer = httpx.post(f"{running.url}/v1/{path}", json=body).json()
+                assert answer["usage"]["completion_tokens"] == min(3, limit.get("max_tokens", 3))
+                assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_a_server_that_stops_says_when_to_come_again(tmp_path: Path) -> None:
+    with serving({"noise": save_random_model(tmp_path / "m")}) as running:
+        asyncio.run(running.engines["noise"].drain(0))
+        for path, body in (("chat/completions", CHAT), ("embeddings", {"model": "noise", "input": "x"})):
+            answer = httpx.post(f"{running.url}/v1/{path}", json=body)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "10")
+            assert error_of(answer)["code"] == "shutting_down"
 
 
 def test_embeddings_take_places_and_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,20 +297,28 @@ def test_embeddings_take_places_and_turns(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_place(tmp_path: Path, stream: bool) -> None:
+@pytest.mark.parametrize(
+    ("path", "given", "answers"),
+    [("chat/completions", {"messages": ASK}, 1), ("completions", {"prompt": ["x", "y"]}, 2)],
+)
+def test_a_client_that_leaves_frees_its_place(
+    tmp_path: Path, stream: bool, path: str, given: dict[str, Any], answers: int
+) -> None:
     folder = save_random_model(tmp_path / "m", context=20_000)
     with serving({"noise": folder}) as running:
         engine = running.engines["noise"]
-        body = json.dumps(LONG | {"max_tokens": 19_000, "stream": stream}).encode()
+        options = {"model": "noise", "max_tokens": 19_000, "ignore_eos": True, "stream": stream}
+        body = json.dumps(options | given).encode()
         with socket.create_connection(("127.0.0.1", int(running.url.rpartition(":")[2]))) as connection:
-            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            head = f"POST /v1/{path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            wait_until(lambda: engine.in_flight == 1)
+            wait_until(lambda: engine.in_flight == answers)
             if stream:
                 assert b"200 OK" in connection.recv(1000)
         wait_until(lambda: engine.in_flight == 0)
         wait_until(lambda: not engine.engine.has_work)
-        assert 'minnow_aborted_requests_total{model="noise"} 1.0' in httpx.get(f"{running.url}/metrics").text
+        aborted = f'minnow_aborted_requests_total{{model="noise"}} {answers}.0'
+        assert aborted in httpx.get(f"{running.url}/metrics").text
 
 
 def test_the_loop_answers_while_others_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,14 +372,21 @@ def test_metrics_count(tmp_path: Path) -> None:
     with serving({"noise": save_random_model(tmp_path / "m")}) as running:
         body = CHAT | {"max_tokens": 5, "ignore_eos": True}
         usage = httpx.post(f"{running.url}/v1/chat/completions", json=body).json()["usage"]
+        assert 'minnow_cached_prompt_tokens_total{model="noise"} 0.0' in httpx.get(f"{running.url}/metrics").text
+        again = httpx.post(f"{running.url}/v1/chat/completions", json=body).json()["usage"]
+        cached = again["prompt_tokens_details"]["cached_tokens"]
+        assert 0 < cached < usage["prompt_tokens"]
         httpx.get(f"{running.url}/v1/unknown")
         text = httpx.get(f"{running.url}/metrics").text
-        assert 'minnow_generated_tokens_total{model="noise"} 5.0' in text
-        assert f'minnow_prompt_tokens_total{{model="noise"}} {usage["prompt_tokens"]}.0' in text
-        assert 'minnow_requests_total{path="/v1/chat/completions",status="200"} 1.0' in text
+        assert 'minnow_generated_tokens_total{model="noise"} 10.0' in text
+        assert f'minnow_prompt_tokens_total{{model="noise"}} {2 * usage["prompt_tokens"]}.0' in text
+        assert f'minnow_cached_prompt_tokens_total{{model="noise"}} {cached}.0' in text
+        assert 'minnow_aborted_requests_total{model="noise"}' not in text
+        assert 'minnow_requests_total{path="/v1/chat/completions",status="200"} 2.0' in text
         assert 'minnow_requests_total{path="other",status="404"} 1.0' in text
         assert 'minnow_answers_in_flight{model="noise"} 0.0' in text
-        assert 'minnow_time_to_first_token_seconds_count{model="noise"} 1.0' in text
+        for figure in ("time_to_first_token", "request"):
+            assert f'minnow_{figure}_seconds_count{{model="noise"}} 2.0' in text
 
 
 def test_an_asynchronous_client_that_is_cancelled(tmp_path: Path) -> None:
@@ -354,6 +409,35 @@ def test_messages_that_openai_takes(running: Running) -> None:
     for messages in ([*ASK, CALLED, RESULT, RESULT], [*ASK, refused, *ASK], [{"role": "assistant", "content": ""}]):
         answer = httpx.post(f"{running.url}/v1/chat/completions", json=CHAT | {"messages": messages})
         assert answer.status_code == 200, answer.text
+
+
+def test_all_that_was_said_is_in_the_prompt() -> None:
+    """Every field of a message that says something, against the conversation written by hand."""
+    function = {"name": "f", "parameters": {"type": "object"}}
+    body = ChatBody.model_validate({
+        "model": "m",
+        "messages": [
+            {"role": "developer", "content": "be brief"},
+            {"role": "user", "content": [{"type": "text", "text": "how "}, {"type": "text", "text": "deep?"}]},
+            {"role": "assistant", "content": None, "refusal": "no"},
+            {"role": "user", "content": "please"},
+            {"role": "assistant", "content": "wait", "reasoning_content": "hm", "tool_calls": CALLED["tool_calls"]},
+            RESULT,
+        ],
+        "tools": [{"type": "function", "function": function | {"strict": True}}],
+    })  # fmt: skip
+    said = (
+        Message("system", "be brief"),
+        Message("user", "how deep?"),
+        Message("assistant", "no"),
+        Message("user", "please"),
+        Message("assistant", "wait", "hm", (ToolCall("f", {}),)),
+        Message("tool", "3"),
+    )
+    tokenizer = tiny_tokenizer()
+    conversation = Conversation(said, ({"type": "function", "function": function},))  # strict is for the server
+    expected = render(tokenizer, conversation, add_generation_prompt=True).ids.tolist()
+    assert chat_prompt_ids(tokenizer, body) == expected
 
 
 @pytest.mark.parametrize("given", ["", [""], ["a", ""], [], [[]]])

@@ -13,6 +13,7 @@ import pytest
 from minnow.config import UserError
 from minnow.serving import ServingConfig
 from minnow.serving.security import LOOPBACK
+from minnow.tokenizer import train_tokenizer
 
 from ..stages.stage_helpers import save_parrot_model, save_random_model
 from .serving_helpers import Running, serving
@@ -134,8 +135,12 @@ def test_reloading_takes_other_weights_and_needs_a_key(tmp_path: Path, running: 
         assert say() == "小鱼 swims"
         assert reload(model="m", folder=str(second)).status_code == 200
         assert say() == "pond in"
+        # The same shape, and tokens that stand for something else.
+        words = train_tokenizer(["a pike hunts at dusk, and the heron watches from the reeds"] * 10, 320)
+        save_parrot_model(tmp_path / "d", "heron§<|im_end|>§", tokenizer=words)
         for folder, reason in (
             (other, "config.json differs"),
+            (tmp_path / "d", "tokenizer differs"),
             (tmp_path / "nowhere", "no such folder"),
             ("a" * 5000, "File name too long"),
         ):

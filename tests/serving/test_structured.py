@@ -210,6 +210,20 @@ def test_a_call_cut_off_before_its_name_is_no_content(client: openai.OpenAI, str
         assert (choice.message.content, choice.message.tool_calls, choice.finish_reason) == ("", None, "length")
 
 
+def test_a_call_cut_off_after_its_name_ends_for_its_length(client: openai.OpenAI) -> None:
+    options = OPTIONS | {"tools": TOOLS, "tool_choice": "required", "seed": 3}
+    whole = client.chat.completions.create(**options)
+    (choice,) = whole.choices
+    assert choice.finish_reason == "tool_calls"
+    assert whole.usage is not None
+    for tokens in range(whole.usage.completion_tokens - 1, 0, -1):  # until the first call has not got its end
+        (cut,) = client.chat.completions.create(**options | {"max_tokens": tokens}).choices
+        assert cut.finish_reason == "length"
+        if cut.message.tool_calls and len(cut.message.tool_calls) == 1:
+            break
+    assert cut.message.tool_calls
+
+
 def test_a_deep_schema_is_refused(client: openai.OpenAI) -> None:
     schema: dict[str, Any] = {"type": "string"}
     for _ in range(400):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,9 +22,11 @@ from minnow.model.lora import LoraConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.optim import OptimConfig, ScheduleConfig
 from minnow.stages import pretrain
+from minnow.stages.language_model import num_held_out_rows, total_steps
 from minnow.tokenizer import Tokenizer, train_tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.lock import FolderLock
+from minnow.training.validation import LanguageModelValidation
 
 from .stage_helpers import save_random_model
 
@@ -60,6 +64,31 @@ def test_the_run_folder_says_what_really_ran(config: pretrain.Config) -> None:
     assert {"metrics.jsonl", "checkpoints", "model", "report.html"} <= {path.name for path in run.iterdir()}
     saved = {path.name for path in (run / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= saved
+
+
+def test_the_best_model_is_what_patience_leaves(config: pretrain.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+
+    def worse_and_worse(_: object, model: torch.nn.Module) -> dict[str, float]:
+        seen.append(next(model.parameters()).detach().float().clone())
+        return {"validation_loss": float(len(seen)), "bits_per_byte": 1.0}
+
+    monkeypatch.setattr(LanguageModelValidation, "__call__", worse_and_worse)
+    pretrain.run(replace(config, training=replace(config.training, steps=40, validate_every=1, patience=2)))
+    assert len(seen) == 3
+    saved = next(load_pretrained(Path(config.run) / "model").parameters()).float()
+    assert torch.equal(saved, seen[0])
+    assert not torch.equal(saved, seen[-1])
+
+
+def test_an_epoch_ends_with_the_last_row_and_validation_where_it_may(config: pretrain.Config) -> None:
+    rows: Any = SimpleNamespace(num_rows=10, window_rows=[3, 3])
+    # 10 rows are two batches of 4 and a part.
+    assert [total_steps(TrainingConfig(epochs=epochs), rows, 4) for epochs in (0.1, 1, 2)] == [1, 3, 5]
+    assert total_steps(TrainingConfig(epochs=2, steps=7), rows, 4) == 7
+    for tokens, expected in ((1, 1), (4 * 64, 4), (100 * 64, 6)):
+        training = replace(config.training, validation_tokens=tokens)
+        assert num_held_out_rows(rows, replace(config, training=training)) == expected
 
 
 def test_a_run_folder_in_brackets_is_no_markup(

@@ -208,6 +208,11 @@ def test_settings_that_would_silently_spoil_a_run_are_refused(name: str, value: 
     TrainingConfig(clip_norm=0.0, patience=0, validate_every=0, save_every=0, z_loss=0.0, validation_tokens=1)
 
 
+def test_no_z_loss_is_not_the_default_z_loss() -> None:
+    assert TrainingConfig().chosen_z_loss == 1e-4
+    assert TrainingConfig(z_loss=0.0).chosen_z_loss == 0.0
+
+
 def test_the_peak_of_a_cpu_that_emulates_a_format_does_not_take_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
     sizes: list[int] = []
     clock = [0.0]

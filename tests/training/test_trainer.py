@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Sequence
@@ -11,15 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
 
 from minnow.data.batches import Batch, Share
-from minnow.model.pretrained import load_pretrained
 from minnow.training.checkpoint import list_checkpoints
 from minnow.training.loss_scale import LossScale
 from minnow.training.objective import PackedBatches
 from minnow.training.probe import random_batch
-from minnow.training.session import RunFolder, train
 from minnow.training.trainer import NonFiniteLossError, Trainer
 
 from .helpers import SHAPE, RandomSource, make_trainer
@@ -133,8 +129,9 @@ class PoisonSource(RandomSource):
         return batches
 
 
-def test_nan_guard_names_step_and_documents_and_spares_the_weights(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, source=PoisonSource())
+@pytest.mark.parametrize("pieces", [1, 4])
+def test_nan_guard_names_step_and_documents_and_spares_the_weights(tmp_path: Path, pieces: int) -> None:
+    trainer = make_trainer(tmp_path, source=PoisonSource(pieces))
     trainer.train_step()
     trainer.train_step()
     before = weights(trainer)
@@ -156,8 +153,9 @@ def test_a_gradient_that_is_not_finite_spares_the_weights_too(tmp_path: Path) ->
         assert torch.equal(weight, dict(trainer.model.named_parameters())[name])
 
 
-def test_clipping(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, clip_norm=0.01)
+@pytest.mark.parametrize("clip_norm", [0.01, 0.0])
+def test_clipping(tmp_path: Path, clip_norm: float) -> None:
+    trainer = make_trainer(tmp_path, clip_norm=clip_norm)
     trainer.source.micro_batches(0, Share())
     for batch in trainer.source.micro_batches(0, Share()):
         (trainer.objective(trainer.model, batch).loss_sum / trainer.objective.count(batch)).backward()
@@ -165,7 +163,29 @@ def test_clipping(tmp_path: Path) -> None:
     norm = trainer._clip_gradients(grads, torch.nn.utils.get_total_norm(grads))
     after = torch.nn.utils.get_total_norm([p.grad for p in trainer.parameters if p.grad is not None])
     assert norm > 0.01
-    assert float(after) == pytest.approx(0.01, rel=1e-3)
+    assert float(after) == pytest.approx(clip_norm or norm, rel=1e-3)  # 0 switches it off
+
+
+def test_the_schedule_starts_at_the_first_update_and_ends_at_the_last(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, save_every=0, validate_every=0)
+    trainer.fit()
+    rates = {record["step"]: record["lr"] for record in trainer.metrics.read() if "loss" in record}
+    # A peak of 0.01, two updates of warm-up; 65% of 12 are 8 updates of decay, of which the last one has 7 behind it:
+    # 0.05 + 0.95 (1 - 7 / 8) = 0.16875.
+    assert [rates[1], rates[2], rates[12]] == pytest.approx([0.005, 0.01, 0.0016875])
+
+
+def test_what_is_drawn_after_a_checkpoint_is_drawn_again_after_a_resume(tmp_path: Path) -> None:
+    """Dropout draws from torch's generator."""
+    trainer = make_trainer(tmp_path)
+    torch.manual_seed(5)
+    trainer.train_step()
+    trainer._save()
+    trainer.writer.wait()
+    expected = torch.rand(3)
+    again = make_trainer(tmp_path)
+    assert again.resume()
+    assert torch.equal(torch.rand(3), expected)
 
 
 class CountedRows:
@@ -216,15 +236,38 @@ def test_patience_stops_early_and_the_best_checkpoint_survives(tmp_path: Path) -
     assert trainer.state.best_step == best
 
 
-def test_under_patience_the_final_model_is_the_best(tmp_path: Path) -> None:
-    trainer = make_trainer(tmp_path, steps=200, source=OneBatch(), validate_every=2, save_every=0, patience=2)
-    train(trainer, RunFolder(tmp_path), None, Console(file=io.StringIO()))  # type: ignore[arg-type]
-    best = make_trainer(tmp_path, resume=trainer.state.best_step)
-    assert best.resume()
-    assert best.state.step == trainer.state.step - 2 * 2
-    saved = load_pretrained(tmp_path / "model").state_dict()
-    for name, weight in best.model.state_dict().items():
-        assert torch.equal(saved[name], weight), name
+def scripted(trainer: Trainer, losses: list[float]) -> None:
+    """Let the validations say these losses; each must find its checkpoint written."""
+    said = iter(losses)
+
+    def validation(_: object) -> dict[str, float]:
+        assert trainer.writer.newest_step() == trainer.state.step, "a checkpoint comes before each validation"
+        return {"validation_loss": next(said)}
+
+    trainer.validation = validation
+
+
+def test_patience_counts_validations_in_a_row(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, steps=40, validate_every=1, save_every=0, patience=3, keep_last=1)
+    # After two without a better one comes the best. One as good as it is not better.
+    scripted(trainer, [5, 4, 4.5, 4.2, 3, 3.5, 3, 3.1])
+    trainer.fit()
+    assert (trainer.state.step, trainer.state.best_step) == (8, 5)
+    assert [c.step for c in list_checkpoints(trainer.checkpoints)] == [5, 8]
+
+
+def test_a_validation_that_is_the_best_frees_the_one_before(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, steps=3, validate_every=1, save_every=0, keep_last=1)
+    scripted(trainer, [5, 4, 3])
+    trainer.fit()
+    assert [c.step for c in list_checkpoints(trainer.checkpoints)] == [3]
+
+
+def test_training_goes_on_in_training_mode_whatever_an_evaluation_leaves(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, steps=2, validate_every=1)
+    trainer.evaluations = [lambda model: {"figure": float(model.eval().training)}]
+    trainer.fit()
+    assert trainer.model.training
 
 
 class OneBatch(RandomSource):

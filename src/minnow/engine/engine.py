@@ -228,6 +228,9 @@ class Engine:
             wrong = [token for token in tokens if not 0 <= token < vocab_size]
             if wrong:
                 raise UserError(f"{name} holds token {wrong[0]}, but the model's vocabulary is 0 to {vocab_size - 1}")
+        end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self._end_ids)
+        if params.min_tokens and len(end_ids) >= vocab_size:
+            raise UserError("min_tokens bars the tokens that end an answer, which are all there are here")
         self._next_id += 1
         request = Request(
             id=self._next_id,
@@ -235,7 +238,7 @@ class Engine:
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            end_ids=frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self._end_ids),
+            end_ids=end_ids,
         )
         constraint = None if params.grammar is None else self._grammars.constraint(params.grammar)
         request.samples.extend(

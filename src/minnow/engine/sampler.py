@@ -126,8 +126,8 @@ def adjust(logits_BV: Tensor, rows: Rows[Sequence], wishes: Wishes) -> Tensor:
         if row.params.logit_bias:
             bias = row.params.logit_bias
             logits_V[torch.tensor(list(bias), device=device)] += torch.tensor(list(bias.values()), device=device)
-        if len(row.ids) < row.params.min_tokens:
-            logits_V[torch.tensor(list(row.request.end_ids), device=device)] = -torch.inf
+        if len(row.ids) < row.params.min_tokens:  # of a row that ignores its end tokens there may be none
+            logits_V[torch.tensor(list(row.request.end_ids), dtype=torch.int64, device=device)] = -torch.inf
         if row.constraint is not None:
             logits_V.masked_fill_(~row.constraint.allowed(len(logits_V), device), -torch.inf)
     return adjusted_BV

@@ -23,10 +23,9 @@ def sampling_params(
 ) -> SamplingParams:
     """`more` are fields of `SamplingParams`. APIError 400 for what does not go together."""
     n = body.n or 1
-    if prompts * n > config.max_samples:
-        raise APIError(
-            400, f"{prompts} prompts x n = {prompts * n} answers; this server gives {config.max_samples}", param="n"
-        )
+    most = min(config.max_samples, config.max_answers)  # more would be told to come again, for ever
+    if prompts * n > most:
+        raise APIError(400, f"{prompts} prompts x n = {prompts * n} answers; this server gives {most}", param="n")
     limit = config.max_answer_tokens
     if limit is not None:
         max_tokens = limit if max_tokens is None else min(max_tokens, limit)

@@ -3,8 +3,8 @@
 For models that write programs. The code never runs in this process. Linux only: user, network and process namespaces
 (`unshare`) cut every connection, Landlock (see `closed_room.py`) every file but Python's own library, and resource
 limits stand on top. They bound each process: eight at once have as much memory each, and System V's shared memory is
-bounded by the processor's time alone, and gone with the room. Where the kernel does not give all of it the tool refuses to exist; it never
-runs code outside the room.
+bounded by the processor's time alone, and gone with the room. Where the kernel does not give all of it the tool
+refuses to exist; it never runs code outside the room.
 """
 
 from __future__ import annotations
