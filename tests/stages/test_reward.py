@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -397,6 +398,16 @@ def test_reliability_by_hand() -> None:
     assert expected_calibration_error(reliability([log3, log3, -log3, -log3])) == pytest.approx(0.25, abs=1e-6)
     assert reliability([0.0])[0].accuracy == 0.5, "a tie is half right"
     assert reliability([1e6])[0].confidence == 1.0
+
+
+def test_reliability_has_ten_bins_from_even_odds_to_certainty() -> None:
+    """Confidences 0.52, 0.57 and 0.58 (a bin is 0.05 wide), 0.98: how often they are right is weighted by pairs."""
+    odds = [math.log(p / (1 - p)) for p in (0.52, 0.57, 0.58, 0.98)]
+    bins = reliability([odds[0], odds[1], -odds[2], odds[3], odds[3], odds[3]])
+    assert [bin.count for bin in bins] == [1, 2, 3]
+    assert [bin.confidence for bin in bins] == pytest.approx([0.52, 0.575, 0.98])
+    assert [bin.accuracy for bin in bins] == [1.0, 0.5, 1.0]
+    assert expected_calibration_error(bins) == pytest.approx((1 * 0.48 + 2 * 0.075 + 3 * 0.02) / 6)
 
 
 def test_a_model_without_a_classifier_class_is_refused_before_training(tmp_path: Path, tokenizer: Tokenizer) -> None:
