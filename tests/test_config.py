@@ -65,6 +65,36 @@ class Config(Common):
     """Compile the model."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """A loop."""
+
+    seed: int = 0
+    """Its seed."""
+    steps: int = 1
+    """Its steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extra:
+    """May be absent, but not half there."""
+
+    path: str
+    """A file."""
+    size: int = 1
+    """A number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage(Common):
+    """A stage."""
+
+    training: Loop = field(default_factory=Loop)
+    """The loop."""
+    extra: Extra | None = None
+    """Something more."""
+
+
 def parse(*words: str) -> Config:
     return parse_config(Config, words, program="minnow train")
 
@@ -145,6 +175,29 @@ def test_file_then_command_line(tmp_path: Path) -> None:
     assert (config.model, config.data, config.seed) == ("m", ("1", "no"), 5)
 
 
+def test_of_two_files_the_later_one_wins(tmp_path: Path) -> None:
+    for name, text in (("a", "model: m\nseed: 1\npatience: 1\n"), ("b", "seed: 2\n")):
+        (tmp_path / name).write_text(text)
+    config = parse("--config", str(tmp_path / "a"), "--config", str(tmp_path / "b"))
+    assert (config.seed, config.patience) == (2, 1)
+
+
+def test_a_quoted_null_is_a_word(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text('model: "null"\npatience: null\n')
+    assert parse("--config", str(tmp_path / "c.yaml")) == Config(model="null")
+
+
+def test_the_settings_of_training_go_by_their_own_names() -> None:
+    """Where the command has none of that name itself."""
+    assert parse_config(Stage, ["--seed", "3", "--steps", "5"], program="p") == Stage(seed=3, training=Loop(steps=5))
+
+
+def test_what_a_section_needs_must_be_given_once_it_is_used() -> None:
+    assert parse_config(Stage, [], program="p").extra is None
+    with pytest.raises(UserError, match="p: --extra.path must be given"):
+        parse_config(Stage, ["--extra.size", "3"], program="p")
+
+
 def test_yaml_round_trip(tmp_path: Path) -> None:
     config = Config(model="模型", data=("a", "b,c"), validation=Optim(learning_rate=1e-9), patience=2, compile=True)
     (tmp_path / "c.yaml").write_text(config_to_yaml(config), encoding="utf-8")
@@ -177,6 +230,8 @@ def test_help_shows_every_field_with_doc_and_default(capsys: pytest.CaptureFixtu
         "--optim.schedule.kind wsd|cosine",
         "Peak learning rate. [default: 0.5]",
         "Model folder. [required]",
+        "Files to read. [default: none]",
+        "Evaluations without progress before the run stops. [default: null]",
         "optim: The optimizer.",
     ):
         assert line in text
@@ -197,6 +252,10 @@ def test_help_shows_every_field_with_doc_and_default(capsys: pytest.CaptureFixtu
         ("m --sede 1", "minnow train: --sede: no such setting; did you mean --seed?"),
         ("m --modl 1", "minnow train: --modl: no such setting; did you mean MODEL?"),
         ("m --qqqqqq 1", "minnow train: --qqqqqq: no such setting; --help lists them all"),
+        (
+            "m --warmup_stps 3",
+            "minnow train: --warmup_stps: no such setting; did you mean --optim.schedule.warmup_steps?",
+        ),
         ("m --seed many", "minnow train: --seed: 'many' does not fit: it takes an integer"),
         ("m --seed null", "minnow train: --seed: 'null' does not fit: it takes an integer"),
         ("m --seed", "minnow train: --seed needs a value: an integer"),

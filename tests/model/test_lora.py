@@ -12,7 +12,7 @@ from model_helpers import positions_like, row_logits, tiny_model
 from transformers import AutoModelForCausalLM
 
 from minnow.config import UserError
-from minnow.model.adapter import attach_adapter
+from minnow.model.adapter import _by_pattern, attach_adapter
 from minnow.model.attention import CausalAttention
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.lora import LoraConfig, adapters_off, add_lora, lora_layers, merge_lora
@@ -237,6 +237,34 @@ def test_settings_are_checked():
     for wrong in ({"rank": -1}, {"dropout": 1.0}, {"rank": 1, "targets": ()}):
         with pytest.raises(UserError, match=r"lora\."):
             LoraConfig(**wrong)
+
+
+def test_a_starts_uniform_by_the_width_of_what_it_reads():
+    model = tiny_model()
+    add_lora(model, LoraConfig(rank=16), base="")
+    layers = lora_layers(model)
+    assert all(layer.in_features != layer.out_features for layer in layers.values())
+    for layer in layers.values():
+        bound = 1 / math.sqrt(layer.in_features)
+        assert 0.98 * bound < layer.lora_A.weight.abs().max() <= bound
+        assert not layer.lora_B.weight.any()
+
+
+def test_a_pattern_names_whole_parts_of_a_name():
+    """`proj` is the end of every name, and no name."""
+    for pattern in ("proj", "_proj", "mlp"):
+        with pytest.raises(UserError, match="fits no linear layer"):
+            add_lora(tiny_model(), LoraConfig(rank=4, targets=(pattern,)), base="")
+    patterns = {"proj": 3, "k_proj": 5, r"layers\.1\..*": 7}
+    names = ("model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.k_proj", "model.layers.1.mlp.up_proj")
+    assert [_by_pattern(patterns, name, 8) for name in names] == [8, 5, 7]
+
+
+def test_adapters_are_on_again_after_an_error():
+    model = adapted()
+    with pytest.raises(ZeroDivisionError), adapters_off(model):
+        _ = 1 / any(layer.enabled for layer in lora_layers(model).values())  # none is: an error
+    assert all(layer.enabled for layer in lora_layers(model).values())
 
 
 def test_dropout_is_of_training_only():

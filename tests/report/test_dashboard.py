@@ -94,6 +94,19 @@ def test_the_heartbeat_counts_updates_that_are_not_logged_yet() -> None:
     assert "6/10  60%  2:00 left" in screen(view)
 
 
+def test_the_time_left_goes_by_the_latest_updates() -> None:
+    """Fifty of them: a slow beginning (compilation, another load) is over."""
+    steps = range(1, 101)
+    lines = [update(n, seconds=60.0 if n <= 50 else 2.0) | {"eta_seconds": 2.0 * (200 - n)} for n in steps]
+    view = RunView("a", updates=lines, state="running", beat=BEAT | {"step": 100})
+    assert "100/200  50%  3:20 left" in screen(view)
+
+
+@pytest.mark.parametrize("state", ["stopped", "killed", "failed"])
+def test_a_run_that_stands_still_has_no_time_left(state: Any) -> None:
+    assert "left" not in screen(RunView("a", updates=[update(5)], state=state, beat=BEAT))
+
+
 def test_the_screen_of_a_run_of_rollouts() -> None:
     phases = [
         {

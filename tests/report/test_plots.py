@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from minnow.config import UserError
+from minnow.report.long_context import long_context_figure
 from minnow.report.plots import comparison_figure, figures_of, pair_figure, rollout_figure, run_figure, save_figure
 from minnow.stages import report
 
@@ -69,6 +70,31 @@ def test_a_run_is_drawn_by_what_it_did() -> None:
     assert "accuracy" in [axes.get_title() for axes in pairs.axes]
     (language,) = figures_of([losses[0], {"step": 1, "bits_per_byte": 1.0}], [], "a run")
     assert "bits per byte" in [axes.get_title() for axes in language.axes]
+
+
+def test_long_curves_are_smoothed_over_what_came_before() -> None:
+    """Of 200 points each is the mean of five (a fortieth), of 39 every one is drawn as it is."""
+    records = [{"step": step, "loss": float(step % 10), "lr": 0.1} for step in range(1, 201)]
+    raw, smooth = run_figure(records, "a run").axes[0].get_lines()
+    assert list(raw.get_ydata()) == [record["loss"] for record in records]
+    assert list(smooth.get_ydata())[:6] == [1.0, 1.5, 2.0, 2.5, 3.0, 4.0]
+    assert list(smooth.get_ydata())[-1] == (6 + 7 + 8 + 9 + 0) / 5
+    (alone,) = run_figure(records[:39], "a run").axes[0].get_lines()
+    assert list(alone.get_ydata()) == [record["loss"] for record in records[:39]]
+
+
+def test_long_context_stands_at_the_middle_of_its_positions() -> None:
+    bits = {"as it is/0-64": 2.0, "as it is/64-128": 3.0, "as it is/all": 2.5, "yarn/0-64": 1.0}
+    facts = {"as it is/64": 0.5, "as it is/128": 0.25}
+    bars = [{name: {"value": value} for name, value in each.items()} for each in (bits, facts)]
+    by_position, by_length = long_context_figure(*bars, trained=64, title="a model").axes
+    drawn = [
+        {line.get_label(): line.get_xydata().tolist() for line in axes.get_lines()} for axes in (by_position, by_length)
+    ]
+    assert drawn[0]["as it is"] == [[32.0, 2.0], [96.0, 3.0]]
+    assert drawn[0]["yarn"] == [[32.0, 1.0]]
+    assert drawn[1]["as it is"] == [[64.0, 0.5], [128.0, 0.25]]
+    assert {x for x, _ in drawn[0]["trained length"]} == {64.0}
 
 
 @pytest.mark.filterwarnings("error")

@@ -6,8 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from minnow import cli
+from minnow.engine.sequence import Sequence
+from minnow.model.config import ModelConfig
+from minnow.model.transformer import CausalLM
+from minnow.stages import bench_generate
 
 SHAPE = (
     "--model.hidden_size 32 --model.intermediate_size 64 --model.num_hidden_layers 2 --model.num_attention_heads 2"
@@ -27,6 +32,53 @@ def test_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert all(speed > 0 for speed in figures[contestant].values())
     assert figures["bandwidth_share"] > 0
     assert "of the bound" in capsys.readouterr().out
+
+
+def test_figures_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    times = {"minnow": [0.125, 0.25, 1.0], "transformers": [4.0, 0.5, 1.0]}
+    monkeypatch.setattr(bench_generate, "_time_in_turns", lambda *settings: times)
+    monkeypatch.setattr(bench_generate, "minnow_generate", lambda *settings: None)
+    monkeypatch.setattr(bench_generate, "transformers_generate", lambda *settings: None)
+    monkeypatch.setattr(bench_generate, "read_seconds", lambda *settings: 1 / 96)
+    file = tmp_path / "figures.json"
+    sizes = ["--streams", "[1, 3]", "--new_tokens", "[6, 4]"]
+    assert cli.main(["bench", "generate", *TINY, *sizes, "--json", str(file)]) == 0
+    figures = json.loads(file.read_text(encoding="utf-8"))
+    # Tokens that were generated, the prompts' not among them: 1 x 6 and 3 x 4, in the median of 0.25 and 1 s.
+    assert figures["minnow"] == {"1": 24.0, "3": 48.0}
+    assert figures["transformers"] == {"1": 6.0, "3": 12.0}
+    assert figures["bandwidth_share"] == pytest.approx(0.25)  # 24 tokens a second, where memory gives 96
+    shown = capsys.readouterr().out
+    assert shown.count("4.00x") == 2
+    assert "one stream runs at 25% of the bound" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_token_reads_all_weights_but_an_untied_embedding(tied: bool) -> None:
+    """A tied one is read whole, as the head."""
+    shape = ModelConfig(
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        tie_word_embeddings=tied,
+    )
+    # A layer: q, o 2 x 32x32 + k, v 2 x 32x16 + MLP 3 x 32x64, norms 2 x 32 + 2 x 16; the last norm; one head.
+    assert bench_generate.weight_bytes(CausalLM(shape).to(torch.bfloat16)) == 2 * (2 * (9216 + 96) + 32 + 320 * 32)
+
+
+def test_no_run_finds_the_prompts_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+    note = Sequence.note_cached
+    monkeypatch.setattr(Sequence, "note_cached", lambda self, tokens: found.append(tokens) or note(self, tokens))
+    shape = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=16)
+    generate = bench_generate.minnow_generate(CausalLM(shape), compiled=False)
+    for _ in range(2):
+        generate([list(range(3, 300))], 2)
+    assert found == [0, 0]
 
 
 def test_lengths_must_match(capsys: pytest.CaptureFixture[str]) -> None:

@@ -81,6 +81,37 @@ def test_figures_are_written(tmp_path: Path) -> None:
     assert json.loads(out.read_text())["transformers_fp32"] > 0
 
 
+def test_figures_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    # A layer: q, o 2 x 32x32 + k, v 2 x 32x16 + MLP 3 x 32x48 = 7680 weights; the head 97 x 32 = 3104.
+    # A token's forward pass: 2 x (2 x 7680 + 3104) + 2 layers x 4 x 32 x 16.5 keys on average = 41152; all x 3.
+    flops = 3 * 41152
+    times = {"minnow": [0.25, 0.5, 1.0], "transformers_fp32": [4.0, 2.0, 1.0]}
+    monkeypatch.setattr(bench_train, "time_in_turns", lambda steps, *rest: {name: times[name] for name in steps})
+    monkeypatch.setattr(bench_train, "minnow_step", lambda *settings: lambda: None)
+    monkeypatch.setattr(bench_train, "transformers_step", lambda *settings, **more: lambda: None)
+    monkeypatch.setattr(bench_train, "muon_seconds", lambda *settings: 0.1)
+    monkeypatch.setattr(bench_train, "matmul_peak", lambda *settings: 4.0 * 128 * flops)
+    out = tmp_path / "bench.json"
+    bench_train.run(
+        bench_train.Config(
+            model=TINY,
+            rows=2,
+            sequence_length=32,
+            only=("minnow", "transformers_fp32"),
+            device="cpu",
+            precision="fp32",
+            json=str(out),
+        )
+    )
+    # 64 tokens in the median times of 0.5 and 2 s.
+    figures = {"minnow": 128.0, "transformers_fp32": 32.0, "peak_fraction": 0.25, "muon_seconds": 0.1}
+    assert json.loads(out.read_text()) == pytest.approx(figures)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "16 to 64 │ 4.00x" in shown  # of 64 tokens in 4 s and in 1 s
+    assert "float32 on cpu, 25% of the measured float32 matmul peak" in shown
+    assert "A Muon step takes 100 ms: 20% of a step of 64 tokens." in shown  # 0.1 of 0.5 s
+
+
 def test_unknown_contestant() -> None:
     with pytest.raises(UserError, match="--only vllm"):
         bench_train.run(bench_train.Config(model=TINY, only=("vllm",)))

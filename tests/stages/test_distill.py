@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from minnow.config import UserError
 from minnow.data.prepare import DataConfig
+from minnow.model.attention import PackedAttention
 from minnow.model.config import ModelConfig
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.init import InitConfig
@@ -22,6 +25,7 @@ from minnow.stages import distill
 from minnow.tokenizer import train_tokenizer
 from minnow.training import distillation
 from minnow.training.config import TrainingConfig
+from minnow.training.probe import random_batch
 
 SHAPE = ModelConfig(
     vocab_size=320,
@@ -84,6 +88,64 @@ def test_a_store_of_all_tokens_is_the_teacher_itself(config: distill.Config, mon
     assert len(asked) == 1
     distill.run(dataclasses.replace(stored, overwrite=True, loss=dataclasses.replace(stored.loss, temperature=2.0)))
     assert len(asked) == 2
+
+
+def test_the_rows_of_a_store_are_known_by_the_length_of_a_row_and_the_seed(
+    config: distill.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both decide which tokens lie where in a row."""
+    keys: list[str] = []
+
+    def stop(teacher: CausalLM, rows: Any, cache: Path, data_key: str, *more: Any, **settings: Any) -> None:
+        keys.append(data_key)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(distill, "teacher_store", stop)
+    base = dataclasses.replace(config, loss=dataclasses.replace(config.loss, top_k=8), overwrite=True)
+    other_seed = dataclasses.replace(base.training, seed=1)
+    for changes in ({}, {"sequence_length": 64}, {"training": other_seed}, {"run": f"{config.run}-again"}):
+        with pytest.raises(KeyboardInterrupt):
+            distill.run(dataclasses.replace(base, **changes))
+    assert keys[0] == keys[3]
+    assert len(set(keys)) == 3
+
+
+def test_a_store_is_known_by_the_teacher_its_precision_k_the_temperature_and_the_rows(tmp_path: Path) -> None:
+    batch = random_batch(SHAPE.vocab_size, 1, 8)
+    rows = SimpleNamespace(num_rows=1, sequence_length=8, batch=lambda rows: batch)
+
+    def store(seed: int = 1, dtype: torch.dtype = torch.float32, key: str = "a", **loss: Any) -> int:
+        """How many stores there are then."""
+        teacher = CausalLM(SHAPE, seed=seed)
+        teacher.compute_dtype = dtype
+        config = DistillationLossConfig(**({"top_k": 4, "temperature": 1.0} | loss))
+        distillation.teacher_store(teacher, rows, tmp_path, key, config, vocab_size=SHAPE.vocab_size, rows_at_once=1)
+        return len(list(tmp_path.iterdir()))
+
+    assert [store(), store(), store(alpha=0.1, divergence="reverse")] == [1, 1, 1]
+    found = [store(seed=2), store(dtype=torch.bfloat16), store(key="b"), store(top_k=5), store(temperature=2.0)]
+    assert found == [2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("vocab_size", "size"), [(320, 4), (1 << 16, 4), (70_000, 6)])
+def test_a_store_holds_every_token_of_a_vocabulary(vocab_size: int, size: int, tmp_path: Path) -> None:
+    """Bytes a position and token; ids above 65,535 do not fit into two."""
+    shape = dataclasses.replace(SHAPE, vocab_size=vocab_size, tie_word_embeddings=False)
+    teacher = CausalLM(shape, InitConfig(zero_output_projections=False), seed=3)
+    with torch.no_grad():
+        teacher.head_weight[:-16] = 0  # so the likeliest ones are the last
+    batch = random_batch(vocab_size, 2, 8)
+    rows = SimpleNamespace(num_rows=2, sequence_length=8, batch=lambda rows: batch)
+    config = DistillationLossConfig(temperature=2.0, top_k=4)
+    taught = distillation.teacher_store(teacher, rows, tmp_path, "", config, vocab_size=vocab_size, rows_at_once=2)
+    with torch.no_grad():
+        hidden = teacher(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens))
+        expected = torch.log_softmax(teacher.logits(hidden) / 2.0, dim=-1).topk(4)
+    found = taught.batch([0, 1])
+    assert torch.equal(found.teacher_ids_BTK.long(), expected.indices)
+    assert int(found.teacher_ids_BTK.max()) >= vocab_size - 16
+    torch.testing.assert_close(found.teacher_logprobs_BTK.float(), expected.values, rtol=1e-3, atol=1e-3)
+    assert taught.ids_RTK.itemsize + taught.logprobs_RTK.itemsize == size
 
 
 def test_a_teacher_with_experts_and_a_dense_student(config: distill.Config, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,12 +9,14 @@ import torch
 
 from minnow import cli
 from minnow.config import UserError, parse_config
+from minnow.data.batches import Batch
 from minnow.data.prepare import DataConfig
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, build_optimizers
-from minnow.stages.plan import Config, Plan, make_plan
+from minnow.stages import plan as plan_module
+from minnow.stages.plan import Config, Plan, _duration, in_bytes, make_plan
 from minnow.training.config import TrainingConfig
 from minnow.training.objective import LanguageModeling
 from minnow.training.probe import random_batch
@@ -52,6 +55,8 @@ def test_tokens_come_from_what_is_known() -> None:
     assert plan(tokens=1000).steps == 2
     free = TrainingConfig(device="cpu", precision="fp32", batch_tokens=512, micro_batch_tokens=128)
     assert plan(training=free).tokens == 20 * plan().parameters
+    twice_and_a_half = TrainingConfig(**{**vars(free), "epochs": 2.5})
+    assert plan(tokens=1000, training=twice_and_a_half).tokens == 2500
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -102,6 +107,68 @@ def test_the_probe_gives_a_time() -> None:
     assert figures.speed.tokens_per_second > 0
     assert figures.seconds is not None
     assert figures.seconds > figures.tokens / figures.speed.tokens_per_second
+
+
+def test_a_probe_of_fewer_layers_is_scaled_to_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four layers are too many for a slow machine: one is measured."""
+    probed: list[CausalLM] = []
+
+    def speed(model: CausalLM, batch: Batch, **settings: float) -> float:
+        probed.append(model)
+        return 1000.0
+
+    monkeypatch.setattr(plan_module, "matmul_peak", lambda *settings: 1e3)
+    monkeypatch.setattr(plan_module, "tokens_per_second", speed)
+    monkeypatch.setattr(plan_module, "_update_seconds", lambda *settings: 0.5)
+    figures = plan(model=dataclasses.replace(SHAPE, num_hidden_layers=4), probe_seconds=1.0)
+    assert [model.config.num_hidden_layers for model in probed] == [1]
+    # Weights that a token meets: 9216 a layer, 9600 in the head; attention costs as much as 2 x 2 x 16 x 32.5 = 2080.
+    # Parameters: 9312 a layer, 9600 in the embedding, 32 in the last norm.
+    assert figures.speed is not None
+    assert figures.speed.tokens_per_second == pytest.approx(1000 * (9600 + 11296) / (9600 + 4 * 11296))
+    assert figures.speed.optimizer_seconds == pytest.approx(0.5 * (9632 + 4 * 9312) / (9632 + 9312))
+    # 5120 tokens at that pace, and ten updates.
+    expected = 5120 / figures.speed.tokens_per_second + 10 * figures.speed.optimizer_seconds
+    assert figures.seconds == pytest.approx(expected)
+
+
+def test_bf16_keeps_a_copy_of_the_matrices() -> None:
+    bf16 = TrainingConfig(**{**vars(TRAINING), "precision": "bf16"})
+    memory = plan(training=bf16).memory
+    assert memory.weights - plan().memory.weights == 2 * 3 * 9216
+    assert memory.gradients == plan().memory.gradients
+
+
+@pytest.mark.parametrize(
+    ("size", "shown"),
+    [
+        (0, "0 B"),
+        (999, "999 B"),
+        (1000, "1 kB"),
+        (1_230_000, "1.23 MB"),
+        (999_000_000, "999 MB"),
+        (999_999, "1 MB"),
+        (2.5e13, "25 TB"),
+    ],
+)
+def test_sizes_in_words(size: float, shown: str) -> None:
+    assert in_bytes(size) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (59.6, "60 seconds"),
+        (119, "119 seconds"),
+        (120, "2.0 minutes"),
+        (7199, "120.0 minutes"),
+        (7200, "2.0 hours"),
+        (86_400, "24.0 hours"),
+        (172_800, "2.0 days"),
+    ],
+)
+def test_times_in_words(seconds: float, shown: str) -> None:
+    assert _duration(seconds) == shown
 
 
 def test_init_from_gives_the_shape(tmp_path: Path) -> None:

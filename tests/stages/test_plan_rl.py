@@ -16,6 +16,7 @@ from torch import nn
 
 from minnow import cli
 from minnow.data.batches import Share
+from minnow.engine.engine import MAX_ROWS
 from minnow.engine.packed import packed_bytes
 from minnow.model.config import ModelConfig
 from minnow.model.lora import LoraConfig
@@ -93,6 +94,13 @@ def test_ppo_has_a_critic_of_its_own(start: Path, tmp_path: Path) -> None:
     assert figures["keys_and_values"] == 2 * 128 * 64 * (2 * 2 * 16 * 4)
     parts = figures["policy"]["activations"] + sum(figures["policy"][k] for k in ("weights", "gradients", "optimizer"))
     assert figures["total"] == parts + figures["reference"] + figures["critic"] + figures["keys_and_values"]
+
+
+def test_an_engine_plays_no_more_episodes_at_once_than_it_has_rows(start: Path, tmp_path: Path) -> None:
+    """2,048 episodes take turns."""
+    figures = planned(start, tmp_path / "plan.json", "grpo", "--rollout.prompts", "256", "--rollout.samples", "8")
+    assert figures["keys_and_values"] == 2 * MAX_ROWS * 64 * (2 * 2 * 16 * 4)
+    assert MAX_ROWS < 256 * 8
 
 
 def test_activations_are_about_what_autograd_keeps_of_the_policy_s_loss(start: Path, tmp_path: Path) -> None:

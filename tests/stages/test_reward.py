@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -16,11 +17,12 @@ from safetensors.torch import load_file
 from minnow import cli
 from minnow.config import UserError
 from minnow.data.pairs import PreferencePair
-from minnow.data.prepare import DataConfig
+from minnow.data.prepare import DataConfig, prepare
 from minnow.engine import Engine
 from minnow.evaluation.judge import JudgedAnswers, RewardModelJudge, TransformersJudge, load_judge
 from minnow.evaluation.preference import LabelledPair
 from minnow.evaluation.registry import Subject
+from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.init import InitConfig
@@ -35,6 +37,7 @@ from minnow.stages import eval as eval_stage
 from minnow.stages import reward
 from minnow.tokenizer import Conversation, Message, Tokenizer, ToolCall, train_tokenizer
 from minnow.training.config import TrainingConfig
+from minnow.training.reward import RewardLossConfig, RewardModeling, reward_margins
 from tests.stages.stage_helpers import save_parrot_model
 
 CPU = torch.device("cpu")
@@ -387,6 +390,47 @@ def test_bradley_terry_beside_trl(margin: float, centering: float) -> None:
     torch.testing.assert_close(gradient, expected_gradient)
 
 
+def test_packed_pairs_have_the_loss_and_figures_of_conversations_one_by_one(
+    tmp_path: Path, tokenizer: Tokenizer
+) -> None:
+    rows = [{"prompt": f"fish {i}", "chosen": "yes gladly", "rejected": "no" * i} for i in range(1, 8)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = DataConfig(paths=(str(tmp_path / "pairs.jsonl"),), cache_dir=str(tmp_path), validation_fraction=0.0)
+    dataset = prepare(config, tokenizer, "preference", sequence_length=96, progress=False).packed(96)[0]
+    batch = dataset.batch(range(dataset.num_rows))
+    assert batch.filler_BT.any()
+    model = RewardModel(shape(), InitConfig(zero_output_projections=False))
+    objective = RewardModeling(RewardLossConfig(margin=0.7, centering=0.05))
+    even = objective(model, batch)  # the head starts at zero
+    assert float(even.loss_sum.detach()) == pytest.approx(7 * math.log(1 + math.exp(0.7)), rel=1e-5)
+    assert {name: float(value) for name, value in even.metrics.items()} == {"accuracy": 3.5, "margin": 0, "reward": 0}
+
+    expected = {"loss": 0.0, "accuracy": 0.0, "margin": 0.0, "reward": 0.0}
+    margins = []
+    with torch.no_grad():
+        model.score.weight.normal_(generator=torch.Generator().manual_seed(1))
+        for pair in (document // 2 for row in batch.document_ids for document in row[::2]):
+            rewards = []
+            for document in (2 * pair, 2 * pair + 1):
+                ids = torch.from_numpy(dataset.shards.tokens(document)[:-1].astype("int64"))  # without the end of text
+                assert tokenizer.decode(ids[-2:]) == "<|im_end|>\n"
+                hidden = model(ids[None], torch.arange(len(ids))[None], CausalAttention())
+                rewards.append(float(hidden[0, -1] @ model.score.weight[0]))
+            better, worse = rewards
+            expected["loss"] += math.log(1 + math.exp(-(better - worse - 0.7))) + 0.05 * (better + worse) ** 2
+            expected["accuracy"] += better > worse
+            expected["margin"] += better - worse
+            expected["reward"] += (better + worse) / 2
+            margins.append(better - worse)
+        found = objective(model, batch)
+    assert objective.count(batch) == 7
+    assert {"loss": float(found.loss_sum), **{name: float(v) for name, v in found.metrics.items()}} == pytest.approx(
+        expected, rel=1e-4, abs=1e-4
+    )
+    assert reward_margins(model, [batch]) == pytest.approx(margins, rel=1e-4, abs=1e-4)
+    assert 0 < expected["accuracy"] < 7, "or a constant would do"
+
+
 def test_reliability_by_hand() -> None:
     """Margins of log 3: confidence 0.75. Three of four right: calibrated. Two of four: 25 points too sure."""
     log3 = 1.0986123
@@ -397,6 +441,16 @@ def test_reliability_by_hand() -> None:
     assert expected_calibration_error(reliability([log3, log3, -log3, -log3])) == pytest.approx(0.25, abs=1e-6)
     assert reliability([0.0])[0].accuracy == 0.5, "a tie is half right"
     assert reliability([1e6])[0].confidence == 1.0
+
+
+def test_reliability_has_ten_bins_from_even_odds_to_certainty() -> None:
+    """Confidences 0.52, 0.57 and 0.58 (a bin is 0.05 wide), 0.98: how often they are right is weighted by pairs."""
+    odds = [math.log(p / (1 - p)) for p in (0.52, 0.57, 0.58, 0.98)]
+    bins = reliability([odds[0], odds[1], -odds[2], odds[3], odds[3], odds[3]])
+    assert [bin.count for bin in bins] == [1, 2, 3]
+    assert [bin.confidence for bin in bins] == pytest.approx([0.52, 0.575, 0.98])
+    assert [bin.accuracy for bin in bins] == [1.0, 0.5, 1.0]
+    assert expected_calibration_error(bins) == pytest.approx((1 * 0.48 + 2 * 0.075 + 3 * 0.02) / 6)
 
 
 def test_a_model_without_a_classifier_class_is_refused_before_training(tmp_path: Path, tokenizer: Tokenizer) -> None:

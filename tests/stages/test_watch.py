@@ -64,6 +64,31 @@ def test_stages_inside_a_run_and_one_that_was_killed(tmp_path: Path, capsys: pyt
     assert (Path(second.name).name, second.state) == ("sft", "killed")
 
 
+def test_only_a_process_of_this_machine_is_known_to_be_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The same number on another machine is another process; one that may not be signalled is somebody's."""
+    write_run(tmp_path / "run", 3)
+    gone: list[type[OSError]] = [ProcessLookupError]
+
+    def kill(pid: int, signal: int) -> None:
+        raise gone[0]
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert Watch(tmp_path / "run").look()[0].state == "killed"
+    gone[0] = PermissionError
+    assert Watch(tmp_path / "run").look()[0].state == "running"
+    gone[0] = ProcessLookupError
+    monkeypatch.setattr(socket, "gethostname", lambda: "another")
+    assert Watch(tmp_path / "run").look()[0].state == "running"
+
+
+def test_a_run_of_adapters_is_finished_with_its_adapter(tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 10, state="trained")
+    assert Watch(tmp_path / "run").look()[0].state == "trained"
+    (tmp_path / "run" / "model").mkdir()
+    (tmp_path / "run" / "model" / "adapter_config.json").write_text("{}")
+    assert Watch(tmp_path / "run").look()[0].state == "finished"
+
+
 def test_a_run_that_plays_its_first_rollouts_is_a_run(tmp_path: Path) -> None:
     log = write_run(tmp_path / "rl", 0)
     assert not log.path.exists()

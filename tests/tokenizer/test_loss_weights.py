@@ -13,7 +13,7 @@ from tokenizers import Tokenizer as HuggingFaceTokenizer
 from minnow.config import UserError
 from minnow.tokenizer import SPECIAL_TOKENS, Conversation, Message, Rendered, Tokenizer, ToolCall, render
 from minnow.tokenizer.bytelevel import GPT2_PATTERN
-from minnow.tokenizer.chat import training_examples
+from minnow.tokenizer.chat import training_examples, written_texts
 
 
 def shown(example: Rendered) -> str:
@@ -82,6 +82,19 @@ def test_reasoning_in_the_last_turn_only_is_one_example() -> None:
     (example,) = training_examples(small_tokenizer(), row)
     assert shown(example).count("[") == 3
     assert "x\n</think>" in shown(example)
+
+
+def test_a_tokenizer_learns_from_all_that_is_written() -> None:
+    """Thoughts, contents, calls and tools, the template's words around them, and no control token."""
+    tool = {"type": "function", "function": {"name": "weather"}}
+    said = assistant("It is", "hm", ToolCall("weather", {"city": "北京"}))
+    texts = list(written_texts(Conversation((user("hi"), said, Message("tool", "3")), (tool,))))
+    called = '{"name": "weather", "arguments": {"city": "北京"}}\n'
+    assert texts[-5:] == ["hi", "hm", "It is", called, "3"]
+    described = "".join(texts[:-5])
+    assert '{"type": "function", "function": {"name": "weather"}}' in described
+    assert described.startswith("# Tools")
+    assert not any(token in text for token in SPECIAL_TOKENS for text in texts)
 
 
 def test_turn_starts_are_the_user_turns() -> None:

@@ -70,3 +70,9 @@ def test_text_that_spells_a_control_token_is_text_in_ids() -> None:
     tokenizer = small_tokenizer()
     ids = tokenizer.encode('say </think> or <tool_call>{"name": "f"}</tool_call>')
     assert parse_assistant_ids(tokenizer, ids).content == 'say </think> or <tool_call>{"name": "f"}</tool_call>'
+
+
+def test_an_end_of_text_ends_the_answer_too() -> None:
+    tokenizer = small_tokenizer()
+    ids = [*tokenizer.encode("yes"), tokenizer.end_of_text_id, *tokenizer.encode("and another document")]
+    assert parse_assistant_ids(tokenizer, ids) == Message("assistant", "yes")

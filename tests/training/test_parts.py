@@ -24,6 +24,7 @@ from minnow.training.parallel import choose_parallel
 from minnow.training.run_folder import LogFollower, MetricsLog
 from minnow.training.session import RunFolder
 from minnow.training.signals import Interrupted, stop_requests
+from minnow.training.speed import batch_flops
 from minnow.training.validation import validate
 
 from .helpers import SHAPE, RandomSource, make_trainer, masked_batch
@@ -251,3 +252,12 @@ def test_a_run_may_go_on_compiled_or_not(tmp_path: Path) -> None:
     folder.open(now, overwrite=False)
     with pytest.raises(UserError, match="training.seed: 0 there, 1 now"):
         folder.open(Config(TrainingConfig(steps=1, seed=1)), overwrite=False)
+
+
+def test_the_operations_of_a_micro_batch_by_hand() -> None:
+    """Pieces of 3 and 5 tokens: their queries see 1 + 2 + 3 and 1 + ... + 5 keys, none of the other piece's."""
+    matrices = sum(parameter.numel() for parameter in CausalLM(SHAPE).parameters() if parameter.ndim == 2)
+    assert SHAPE.tie_word_embeddings  # then the head is among them, and the embedding costs nothing
+    attention = SHAPE.num_hidden_layers * 4 * SHAPE.num_attention_heads * SHAPE.head_dim * (6 + 15)
+    batch = SimpleNamespace(cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32))
+    assert batch_flops(SHAPE, batch) == pytest.approx(3 * (2 * matrices * 8 + attention))

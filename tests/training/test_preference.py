@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from minnow.data.batches import PackedDataset
 from minnow.data.prepare import DataConfig, prepare
 from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
+from minnow.model.lora import LoraConfig, add_lora, lora_layers
 from minnow.model.transformer import CausalLM
 from minnow.objectives.preference import PreferenceLossConfig
 from minnow.stages import dpo
@@ -140,6 +142,33 @@ def test_the_reference_is_asked_once(
     assert len(asked) == 1, "another model is another reference"
     ask(model, dataset, tmp_path, "other data")
     assert len(asked) == 2, "and so are other data"
+    model.compute_dtype = torch.bfloat16
+    ask(model, dataset, tmp_path, "other data")
+    assert len(asked) == 3, "and another precision"
+
+
+def test_the_reference_drops_nothing(tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path) -> None:
+    """Dropout is of training: what the reference says is what the model says without."""
+    model = make_model(tokenizer, 1)
+    add_lora(model, LoraConfig(rank=4, dropout=0.5), base="")
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            layer.lora_B.weight.normal_(generator=torch.Generator().manual_seed(3))
+    said = ask(model.train(), dataset, tmp_path).logprobs_N
+    assert model.training
+    with torch.no_grad():
+        expected = torch.cat([tokens_alone(model.eval(), dataset, document) for document in range(24)])
+    torch.testing.assert_close(said, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_unrelated_answer_is_cut_at_the_sequence_length(dataset: PackedDataset) -> None:
+    whole = unrelated_batch(dataset, range(12))
+    length = int(whole.cu_seqlens.diff().min()) - 2
+    cut = unrelated_batch(SimpleNamespace(shards=dataset.shards, sequence_length=length), range(12))  # type: ignore
+    assert cut.cu_seqlens.diff().tolist() == [length] * 12
+    for name in ("tokens_BT", "targets_BT", "weights_BT", "positions_BT"):
+        pieces = torch.tensor_split(getattr(whole, name)[0], whole.cu_seqlens[1:-1].long())
+        assert torch.equal(getattr(cut, name)[0], torch.cat([piece[:length] for piece in pieces])), name
 
 
 def test_training_starts_at_log_two_without_drift(tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path) -> None:

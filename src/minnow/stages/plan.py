@@ -217,6 +217,7 @@ def _print(plan: Plan, console: Console) -> None:
 
 def in_bytes(size: float) -> str:
     """Three digits and a unit."""
+    size = float(f"{size:.3g}")  # 999,999 is 1 MB and not 1e+03 kB
     power = min(4, max(0, int(math.log10(max(size, 1)) // 3)))
     return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"
 
