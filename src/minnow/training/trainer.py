@@ -110,8 +110,8 @@ class Trainer(Generic[BatchT]):
     def resume(self) -> bool:
         """Continue from the newest whole checkpoint, if there is one: bit for bit as if the run had not been stopped.
 
-        On another number of processes the same global batches follow; sums then differ by rounding, as they do on a GPU,
-        whose kernels add in no fixed order.
+        On another number of processes the same global batches follow; sums then differ by rounding, as they do on a
+        GPU, whose kernels add in no fixed order.
         """
         wanted = None if self.config.resume == "auto" else self.config.resume
         chosen, self.passed_over = newest_valid(self.checkpoints, wanted)
