@@ -19,6 +19,8 @@ from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.training.run_folder import MetricsLog
 
+from .full_disk import full_disk
+
 
 def test_atomic_write_gives_the_whole_file_or_none(tmp_path: Path) -> None:
     target = tmp_path / "deep" / "file.txt"
@@ -51,13 +53,13 @@ def _torch(path: Path) -> None:
 
 
 @pytest.mark.parametrize("write", [_plain, _numpy, _safetensors, _torch])
-def test_whoever_writes_a_full_disk_is_told_in_words(
-    tmp_path: Path, full_disk: Callable[[int], None], write: Callable[[Path], None]
-) -> None:
-    full_disk(20_000)
-    with pytest.raises(DiskFull, match=r"target: could not be written: the disk is full. Make room"):  # noqa: SIM117
-        with atomic_write(tmp_path / "target") as temporary:
-            write(temporary)
+def test_whoever_writes_a_full_disk_is_told_in_words(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    with (
+        pytest.raises(DiskFull, match=r"target: could not be written: the disk is full. Make room"),
+        full_disk(20_000),
+        atomic_write(tmp_path / "target") as temporary,
+    ):
+        write(temporary)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -71,31 +73,28 @@ def test_other_errors_pass_as_they_are(error: Exception) -> None:
     assert raised.value is error
 
 
-def test_a_model_that_finds_no_room_leaves_the_older_one(tmp_path: Path, full_disk: Callable[[int], None]) -> None:
+def test_a_model_that_finds_no_room_leaves_the_older_one(tmp_path: Path) -> None:
     model = CausalLM(ModelConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1))
     save_pretrained(model, tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
-    full_disk(20_000)
-    with pytest.raises(DiskFull, match=r"model: could not be written: the disk is full"):
+    with pytest.raises(DiskFull, match=r"model: could not be written: the disk is full"), full_disk(20_000):
         save_pretrained(model, tmp_path / "model")
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
 
 
-def test_a_log_that_finds_no_room_is_named(tmp_path: Path, full_disk: Callable[[int], None]) -> None:
+def test_a_log_that_finds_no_room_is_named(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "rollouts.jsonl")
     log.append({"step": 1})
-    full_disk(20)
-    with pytest.raises(DiskFull, match=r"rollouts.jsonl: could not be written"):
+    with pytest.raises(DiskFull, match=r"rollouts.jsonl: could not be written"), full_disk(20):
         log.append({"step": 2})
     assert log.read() == [{"step": 1}], "a line that was cut short is left out"
 
 
-def test_a_shard_that_finds_no_room_is_named(tmp_path: Path, full_disk: Callable[[int], None]) -> None:
+def test_a_shard_that_finds_no_room_is_named(tmp_path: Path) -> None:
     writer = ShardWriter(tmp_path, "00000", 1000, has_weights=False)
-    full_disk(20_000)
     tokens, one = np.zeros(30_000, np.int64), np.array([30_000])
-    with pytest.raises(DiskFull, match=r"00000.tokens: could not be written"):  # noqa: PT012 (a buffer may hold it back)
+    with pytest.raises(DiskFull, match=r"00000.tokens: could not be written"), full_disk(20_000):  # noqa: PT012
         writer.append(tokens, one, one)
-        writer.finish()
+        writer.finish()  # a buffer may have held it back
     assert not (tmp_path / "00000.tokens").exists()

@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,10 +18,12 @@ from minnow import disk
 from minnow.config import UserError
 from minnow.data.batches import Share
 from minnow.disk import DiskFull
+from minnow.training import run_folder
 from minnow.training.checkpoint import list_checkpoints
 from minnow.training.lock import FolderLock
 from minnow.training.trainer import Trainer
 
+from ..full_disk import full_disk
 from .helpers import RandomSource, make_trainer
 
 
@@ -184,42 +185,36 @@ def test_a_step_can_be_asked_for(tmp_path: Path, straight: Trainer) -> None:
     assert_ends_the_same(tmp_path, straight)
 
 
-def test_a_full_disk_stops_the_run_in_words_and_spares_the_last_checkpoint(
-    tmp_path: Path, straight: Trainer, full_disk: Callable[[int], None]
-) -> None:
+def test_a_full_disk_stops_the_run_in_words_and_spares_the_last_checkpoint(tmp_path: Path, straight: Trainer) -> None:
     """From step 7 on; a shard is larger than 20 kB."""
     trainer = make_trainer(tmp_path)
+    with full_disk() as limit:
 
-    def fill_the_disk() -> None:
-        trainer.writer.wait()  # step 6 is written beside step 7
-        full_disk(20_000)
+        def fill_the_disk() -> None:
+            trainer.writer.wait()  # step 6 is written beside step 7
+            limit(20_000)
 
-    trainer.source = DoAt(7, fill_the_disk)
-    with pytest.raises(UserError, match=r"step-00000008: .*the disk is full.*step-00000006 before it is whole"):
-        trainer.fit()
-    full_disk(-1)
+        trainer.source = DoAt(7, fill_the_disk)
+        with pytest.raises(UserError, match=r"step-00000008: .*the disk is full.*step-00000006 before it is whole"):
+            trainer.fit()
     assert list_checkpoints(trainer.checkpoints)[-1].step == 6
     again = assert_ends_the_same(tmp_path, straight)
     assert "unfinished" in again.passed_over[0]
 
 
-def test_a_full_disk_while_logging(tmp_path: Path, straight: Trainer, full_disk: Callable[[int], None]) -> None:
+def test_a_full_disk_while_logging(tmp_path: Path, straight: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **settings: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     trainer = make_trainer(tmp_path)
-
-    def fill_the_disk() -> None:
-        trainer.writer.wait()
-        full_disk(trainer.metrics.path.stat().st_size + 10)
-
-    trainer.source = DoAt(7, fill_the_disk)
+    trainer.source = DoAt(7, lambda: monkeypatch.setattr(run_folder, "open", full, raising=False))
     with pytest.raises(DiskFull, match=r"metrics.jsonl: could not be written: the disk is full"):
         trainer.fit()
-    full_disk(-1)
-    assert assert_ends_the_same(tmp_path, straight).state.step == 12
+    monkeypatch.undo()
+    assert_ends_the_same(tmp_path, straight)
 
 
-def test_a_full_disk_at_what_the_source_keeps(
-    tmp_path: Path, straight: Trainer, full_disk: Callable[[int], None]
-) -> None:
+def test_a_full_disk_at_what_the_source_keeps(tmp_path: Path, straight: Trainer) -> None:
     """torch.save tells of a short write as a RuntimeError about positions."""
 
     class Keeping(DoAt):
@@ -230,15 +225,15 @@ def test_a_full_disk_at_what_the_source_keeps(
             pass
 
     trainer = make_trainer(tmp_path)
+    with full_disk() as limit:
 
-    def fill_the_disk() -> None:
-        trainer.writer.wait()
-        full_disk(20_000)
+        def fill_the_disk() -> None:
+            trainer.writer.wait()
+            limit(20_000)
 
-    trainer.source = Keeping(7, fill_the_disk)
-    with pytest.raises(UserError, match=r"step-00000008: .*the disk is full.*step-00000006 before it is whole"):
-        trainer.fit()
-    full_disk(-1)
+        trainer.source = Keeping(7, fill_the_disk)
+        with pytest.raises(UserError, match=r"step-00000008: .*the disk is full.*step-00000006 before it is whole"):
+            trainer.fit()
     assert_ends_the_same(tmp_path, straight)
 
 
@@ -288,6 +283,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     program = """
 import sys, time
 from pathlib import Path
+from minnow.training import run_folder
 from minnow.training.lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 lock.take()
