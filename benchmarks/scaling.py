@@ -44,7 +44,7 @@ MEASURED = ModelConfig(
     num_key_value_heads=2,
     head_dim=64,
 )
-ROWS, LENGTH, PIECES = 8, 128, 4
+LENGTH, PIECES = 128, 4
 
 Mode = Literal["ddp", "fsdp", "hsdp"]
 
@@ -141,7 +141,7 @@ class Way:
 WAYS = (Way(1, 1, ""), Way(1, 2, ""), Way(2, 1, "ddp"), Way(2, 1, "fsdp"))
 
 
-def seconds_a_step(way: Way, steps: int) -> float:
+def seconds_a_step(way: Way, steps: int, rows: int) -> float:
     """The median; both processes call it, and where the first one trains alone the other waits."""
     seconds = []
     if rank() < way.processes:
@@ -151,9 +151,9 @@ def seconds_a_step(way: Way, steps: int) -> float:
         if way.parallel:
             parallelise(model, way.parallel, torch.device("cpu"))
         optimizers = build_optimizers(
-            model, OptimConfig(optimizer="adamw", matrix_lr=1e-4), tokens_per_batch=ROWS * LENGTH
+            model, OptimConfig(optimizer="adamw", matrix_lr=1e-4), tokens_per_batch=rows * LENGTH
         )
-        parts = Share(rank(), way.processes).cut(np.arange(ROWS), ROWS // PIECES // way.processes)
+        parts = Share(rank(), way.processes).cut(np.arange(rows), rows // PIECES // way.processes)
         batches = [random_batch(MEASURED.vocab_size, len(part), LENGTH, seed=int(part[0])) for part in parts]
         objective = LanguageModeling()
         for _ in range(steps + 1):
@@ -161,7 +161,7 @@ def seconds_a_step(way: Way, steps: int) -> float:
             for number, batch in enumerate(batches):
                 if way.parallel:
                     sync_gradients(model, last=number == len(batches) - 1)
-                (objective(model, batch).loss_sum / (ROWS * LENGTH)).backward()
+                (objective(model, batch).loss_sum / (rows * LENGTH)).backward()
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -170,23 +170,23 @@ def seconds_a_step(way: Way, steps: int) -> float:
     return statistics.median(seconds[1:]) if seconds else 0.0
 
 
-def measure(rounds: int, steps: int) -> None:
+def measure(rounds: int, steps: int, rows: int) -> None:
     """In the two processes: every way in turns; the first one prints the best round of each, seconds a step."""
     with process_group(cuda=False):
         seconds: list[list[float]] = []
         for _ in range(rounds):
-            seconds.append([seconds_a_step(way, steps) for way in WAYS])
+            seconds.append([seconds_a_step(way, steps, rows) for way in WAYS])
             if is_first():
                 print("seconds a step:", *(f"{figure:.3f}" for figure in seconds[-1]), file=sys.stderr, flush=True)
         if is_first():
             print(json.dumps([min(column) for column in zip(*seconds, strict=True)]))
 
 
-def measured(rounds: int, steps: int) -> list[dict[str, object]]:
+def measured(rounds: int, steps: int, rows: int) -> list[dict[str, object]]:
     """Every way's speed, beside the first way's."""
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", __file__, "--measure"]
     done = subprocess.run(
-        [sys.executable, "-m", *torchrun, "--rounds", str(rounds), "--steps", str(steps)],
+        [sys.executable, "-m", *torchrun, "--rounds", str(rounds), "--steps", str(steps), "--rows", str(rows)],
         env={"OMP_NUM_THREADS": "1", **os.environ},
         check=True,
         stdout=subprocess.PIPE,
@@ -194,7 +194,7 @@ def measured(rounds: int, steps: int) -> list[dict[str, object]]:
     )
     best = json.loads(done.stdout)
     return [
-        {**vars(way), "tokens/s": ROWS * LENGTH / seconds, "speedup": best[0] / seconds}
+        {**vars(way), "tokens/s": rows * LENGTH / seconds, "speedup": best[0] / seconds}
         for way, seconds in zip(WAYS, best, strict=True)
     ]
 
@@ -236,13 +236,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5, help="times that everything is measured")
     parser.add_argument("--steps", type=int, default=3, help="updates of a measurement")
+    parser.add_argument("--rows", type=int, default=8, help="rows of 128 tokens in an update; a multiple of 8")
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.measure:
-        measure(arguments.rounds, arguments.steps)
+        measure(arguments.rounds, arguments.steps, arguments.rows)
         return
-    figures = {"measured": measured(arguments.rounds, arguments.steps), "modelled": modelled()}
+    figures = {"measured": measured(arguments.rounds, arguments.steps, arguments.rows), "modelled": modelled()}
     for title, rows in figures.items():
         print(f"\n{title}\n")
         print_table(rows)
