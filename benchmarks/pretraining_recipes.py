@@ -224,7 +224,7 @@ def summarise(path: Path, picture: Path) -> None:
     save_figure(figure, picture)
     ours = [run for run in runs if run["arm"] == "minnow"]
     tuned = min((a for a in arms if a.startswith("adamw-")), key=lambda a: _mean_final(runs, a), default=None)
-    for other in filter(None, ["minimind" if "minimind" in arms else None, tuned]):
+    for other in filter(None, ["minimind" if "minimind" in arms else None, tuned]) if ours else ():
         goal = _mean_final(runs, other)
         total = statistics.mean(run["points"][-1]["tokens"] for run in runs if run["arm"] == other)
         for key, whole in (("tokens", total), ("seconds", _mean_seconds(runs, other))):
