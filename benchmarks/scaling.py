@@ -240,6 +240,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for the figures")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.rows < 8 or arguments.rows % 8:
+        parser.error(
+            f"--rows {arguments.rows}: two processes cut an update into four pieces each: give a multiple of 8"
+        )
     if arguments.measure:
         measure(arguments.rounds, arguments.steps, arguments.rows)
         return

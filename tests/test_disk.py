@@ -65,7 +65,12 @@ def test_whoever_writes_a_full_disk_is_told_in_words(tmp_path: Path, write: Call
 
 @pytest.mark.parametrize(
     "error",
-    [OSError(errno.EACCES, os.strerror(errno.EACCES)), RuntimeError("CUDA error"), ValueError("2 requested and 3")],
+    [
+        OSError(errno.EACCES, os.strerror(errno.EACCES)),
+        RuntimeError("CUDA error"),
+        ValueError("3 requested and 2 written"),
+        OSError("3 rows requested and 2 found"),
+    ],
 )
 def test_other_errors_pass_as_they_are(error: Exception) -> None:
     with pytest.raises(type(error)) as raised, told_when_full("target"):

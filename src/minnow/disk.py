@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,9 @@ from minnow.config import UserError
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # What libraries say that write by themselves and raise no OSError, or one without its number: safetensors (Rust's
 # words), torch.save (a zip file shorter than what went into it), numpy's tofile.
-_SIGNS = (*(f"(os error {code})" for code in _FULL), ". unexpected pos ", " requested and ")
+_SIGNS = re.compile(
+    rf"\(os error ({'|'.join(map(str, _FULL))})\)|inline_container.*unexpected pos|^\d+ requested and \d+ written"
+)
 
 
 class DiskFull(UserError):  # noqa: N818 (it is a state of the world, as OutOfMemory)
@@ -26,7 +29,7 @@ def is_full(error: BaseException) -> bool:
     """Whether `error` says that the disk is full, or the user's share of it, or the largest file that may be."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in _FULL
-    return isinstance(error, OSError | RuntimeError | SafetensorError) and any(sign in str(error) for sign in _SIGNS)
+    return isinstance(error, OSError | RuntimeError | SafetensorError) and bool(_SIGNS.search(str(error)))
 
 
 @contextmanager

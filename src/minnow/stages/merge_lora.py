@@ -7,6 +7,7 @@ from pathlib import Path
 
 from minnow.config import UserError
 from minnow.console import plain_console
+from minnow.disk import atomic_write
 from minnow.model.lora import merge_lora
 from minnow.model.pretrained import load_with_adapter, resolve_model_folder, save_pretrained
 from minnow.report.lineage import MERGED_FROM
@@ -36,5 +37,6 @@ def run(config: Config) -> None:
     tokenizer = Tokenizer.from_pretrained(folder if own_tokenizer or config.base is None else config.base)
     merge_lora(model)
     save_pretrained(model, out, tokenizer)
-    (out / MERGED_FROM).write_text(f"{folder.resolve()}\n", encoding="utf-8")  # for its card
+    with atomic_write(out / MERGED_FROM) as temporary:  # for its card
+        temporary.write_text(f"{folder.resolve()}\n", encoding="utf-8")
     plain_console(stderr=True).print(f"merged model written to {out}")
