@@ -154,6 +154,10 @@ def test_a_run_of_several_stages_has_the_model_of_one(tmp_path: Path) -> None:
     text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
     assert "# quickstart" in text
     assert "|  | pretrain | sft |\n" in text
+    for start in (run, run / "model"):
+        tuned = a_run(tmp_path / f"tuned-from-{start.name}", data="more.jsonl", init_from=str(start))
+        text = write_model_card(tuned / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+        assert f"|  | pretrain | sft | {tuned.name} |\n" in text
 
 
 def test_a_model_from_before_a_collapse_is_not_what_the_log_ends_with(tmp_path: Path) -> None:

@@ -89,6 +89,8 @@ def lineage(run: Path) -> list[Run]:
         before = start
     elif _is_run(moved) and Path(_read_config(moved).get("run") or "").resolve() == start.resolve():
         before = moved
+    elif (start / "model").is_dir() and (stage := run_of(start / "model")) is not None:
+        before = stage  # of a run of several stages, as the quickstart's
     else:
         return [found]
     return [found] if before.resolve() == run.resolve() else [*lineage(before), found]
