@@ -20,6 +20,7 @@ SETTINGS = {
     "sequence_length": 64,
     "training.micro_batch_tokens": 128,
     "training.device": "cpu",
+    "training.precision": "fp32",
     "training.save_every": 0,
     "watch.patience": 0,
     "rewards.length": 0.5,

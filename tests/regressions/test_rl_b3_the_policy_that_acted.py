@@ -82,7 +82,8 @@ def test_a_run_at_a_temperature_is_of_the_policy_that_acted(
         "run": tmp_path / "run", "phases": 3, "rollout.prompts": 4, "rollout.samples": 4, "rollout.max_tokens": 6,
         "rollout.temperature": TEMPERATURE, "rollout.top_p": top_p, "algorithm.minibatches": 2, "sequence_length": 64,
         "rewards.answer": 0, "rewards.functions": "tests.rl.helpers:any_reward", "optim.matrix_lr": 0.02,
-        "training.device": "cpu", "training.micro_batch_tokens": 128, "training.save_every": 0, "watch.patience": 0,
+        "training.device": "cpu", "training.precision": "fp32", "training.micro_batch_tokens": 128,
+        "training.save_every": 0, "watch.patience": 0,
     }  # fmt: skip
     assert main(["grpo", *(word for key, value in settings.items() for word in (f"--{key}", str(value)))]) == 0
 

@@ -20,6 +20,7 @@ SMALL = {
     "sequence_length": 64,
     "training.micro_batch_tokens": 128,
     "training.device": "cpu",
+    "training.precision": "fp32",
     "training.save_every": 0,
     "training.validate_every": 0,
     "watch.patience": 0,

@@ -63,7 +63,7 @@ def test_a_run_with_a_server(remote, tmp_path):
         f"grpo --init_from {folder} --prompts {prompts} --run {tmp_path}/run --phases 2 --rollout.prompts 2 "
         f"--rollout.samples 2 --rollout.max_tokens 6 --sequence_length 64 --training.micro_batch_tokens 128 "
         f"--rollout_engine.url {running.url}/v1 --rewards.functions tests.rl.helpers:any_reward --optim.matrix_lr 0.01 "
-        "--training.device cpu"
+        "--training.device cpu --training.precision fp32"
     )
     assert main(words.split()) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
