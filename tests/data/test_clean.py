@@ -287,7 +287,8 @@ def test_what_makes_no_sense_is_refused_before_any_work(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match="there is not one row"):
         run(tmp_path, str(tmp_path / "empty.jsonl"), out="new")
-    for options in ({"near_duplicates": 1.5}, {"min_characters": -1}, {"min_characters": 9, "max_characters": 8}):
+    for options in ({"near_duplicates": 1.5}, {"min_characters": -1}, {"min_characters": 9, "max_characters": 8},
+                    {"max_characters": 0}):  # fmt: skip
         with pytest.raises(UserError):
             CleanOptions(**options)
 
