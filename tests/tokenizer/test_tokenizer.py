@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +156,26 @@ def test_gpt2_without_chat_tokens(gpt2_tokenizer: Tokenizer, tmp_path: Path) -> 
 def test_gpt2_as_vocab_and_merges(gpt2_tokenizer: Tokenizer, tmp_path: Path) -> None:
     (gpt2(tmp_path) / "tokenizer.json").unlink()
     assert Tokenizer.from_pretrained(tmp_path).encode(CORPUS[0]) == gpt2_tokenizer.encode(CORPUS[0])
+
+
+def test_a_repository_without_tokenizer_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken for GPT-2's pair of files, which were not asked for, it ended in an error of the library below."""
+    repository, copy = tmp_path / "repository", tmp_path / "copy"
+    repository.mkdir()
+    copy.mkdir()
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        for file in repository.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, copy)
+        return str(copy)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (repository / "tokenizer.model").touch()  # SentencePiece's
+    with pytest.raises(UserError, match=r"somebody/fish: the Hub has it, but without a tokenizer\.json"):
+        Tokenizer.from_pretrained("somebody/fish")
+    (gpt2(repository) / "tokenizer.json").unlink()
+    assert Tokenizer.from_pretrained("somebody/fish").decode([0]) == "!"
 
 
 def test_another_name_for_the_end_of_text(tmp_path: Path) -> None:
