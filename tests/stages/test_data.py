@@ -57,6 +57,8 @@ def test_inspect_shows_lengths_and_the_loss_mask(words, tmp_path, capsys):
     assert sum(count for _, _, count in json.loads((tmp_path / "figures.json").read_text())["histogram"]) >= 18
     assert main(["data", "inspect", *words, "--sample=999"]) == 2
     assert "--sample 999: there are" in capsys.readouterr().err
+    assert main(["data", "inspect", *words, "--sample_tokens=0"]) == 2
+    assert "--sample_tokens is 0, but must be at least 1" in capsys.readouterr().err
 
 
 def test_the_mask_is_in_colour_on_a_terminal(words, tmp_path):
