@@ -178,6 +178,30 @@ def test_a_repository_without_tokenizer_json(tmp_path: Path, monkeypatch: pytest
     assert Tokenizer.from_pretrained("somebody/fish").decode([0]) == "!"
 
 
+def test_what_begins_and_what_fills_is_read_from_the_files(tmp_path: Path) -> None:
+    """The newer file goes before the older one, and a BOS that is named is put before a text only if one says so."""
+    small_tokenizer().save_pretrained(tmp_path)
+    begin, fill = "<|reserved_0|>", "<|reserved_1|>"
+    ids = small_tokenizer().special_ids
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": begin}, "pad_token": begin}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "pad_token": fill}))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.pad_id) == (ids[begin], ids[fill])
+    assert tokenizer.start_id == tokenizer.end_of_text_id
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True}))
+    assert Tokenizer.from_pretrained(tmp_path).start_id == ids[begin]
+
+
+def test_a_token_that_is_put_before_every_text_begins_it_whatever_is_named(tmp_path: Path) -> None:
+    begin = "<|reserved_0|>"
+    first = small_tokenizer().special_ids[begin]
+    plain = tokenizers.Tokenizer.from_str(small_tokenizer()._tokenizer.to_str())
+    plain.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, first)])
+    plain.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|reserved_1|>"}))
+    assert Tokenizer.from_pretrained(tmp_path).start_id == first
+
+
 def test_another_name_for_the_end_of_text(tmp_path: Path) -> None:
     text = small_tokenizer()._tokenizer.to_str().replace("<|endoftext|>", "</s>")
     (tmp_path / "tokenizer.json").write_text(text)
