@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from minnow.cli import main
-from minnow.data.summary import length_histogram
+from minnow.data.summary import length_histogram, median_of
 from minnow.stages.data_inspect import render_sample
 from minnow.tokenizer.train import train_tokenizer
 
@@ -78,3 +78,10 @@ def test_the_mask_is_in_colour_on_a_terminal(words, tmp_path):
 def test_histogram_by_hand():
     assert length_histogram(np.array([1, 2, 3, 4, 5, 8, 9])) == [(1, 1, 1), (2, 2, 1), (3, 4, 2), (5, 8, 2), (9, 16, 1)]
     assert length_histogram(np.array([], dtype=np.int64)) == []
+
+
+def test_median_by_hand():
+    assert median_of({1: 1, 4: 1}) == 2.5
+    assert median_of({9: 1, 3: 2}) == 3
+    assert median_of({3: 2, 9: 2}) == 6
+    assert median_of({}) == 0
