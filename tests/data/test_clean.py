@@ -102,6 +102,47 @@ def test_every_reason_and_the_order_of_what_stays(tmp_path):
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(json.dumps(report))
 
 
+def test_a_row_as_short_or_as_long_as_allowed_stays(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": "x" * count} for count in (4, 5, 6, 7, 8)])
+    _, removed = run(tmp_path, path, min_characters=5, max_characters=7, near_duplicates=0)
+    assert [(entry["line"], entry["reason"]) for entry in removed] == [(1, "too_short"), (5, "too_long")]
+
+
+def test_a_system_message_is_no_part_of_the_length_or_the_language_but_may_hold_an_exam(tmp_path):
+    exam = "Which animal did the miller see first when he opened the gate that day?"
+    answer = "The otter lives in the river and eats fish, and every morning it swims to the old mill."
+    rows = [chat("Where does the otter live?", answer, GERMAN * 9), chat("Who is it, then?", answer[::-1], exam)]
+    options = {
+        "languages": ("en",),
+        "max_characters": 300,
+        "decontaminate": (write(tmp_path / "e.jsonl", [{"q": exam}]),),
+    }
+    _, removed = run(tmp_path, write(tmp_path / "rows.jsonl", rows[:1]), **options)
+    assert not removed
+    options.pop("languages")
+    _, removed = run(tmp_path, write(tmp_path / "rows.jsonl", rows), out="second", **options)
+    assert [(entry["line"], entry["reason"]) for entry in removed] == [(2, "contaminated")]
+
+
+def test_a_copy_names_the_kept_row_that_it_repeats(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": text} for text in ("one", "one", "two", "three", "two")])
+    _, removed = run(tmp_path, path, near_duplicates=0)
+    assert [(entry["line"], entry["duplicate_of"]) for entry in removed] == [(2, f"{path}:1"), (5, f"{path}:3")]
+
+
+def test_of_a_removed_row_the_beginning_is_shown(tmp_path):
+    path = write(tmp_path / "rows.jsonl", [{"text": "fine"}, {"text": "word " * 400}])
+    _, removed = run(tmp_path, path, max_characters=1500)
+    assert removed[0]["text"] == ("word " * 400)[:200]
+
+
+def test_others_may_read_the_folder_as_they_may_read_any(tmp_path):
+    """It is made as a temporary folder, which is closed to them."""
+    run(tmp_path, write(tmp_path / "rows.jsonl", [{"text": "fine"}]))
+    (tmp_path / "usual").mkdir()
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_kept_rows_are_the_same_bytes(tmp_path):
     odd = '{ "text":"caf\\u00e9",  "n": 1e3 , "deep": {"b": [1, 2]}}'
     (tmp_path / "odd.jsonl").write_text(f"{odd}\n\n")
@@ -287,7 +328,8 @@ def test_what_makes_no_sense_is_refused_before_any_work(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(UserError, match="there is not one row"):
         run(tmp_path, str(tmp_path / "empty.jsonl"), out="new")
-    for options in ({"near_duplicates": 1.5}, {"min_characters": -1}, {"min_characters": 9, "max_characters": 8}):
+    for options in ({"near_duplicates": 1.5}, {"min_characters": -1}, {"min_characters": 9, "max_characters": 8},
+                    {"max_characters": 0}):  # fmt: skip
         with pytest.raises(UserError):
             CleanOptions(**options)
 

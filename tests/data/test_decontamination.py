@@ -87,6 +87,21 @@ def test_nested_texts_count_and_copies_of_an_example_count_once(tmp_path):
     assert evaluation.find(f"and {text} again").example == f"{path}:1"
 
 
+def test_one_chinese_word_does_not_make_a_text_chinese(tmp_path):
+    """Nine words are looked for; of a Chinese text twelve characters would be needed."""
+    text = "one two three four five six seven eight 鱼"
+    evaluation, _ = sets(tmp_path, [{"q": text}])
+    assert evaluation.examples == 1
+    assert evaluation.find(f"zero {text} ten").share == 1
+
+
+def test_the_example_that_stands_there_most_completely_is_named(tmp_path):
+    """Three pieces of a long one weigh less than the whole of a short one."""
+    evaluation, path = sets(tmp_path, [{"q": " ".join(WORDS[:30])}, {"q": " ".join(WORDS[30:40])}])
+    found = evaluation.find(" ".join([*WORDS[:15], "between", *WORDS[30:40]]))
+    assert (found.example, found.share) == (f"{path}:2", 1)
+
+
 def test_nothing_to_look_for_is_an_error(tmp_path):
     with pytest.raises(UserError, match="nothing to look for"):
         sets(tmp_path, [{"query": "too short"}])

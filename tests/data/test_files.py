@@ -12,6 +12,7 @@ import zstandard
 from fsspec.implementations.memory import MemoryFileSystem
 
 from minnow.config import UserError
+from minnow.data.clean import output_names
 from minnow.data.files import content_identity
 from minnow.data.prepare import DataConfig, prepare
 from minnow.data.readers import read_rows
@@ -159,3 +160,13 @@ def test_preparation_from_afar(store, tmp_path, tokenizer):
     store.pipe("/bucket/a.jsonl", encoded("data.jsonl", [*texts[:-1], {"text": 3}]))
     with pytest.raises(UserError, match=r"store://bucket/a\.jsonl:60: `text` must be text"):
         prepare(config, tokenizer, "pretrain", sequence_length=64, progress=False)
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.jsonl.gz", "data.jsonl.zst", "data.parquet", "data.parquet.gz"])
+def test_a_web_address_may_end_in_a_query(store, name):
+    """As the Hub's own addresses do. The query hid the ending: what was packed was read as it stood."""
+    url = f"store://bucket/{name}?download=true"
+    store.pipe(f"/bucket/{name}?download=true", encoded(name, ROWS))
+    assert [row for _, row in read_rows([url])] == ROWS
+    packed = name.endswith((".gz", ".zst"))
+    assert output_names(find_sources([url]), None) == ["data.jsonl.zst" if packed else "data.jsonl"]

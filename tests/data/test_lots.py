@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from minnow.data import lots as lots_module
 from minnow.data.lots import Lot, cut_into_lots, in_order, interleaved, raw_batches
-from minnow.data.readers import iter_raw, rows_before
-from minnow.data.sources import find_sources
+from minnow.data.readers import is_divisible, iter_raw, rows_before
+from minnow.data.sources import Source, find_sources
 
 
 def rows_of(lots, sources):
@@ -174,3 +174,9 @@ def test_preparation_goes_about_in_the_order_of_training(tmp_path, monkeypatch):
     assert made.count(0) > 10
     for end in range(len(made)):
         assert abs(made[:end].count(0) - 3 * made[:end].count(1)) <= 4, "one path runs ahead"
+
+
+def test_what_can_be_read_from_its_middle():
+    """A web server need not give a file from its middle, and nothing packed can be."""
+    names = ["a.jsonl", "s3://b/a.jsonl", "http://b/a.jsonl", "https://b/a.jsonl", "a.jsonl.gz", "s3://b/a.jsonl.zst"]
+    assert [is_divisible(Source(name, "jsonl")) for name in names] == [True, True, False, False, False, False]

@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from minnow.data.clean import CleanOptions
 from minnow.data.near_duplicates import HASHES, NearDuplicates, band_size
 from minnow.data.ngrams import shingles, words
 
@@ -101,7 +102,7 @@ def test_bands_leave_a_chance_to_meet(threshold):
 
 def test_the_bands_of_the_default_by_hand():
     # 8 hashes a band: 1 - (1 - 0.8^8)^16 = 0.947; 16: 1 - (1 - 0.8^16)^8 = 0.204
-    assert band_size(0.8) == 8
+    assert band_size(CleanOptions().near_duplicates) == 8
 
 
 def test_signatures_do_not_depend_on_the_process():

@@ -40,6 +40,15 @@ def test_one_pair_in_every_format(name: str) -> None:
     assert pair.rejected == (Message("assistant", "go away"),)
 
 
+@pytest.mark.parametrize("text", ["[Passage] Who?", "[3, 1, 2]: which is the least?", "[1]", "[] or {}?"])
+def test_a_text_that_begins_with_a_bracket_is_a_prompt(text: str) -> None:
+    """It was taken for the JSON of messages, and the row refused."""
+    pair = parse_preference({"prompt": text, "chosen": "a", "rejected": "b"})
+    assert pair.prompt == (Message("user", text),)
+    written = parse_preference({"prompt": f" {json.dumps(PROMPT)}", "chosen": "a", "rejected": "b"})
+    assert written.prompt == (Message("user", "hi"),)
+
+
 def test_what_is_shared_is_prompt() -> None:
     again = {"role": "user", "content": "and then?"}
     row = {"chosen": [*PROMPT, GOOD, again, GOOD], "rejected": [*PROMPT, GOOD, again, BAD]}

@@ -420,3 +420,6 @@ def test_options_out_of_range_are_refused(run, tmp_path):
         run(write_texts(tmp_path / "a.jsonl", documents(3)), validation_fraction=0.9)
     with pytest.raises(UserError, match="data.workers is -1: give 0 or more"):
         run(write_texts(tmp_path / "a.jsonl", documents(3)), workers=-1)
+    for length in (0, -3):
+        with pytest.raises(UserError, match=f"sequence_length is {length}: it must be at least 1"):
+            run(write_texts(tmp_path / "a.jsonl", documents(3)), sequence_length=length)

@@ -195,3 +195,11 @@ def test_any_object_is_read_or_refused_with_words(row):
     for parse in (parse_document, parse_conversation):
         with suppress(RowError):
             assert canonical(parse(row))
+
+
+def test_a_developers_message_may_declare_the_tools():
+    """OpenAI's newer name for the system."""
+    tool = {"name": "look_up"}
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The owl."}]
+    row = {"messages": [{"role": "developer", "content": "Be brief.", "tools": [tool]}, *turns]}
+    assert parse_conversation(row).tools == (tool,)

@@ -358,6 +358,8 @@ def test_wrong_requests_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
         (["--to", "onnx", "--type", "q8_0"], "--type q8_0 is no ONNX type"),
         (["--to", "hub"], "OWNER/NAME"),
         (["somebody/something", "--to", "gguf"], "OWNER/NAME"),
+        (["--to", "gguf", "--out", "."], "--out . is a folder: name the file to write"),
+        (["--to", "onnx", "--out", str(tmp_path)], "is a folder: name the file to write"),
     ]:
         assert cli.main(["export", folder, *words]) == 2
         assert message in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The judge over HTTP: marks, retries, and failures that are never zeros."""
 
+import dataclasses
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,9 +9,12 @@ from types import SimpleNamespace
 import pytest
 
 from minnow.config import UserError
+from minnow.data.prompts import Prompt
+from minnow.rl.environment import SingleTurn
 from minnow.rl.judge import JudgeConfig, judge_reward
 from minnow.rl.left_out import left_out_figures
 from minnow.rl.rewards import RewardConfig, Rewarder
+from minnow.tokenizer.chat import Conversation, Message
 from tests.rl.test_rewards import episode
 
 BROKEN = 0
@@ -54,6 +58,18 @@ def test_marks(judge, monkeypatch):
     path, key, body = next(entry for entry in asked if "good" in entry[2]["messages"][1]["content"])
     assert (path, key, body["temperature"]) == ("/v1/chat/completions", "Bearer k", 0)
     assert "compare with:\n4" in body["messages"][1]["content"]
+
+
+def test_the_judge_reads_what_the_user_asked_and_a_right_answer_of_zero(judge):
+    """Nobody else's words stand under the question; 0 is an answer like any other."""
+    url, asked, _ = judge
+    messages = [Message("system", "Be brief."), Message("user", "Hello."), Message("assistant", "Hi.")]
+    prompt = Prompt(Conversation((*messages, Message("user", "3 - 3?"))), reference=0)
+    item = dataclasses.replace(episode("0"), environment=SingleTurn(prompt))
+    judge_reward(JudgeConfig(url=url), [item])
+    assert asked[0][2]["messages"][1]["content"] == (
+        "Question:\nHello.\n\n3 - 3?\n\nAnswer:\n0\n\nA right answer, to compare with:\n0"
+    )
 
 
 def test_as_one_reward_of_several(judge):

@@ -17,10 +17,12 @@ import pytest
 from rich.console import Console
 
 from minnow.config import UserError
+from minnow.data.records import parse_conversation
 from minnow.engine import Engine, SamplingParams
-from minnow.stages.chat import show_answer
+from minnow.stages.chat import Config, run, show_answer
 from minnow.stages.chat_commands import run_command
 from minnow.stages.chat_session import ChatSession
+from minnow.tokenizer.chat import Message
 
 from .stage_helpers import save_parrot_model, save_random_model, tiny_tokenizer
 
@@ -142,6 +144,45 @@ def test_save_writes_a_row_for_sft(tmp_path: Path) -> None:
             {"role": "assistant", "content": "好"},
         ]
     }
+
+
+def test_the_command_s_settings_reach_the_chat_and_its_file_is_read_as_what_was_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Thoughts included: `minnow sft` teaches them again."""
+    model = save_parrot_model(tmp_path / "m", "hm 小§</think>§yes§<|im_end|>§")
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"q\n/save {tmp_path / 'talk.jsonl'}\n/set\n"))
+    run(Config(model=str(model), device="cpu", temperature=0.0, system="Be kind.", think=True))
+    assert parse_conversation(json.loads((tmp_path / "talk.jsonl").read_text(encoding="utf-8"))).messages == (
+        Message("system", "Be kind."),
+        Message("user", "q"),
+        Message("assistant", "yes", "hm 小"),
+    )
+    assert "temperature 0.0" in capsys.readouterr().out
+
+
+def test_thoughts_that_reach_no_answer_are_part_of_the_conversation(tmp_path: Path) -> None:
+    session = open_session(save_parrot_model(tmp_path / "m", "hm 小"), max_tokens=3, thinking=True)
+    talk_to(session, "q")
+    assert len(session.messages) == 2
+    assert session.messages[1].content == ""
+    assert session.messages[1].reasoning_content
+
+
+def test_an_answer_without_a_limit_leaves_what_was_said_before_it(tmp_path: Path) -> None:
+    """A quarter of the context is kept free for it, not all of it; white space at its end is not kept."""
+    session = open_session(save_parrot_model(tmp_path / "m", "ok §<|im_end|>§", context=400), max_tokens=None)
+    talk_to(session, "hi", "again")
+    assert session.first_read == 0
+    assert [m.content for m in session.messages] == ["hi", "ok", "again", "ok"]
+
+
+def test_after_a_reset_nothing_is_left_unread(tmp_path: Path) -> None:
+    session = open_session(save_parrot_model(tmp_path / "m", "ok§<|im_end|>§", context=160))
+    talk_to(session, *[f"question {i}" for i in range(8)])
+    assert session.first_read > 0
+    talk_to(session, "/reset", "new")
+    assert (session.first_read, len(session.messages)) == (0, 2)
 
 
 def test_old_turns_leave_at_turn_borders_and_it_says_so(tmp_path: Path) -> None:

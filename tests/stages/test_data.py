@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from minnow.cli import main
-from minnow.data.summary import length_histogram
+from minnow.data.summary import length_histogram, median_of
 from minnow.stages.data_inspect import render_sample
 from minnow.tokenizer.train import train_tokenizer
 
@@ -57,6 +57,8 @@ def test_inspect_shows_lengths_and_the_loss_mask(words, tmp_path, capsys):
     assert sum(count for _, _, count in json.loads((tmp_path / "figures.json").read_text())["histogram"]) >= 18
     assert main(["data", "inspect", *words, "--sample=999"]) == 2
     assert "--sample 999: there are" in capsys.readouterr().err
+    assert main(["data", "inspect", *words, "--sample_tokens=0"]) == 2
+    assert "--sample_tokens is 0, but must be at least 1" in capsys.readouterr().err
 
 
 def test_the_mask_is_in_colour_on_a_terminal(words, tmp_path):
@@ -76,3 +78,10 @@ def test_the_mask_is_in_colour_on_a_terminal(words, tmp_path):
 def test_histogram_by_hand():
     assert length_histogram(np.array([1, 2, 3, 4, 5, 8, 9])) == [(1, 1, 1), (2, 2, 1), (3, 4, 2), (5, 8, 2), (9, 16, 1)]
     assert length_histogram(np.array([], dtype=np.int64)) == []
+
+
+def test_median_by_hand():
+    assert median_of({1: 1, 4: 1}) == 2.5
+    assert median_of({9: 1, 3: 2}) == 3
+    assert median_of({3: 2, 9: 2}) == 6
+    assert median_of({}) == 0

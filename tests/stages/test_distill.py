@@ -22,7 +22,7 @@ from minnow.model.transformer import CausalLM
 from minnow.objectives.distillation import DistillationLossConfig
 from minnow.optim import OptimConfig
 from minnow.stages import distill
-from minnow.tokenizer import train_tokenizer
+from minnow.tokenizer import Tokenizer, train_tokenizer
 from minnow.training import distillation
 from minnow.training.config import TrainingConfig
 from minnow.training.probe import random_batch
@@ -110,6 +110,26 @@ def test_the_rows_of_a_store_are_known_by_the_length_of_a_row_and_the_seed(
     assert len(set(keys)) == 3
 
 
+def test_another_teacher_under_a_run_is_refused(config: distill.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest of the run would have learnt from other lips."""
+
+    def stop(*arguments: Any, **settings: Any) -> None:
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(distill, "teacher_store", stop)
+    stored = dataclasses.replace(config, loss=dataclasses.replace(config.loss, top_k=8))
+    with pytest.raises(RuntimeError, match="stopped"):
+        distill.run(stored)
+    save_pretrained(CausalLM(SHAPE, seed=6), Path(config.teacher), Tokenizer.from_pretrained(config.teacher))
+    with pytest.raises(UserError, match="other weights of its teacher"):
+        distill.run(stored)
+
+
+def test_a_store_needs_all_rows_before_training(config: distill.Config) -> None:
+    with pytest.raises(UserError, match=r"--stream: loss\.top_k asks the teacher about all rows"):
+        distill.run(dataclasses.replace(config, stream=True, loss=dataclasses.replace(config.loss, top_k=8)))
+
+
 def test_a_store_is_known_by_the_teacher_its_precision_k_the_temperature_and_the_rows(tmp_path: Path) -> None:
     batch = random_batch(SHAPE.vocab_size, 1, 8)
     rows = SimpleNamespace(num_rows=1, sequence_length=8, batch=lambda rows: batch)
@@ -155,6 +175,17 @@ def test_a_teacher_with_experts_and_a_dense_student(config: distill.Config, tmp_
     short = dataclasses.replace(config.training, steps=3)
     distill.run(dataclasses.replace(config, teacher=str(tmp_path / "moe"), training=short))
     assert (Path(config.run) / "model" / "config.json").exists()
+
+
+def test_heads_that_are_padded_to_different_sizes(config: distill.Config, tmp_path: Path) -> None:
+    """They are compared on the tokens of the tokenizer alone."""
+    tokenizer = Tokenizer.from_pretrained(config.teacher)
+    for name, padding in (("teacher", 8), ("student", 24)):
+        shape = dataclasses.replace(SHAPE, vocab_size=tokenizer.vocab_size + padding)
+        save_pretrained(CausalLM(shape), tmp_path / name, tokenizer)
+    short = dataclasses.replace(config.training, steps=1)
+    distill.run(dataclasses.replace(config, init_from=str(tmp_path / "student"), model=ModelConfig(), training=short))
+    assert 0 <= metrics(config)[0]["divergence"] < 1
 
 
 def test_another_tokenizer_is_refused(config: distill.Config, tmp_path: Path) -> None:

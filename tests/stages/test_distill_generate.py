@@ -14,11 +14,12 @@ import pytest
 from minnow.config import UserError
 from minnow.data.readers import read_rows
 from minnow.data.records import parse_conversation
+from minnow.engine.sampling import SamplingParams
 from minnow.stages.distill_generate import Config, check, run
 from minnow.stages.teacher import Answer, RateLimiter
-from minnow.tokenizer.chat import Conversation, Message, ToolCall
+from minnow.tokenizer.chat import Conversation, Message, ToolCall, render
 from minnow.tokenizer.train import train_tokenizer
-from tests.stages.stage_helpers import save_parrot_model
+from tests.stages.stage_helpers import save_parrot_model, tiny_tokenizer
 
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object"}}}
 CALL = ToolCall("look_up", {"subject": "鱼"})
@@ -75,16 +76,20 @@ def read_back(folder: Path) -> list[Conversation]:
 
 
 def test_good_answers_are_kept_once_each(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "of another server")
+    monkeypatch.setenv("WHALE_KEY", "secret")
     Teacher.replies = {
         "fish 0": [(200, " good \n", "stop")],
         "fish 1": [(200, "cut off", "length")],
         "fish 2": [(429, "", ""), (500, "", ""), (200, "late", "stop")],
     }
-    run(config(tmp_path, endpoint=server, endpoint_model="whale"))
+    how: dict[str, Any] = {"endpoint_model": "whale", "api_key_variable": "WHALE_KEY"}
+    run(config(tmp_path, endpoint=f"{server}/", temperature=0.25, max_tokens=77, **how))
     assert written(tmp_path) == {"fish 0": "good", "fish 2": "late", "fish 3": "an answer"}
     assert len(Teacher.asked) == 6, "fish 3 stands there twice and is asked once; fish 2 took three tries"
-    assert {asked["model"] for asked in Teacher.asked} == {"whale"}
+    assert {(asked["model"], asked["temperature"], asked["max_tokens"]) for asked in Teacher.asked} == {
+        ("whale", 0.25, 77)
+    }
     assert {asked["key"] for asked in Teacher.asked} == {"Bearer secret"}
     assert {asked["path"] for asked in Teacher.asked} == {"/v1/chat/completions"}
 
@@ -106,6 +111,36 @@ def test_a_teacher_that_runs_here(tmp_path: Path) -> None:
     teacher = save_parrot_model(tmp_path / "teacher", "swims§<|im_end|>§")
     run(config(tmp_path, model=str(teacher), max_rows=2, device="cpu", temperature=0.0))
     assert written(tmp_path) == {"fish 0": "swims", "fish 1": "swims"}
+
+
+def test_so_many_requests_are_under_way_as_parallel_says(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits until six are there; with fewer at a time none would ever be answered."""
+    together = threading.Barrier(6, timeout=60)
+    answer = Teacher.do_POST
+
+    def wait_for_the_others(self: Teacher) -> None:
+        together.wait()
+        answer(self)
+
+    monkeypatch.setattr(Teacher, "do_POST", wait_for_the_others)
+    run(config(tmp_path, [{"prompt": f"fish {i}"} for i in range(6)], endpoint=server, parallel=6))
+    assert len(written(tmp_path)) == 6
+
+
+def test_more_prompts_than_a_teacher_that_runs_here_reads_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher = save_parrot_model(tmp_path / "teacher", "swims§<|im_end|>§")
+    monkeypatch.setattr("minnow.stages.teacher.ENGINE_BATCH", 3)
+    run(config(tmp_path, model=str(teacher), device="cpu", temperature=0.0))
+    assert written(tmp_path) == {f"fish {i}": "swims" for i in range(4)}
+
+
+def test_the_settings_of_sampling_reach_the_teacher_that_runs_here(tmp_path: Path) -> None:
+    settings = config(tmp_path, model="a", temperature=0.25, max_tokens=77, seed=5)
+    assert settings.sampling == SamplingParams(temperature=0.25, max_tokens=77, seed=5)
 
 
 HISTORY = (
@@ -218,6 +253,17 @@ def test_a_prompt_that_the_teacher_cannot_hold_is_counted(tmp_path: Path, capsys
     assert "1 too long for the teacher's context" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("room", "problem"), [(0, "too long for the teacher's context"), (1, "cut at max_tokens")])
+def test_a_prompt_must_leave_room_for_an_answer(
+    room: int, problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = Conversation((Message("user", "fish 0"),))
+    length = len(render(tiny_tokenizer(), asked, add_generation_prompt=True).ids)
+    teacher = save_parrot_model(tmp_path / "teacher", "swims§<|im_end|>§", context=length + room)
+    run(config(tmp_path, [{"prompt": "fish 0"}], model=str(teacher), device="cpu", temperature=0.0))
+    assert f"1 {problem}" in capsys.readouterr().err
+
+
 def said(content: str, thought: str | None = None, *calls: ToolCall) -> Message:
     return Message("assistant", content, thought, calls)
 
@@ -244,6 +290,34 @@ def said(content: str, thought: str | None = None, *calls: ToolCall) -> Message:
 )
 def test_what_is_kept(answer: Answer, problem: str | None) -> None:
     assert check(answer, [TOOL], must_match="yes.*") == problem
+
+
+def test_must_match_is_about_the_whole_content_and_all_its_lines() -> None:
+    def kept(content: str, pattern: str, *calls: ToolCall) -> bool:
+        return check(Answer(said(content, None, *calls), "stop"), [TOOL], must_match=pattern) is None
+
+    assert kept("42", r"\d+")
+    assert not kept("42 or so", r"\d+")
+    assert not kept("It is 42", r"\d+")
+    assert kept("It is\n42", r".*\d+")
+    assert not kept("", r"\d+", CALL), "a turn that only calls says nothing"
+
+
+def test_thoughts_under_their_newer_name_are_read(server: str, tmp_path: Path) -> None:
+    """vLLM calls them `reasoning` now, and said `reasoning_content` before."""
+    Teacher.replies = {"fish 0": [(200, {"content": "Yes.", "reasoning": "Hm."}, "stop")]}
+    run(config(tmp_path, [{"prompt": "fish 0"}], endpoint=server))
+    assert read_back(tmp_path)[0].messages[-1] == Message("assistant", "Yes.", "Hm.")
+
+
+def test_half_a_character_in_a_tool_comes_out_as_it_came(server: str, tmp_path: Path) -> None:
+    """Half of a surrogate pair has no UTF-8: as an escape it is written, and the prompt is known again."""
+    tool = {"name": "look_up", "description": "finds \ud83d"}
+    settings = config(tmp_path, [{"prompt": "fish 0", "tools": [tool]}], endpoint=server)
+    run(settings)
+    assert read_back(tmp_path)[0].tools == (tool,)
+    run(settings)
+    assert len(Teacher.asked) == 1
 
 
 @pytest.mark.parametrize(
@@ -288,6 +362,13 @@ def test_bad_rows_and_another_file_are_refused_before_anything_is_asked(server: 
     with pytest.raises(UserError, match=r"out.jsonl:1: not written by this command .*give another --out"):
         run(config(tmp_path, endpoint=server))
     assert Teacher.asked == []
+
+
+def test_by_default_a_server_is_asked_once_a_second() -> None:
+    """What others share is not to be flooded by who gave no limit."""
+    settings = Config(prompts=("a",), out="b", endpoint="http://127.0.0.1:9/v1")
+    assert RateLimiter(settings.requests_per_minute).pause == 1.0
+    assert settings.api_key_variable == "OPENAI_API_KEY"
 
 
 def test_requests_start_evenly() -> None:

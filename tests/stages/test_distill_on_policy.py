@@ -94,6 +94,49 @@ def test_a_run_leaves_a_model_and_a_report(start: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("no_report")
+def test_an_epoch_counts_the_updates_on_own_answers_alone(start: Path, tmp_path: Path) -> None:
+    """8 prompts, 4 an update on own answers, which are half of all updates: 4 updates."""
+    data: dict[str, Any] = {"data__paths": start / "talks.jsonl", "data__cache_dir": tmp_path}
+    assert distill(start, tmp_path / "run", share=0.5, training__batch_tokens=128, training__epochs=1, **data) == 0
+    assert lines(tmp_path / "run")[-1]["step"] == 4
+
+
+@pytest.mark.usefixtures("no_report")
+def test_a_teacher_may_have_more_padding_than_its_student_but_not_less(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the student writes must have an embedding in the teacher."""
+    size = load_pretrained(start / "student").config.vocab_size
+    padded = saved(tmp_path / "padded", seed=2, vocab_size=size + 8)
+    assert distill(start, tmp_path / "run", init_from=padded, training__steps=1) == 2
+    message = f"can write {size + 8} tokens, --teacher {start / 'teacher'} reads only {size}"
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+    assert distill(start, tmp_path / "run", teacher=padded, training__steps=1) == 0
+
+
+def test_rows_longer_than_either_model_reads_are_refused(
+    start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shorter = {name: saved(tmp_path / name, max_position_embeddings=32) for name in ("init_from", "teacher")}
+    for name, folder in shorter.items():
+        assert distill(start, tmp_path / "run", **{name: folder}) == 2
+        shown = " ".join(capsys.readouterr().err.split())
+        assert "32" in shown, shown
+        assert ("the teacher" in shown) == (name == "teacher"), shown
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_is_left_out_is_as_in_the_handbook() -> None:
+    """docs/distillation.md gives a command without them, and says what they are."""
+    config = distill_on_policy.Config(init_from="student", teacher="teacher", prompts=("prompts.jsonl",))
+    assert (config.loss.divergence, config.loss.temperature, config.share) == ("reverse", 1.0, 1.0)
+    assert (config.rollout.prompts, config.rollout.samples, config.rollout.temperature) == (32, 1, 1.0)
+    assert (config.optim.optimizer, config.optim.matrix_lr, config.optim.weight_decay) == ("adamw", 1e-4, 0.0)
+    assert (config.schedule.shape, config.schedule.warmup_steps) == ("constant", 5)
+
+
+@pytest.mark.usefixtures("no_report")
 def test_a_resumed_run_equals_an_uninterrupted_one(
     start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +210,7 @@ def test_what_a_user_gets_wrong(start: Path, tmp_path: Path, capsys: pytest.Capt
     refused("share below 1 and data.paths go together", share=0.5)
     refused("share below 1 and data.paths go together", data__paths=talks)
     refused("share is 0.0", share=0.0)
+    refused("use --training.parallel ddp", training__parallel="fsdp")
     refused("batch_tokens (100) must be a multiple", share=0.5, data__paths=talks, training__batch_tokens=100)
     refused("sequence_length 64 has room for prompts of 4 tokens", rollout__max_tokens=60)
     refused("training.micro_batch_tokens as a number", training__micro_batch_tokens="auto")

@@ -178,6 +178,20 @@ def test_another_place_of_the_base(start: Path, capsys: pytest.CaptureFixture[st
     assert "exists already" in capsys.readouterr().err
 
 
+def test_a_merged_model_has_its_adapters_tokenizer_or_else_its_bases(start: Path) -> None:
+    """PEFT's folders have none; the place of the base that the adapter names may be gone."""
+    run = train(start, "run")
+    (start / "base").rename(start / "moved")
+    template = run / "model/chat_template.jinja"
+    template.write_text(template.read_text() + "{# taught #}")
+    assert cli.main(["merge-lora", str(run), "--out", str(start / "own"), "--base", str(start / "moved")]) == 0
+    assert (start / "own/chat_template.jinja").read_text() == template.read_text()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (run / "model" / name).unlink()
+    assert cli.main(["merge-lora", str(run), "--out", str(start / "bases"), "--base", str(start / "moved")]) == 0
+    assert (start / "bases/tokenizer.json").read_text() == (start / "moved/tokenizer.json").read_text()
+
+
 @pytest.mark.parametrize("command", ["sft", "pretrain"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_every_stage_takes_it(start: Path, command: str, optimizer: str) -> None:

@@ -59,6 +59,11 @@ def test_tokens_come_from_what_is_known() -> None:
     assert plan(tokens=1000, training=twice_and_a_half).tokens == 2500
 
 
+def test_a_number_of_tokens_is_at_least_one() -> None:
+    with pytest.raises(UserError, match="--tokens is 0"):
+        plan(tokens=0)
+
+
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
 def test_weights_and_optimizer_state_are_exact(optimizer: str) -> None:
     optim = OptimConfig(optimizer=optimizer)  # type: ignore[arg-type]

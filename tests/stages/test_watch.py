@@ -129,3 +129,9 @@ def test_it_ends_with_the_run(
 def test_no_such_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["watch", str(tmp_path / "none"), "--once"]) == 2
     assert "there is no such run" in capsys.readouterr().err
+
+
+def test_an_interval_is_above_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Below it the second look ended in a traceback."""
+    assert cli.main(["watch", str(tmp_path), "--interval", "-1"]) == 2
+    assert "--interval is -1.0, but must be above 0" in capsys.readouterr().err

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +156,50 @@ def test_gpt2_without_chat_tokens(gpt2_tokenizer: Tokenizer, tmp_path: Path) -> 
 def test_gpt2_as_vocab_and_merges(gpt2_tokenizer: Tokenizer, tmp_path: Path) -> None:
     (gpt2(tmp_path) / "tokenizer.json").unlink()
     assert Tokenizer.from_pretrained(tmp_path).encode(CORPUS[0]) == gpt2_tokenizer.encode(CORPUS[0])
+
+
+def test_a_repository_without_tokenizer_json(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Taken for GPT-2's pair of files, which were not asked for, it ended in an error of the library below."""
+    repository, copy = tmp_path / "repository", tmp_path / "copy"
+    repository.mkdir()
+    copy.mkdir()
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        for file in repository.iterdir():
+            if any(fnmatch(file.name, pattern) for pattern in allow_patterns):
+                shutil.copy(file, copy)
+        return str(copy)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    (repository / "tokenizer.model").touch()  # SentencePiece's
+    with pytest.raises(UserError, match=r"somebody/fish: the Hub has it, but without a tokenizer\.json"):
+        Tokenizer.from_pretrained("somebody/fish")
+    (gpt2(repository) / "tokenizer.json").unlink()
+    assert Tokenizer.from_pretrained("somebody/fish").decode([0]) == "!"
+
+
+def test_what_begins_and_what_fills_is_read_from_the_files(tmp_path: Path) -> None:
+    """The newer file goes before the older one, and a BOS that is named is put before a text only if one says so."""
+    small_tokenizer().save_pretrained(tmp_path)
+    begin, fill = "<|reserved_0|>", "<|reserved_1|>"
+    ids = small_tokenizer().special_ids
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"bos_token": {"content": begin}, "pad_token": begin}))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": None, "pad_token": fill}))
+    tokenizer = Tokenizer.from_pretrained(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.pad_id) == (ids[begin], ids[fill])
+    assert tokenizer.start_id == tokenizer.end_of_text_id
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"add_bos_token": True}))
+    assert Tokenizer.from_pretrained(tmp_path).start_id == ids[begin]
+
+
+def test_a_token_that_is_put_before_every_text_begins_it_whatever_is_named(tmp_path: Path) -> None:
+    begin = "<|reserved_0|>"
+    first = small_tokenizer().special_ids[begin]
+    plain = tokenizers.Tokenizer.from_str(small_tokenizer()._tokenizer.to_str())
+    plain.post_processor = processors.TemplateProcessing(single=f"{begin} $A", special_tokens=[(begin, first)])
+    plain.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|reserved_1|>"}))
+    assert Tokenizer.from_pretrained(tmp_path).start_id == first
 
 
 def test_another_name_for_the_end_of_text(tmp_path: Path) -> None:

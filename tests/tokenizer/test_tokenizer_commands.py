@@ -74,6 +74,15 @@ def test_a_small_text_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert "below the 6,400 asked for" in capsys.readouterr().out
 
 
+def test_numbers_that_make_no_sense_are_refused() -> None:
+    """A negative frequency and a negative number of rows ended in errors of the libraries below."""
+    for settings in ({"max_megabytes": -1.0}, {"max_megabytes": float("nan")}, {"min_frequency": 0}):
+        with pytest.raises(UserError, match="--max_megabytes must be positive and --min_frequency at least 1"):
+            tokenizer_train.Config(data=("a",), out="b", **settings)
+    with pytest.raises(UserError, match="--max_rows is -1"):
+        tokenizer_inspect.Config(model="a", max_rows=-1)
+
+
 def test_no_text_is_an_error(tmp_path: Path) -> None:
     data = write(tmp_path / "a.jsonl", [])
     with pytest.raises(UserError, match="no text"):

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from minnow.tokenizer.chat import ToolCall
-from minnow.tools import CALCULATOR, CLOCK, ToolError, calculate, call_tool, lookup_tool
-from minnow.tools.sandbox import can_isolate, python_tool, run_python
+from minnow.tools import CALCULATOR, CLOCK, Tool, ToolError, calculate, call_tool, lookup_tool
+from minnow.tools.sandbox import MAX_OUTPUT, can_isolate, python_tool, run_python
 
 
 @pytest.mark.parametrize(
@@ -178,3 +178,48 @@ def test_without_namespaces_there_is_no_python_tool(monkeypatch):
     monkeypatch.setattr("minnow.tools.sandbox.can_isolate", lambda: False)
     with pytest.raises(Exception, match="needs Linux"):
         python_tool()
+
+
+def test_arguments_must_have_the_types_and_values_of_the_schema():
+    properties = {
+        "count": {"type": "integer"},
+        "sure": {"type": "boolean"},
+        "unit": {"type": "string", "enum": ["C", "F"]},
+    }
+    tool = Tool("measure", "", {"properties": properties, "required": ["count"]}, lambda **arguments: "done")
+
+    def result(**arguments):
+        return call_tool([tool], ToolCall("measure", arguments))
+
+    assert result(count=1, sure=True, unit="C") == result(count=1) == "done"
+    for arguments, word in (
+        ({"count": True}, "count must be of type integer"),  # to Python, true is a number
+        ({"count": 1.5}, "count must be of type integer"),
+        ({"count": 1, "sure": 1}, "sure must be of type boolean"),
+        ({"count": 1, "unit": "K"}, "unit must be one of C, F"),
+    ):
+        assert word in json.loads(result(**arguments))["error"]
+
+
+def test_the_largest_that_the_calculator_takes():
+    assert calculate("2 ** 64") == "18446744073709551616"
+    assert calculate("9 * 10 ** 59") == "9" + "0" * 59
+    ones = "+".join("1" * 100)
+    assert calculate(f"{ones} ") == "100"
+    for expression, word in (
+        ("1 ** 65", "up to 64"),
+        ("10 ** 60", "too large"),
+        (f"{ones}  ", "201 characters"),
+    ):
+        with pytest.raises(ToolError, match=word):
+            calculate(expression)
+
+
+@closed_room
+def test_output_memory_and_files_of_a_program_are_bounded():
+    assert len(run_python("print('x' * 5000)", seconds=2, megabytes=200)) == MAX_OUTPUT
+    assert run_python("print(len(bytearray(50 << 20)))", seconds=2, megabytes=200) == str(50 << 20)
+    with pytest.raises(ToolError, match="MemoryError"):
+        run_python("bytearray(400 << 20)", seconds=2, megabytes=200)
+    with pytest.raises(ToolError, match="Too many open files"):
+        run_python("import os\nfor _ in range(30): os.open('/usr/lib', os.O_RDONLY)", seconds=2, megabytes=200)

@@ -23,7 +23,7 @@ import zstandard
 
 from minnow.config import UserError
 from minnow.data.decontamination import EvaluationSets
-from minnow.data.files import COMPRESSIONS
+from minnow.data.files import is_packed, without_query
 from minnow.data.languages import LanguageFilter
 from minnow.data.near_duplicates import NearDuplicates
 from minnow.data.progress import NUM_SHOWN, complaint, progress_bar
@@ -63,7 +63,8 @@ class CleanOptions:
     """Picks the hash functions by which near duplicates are found."""
 
     def __post_init__(self) -> None:
-        if self.min_characters < 0 or (self.max_characters or self.min_characters) < self.min_characters:
+        most = self.min_characters if self.max_characters is None else self.max_characters
+        if not 0 <= self.min_characters <= most:
             raise UserError("--min_characters must be at least 0, and --max_characters not below it")
         if not 0 <= self.near_duplicates <= 1:
             raise UserError(f"--near_duplicates {self.near_duplicates}: it must lie between 0 (off) and 1")
@@ -246,8 +247,8 @@ def output_names(sources: Sequence[Source], compress: bool | None) -> list[str]:
     """Name the output file of each source after it; a name that is taken gets a number."""
     names: list[str] = []
     for source in sources:
-        path = Path(source.name) if source.is_file else Path(re.sub(r"[^\w.-]+", "-", source.name))
-        packed = source.is_file and path.suffix.lower() in COMPRESSIONS
+        path = Path(without_query(source.name) if source.is_file else re.sub(r"[^\w.-]+", "-", source.name))
+        packed = source.is_file and is_packed(source.name)
         stem = path.stem if packed else path.name
         if source.is_file:
             stem = re.sub("|".join(f"{re.escape(ending)}$" for ending in FORMATS), "", stem, flags=re.IGNORECASE)

@@ -31,6 +31,16 @@ def is_url(path: str) -> bool:
     return "://" in path
 
 
+def without_query(path: str) -> str:
+    """Return the path without the query that a web address may end in (`a.jsonl.gz?download=true`): names go by it."""
+    return path.partition("?")[0] if is_url(path) else path
+
+
+def is_packed(path: str) -> bool:
+    """Whether the name is one of a file that `open_bytes` unpacks."""
+    return without_query(path).lower().endswith(COMPRESSIONS)
+
+
 def find_files(url: str, wanted: Callable[[str], bool]) -> list[tuple[str, int]]:
     """Return (URL, bytes) of the file, of those that match the glob, or of the `wanted` ones below the folder; sorted.
 
@@ -77,11 +87,12 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
 
     What is raised while a URL is read is its library's own kind of error.
     """
+    name = without_query(path).lower()
     with _open_url(path) if is_url(path) else open(path, "rb") as file:
-        if path.lower().endswith(".gz"):
+        if name.endswith(".gz"):
             with gzip.open(file) as plain:
                 yield cast(IO[bytes], plain)
-        elif path.lower().endswith(".zst"):
+        elif name.endswith(".zst"):
             # several frames may follow one another: that is what appending to a .zst gives
             stream = zstandard.ZstdDecompressor().stream_reader(file, read_size=BLOCK, read_across_frames=True)
             yield io.BufferedReader(stream, BLOCK)

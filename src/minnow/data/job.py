@@ -96,6 +96,8 @@ def _is_at(path: Path, descriptor: int) -> bool:
 
 def find_job(config: DataConfig, tokenizer: Tokenizer, kind: Kind, sequence_length: int) -> Job:
     """Look up the sources and name the folder, which exists afterwards. Raises UserError for what cannot be."""
+    if sequence_length < 1:
+        raise UserError(f"sequence_length is {sequence_length}: it must be at least 1")
     if not 0 <= config.validation_fraction <= 0.5:
         raise UserError(f"validation_fraction is {config.validation_fraction}: it must lie between 0 and 0.5")
     if not 0 <= config.tag_weight <= 1000:

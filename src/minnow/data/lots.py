@@ -15,7 +15,7 @@ from itertools import chain
 from typing import Any
 
 from minnow.data.encoding import RawBatch
-from minnow.data.files import COMPRESSIONS
+from minnow.data.files import is_packed
 from minnow.data.parquet import row_groups
 from minnow.data.readers import Raw, is_divisible, iter_raw
 from minnow.data.shuffle import permutation
@@ -165,7 +165,7 @@ def _grouped(sources: Sequence[Source], numbers: Sequence[int]) -> Iterator[tupl
 
 
 def _stretches(number: int, source: Source) -> Iterator[tuple[Span, int]]:
-    packed = source.format == "parquet" or source.name.lower().endswith(COMPRESSIONS)
+    packed = source.format == "parquet" or is_packed(source.name)
     size = source.size * _UNPACKED if packed else source.size
     if size <= LOT_BYTES or not is_divisible(source):
         yield Span(number), size

@@ -7,6 +7,7 @@ message, or text) behind a `prompt` (messages or text), behind `conversations`/`
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -28,6 +29,7 @@ from minnow.tokenizer.chat import Conversation, Message, Rendered, render
 from minnow.tokenizer.tokenizer import Tokenizer
 
 SIDES = ("chosen", "rejected")
+_JSON_MESSAGES = re.compile(r"\s*\[\s*\{")  # a prompt may begin with a bracket and be no JSON: "[1, 2]: which is more?"
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def _prompt(row: Mapping[str, Any]) -> list[Any]:
     if key is None:
         return alpaca_messages(row) if row.get("instruction") is not None else []
     value = row[key]
-    if key == "prompt" and isinstance(value, str) and not value.lstrip().startswith("["):
+    if key == "prompt" and isinstance(value, str) and not _JSON_MESSAGES.match(value):
         return [{"role": "user", "content": value}]
     value = from_json(value, f"`{key}`")
     if not isinstance(value, list):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minnow.config import UserError
-from minnow.data.files import BLOCK, COMPRESSIONS, is_url, open_bytes
+from minnow.data.files import BLOCK, is_packed, is_url, open_bytes
 
 
 def read_parquet(
@@ -45,7 +45,7 @@ def _open(path: str) -> Iterator[Any]:
 
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         place: str | Path | IO[bytes] = path
-        if path.lower().endswith(COMPRESSIONS):
+        if is_packed(path):
             place = Path(folder) / "plain.parquet"
             with open_bytes(path) as packed, open(place, "wb") as file:
                 shutil.copyfileobj(packed, file, BLOCK)

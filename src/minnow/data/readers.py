@@ -18,7 +18,7 @@ from typing import Any
 import zstandard
 
 from minnow.config import UserError
-from minnow.data.files import BLOCK, COMPRESSIONS, is_url, open_bytes
+from minnow.data.files import BLOCK, is_packed, is_url, open_bytes
 from minnow.data.parquet import read_parquet, row_groups
 from minnow.data.records import (
     CONVERSATION_KEYS,
@@ -129,7 +129,7 @@ def is_divisible(source: Source) -> bool:
     """Whether reading can begin inside the file. Compressed ones, arrays, texts and web servers allow no such thing."""
     return (
         source.format in ("jsonl", "parquet")
-        and not source.name.lower().endswith(COMPRESSIONS)
+        and not is_packed(source.name)
         and not source.name.startswith(("http://", "https://"))
     )
 

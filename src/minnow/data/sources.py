@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minnow.config import UserError
-from minnow.data.files import COMPRESSIONS, find_files, is_url
+from minnow.data.files import COMPRESSIONS, find_files, is_url, without_query
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".txt": "txt"}
 
@@ -124,9 +124,7 @@ def _split_weight(written: str) -> tuple[str, float]:
 
 
 def _suffix(path: str | Path) -> str:
-    if isinstance(path, str) and is_url(path):
-        path = path.partition("?")[0]  # a web address may end in a query
-    suffixes = [suffix.lower() for suffix in Path(path).suffixes]
+    suffixes = [suffix.lower() for suffix in Path(without_query(str(path))).suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
     return suffixes[-1] if suffixes else ""

@@ -39,6 +39,10 @@ class Config:
     json: str | None = None
     """File to write the figures to."""
 
+    def __post_init__(self) -> None:
+        if self.sample_tokens < 1:
+            raise UserError(f"--sample_tokens is {self.sample_tokens}, but must be at least 1")
+
 
 def run(config: Config) -> None:
     """Prepare (or reuse), then print figures, histogram and sample."""

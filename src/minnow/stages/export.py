@@ -58,6 +58,8 @@ def run(config: Config) -> None:
         )
     if config.to == "hub" and (config.rope_scaling or config.factor):
         raise UserError("--rope-scaling changes what gguf, ollama and onnx write; --to hub uploads the folder as it is")
+    if config.to in ("gguf", "onnx") and config.out is not None and Path(config.out).is_dir():
+        raise UserError(f"--out {config.out} is a folder: name the file to write")
     folder = resolve_model_folder(config.model)
     # Where the folder is a copy that the Hub's client keeps, nothing is written into it.
     home = folder if Path(config.model).exists() else Path(config.model.rpartition("/")[2])

@@ -47,6 +47,10 @@ class Config(pretrain.Config):
     json: Path | None = None
     """Write the figures to this file too."""
 
+    def __post_init__(self) -> None:
+        if self.tokens is not None and self.tokens < 1:
+            raise UserError(f"--tokens is {self.tokens}, but must be at least 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:

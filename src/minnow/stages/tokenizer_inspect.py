@@ -49,6 +49,10 @@ class Config:
     json: str | None = None
     """File for the figures and the split as JSON."""
 
+    def __post_init__(self) -> None:
+        if self.max_rows < 1:
+            raise UserError(f"--max_rows is {self.max_rows}, but must be at least 1")
+
 
 def run(config: Config) -> None:
     """Print a table and the split."""

@@ -37,6 +37,10 @@ class Config:
     json: str | None = None
     """File for the figures as JSON."""
 
+    def __post_init__(self) -> None:
+        if not self.max_megabytes > 0 or self.min_frequency < 1:
+            raise UserError("--max_megabytes must be positive and --min_frequency at least 1")
+
 
 @dataclass
 class Figures:

@@ -36,6 +36,10 @@ class Config:
     interval: float = 1.0
     """Seconds between two looks at the run's files."""
 
+    def __post_init__(self) -> None:
+        if not self.interval > 0:
+            raise UserError(f"--interval is {self.interval}, but must be above 0")
+
 
 def run(config: Config) -> None:
     """Draw until the run is finished, or once."""

@@ -100,8 +100,12 @@ def _gpt2(folder: Path) -> tokenizers.Tokenizer:
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
+    patterns = ["tokenizer*.json", "special_tokens_map.json", "*.jinja", "vocab.json", "merges.txt"]
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["tokenizer*.json", "special_tokens_map.json", "*.jinja"]))
+        folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{hub_id}: neither a folder here nor a model on the Hugging Face Hub ({reason})") from error
+    if not _is_tokenizer(folder):
+        raise UserError(f"{hub_id}: the Hub has it, but without a tokenizer.json")
+    return folder
