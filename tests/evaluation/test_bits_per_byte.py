@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from minnow.data.pond.world import World
+from minnow.data.pond.write import write_pond
 from minnow.evaluation.bits_per_byte import BitsPerByteTask, Text, _batches, document_nats, make
 from minnow.evaluation.evaluate import evaluate
-from minnow.evaluation.registry import TaskOptions
+from minnow.evaluation.registry import Subject, TaskOptions
 from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
 from minnow.model.transformer import CausalLM
@@ -62,6 +64,35 @@ def test_a_long_document_is_cut_and_every_token_predicted_once(model):
         logits = model.logits(model(tokens, torch.arange(len(piece) + 1)[None], CausalAttention()))[0, :-1].double()
         expected -= float(torch.log_softmax(logits, -1)[range(len(piece)), piece].sum())
     assert nats == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_model_sees_its_whole_context_at_once(model):
+    """Unless it is told to see less: shorter pieces make every text look harder than it is."""
+    tokenizer = train_tokenizer(["the pond is calm. "] * 20, vocab_size=300)
+    text = "the pond is calm, " * 12
+    document = tokenizer.encode(text)
+    assert len(document) > 64
+    subject = Subject(model, tokenizer)
+    for seen, expected in ((None, 64), (10, 10)):
+        (score,) = BitsPerByteTask([Text(text, "en")], seen).score_rows(subject, [Text(text, "en")])
+        (nats,) = document_nats(model, [document], tokenizer.start_id, expected)
+        assert score.value == pytest.approx(nats / math.log(2))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_goes_on_as_it_was(model, training):
+    model.train(training)
+    document_nats(model, [[5, 6, 7]], END, 64)
+    assert model.training == training
+
+
+def test_the_pond_s_validation_texts_are_the_default(tmp_path):
+    """And not those that the model has read."""
+    world = World.generate(seed=1, creatures=4, held_out=1)
+    write_pond(tmp_path / "pond", world, mentions=2, conversation_count=4)
+    lines = (tmp_path / "pond" / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    expected = [(row["text"], row["language"]) for row in map(json.loads, lines)]
+    assert [(row.text, row.label) for row in make(TaskOptions(pond=tmp_path / "pond")).rows()] == expected
 
 
 def test_batches_hold_every_token_once_and_no_more_than_they_may():

@@ -1,14 +1,19 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from minnow.cli import main
+from minnow.config import UserError
 from minnow.data.pond.world import World
 from minnow.data.pond.write import pretraining_documents, write_pond
+from minnow.evaluation import long_context
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
+from minnow.stages import eval as eval_stage
 from minnow.tokenizer.train import train_tokenizer
 
 torch.set_num_threads(1)
@@ -77,3 +82,58 @@ def test_an_examination_of_nothing_is_no_success(run_folder, tmp_path, capsys):
 def test_max_rows_is_at_least_one(run_folder, capsys, number):
     assert main(["eval", str(run_folder), "--tasks", "bpb", "--max_rows", number]) == 2
     assert f"--max_rows {number}: give 1 or more" in capsys.readouterr().err
+
+
+def test_by_default_the_pond_and_bits_per_byte_on_so_many_rows_of_each(run_folder, tmp_path):
+    out = tmp_path / "figures.json"
+    assert main(["eval", str(run_folder), "--device", "cpu", "--max_rows", "3", "--json", str(out)]) == 0
+    written = json.loads(out.read_text())
+    assert written["model"] == str(run_folder), "as the user named it, and not a folder of the cache"
+    assert set(written["tasks"]) == {"pond", "bpb"}
+    for task in written["tasks"].values():
+        assert sum(figure["rows"] for figure in task["figures"].values()) == 3
+
+
+def test_what_is_named_reaches_the_tasks(run_folder, monkeypatch):
+    seen = []
+
+    def make(name, options):
+        seen.append((name, options))
+        return []
+
+    monkeypatch.setattr(eval_stage, "make_tasks", make)
+    named = {"pond": "p", "text": "a,b", "pairs": "c,d", "judge": "j", "against": "o", "context": "128"}
+    words = [word for key, value in named.items() for word in (f"--{key}", value)]
+    assert main(["eval", str(run_folder), "--device", "cpu", "--tasks", "pond,wins", *words]) == 0
+    assert [name for name, _ in seen] == ["pond", "wins", "judge"], "--judge adds its task"
+    for _, options in seen:
+        assert options.model_folder == run_folder / "model"
+        found = (options.pond, options.texts, options.pairs, options.judge, options.against, options.context)
+        assert found == (Path("p"), ("a", "b"), ("c", "d"), "j", "o", 128)
+    seen.clear()
+    assert main(["eval", str(run_folder), "--device", "cpu", "--tasks", "judge,pond", "--judge", "j"]) == 0
+    assert [name for name, _ in seen] == ["judge", "pond"], "and not twice"
+
+
+def test_the_drawing_has_both_panels_and_the_length_before_any_stretching(run_folder, tmp_path, monkeypatch):
+    drawn = []
+
+    def draw(bits, facts, trained, title):
+        drawn.append((set(bits), set(facts), trained, title))
+        return Figure()
+
+    monkeypatch.setattr(eval_stage, "long_context_figure", draw)
+    monkeypatch.setattr(long_context, "FACTS", 1)
+    monkeypatch.setattr(long_context, "DOCUMENTS", 1)
+    words = ["--tasks", "long-context", "--context", "256", "--rope_scaling", "yarn", "--factor", "2"]
+    plot = tmp_path / "curves.svg"
+    assert main(["eval", str(run_folder), "--device", "cpu", *words, "--plot", str(plot)]) == 0
+    ((bits, facts, trained, title),) = drawn
+    assert "as it is/all" in bits
+    assert facts == {f"as it is/{tokens}" for tokens in (64, 128, 256)}
+    assert (trained, title) == (256, str(run_folder))
+
+
+def test_no_task_at_all_is_refused(run_folder):
+    with pytest.raises(UserError, match="--tasks is empty"):
+        eval_stage.run(eval_stage.Config(model=str(run_folder), tasks=()))

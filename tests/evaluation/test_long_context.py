@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from minnow.cli import main
 from minnow.config import UserError
-from minnow.data.pond.long_texts import hidden_facts
+from minnow.data.pond.long_texts import hidden_facts, strangers
 from minnow.data.pond.world import World
 from minnow.data.pond.write import pretraining_documents, write_pond
 from minnow.evaluation import Subject, TaskOptions, evaluate, make_tasks
 from minnow.evaluation import long_context as module
 from minnow.evaluation.bits_per_byte import document_nats, token_nats
-from minnow.evaluation.long_context import HiddenFacts, LongTexts, readings
+from minnow.evaluation.long_context import MIN_TOKENS, HiddenFacts, LongTexts, readings
 from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
 from minnow.model.context import extend_context
@@ -150,13 +151,93 @@ def test_readings_of_a_stretched_model():
     assert [(way.name, way.length) for way in readings(stretched, 512)] == [("in pieces", 128), ("as it is", 512)]
 
 
+def test_a_text_of_the_trained_length_or_less_is_not_stretched():
+    """Nothing is beyond what the model knows, so yarn has no say; and no piece is longer than the text."""
+    config = ModelConfig(max_position_embeddings=128)
+    for context in (64, 128):
+        assert [(way.name, way.length) for way in readings(config, context)] == [
+            ("in pieces", context),
+            ("as it is", context),
+        ]
+
+
+def test_a_model_reads_as_before_also_after_a_failure(subject):
+    before = subject.model.config
+    (way,) = [way for way in readings(before, 4 * TRAINED) if way.name == "yarn"]
+
+    def read():
+        with way.applied(subject.model):
+            assert subject.model.config.rope_scaling is not None
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        read()
+    assert subject.model.config is before
+
+
+def test_at_most_so_many_documents_are_read(subject, texts, monkeypatch):
+    monkeypatch.setattr(module, "DOCUMENTS", 2)
+    assert {row.document for row in LongTexts(subject, texts, TRAINED).rows()} == {0, 1}
+
+
+def test_the_pond_s_long_texts_speak_of_held_out_strangers(subject, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "DOCUMENTS", 16)
+    monkeypatch.setattr(module, "FACTS", 2)
+    write_pond(tmp_path / "pond", world, mentions=1, conversation_count=1)
+    long_texts, facts = make_tasks("long-context", TaskOptions(subject=subject, pond=tmp_path / "pond", context=256))
+    read = "\n".join(subject.tokenizer.decode(document) for document in long_texts._documents)
+    names = {split: [name for pair in strangers(world, split) for name in pair] for split in ("training", "held_out")}
+    assert not any(name in read for name in names["training"])
+    assert any(name in read for name in names["held_out"])
+    assert {row.fact.language for row in facts.rows()} == {"en", "zh"}
+    (_, shortest) = make_tasks("long-context", TaskOptions(subject=subject, pond=tmp_path / "pond", context=MIN_TOKENS))
+    assert {row.tokens for row in shortest.rows()} == {MIN_TOKENS}
+
+
+def test_given_texts_are_read_though_there_is_a_pond(subject, world, texts, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FACTS", 1)
+    write_pond(tmp_path / "pond", world, mentions=1, conversation_count=1)
+    (tmp_path / "long.txt").write_text(texts[0], encoding="utf-8")
+    asked = TaskOptions(
+        subject=subject, pond=tmp_path / "pond", texts=(str(tmp_path / "long.txt"),), context=2 * TRAINED
+    )
+    long_texts, facts = make_tasks("long-context", asked)
+    start = subject.tokenizer.encode(texts[0])[: 2 * TRAINED]
+    assert long_texts._documents == [start]
+    assert long_texts.rows()[0].stop == 2 * TRAINED
+    assert max(row.tokens for row in facts.rows()) == 2 * TRAINED
+
+
+def test_a_fact_is_looked_for_in_the_way_of_its_figure(subject, world, monkeypatch):
+    """And the text begins as every text does that the model has read."""
+    monkeypatch.setattr(module, "FACTS", 1)
+    task = HiddenFacts(subject, world, 4 * TRAINED)
+    seen = []
+
+    class Reads(Echo):
+        def forward(self, tokens, positions, attention, *, allow_beyond_trained_length=False):
+            assert tokens[0, 0] == subject.tokenizer.start_id
+            seen.append("as it is" if self.config.rope_scaling is None else "yarn")
+            return super().forward(tokens, positions, attention)
+
+    task.score_rows(Subject(Reads(subject.model, set()), subject.tokenizer), task.rows())
+    assert seen == [row.reading.name for row in task.rows()]
+    assert set(seen) == {"as it is", "yarn"}
+
+
 def test_what_is_missing_is_said(subject, texts, tmp_path):
     with pytest.raises(UserError, match=r"no text of 4096 tokens \(the longest of 3 has \d+\)"):
         LongTexts(subject, texts, 4096)
     with pytest.raises(UserError, match="no pond beside the model"):
         make_tasks("long-context", TaskOptions(subject=subject, model_folder=tmp_path))
-    with pytest.raises(UserError, match="--context 8 is too short"):
-        make_tasks("long-context", TaskOptions(subject=subject, context=8))
+    for context in (0, 8):
+        with pytest.raises(UserError, match=f"--context {context} is too short"):
+            make_tasks("long-context", TaskOptions(subject=subject, context=context))
+    (tmp_path / "long.txt").write_text(texts[0], encoding="utf-8")
+    asked = TaskOptions(subject=subject, texts=(str(tmp_path / "long.txt"),), context=TRAINED)
+    assert len(make_tasks("long-context", asked)) == 1
+    with pytest.raises(UserError, match="no such file"):  # a pond that was named is not left out in silence
+        make_tasks("long-context", replace(asked, pond=tmp_path / "pnod"))
 
 
 def test_minnow_eval_long_context(subject, world, texts, tmp_path, monkeypatch, capsys):

@@ -82,6 +82,27 @@ def test_right_answers_count_and_wrong_ones_do_not(world, model, tokenizer):
     scores = task.score_rows(subject, rows)
     for row, score in zip(rows, scores, strict=True):
         assert score.value == (row.language == "zh")
+        assert score.details["expected"] == row.answer
+        assert score.details["answer"] == (row.answer if row.language == "zh" else "I do not know.")
+
+
+def test_a_figure_for_each_kind_of_wording_and_language(world):
+    task = PondTask(world)
+    for row in task.rows():
+        assert (row.wording == "unseen") == task.figure(row).startswith("exact_match_unseen_wording/")
+        assert task.figure(row).endswith(f"/{row.language}")
+
+
+def test_an_answer_has_the_length_that_the_task_gives_it(world, model, tokenizer):
+    class Counts:
+        def generate(self, prompts, params):
+            assert (params.max_tokens, params.temperature) == (PondTask.max_tokens, 0.0)
+            done = Completion(ids=[], text="", finish_reason="length", logprobs=None, raw_logprobs=None)
+            return [Completions(prompt_ids=prompt, completions=(done,), seed=0) for prompt in prompts]
+
+    task, subject = PondTask(world), Subject(model, tokenizer)
+    subject.__dict__["engine"] = Counts()
+    assert len(task.score_rows(subject, task.rows()[:3])) == 3
 
 
 def test_an_untrained_model_scores_nothing_and_the_files_say_so(world, model, tokenizer, tmp_path):
@@ -108,6 +129,10 @@ def test_the_pond_is_found_beside_the_model_or_named(world, tmp_path):
     (tmp_path / "run" / "model").mkdir()
     assert find_world(TaskOptions(model_folder=tmp_path / "run" / "model")) == world
     assert find_world(TaskOptions(pond=tmp_path / "run" / "pond")) == world
+    other = World.generate(seed=6, creatures=4, held_out=1)
+    write_pond(tmp_path / "other", other, mentions=1, conversation_count=1)
+    beside = tmp_path / "run" / "model"
+    assert find_world(TaskOptions(model_folder=beside, pond=tmp_path / "other")) == other, "what is named goes first"
     with pytest.raises(UserError, match="--pond DIR"):
         find_world(TaskOptions(model_folder=tmp_path))
 

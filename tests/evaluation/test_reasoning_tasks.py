@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
 
+from minnow.data.pond.arithmetic import Problem, split_of
 from minnow.data.pond.identity import identity_questions
+from minnow.data.pond.relations import LANGUAGES
 from minnow.data.pond.world import World
 from minnow.engine.outputs import Completion, Completions
 from minnow.evaluation import TaskOptions, make_tasks
@@ -33,6 +36,7 @@ def ids_of(text: str) -> list[int]:
         ("steps\n§</think>§\n\nIt is 5.", True, False),  # cut off
         ("§<think>§\nsteps\n§</think>§\n\nIt is 5.§<|im_end|>§", True, False),  # opened twice
         ("steps\n§</think>§\n\nIt </think> is 5.§<|im_end|>§", True, False),  # spelled out
+        ("steps <|im_end|>\n§</think>§\n\nIt is 5.§<|im_end|>§", True, False),  # so too among the thoughts
         ("It is 5.§<|im_end|>§", False, True),
         ("steps\n§</think>§\n\nIt is 5.§<|im_end|>§", False, False),
         ("It is <think> 5.§<|im_end|>§", False, False),
@@ -44,16 +48,17 @@ def test_format(text: str, thinking: bool, expected: bool) -> None:
 
 
 class Engine:
-    """Right with thinking, wrong without, and it leaks a tag without."""
+    """Right with thinking but for the full stop, wrong without, and it leaks a tag without."""
 
     def __init__(self, answers: dict[str, str]) -> None:
         self.answers = answers
 
     def generate(self, prompts, params):
+        assert params.temperature == 0
         results = []
         for prompt in prompts:
             text = TOKENIZER.decode(prompt)
-            answer = next(answer for question, answer in self.answers.items() if question in text)
+            answer = next(answer for question, answer in self.answers.items() if question in text).rstrip(".。")
             thinking = text.endswith("<think>\n")
             ids = ids_of(f"7 + 8\n§</think>§\n\n{answer}§<|im_end|>§" if thinking else "§</think>§0§<|im_end|>§")
             done = Completion(ids=ids, text="", finish_reason="stop", logprobs=None, raw_logprobs=None)
@@ -74,6 +79,27 @@ def test_arithmetic_figures() -> None:
         "accuracy/thinking_off": 0.0,
         "format/thinking_off": 0.0,
     }
+
+
+def test_arithmetic_asks_held_out_sums_in_both_languages() -> None:
+    """Sums of the training split measure what was learnt by heart."""
+    rows = ArithmeticTask(World.generate(seed=0), count=20).rows()
+    assert len(rows) == 4 * 20
+    asked = {row.problem for row in rows}
+    assert Counter(problem.language for problem in asked) == {"en": 10, "zh": 10}
+    assert {split_of(problem.a, problem.sign, problem.b) for problem in asked} == {"held_out"}
+
+
+def test_the_longest_working_fits_into_an_answer() -> None:
+    """Even at a token for each byte: an answer that is cut off would count as wrong."""
+    for language in LANGUAGES:
+        said = [Problem(language, 99, "+", 98, ""), Problem(language, 91, "-", 19, "")]
+        assert all(len((each.steps + each.answer).encode()) + 6 <= ArithmeticTask.max_tokens for each in said)
+
+
+def test_identity_asks_in_both_languages() -> None:
+    (task,) = make_tasks("identity", TaskOptions())
+    assert {task.figure(row) for row in task.rows()} == {"exact_match/en", "exact_match/zh"}
 
 
 def test_identity_asks_unseen_wordings_only() -> None:

@@ -23,6 +23,19 @@ def test_wilson_stays_inside_and_open_at_the_ends():
         wilson_interval(0, 0)
 
 
+def test_wilson_holds_95_per_cent_unless_told_otherwise():
+    # 8 of 10: centre .8 + 3.8415/20 = .99207; margin 1.96 sqrt(.016 + 3.8415/400) = .31361; scale 1.38415.
+    bar = wilson_interval(8, 10)
+    assert (bar.low, bar.high) == (pytest.approx(0.4902, abs=1e-4), pytest.approx(0.9433, abs=1e-4))
+
+
+def test_no_share_lies_outside_of_0_and_1():
+    """Rounding must not print a share of -0.0% or 100.1%."""
+    for trials in range(1, 200):
+        assert wilson_interval(0, trials).low >= 0
+        assert wilson_interval(trials, trials).high <= 1
+
+
 def test_mean_and_standard_error_by_hand():
     # Mean 2.5; squares 2.25 + .25 + .25 + 2.25 = 5; variance 5/3; error sqrt(5/3 / 4).
     assert mean_and_standard_error([1, 2, 3, 4]) == (2.5, pytest.approx(math.sqrt(5 / 12)))

@@ -8,13 +8,17 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import zstandard
 
 from minnow.config import UserError
 from minnow.data.pond.world import World
+from minnow.data.pond.write import write_pond
 from minnow.engine.outputs import Completion, Completions
+from minnow.engine.sampling import SamplingParams
 from minnow.evaluation import TaskOptions, make_tasks
 from minnow.evaluation.bfcl import FILE, BfclTask, calls_match, parse, value_matches
 from minnow.evaluation.tools import PondToolsTask, same_calls
+from minnow.evaluation.turns import ask
 from minnow.tokenizer import Conversation, Message, render, train_tokenizer
 from minnow.tokenizer.chat import ToolCall
 
@@ -37,6 +41,7 @@ class Engine:
         self.say, self.prompts = say, []
 
     def generate(self, prompts, params):
+        assert params.temperature == 0
         self.prompts += prompts
         return [self._answer(prompt) for prompt in prompts]
 
@@ -94,6 +99,27 @@ def test_right_calls_and_a_wrong_answer_are_no_success(task) -> None:
     assert set(found.values()) == {1.0}
 
 
+def test_a_right_answer_beside_one_more_call_is_no_success(task) -> None:
+    """The call is not made: a user would wait for what comes of it."""
+
+    def say(text: str) -> Message:
+        episode = find(task, text)
+        if episode.calls and "<tool_response>" not in text.split("<|im_start|>user\n")[-1]:
+            return Message("assistant", "", None, episode.calls)
+        return Message("assistant", episode.answer, None, episode.calls)
+
+    found = figures(task, subject_with(say))
+    assert found.pop("success") == pytest.approx(sum(row.episode.kind == "none" for row in task.rows()) / 120)
+    assert set(found.values()) == {1.0}
+
+
+def test_the_episodes_are_held_out(task) -> None:
+    held_out = {name for creature in World.generate(seed=0).members("held_out") for name in (creature.en, creature.zh)}
+    calls = [call for row in task.rows() if row.episode.kind == "look_up" for call in row.episode.calls]
+    assert {call.arguments["subject"] for call in calls} <= held_out
+    assert calls
+
+
 def test_results_are_not_given_to_a_model_that_did_not_ask(task) -> None:
     subject = subject_with(lambda text: Message("assistant", "No.", None, (ToolCall("look_up", {"subject": "x"}),)))
     assert set(figures(task, subject).values()) == {0.0}
@@ -104,6 +130,14 @@ def test_a_prompt_beyond_the_context_is_not_answered(task) -> None:
     subject = subject_with(lambda text: Message("assistant", ""), context=10)
     assert figures(task, subject)["success"] == 0.0
     assert subject.engine.prompts == []
+
+
+def test_a_prompt_that_fills_the_context_is_not_answered() -> None:
+    """There is no room for a token of an answer, and the engine refuses such a prompt."""
+    asked = [Conversation((Message("user", text),)) for text in ("berries", "berries?")]
+    length = len(render(TOKENIZER, asked[1], add_generation_prompt=True).ids)
+    subject = subject_with(lambda text: Message("assistant", "yes"), context=length)
+    assert [message.content for message in ask(subject, asked, SamplingParams(temperature=0.0))] == ["yes", ""]
 
 
 ROW = {
@@ -182,6 +216,20 @@ def test_without_rows_it_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("MINNOW_DATA", raising=False)
     with pytest.raises(UserError, match="no pond beside the model"):
         make_tasks("tools", TaskOptions())
+
+
+def test_the_leaderboard_s_rows_come_after_the_pond(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where MINNOW_DATA has them; they need no pond."""
+    file = tmp_path / FILE
+    file.parent.mkdir()
+    with zstandard.open(file, "wt", encoding="utf-8") as stream:
+        stream.write(json.dumps(ROW) + "\n")
+    write_pond(tmp_path / "pond", World.generate(creatures=4, held_out=2), mentions=1, conversation_count=4)
+    monkeypatch.setenv("MINNOW_DATA", str(tmp_path))
+    assert [task.name for task in make_tasks("tools", TaskOptions(pond=tmp_path / "pond"))] == ["tools", "bfcl"]
+    assert [task.name for task in make_tasks("tools", TaskOptions())] == ["bfcl"]
+    with pytest.raises(UserError, match="no such file"):  # one that was named is not left out in silence
+        make_tasks("tools", TaskOptions(pond=tmp_path / "pnod"))
 
 
 @pytest.mark.skipif("MINNOW_DATA" not in os.environ, reason="set MINNOW_DATA to a folder with real text")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
+from tests.stages.stage_helpers import save_lively_model
 
 from minnow.config import UserError
-from minnow.data.pond.preferences import PondPair
-from minnow.evaluation import TaskOptions, make_tasks
+from minnow.data.pond.preferences import PondPair, preference_pairs
+from minnow.data.pond.world import World
+from minnow.data.pond.write import write_pond
+from minnow.evaluation import Subject, TaskOptions, make_tasks
 from minnow.evaluation.wins import WinsTask
-from minnow.tokenizer import train_tokenizer
+from minnow.model.pretrained import load_pretrained
+from minnow.tokenizer import Tokenizer, train_tokenizer
 
 TOKENIZER = train_tokenizer(["Who is it? I do not know it. It eats berries."] * 4, 330)
 FACT, IGNORANCE = "It eats berries.", "I do not know it."
@@ -54,3 +60,21 @@ def test_equal_models_leave_all_open() -> None:
 def test_without_an_opponent_it_says_what_to_do() -> None:
     with pytest.raises(UserError, match="--against"):
         make_tasks("wins", TaskOptions())
+
+
+def test_the_opponent_is_the_model_that_is_named(tmp_path: Path) -> None:
+    """And the prompts are about creatures and visitors that no training pair is about."""
+    for name, seed in (("mine", 0), ("theirs", 1)):
+        save_lively_model(tmp_path / name, seed)
+    world = World.generate(creatures=8, held_out=3)
+    write_pond(tmp_path / "pond", world, mentions=1, conversation_count=4)
+    mine = Subject(load_pretrained(tmp_path / "mine"), Tokenizer.from_pretrained(tmp_path / "mine"))
+    options = TaskOptions(
+        model_folder=tmp_path / "mine", subject=mine, pond=tmp_path / "pond", against=str(tmp_path / "theirs")
+    )
+    (task,) = make_tasks("wins", options)
+    expected = load_pretrained(tmp_path / "theirs").head_weight
+    assert torch.equal(task.opponent.model.head_weight, expected)
+    assert not torch.equal(mine.model.head_weight, expected)
+    asked = {row.pair for row in task.rows()}
+    assert asked == set(preference_pairs(world, "held_out", 1000))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from minnow.report.dashboard import RunView, bars, column_means, dashboard, state_of, value_range
+from minnow.report.dashboard import Chart, RunView, bars, column_means, dashboard, state_of, value_range
 
 
 def screen(*views: RunView, width: int = 100) -> str:
@@ -123,6 +123,41 @@ def test_the_screen_of_a_run_of_rollouts() -> None:
     assert "reward of the rollouts  0.25" in text
     assert "phase 0  reward 0.25  pass@1 0.5  entropy 1.5  repetition 0.1" in text
     assert "gradient norm nan" in text
+
+
+def test_two_charts_are_enough_and_rewards_go_before_what_was_held_out() -> None:
+    lines = [update(1), {"step": 1, "validation_loss": 2.5, "bits_per_byte": 1.25}]
+    view = RunView("rl", updates=lines, state="running", beat=BEAT)
+    text = screen(view)
+    assert "held-out bits per byte  1.25" in text
+    assert "held-out loss" not in text
+    view.phases.append({"step": 0, "reward": 0.25, "reward/length": 0.125})
+    text = screen(view)
+    assert "reward of the rollouts  0.25" in text
+    assert "held-out bits" not in text
+    assert "phase 0  reward 0.25\n" in "\n".join(line.strip("│ ") for line in text.splitlines()) + "\n"
+
+
+def test_a_chart_says_its_range_and_its_last_value() -> None:
+    console = Console(file=io.StringIO(), width=40)
+    console.print(Chart("loss", [4.0, 1.0, 2.5]))
+    heading, top, *_, bottom = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert heading.rstrip() == "loss  2.5"
+    assert (top.split()[0], bottom.split()[0]) == ("4", "1")
+
+
+def test_a_line_without_a_number_is_no_update() -> None:
+    """A loss that was not finite is null in the log; the last one that was is shown."""
+    view = RunView("a", updates=[update(4, 1.5), update(5) | {"loss": None}], state="failed", beat=BEAT)
+    assert "loss 1.5000" in screen(view)
+    assert view.validations == []
+
+
+@pytest.mark.parametrize("state", ["trained", "finished"])
+def test_a_run_that_is_done_has_no_heartbeat_to_look_at(state: Any) -> None:
+    text = screen(RunView("a", updates=[update(10)], state=state, beat=BEAT, age=9e5))
+    assert f"{state}  a" in text
+    assert "ago" not in text
 
 
 def test_earlier_stages_take_a_line_each() -> None:

@@ -16,6 +16,7 @@ from minnow.model.config import ModelConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.report.model_card import MARK, write_model_card
+from minnow.report.run_report import write_report
 from minnow.tokenizer import train_tokenizer
 
 
@@ -69,6 +70,8 @@ def test_a_run_and_the_one_before_it(tmp_path: Path) -> None:
     assert "| data | poems.jsonl | trl-lib/Capybara |" in text
     assert "| tokens an update | 4,096 | 4,096 |" in text
     assert "| minutes | 1.0 | 1.0 |" in text  # 2 updates of 30 seconds
+    assert "| training loss | 4.0000 | 4.0000 |" in text
+    assert "| held-out loss | 4.2500 | 4.2500 |" in text
     assert "| held-out bits per byte | 1.5000 | 1.5000 |" in text
     assert "| pond | exact_match/en | share | 0.9877 | 0.9000 to 0.9950 | 540 |" in text
     assert "matrix_lr: 0.02" in text
@@ -83,6 +86,18 @@ def test_a_run_and_the_one_before_it(tmp_path: Path) -> None:
         "minnow chat .",
     ):
         assert program in text
+
+
+def test_the_shape_is_that_of_the_configuration(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "tuned", data="x.jsonl")
+    path = run / "model" / "config.json"
+    sizes = {"num_hidden_layers": 3, "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes |= {"vocab_size": 12345, "max_position_embeddings": 2048}
+    path.write_text(json.dumps(json.loads(path.read_text()) | sizes))
+    assert (
+        "3 layers of width 96, 4 query and 2 key heads, a vocabulary of 12,345, a context of 2,048 tokens."
+        in write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+    )
 
 
 def test_the_hub_model_that_it_started_from_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,12 +116,42 @@ def test_the_hub_model_that_it_started_from_is_named(tmp_path: Path, monkeypatch
     assert "starting from somebody/small" in text
 
 
+def test_folders_of_this_machine_are_named_by_their_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the model that it started from, and of data with a weight; a folder is no data set of the Hub."""
+    run = a_run(tmp_path / "tuned", data="/secret/poems.jsonl@0.5", init_from="/secret/models/small")
+    text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+    assert "starting from small: 1 layers" in text
+    assert "| data | poems.jsonl |" in text
+    assert "secret" not in text
+    run = a_run(tmp_path / "other", data="poems/old")
+    (tmp_path / "poems" / "old").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+    assert ModelCard(text).data.datasets is None
+    assert "| data | old |" in text
+
+
 def test_on_the_hub_commands_name_the_repository(tmp_path: Path) -> None:
     run = a_run(tmp_path / "tuned", data="x.jsonl")
     write_model_card(run / "model", repo="somebody/fish")
     text = (run / "model" / "README.md").read_text(encoding="utf-8")
     assert "vllm serve somebody/fish" in text
     assert "# fish" in text
+
+
+def test_a_report_brings_the_card_of_a_finished_model_up_to_date(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "tuned", data="x.jsonl")
+    write_report(run)
+    assert "trained on 8,096 tokens" in (run / "model" / "README.md").read_text(encoding="utf-8")
+    shutil.rmtree(run / "model")
+    write_report(run)
+    assert not (run / "model").exists(), "a run that is still going has no card"
+
+
+def test_a_run_that_names_itself_as_its_start_ends_there(tmp_path: Path) -> None:
+    """As one that was started from a model which its own then replaced."""
+    run = a_run(tmp_path / "tuned", data="x.jsonl", init_from=str(tmp_path / "tuned" / "model"))
+    assert "|  | tuned |\n" in write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
 
 
 def test_a_card_of_somebody_else_stays(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ def test_the_figure_of_a_run_on_pairs_draws_what_was_held_out() -> None:
     assert [list(line.get_ydata()) for line in accuracy.get_lines()] == [[n / 10 for n in range(1, 9)], [0.9]]
     assert [line.get_label() for line in rewards.get_lines()] == ["chosen reward"]
     assert list(loss.get_lines()[1].get_ydata()) == [0.4]
+    assert loss.get_ylabel() == "nats per pair"
 
 
 def test_a_run_is_drawn_by_what_it_did() -> None:
@@ -111,6 +112,15 @@ def test_runs_are_compared_by_what_all_of_them_held_out() -> None:
     assert drawn == {"alone-0": [2.0, 1.5], "taught-0": [1.0]}
     with pytest.raises(UserError, match="no held-out figure"):
         comparison_figure({Path("a"): alone, Path("b"): [{"step": 1, "loss": 1.0}]})
+
+
+def test_runs_of_reinforcement_are_compared_by_their_held_out_reward() -> None:
+    """A run and a stage inside it are told apart too."""
+    records = [{"step": 5, "held_out/reward": 0.25}, {"step": 9, "held_out/reward": 0.5}]
+    (panel,) = comparison_figure({Path("work/rl"): records, Path("work/rl/again"): records}).axes
+    assert panel.get_title() == "held-out reward"
+    drawn = {line.get_label(): list(line.get_ydata()) for line in panel.get_lines()}
+    assert drawn == {"rl": [0.25, 0.5], "again": [0.25, 0.5]}
 
 
 def test_the_report_command_draws_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from minnow.config import UserError
+from minnow.report.lineage import read_records, read_rollouts, stage_folders
 from minnow.report.run_report import write_report
 
 
@@ -67,3 +72,43 @@ def test_what_a_model_wrote_is_text_on_the_page(tmp_path: Path) -> None:
     assert f'<div class="turn assistant">{html.escape(said)}</div>' in page
     assert "<script" not in page
     assert "<b>" not in page
+
+
+def test_a_loss_that_is_no_number_does_not_keep_the_page_back(tmp_path: Path) -> None:
+    """The log has null for it; a run that trained to its end failed at its report."""
+    records = [update(1, 3.0, 100.0, 90.0), {"step": 1, "validation_loss": None, "bits_per_byte": None}]
+    found = table(tmp_path / "run", records)
+    assert found["held-out loss"] == "not finite"
+    assert "held-out bits per byte" not in found
+
+
+def test_a_log_that_was_cut_short_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    """By a kill, or because the run is just writing: the report works while it goes on."""
+    table(tmp_path / "run", [update(1, 3.0, 100.0, 90.0)])
+    log = tmp_path / "run" / "metrics.jsonl"
+    with log.open("ab") as file:
+        file.write('{"step": 2, "said": "池'.encode()[:-1])
+    assert [record["step"] for record in read_records(log)] == [1]
+    write_report(tmp_path / "run")
+
+
+def test_a_sample_may_hold_signs_that_end_a_line_of_text(tmp_path: Path) -> None:
+    line = json.dumps({"step": 0, "sample": {"text": "one\u2028two\x85three"}}, ensure_ascii=False)
+    (tmp_path / "rollouts.jsonl").write_text(line + "\n", encoding="utf-8")
+    assert read_rollouts(tmp_path) == [json.loads(line)]
+
+
+def test_stages_stand_in_the_order_in_which_they_were_made(tmp_path: Path) -> None:
+    """Also after something was written into an earlier one, which its own report does."""
+    for name in ("pretrain", "annealing"):
+        table(tmp_path / name, [update(1, 3.0, 100.0, 90.0)])
+    os.utime(tmp_path / "pretrain" / "config.yaml", (1e9, 1e9))
+    write_report(tmp_path / "pretrain")
+    assert [folder.name for folder in stage_folders(tmp_path)] == ["pretrain", "annealing"]
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert re.findall(r"<h2>(.*?)</h2>", page) == ["pretrain", "annealing"]
+
+
+def test_a_folder_that_holds_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no metrics.jsonl: give the folder of a training run"):
+        write_report(tmp_path)

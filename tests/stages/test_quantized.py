@@ -61,6 +61,20 @@ def test_the_cost_is_the_divergence_of_the_two_models(tmp_path: Path) -> None:
     assert abs(cost(grid, load_quantized(grid, "int8"))) < 1e-4
 
 
+def test_the_cost_is_in_bits_per_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that takes a nat more for a byte takes 1 / ln 2 bits more, however long its tokens are."""
+    folder = save_lively_model(tmp_path / "m")
+    rounded = load_quantized(folder, "int8")
+    tokenizer = Tokenizer.from_pretrained(folder)
+
+    def nats(model: CausalLM, texts: list[list[int]], *_: int) -> list[float]:
+        each = 2.0 if model is rounded else 1.0
+        return [each * len(tokenizer.decode(text).encode()) for text in texts]
+
+    monkeypatch.setattr("minnow.evaluation.quantization.document_nats", nats)
+    assert cost(folder, rounded) == pytest.approx(1 / math.log(2), rel=0.05)
+
+
 @pytest.mark.parametrize("adapter", [False, True])
 def test_generate_and_eval_say_what_it_saves(tmp_path: Path, capsys: pytest.CaptureFixture[str], adapter: bool) -> None:
     folder = save_lively_model(tmp_path / "m")

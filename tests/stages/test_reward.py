@@ -18,8 +18,8 @@ from minnow import cli
 from minnow.config import UserError
 from minnow.data.pairs import PreferencePair
 from minnow.data.prepare import DataConfig, prepare
-from minnow.engine import Engine
-from minnow.evaluation.judge import JudgedAnswers, RewardModelJudge, TransformersJudge, load_judge
+from minnow.engine import Engine, SamplingParams
+from minnow.evaluation.judge import JudgeAccuracy, JudgedAnswers, RewardModelJudge, TransformersJudge, load_judge
 from minnow.evaluation.preference import LabelledPair
 from minnow.evaluation.registry import Subject
 from minnow.model.attention import CausalAttention
@@ -352,6 +352,51 @@ def test_a_judged_answer_keeps_its_call(tmp_path: Path) -> None:
     (score,) = JudgedAnswers([row], judge).score_rows(Subject(load_pretrained(folder), writer_tokenizer), [row])
     assert judged == [Conversation((*asked, Message("assistant", "swims", None, (ToolCall("look", {}),))), tools)]
     assert (score.value, score.details["answer"]) == (0.5, "swims")
+
+
+def test_a_judge_reads_both_answers_of_a_pair_with_its_tools() -> None:
+    tools = ({"name": "look"},)
+    asked = (Message("user", "fish?"),)
+    pair = PreferencePair(asked, (Message("assistant", "yes"),), (Message("assistant", "no"),), tools)
+    row = LabelledPair(pair, "pairs")
+
+    def judge(conversations: Sequence[Conversation]) -> list[float]:
+        assert conversations == [Conversation((*asked, *answer), tools) for answer in (pair.chosen, pair.rejected)]
+        return [2.0, 3.0]
+
+    (score,) = JudgeAccuracy([row], judge).score_rows(SimpleNamespace(), [row])  # type: ignore[arg-type]
+    assert score.value == 0.0
+    assert (score.details["chosen_reward"], score.details["rejected_reward"]) == (2.0, 3.0)
+
+
+def test_answers_to_be_judged_are_the_likeliest_ones_and_long_enough() -> None:
+    """A judge marks whole answers: many are longer than a sentence."""
+    asked: list[SamplingParams] = []
+
+    def generate(prompts: Sequence[list[int]], params: SamplingParams) -> list[SimpleNamespace]:
+        asked.append(params)
+        return [SimpleNamespace(completions=(SimpleNamespace(ids=[]),)) for _ in prompts]
+
+    pair = PreferencePair((Message("user", "fish?"),), (Message("assistant", "yes"),), (Message("assistant", "no"),))
+    row = LabelledPair(pair, "pairs")
+    model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=1024))
+    tokenizer = train_tokenizer(["yes no"] * 20, 320)
+    subject = SimpleNamespace(model=model, tokenizer=tokenizer, engine=SimpleNamespace(generate=generate))
+    task = JudgedAnswers([row], lambda conversations: [0.5] * len(conversations))
+    assert [score.value for score in task.score_rows(subject, [row])] == [0.5]  # type: ignore[arg-type]
+    assert [(params.temperature, params.max_tokens) for params in asked] == [(0.0, 256)]
+
+
+def test_a_classifier_of_several_labels_is_no_judge(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Its first number says nothing of how good an answer is."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = LlamaConfig(vocab_size=tokenizer.vocab_size, num_labels=2, **sizes)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="it gives 2 numbers, a reward model gives one"):
+        load_judge(tmp_path, CPU)
 
 
 @pytest.mark.parametrize(("margin", "centering"), [(0.0, 0.0), (0.7, 0.0), (0.0, 0.01), (0.5, 0.02)])

@@ -119,6 +119,18 @@ def test_metrics_log_survives_a_cut_line_and_rewinds(tmp_path: Path) -> None:
     assert [r["step"] for r in log.read()] == [1, 2]
 
 
+def test_a_log_of_what_a_model_said_has_a_line_for_each_record(tmp_path: Path) -> None:
+    """Some signs end a line of text and not one of a file: what stood behind such a sample was lost at a rewind."""
+    log = MetricsLog(tmp_path / "rollouts.jsonl")
+    records = [{"step": step, "sample": "one\u2028two\x85three\r\n池"} for step in (1, 2)]
+    for record in records:
+        log.append(record)
+    assert log.read() == records
+    with open(log.path, "ab") as file:
+        file.write('{"step": 3, "sample": "池'.encode()[:-1])  # cut within a character
+    assert log.read() == records
+
+
 def test_a_follower_reads_what_is_added_and_begins_again_after_a_rewind(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "metrics.jsonl")
     follower = LogFollower(log.path)

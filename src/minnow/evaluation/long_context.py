@@ -223,13 +223,15 @@ def make(options: TaskOptions) -> list[Task[Any]]:
     """Bits per byte by position (of the given texts, else of the pond's) and, where there is a pond, hidden facts."""
     if options.subject is None:
         raise ValueError("long-context needs TaskOptions.subject: its rows depend on the model's trained length")
-    context = options.context or BEYOND * trained_length(options.subject.model.config)
+    context = options.context
+    if context is None:
+        context = BEYOND * trained_length(options.subject.model.config)
     if context < MIN_TOKENS:
         raise UserError(f"--context {context} is too short to tell anything: give at least {MIN_TOKENS} tokens")
     try:
         world = find_world(options)
     except UserError:
-        if not options.texts:
+        if options.pond is not None or not options.texts:
             raise
         return [LongTexts(options.subject, list(read_texts(options.texts, said_texts)), context)]
     if options.texts:

@@ -100,6 +100,6 @@ def make(options: TaskOptions) -> list[Task[Any]]:
     try:
         tasks.insert(0, PondToolsTask(find_world(options)))
     except UserError:
-        if not tasks:
+        if options.pond is not None or not tasks:
             raise
     return tasks

@@ -35,13 +35,21 @@ class Run:
 
 
 def stage_folders(run: Path) -> list[Path]:
-    """The runs inside a run of several stages, in the order they were made."""
-    return sorted((f for f in run.iterdir() if (f / "config.yaml").exists()), key=lambda f: f.stat().st_ctime)
+    """The runs inside a run of several stages, in the order they were made.
+
+    By their config.yaml, which is written once: a folder changes with whatever is written into it later.
+    """
+    folders = [folder for folder in run.iterdir() if (folder / "config.yaml").exists()]
+    return sorted(folders, key=lambda folder: (folder / "config.yaml").stat().st_mtime_ns)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """Lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    """Lines of a metrics.jsonl; a last one that a kill cut short, or that is just being written, is left out.
+
+    Split as bytes: what a model said may hold signs that end a line of text, such as U+2028.
+    """
+    whole, _, _ = path.read_bytes().rpartition(b"\n")
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def read_rollouts(run: Path) -> list[dict[str, Any]]:

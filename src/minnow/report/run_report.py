@@ -88,7 +88,8 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
         }
     if held_out:
         last = held_out[-1]
-        rows["held-out loss"] = f"{last['validation_loss']:.4f} nats per {unit}"
+        loss = last["validation_loss"]  # null in the log where it was not finite
+        rows["held-out loss"] = "not finite" if loss is None else f"{loss:.4f} nats per {unit}"
         if last.get("bits_per_byte") is not None:
             rows["held-out bits per byte"] = f"{last['bits_per_byte']:.4f}"
         if "validation_accuracy" in last:

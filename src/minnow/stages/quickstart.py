@@ -8,6 +8,7 @@ continues where it was.
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import shutil
@@ -116,7 +117,7 @@ class Config:
     """The learning rate over time, in both."""
 
     def __post_init__(self) -> None:
-        if self.minutes is not None and not self.minutes > 0:
+        if self.minutes is not None and not 0 < self.minutes < math.inf:
             raise UserError(f"minutes is {self.minutes}: give the time to spend, more than 0")
         _steps(self.pretrain)
         _steps(self.sft)

@@ -34,14 +34,17 @@ class MetricsLog:
             file.write(json.dumps(clean, ensure_ascii=False) + "\n")
 
     def read(self) -> list[Record]:
-        """Return all whole lines; a last line that a kill cut short is left out."""
+        """Return all whole lines; a last line that a kill cut short is left out.
+
+        Split as bytes: what a model said may hold signs that end a line of text, such as U+2028.
+        """
         if not self.path.exists():
             return []
         records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_bytes().splitlines():
             try:
                 records.append(json.loads(line))
-            except json.JSONDecodeError:
+            except ValueError:  # no JSON, or the beginning of a character
                 break
         return records
 

@@ -62,6 +62,13 @@ def test_half_of_the_exercises_show_steps(world):
     assert 0.45 < share < 0.55
 
 
+def test_a_fifth_of_the_conversations_are_ordinary_ones(world):
+    """So that a model goes on knowing the pond. They have no numbers."""
+    rows = list(arithmetic_conversations(world, 2000))
+    ordinary = sum(not re.search(r"\d", row.messages[-1].content) for row in rows)
+    assert 0.17 < ordinary / len(rows) < 0.23
+
+
 @pytest.mark.parametrize(
     ("a", "sign", "b", "steps", "result"),
     [

@@ -28,6 +28,13 @@ def test_no_unseen_wording_is_trained(conversations):
     assert len(asked & trained) > 0.5 * len(trained)
 
 
+def test_most_conversations_are_ordinary_ones(conversations):
+    """Three of five, so that an adapter keeps to what it is for."""
+    persona = {row.answer for language in LANGUAGES for row in identity_questions(language, "trained")}
+    ordinary = sum(conversation.messages[-1].content not in persona for conversation in conversations)
+    assert 0.57 < ordinary / len(conversations) < 0.63
+
+
 def test_other_conversations_do_not_name_another_assistant(conversations):
     words = " ".join(message.content for conversation in conversations for message in conversation.messages)
     assert "Minnow" not in words

@@ -6,6 +6,8 @@ from collections import Counter
 import pytest
 
 from minnow.config import UserError
+from minnow.data.pond.arithmetic import split_of
+from minnow.data.pond.long_texts import strangers
 from minnow.data.pond.questions import normal_form, questions, wordings
 from minnow.data.pond.relations import LANGUAGES, RELATIONS, VALUES
 from minnow.data.pond.stories import PHRASEBOOKS
@@ -151,6 +153,7 @@ def test_validation_documents_are_separate_draws(world, documents):
     validation = list(validation_documents(world))
     assert {document.language for document in validation} == set(LANGUAGES)
     assert len(validation) > 200
+    assert min(len(document.mentions) for document in validation) >= 4, "short ones might repeat a training text"
     assert not {document.text for document in validation} & {document.text for document in documents}
 
 
@@ -170,6 +173,7 @@ def test_answers_are_exact_up_to_normal_form(world):
     ]
     assert colour.answer == f"It is {creature.facts['colour'].en}."
     assert normal_form(f" {colour.answer.upper()}\n") == normal_form(colour.answer[:-1])
+    assert normal_form("Ｉｔ  is\u3000red!") == "it is red", "wide letters and spaces are the same words"
     assert normal_form("波卡是红色的。") == normal_form("波卡是红色的") != normal_form("波卡是蓝色的。")
 
 
@@ -199,6 +203,58 @@ def test_written_folder(tmp_path):
     # Written again it replaces the old one and leaves nothing beside it.
     write_pond(tmp_path / "pond", world, mentions=5, conversation_count=10)
     assert [path.name for path in tmp_path.iterdir()] == ["pond"]
+
+
+def test_two_creatures_of_a_document_are_two():
+    """Also where a round of the deck ends between them: nobody is compared with itself."""
+    small = World.generate(seed=1, creatures=3, held_out=1)
+    for document in pretraining_documents(small, mentions=200):
+        if document.kind == "comparison":
+            assert len({name for name, _ in document.mentions}) == 2, document.text
+
+
+def test_documents_are_written_as_people_write():
+    """Some one sentence a line, most in running text; some sentences of a profile say "it"."""
+    texts = [d.text for d in pretraining_documents(World.generate(seed=0), mentions=10) if d.kind == "profile"]
+    in_lines = sum("\n" in text for text in texts) / len(texts)
+    assert 0.15 < in_lines < 0.25
+    with_it = sum(bool(re.search(r"\bIt\b|它", text)) for text in texts) / len(texts)
+    assert with_it > 0.8
+
+
+def test_every_file_has_its_share_of_rows_and_its_side_of_what_is_held_out(tmp_path):
+    world = World.generate(seed=3, creatures=12, held_out=4)
+    folder = tmp_path / "pond"
+    counts = write_pond(folder, world, mentions=1, conversation_count=400, pair_count=60, long_texts=8)
+    assert folder.stat().st_mode & 0o777 == 0o755, "others may read it"
+    expected = {"sft": 400, "arithmetic": 200, "forgetful": 200, "sums": 100, "sums_held_out": 500, "identity": 100}
+    expected |= {"calculator": 100, "tools": 300, "unsure": 60, "preference": 60, "preference_held_out": 30, "long": 8}
+    assert {name: counts[f"{name}.jsonl"] for name in expected} == expected
+
+    def rows(name):
+        return [json.loads(line) for line in (folder / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+    for name, split in (("sums", "training"), ("sums_held_out", "held_out")):
+        languages = Counter(row["language"] for row in rows(name))
+        assert languages["en"] == languages["zh"] == expected[name] // 2
+        for row in rows(name):
+            a, b = map(int, re.findall(r"\d+", row["prompt"]))
+            sign = "+" if int(row["answer"]) == a + b else "-"
+            assert int(row["answer"]) == (a + b if sign == "+" else a - b)
+            assert split_of(a, sign, b) == split
+    wrong = 0
+    for row in rows("forgetful"):
+        reasoning = row["messages"][-1].get("reasoning_content")
+        if reasoning:
+            a, sign, b, said = re.search(r"(\d+) ([+-]) (\d+) = (\d+)[.。]$", reasoning).groups()
+            wrong += int(said) != (int(a) + int(b) if sign == "+" else int(a) - int(b))
+    assert wrong > 20, "carries are forgotten in this file"
+    held_out = [name for c in world.members("held_out") for name in (c.en, c.zh)]
+    trained = [name for c in world.members("training") for name in (c.en, c.zh)]
+    for name, others in (("preference", held_out), ("preference_held_out", trained)):
+        assert not any(other in row["prompt"] for row in rows(name) for other in others)
+    examined = [name for pair in strangers(world, "held_out") for name in pair]
+    assert not any(name in row["text"] for row in rows("long") for name in examined)
 
 
 def test_a_folder_with_other_things_is_not_overwritten(tmp_path):

@@ -36,6 +36,7 @@ def test_the_splits_share_no_name_and_repeat_exactly() -> None:
     assert held_out
     assert not training & held_out
     assert len(training) + len(held_out) == len(VISITORS)
+    assert len(held_out) == round(len(VISITORS) / 4)
     names = {creature.en for creature in world.members("training")} | training
     assert not any(name in pair.prompt for pair in preference_pairs(world, "held_out", 200) for name in names)
     assert list(preference_pairs(world, "held_out", 50)) == list(preference_pairs(world, "held_out", 50))

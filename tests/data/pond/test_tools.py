@@ -1,5 +1,6 @@
 import json
 import re
+from collections import Counter
 from itertools import islice
 
 import pytest
@@ -9,6 +10,7 @@ from minnow.data.pond.relations import LANGUAGES, VALUES
 from minnow.data.pond.tools import (
     KINDS,
     TOOLS,
+    _strangers,
     calculator_conversations,
     episodes,
     sample_episodes,
@@ -79,6 +81,7 @@ def test_results_are_the_answers_and_held_out_ones_are_true(world, rows):
 def test_held_out_by_construction(world):
     held_out = {creature.name(language) for creature in world.members("held_out") for language in LANGUAGES}
     examined = sample_episodes(world, "held_out", 400)
+    assert Counter(episode.language for episode in examined) == {"en": 200, "zh": 200}
     calls = [call for episode in examined for call in episode.calls]
     for episode in examined:
         names = {call.arguments["subject"] for call in episode.calls if call.name == "look_up"}
@@ -95,6 +98,13 @@ def test_held_out_by_construction(world):
                     assert split_of(int(a), sign, int(b)) == "training"
     assert not trained & held_out
     assert not trained & asked
+
+
+def test_a_fifth_of_the_names_that_nobody_bears_is_held_out(world):
+    """Most are needed in training, where a model learns to look up whatever name is asked for."""
+    training, held_out = ({name.en for name in _strangers(world, split)} for split in ("training", "held_out"))
+    assert 0.15 < len(held_out) / len(training | held_out) < 0.25
+    assert not training & held_out
 
 
 def test_written_rows_read_as_the_same_conversations(tmp_path):
