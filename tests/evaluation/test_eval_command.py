@@ -68,6 +68,21 @@ def test_an_unknown_task_is_one_line(run_folder, capsys):
     assert "no such task; there are arithmetic, bpb," in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "readers"),
+    [
+        ("--text", "bpb, long-context"),
+        ("--pairs", "preference, judge"),
+        ("--against", "wins"),
+        ("--context", "long-context"),
+    ],
+)
+def test_an_option_that_no_named_task_reads_is_refused(option, readers, run_folder, capsys):
+    """Its figures would be taken for those of the file it names."""
+    assert main(["eval", str(run_folder), "--tasks", "pond", option, "9"]) == 2
+    assert f"{option} is read only by {readers}: name one" in " ".join(capsys.readouterr().err.split())
+
+
 def test_an_examination_of_nothing_is_no_success(run_folder, tmp_path, capsys):
     """It printed an empty table, exit code 0."""
     empty, full = tmp_path / "empty.jsonl", tmp_path / "full.txt"
@@ -104,8 +119,8 @@ def test_what_is_named_reaches_the_tasks(run_folder, monkeypatch):
     monkeypatch.setattr(eval_stage, "make_tasks", make)
     named = {"pond": "p", "text": "a,b", "pairs": "c,d", "judge": "j", "against": "o", "context": "128"}
     words = [word for key, value in named.items() for word in (f"--{key}", value)]
-    assert main(["eval", str(run_folder), "--device", "cpu", "--tasks", "pond,wins", *words]) == 0
-    assert [name for name, _ in seen] == ["pond", "wins", "judge"], "--judge adds its task"
+    assert main(["eval", str(run_folder), "--device", "cpu", "--tasks", "bpb,wins,long-context", *words]) == 0
+    assert [name for name, _ in seen] == ["bpb", "wins", "long-context", "judge"], "--judge adds its task"
     for _, options in seen:
         assert options.model_folder == run_folder / "model"
         found = (options.pond, options.texts, options.pairs, options.judge, options.against, options.context)

@@ -265,5 +265,5 @@ def test_minnow_eval_long_context(subject, world, texts, tmp_path, monkeypatch, 
     tasks = json.loads((tmp_path / "out.json").read_text())["tasks"]
     assert {name.partition("/")[0] for name in tasks["long-context"]["figures"]} == {"in pieces", "as it is"}
     assert main(["eval", str(run), "--tasks", "bpb", "--plot", "x.png"]) == 2
-    assert "--plot draws long-context" in capsys.readouterr().err
+    assert "--plot is read only by long-context: name" in capsys.readouterr().err
     assert load_pretrained(run).config.rope_scaling is None

@@ -19,6 +19,15 @@ from minnow.stages.terminal import note_foreign_template
 from minnow.tokenizer.tokenizer import Tokenizer
 from minnow.training.hardware import DeviceName, choose_device
 
+READ_BY = {
+    "text": ("bpb", "long-context"),
+    "pairs": ("preference", "judge"),
+    "against": ("wins",),
+    "context": ("long-context",),
+    "plot": ("long-context",),
+}
+"""Options that only some tasks read, and these tasks."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ContextConfig, QuantizeConfig):
@@ -62,8 +71,10 @@ def run(config: Config) -> None:
         raise UserError("--tasks is empty: name at least one task")
     if config.max_rows is not None and config.max_rows < 1:
         raise UserError(f"--max_rows {config.max_rows}: give 1 or more, or leave it out for all rows")
-    if config.plot is not None and "long-context" not in config.tasks:
-        raise UserError("--plot draws long-context: name it among --tasks")
+    names = config.tasks if config.judge is None or "judge" in config.tasks else (*config.tasks, "judge")
+    for option, tasks_that_read in READ_BY.items():
+        if getattr(config, option) not in (None, ()) and not set(tasks_that_read) & set(names):
+            raise UserError(f"--{option} is read only by {', '.join(tasks_that_read)}: name one of them among --tasks")
     folder = resolve_model_folder(config.model)
     model = load_quantized(folder, config.quantize, device=choose_device(config.device))
     model.config = config.extend(model.config)
@@ -81,7 +92,6 @@ def run(config: Config) -> None:
         against=config.against,
         context=config.context,
     )
-    names = config.tasks if config.judge is None or "judge" in config.tasks else (*config.tasks, "judge")
     tasks = [task for name in names for task in make_tasks(name, options)]
     results = evaluate(model, tokenizer, tasks, max_rows=config.max_rows)
     show(results, plain_console())
