@@ -61,6 +61,21 @@ def test_alpaca_with_everything():
     assert messages[3].content == "Add\n1 2"
 
 
+@pytest.mark.parametrize("opening", [[], [("system", {"content": "Be brief."})]])
+def test_a_system_prompt_beside_the_messages(opening):
+    """LLaMA-Factory's ShareGPT rows have it in a column of its own; it was dropped without a word."""
+    row = chat(*opening, ("user", {"content": "u"}), ("assistant", {"content": "a"}), system="Be brief.")
+    messages = parse_conversation(row).messages
+    assert [m.role for m in messages] == ["system", "user", "assistant"]
+    assert messages[0].content == "Be brief."
+
+
+@pytest.mark.parametrize("system", [None, "", " ", True])
+def test_no_system_prompt_beside_the_messages(system):
+    row = chat(("user", {"content": "u"}), ("assistant", {"content": "a"}), system=system)
+    assert [m.role for m in parse_conversation(row).messages] == ["user", "assistant"]
+
+
 @pytest.mark.parametrize("as_json", [True, False])
 @pytest.mark.parametrize("key", ["tools", "functions"])
 @pytest.mark.parametrize("place", ["row", "system"])
@@ -141,6 +156,7 @@ BAD_CONVERSATIONS = [
     ),
     (chat(U, A, tools="[1]"), "`tools` must be a list of objects"),
     (chat(("system", {"content": "s", "tools": [TOOL]}), U, A, tools=[{"name": "other"}]), "two different lists"),
+    (chat(("system", {"content": "s"}), U, A, system="other"), "two different system messages"),
     ({"instruction": "i"}, "an `instruction` without an `output`"),
     ({"chosen": [], "rejected": []}, "only `chosen`, `rejected`; it looks like a preference pair"),
     ({"text": "x"}, "it looks like a text, which is for `minnow pretrain`"),
@@ -165,6 +181,7 @@ def test_bad_conversations_are_explained(row, message):
         ({"text": 3}, "`text` must be text, it is a number"),
         ({"content": ["a"]}, "`content` must be text, it is a list"),
         ({"body": "x"}, "no `text` or `content`, only `body`"),
+        ({"text": None, "id": 1}, "^`text` is null$"),
         ({"messages": []}, "it looks like a conversation, which is for `minnow sft`"),
         ({"text": "a\udc00"}, "half a pair"),
     ],

@@ -16,6 +16,7 @@ from minnow.data.records import (
     CONVERSATION_KEYS,
     RowError,
     alpaca_messages,
+    behind_system,
     canonical,
     check_order,
     from_json,
@@ -58,7 +59,7 @@ def parse_preference(row: Mapping[str, Any]) -> PreferencePair:
         raise RowError(f"no `chosen` with a `rejected`, only {keys_of(row)}")
     prompt = _prompt(row)
     answers = [_answer(row[side], f"`{side}`", bool(prompt)) for side in SIDES]
-    chosen, rejected = (_conversation(prompt, answer) for answer in answers)
+    chosen, rejected = (behind_system(row, _conversation(prompt, answer)) for answer in answers)
     if chosen == rejected:
         raise RowError("`chosen` and `rejected` are the same: nothing is preferred")
     shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))))

@@ -61,7 +61,8 @@ def parse_document(row: Mapping[str, Any]) -> Document:
             hint = "; it looks like a conversation, which is for `minnow sft`"
         elif row.get("input_ids") is not None:
             hint = "; ids of another tokenizer cannot be used, give the text they came from"
-        raise RowError(f"no `text` or `content`, only {keys_of(row)}{hint}")
+        nulls = [f"`{key}` is null" for key in TEXT_KEYS if key in row]
+        raise RowError(f"{nulls[0] if nulls else f'no `text` or `content`, only {keys_of(row)}'}{hint}")
     text = checked_text(row[present[0]], f"`{present[0]}`")
     if not text.strip():
         raise RowError(f"`{present[0]}` is empty")
@@ -86,9 +87,21 @@ def parse_conversation(row: Mapping[str, Any]) -> Conversation:
         raise RowError("the conversation is empty")
     if row.get("image_bytes") is not None and any("<image>" in str(item) for item in raw):
         raise RowError("the conversation shows an image, and this stage trains on text only")
-    messages = tuple(parse_message(item, number) for number, item in enumerate(raw, 1))
+    messages = behind_system(row, tuple(parse_message(item, number) for number, item in enumerate(raw, 1)))
     check_order(messages)
     return Conversation(messages=messages, tools=parse_tools(row, raw))
+
+
+def behind_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages behind the row's `system`, which some write apart from them. Raises RowError where both differ."""
+    system = row.get("system")
+    if not isinstance(system, str) or not system.strip():
+        return messages
+    if messages and messages[0].role == "system":
+        if messages[0].content != system:
+            raise RowError("`system` and the first message are two different system messages")
+        return messages
+    return (Message(role="system", content=checked_text(system, "`system`")), *messages)
 
 
 def conversation_row(conversation: Conversation) -> dict[str, Any]:
