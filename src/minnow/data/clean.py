@@ -224,7 +224,7 @@ class _Pass:
         kept = sum(source["kept"] for source in self.per_source)
         names = ", ".join(source["file"] for source in self.per_source)
         if self._doomed:
-            raise UserError(complaint(self.bad, self.removed["bad_row"], rows))
+            raise UserError(complaint(self.bad, self.removed["bad_row"], rows, option="--on_bad_row"))
         if not rows:
             raise UserError(f"{names}: the data set is empty, there is not one row")
         evaluation = self.cleaner.evaluation
