@@ -158,6 +158,7 @@ def test_embed(model: Model) -> None:
     both = model.embed(["the pond", "a much longer text about fish"])
     torch.testing.assert_close(both[0], expected, atol=1e-5, rtol=0)
     assert both.shape == (2, 32)
+    assert model.embed([]).shape == (0, 32)
 
 
 def test_bad_input_is_named(model: Model, tmp_path: Path) -> None:

@@ -144,7 +144,8 @@ class Model:
         """
         each = [texts] if isinstance(texts, str) else texts
         # One by one: texts of any number need no more memory than the longest.
-        vectors_ND = torch.cat([self._embed(self.engine.prompt_ids(text), adapter) for text in each])
+        none = [torch.empty(0, self.engine.model.config.hidden_size)]  # cat wants one at least
+        vectors_ND = torch.cat(none + [self._embed(self.engine.prompt_ids(text), adapter) for text in each])
         return vectors_ND[0] if isinstance(texts, str) else vectors_ND
 
     def _embed(self, ids: list[int], adapter: str | None) -> Tensor:

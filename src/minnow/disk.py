@@ -45,6 +45,14 @@ def told_when_full(path: str | Path) -> Iterator[None]:
         ) from error
 
 
+def opened_to_others(path: str | Path) -> None:
+    """Give what a library closed to all but its owner (safetensors its files, mkdtemp its folders) the usual rights."""
+    mask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(mask)
+    usual = 0o777 if os.path.isdir(path) else 0o666
+    os.chmod(path, usual & ~mask)
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it is flushed and renamed, on failure removed.

@@ -299,6 +299,7 @@ def test_bad_rows_stop_by_default_and_are_all_named(tmp_path):
     assert f"{first}:2: no `text`" in str(error.value)
     assert f"{second}:1: no `text`" in str(error.value)
     assert "2 of 4 rows are bad" in str(error.value)
+    assert "leave such rows out with --on_bad_row skip" in str(error.value)  # it named an option of other commands
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.jsonl", "b.jsonl"]
 
 

@@ -132,3 +132,20 @@ def test_long_pairs_are_left_out_and_counted(tmp_path: Path, tokenizer) -> None:
     assert any("do not fit a row" in warning for warning in data.report.warnings())
     with pytest.raises(UserError, match="no pair fits a row"):
         prepared(tmp_path, tokenizer, rows[-1:], validation_fraction=0.0)
+
+
+@pytest.mark.parametrize(
+    "row", [{"prompt": "q"}, {"prompt": [{"role": "user", "content": "q"}]}, {"instruction": "q"}, {}]
+)
+def test_a_system_prompt_beside_the_messages(row):
+    whole = [] if row else [{"role": "user", "content": "q"}]
+    sides = {side: [*whole, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    pair = parse_preference({**row, **sides, "system": "Be brief."})
+    assert [(m.role, m.content) for m in pair.prompt] == [("system", "Be brief."), ("user", "q")]
+
+
+def test_weights_of_messages_do_not_reach_pairs():
+    """They say what to imitate; an answer of weight 0 would be compared over no token."""
+    answers = {side: [{"role": "assistant", "content": side, "weight": 0}] for side in ("chosen", "rejected")}
+    pair = parse_preference({"prompt": "q", **answers})
+    assert [answer[0].weight for answer in (pair.chosen, pair.rejected)] == [1, 1]

@@ -142,6 +142,17 @@ def test_paths_that_lead_nowhere(tmp_path, path, message):
         ("a.txt", b"fine\nbad \xff\n", r"a\.txt:2: not UTF-8"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: cannot be read"),
         ("a.jsonl.zst", b"no zstd", r"a\.jsonl\.zst: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9)[:-9], r"a\.jsonl\.gz: cannot be read"),
+        (
+            "a.jsonl.zst",
+            zstandard.compress(b'{"text": "a"}\n' * 9)[:-1],
+            r"a\.jsonl\.zst: cannot be read: it breaks off",
+        ),
+        (
+            "a.txt.zst",
+            2 * zstandard.compress(b"word\n" * 9) + b"\x28\xb5",
+            r"a\.txt\.zst: cannot be read: it breaks off",
+        ),
         ("a.parquet", b"no parquet", r"a\.parquet: not a readable parquet file"),
     ],
 )

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minnow.data.records import RowError, canonical, parse_conversation, parse_document
+from minnow.data.records import RowError, canonical, conversation_row, parse_conversation, parse_document
 from minnow.tokenizer.chat import Message, ToolCall
 
 HELLO = (Message(role="user", content="hi"), Message(role="assistant", content="hello"))
@@ -59,6 +59,21 @@ def test_alpaca_with_everything():
     messages = parse_conversation(row).messages
     assert [m.role for m in messages] == ["system", "user", "assistant", "user", "assistant"]
     assert messages[3].content == "Add\n1 2"
+
+
+@pytest.mark.parametrize("opening", [[], [("system", {"content": "Be brief."})]])
+def test_a_system_prompt_beside_the_messages(opening):
+    """LLaMA-Factory's ShareGPT rows have it in a column of its own; it was dropped without a word."""
+    row = chat(*opening, ("user", {"content": "u"}), ("assistant", {"content": "a"}), system="Be brief.")
+    messages = parse_conversation(row).messages
+    assert [m.role for m in messages] == ["system", "user", "assistant"]
+    assert messages[0].content == "Be brief."
+
+
+@pytest.mark.parametrize("system", [None, "", " ", True])
+def test_no_system_prompt_beside_the_messages(system):
+    row = chat(("user", {"content": "u"}), ("assistant", {"content": "a"}), system=system)
+    assert [m.role for m in parse_conversation(row).messages] == ["user", "assistant"]
 
 
 @pytest.mark.parametrize("as_json", [True, False])
@@ -141,14 +156,28 @@ BAD_CONVERSATIONS = [
     ),
     (chat(U, A, tools="[1]"), "`tools` must be a list of objects"),
     (chat(("system", {"content": "s", "tools": [TOOL]}), U, A, tools=[{"name": "other"}]), "two different lists"),
+    (chat(("system", {"content": "s"}), U, A, system="other"), "two different system messages"),
     ({"instruction": "i"}, "an `instruction` without an `output`"),
     ({"chosen": [], "rejected": []}, "only `chosen`, `rejected`; it looks like a preference pair"),
     ({"text": "x"}, "it looks like a text, which is for `minnow pretrain`"),
     ({"input_ids": [1]}, "ids of another tokenizer cannot be used"),
+    ({"prompt": "q", "completion": "a"}, "write a question and its answer as `instruction` and `output`"),
     ({}, "only nothing"),
+    (chat(U, ("assistant", {"content": "a", "weight": 0.5})), "`weight` of message 2 must be 0"),
+    (chat(U, ("assistant", {"content": "a", "weight": 0})), "every assistant message has weight 0"),
     (chat(("user", {"content": "see <image>"}), A, image_bytes=b"x"), "shows an image"),
     (chat(("user", {"content": "\ud83d"}), A), r"not valid Unicode: \\ud83d at character 0 is half a pair"),
 ]
+
+
+def test_an_answer_of_weight_0_is_read_and_not_learnt():
+    """OpenAI's fine-tuning format; a table gives null where a row says nothing of it."""
+    bad, good = ("assistant", {"content": "bad", "weight": 0}), ("assistant", {"content": "good", "weight": None})
+    conversation = parse_conversation(chat(U, bad, U, good))
+    assert [message.weight for message in conversation.messages] == [1, 0, 1, 1]
+    assert parse_conversation(conversation_row(conversation)) == conversation
+    always = parse_conversation(chat(U, ("assistant", {"content": "bad"}), U, good))
+    assert canonical(conversation) == canonical(always), "on one side of the split with it"
 
 
 @pytest.mark.parametrize(("row", "message"), BAD_CONVERSATIONS)
@@ -165,6 +194,7 @@ def test_bad_conversations_are_explained(row, message):
         ({"text": 3}, "`text` must be text, it is a number"),
         ({"content": ["a"]}, "`content` must be text, it is a list"),
         ({"body": "x"}, "no `text` or `content`, only `body`"),
+        ({"text": None, "id": 1}, "^`text` is null$"),
         ({"messages": []}, "it looks like a conversation, which is for `minnow sft`"),
         ({"text": "a\udc00"}, "half a pair"),
     ],

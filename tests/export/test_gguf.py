@@ -355,11 +355,15 @@ def test_wrong_requests_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
     folder = str(tiny_model(tmp_path))
     for words, message in [
         (["--to", "gguf", "--type", "int8"], "--type int8 is no GGUF type"),
+        (
+            ["--to", "gguf", "--out", folder],
+            f"--out {folder} is a folder: name the file, such as {folder}/model-f16.gguf",
+        ),
+        (["--to", "onnx", "--out", folder], f"--out {folder} is a folder: name the file, such as {folder}/model.onnx"),
         (["--to", "onnx", "--type", "q8_0"], "--type q8_0 is no ONNX type"),
         (["--to", "hub"], "OWNER/NAME"),
         (["somebody/something", "--to", "gguf"], "OWNER/NAME"),
-        (["--to", "gguf", "--out", "."], "--out . is a folder: name the file to write"),
-        (["--to", "onnx", "--out", str(tmp_path)], "is a folder: name the file to write"),
+        (["--to", "gguf", "--out", "."], "--out . is a folder: name the file, such as model-f16.gguf"),
     ]:
         assert cli.main(["export", folder, *words]) == 2
         assert message in capsys.readouterr().err

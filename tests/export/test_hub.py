@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from export_models import tiny_model
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
@@ -80,6 +81,7 @@ def test_the_copy_of_a_hub_model_is_not_pushed(
     [
         (LocalTokenNotFoundError("no token"), "run `hf auth login`"),
         (HFValidationError("Repo id must be in the form ..."), "refused (Repo id must be in the form"),
+        (httpx.ConnectError("Name or service not known"), "cannot be reached (Name or service not known)"),
     ],
 )
 def test_refusals_are_told_in_a_line(

@@ -92,6 +92,10 @@ def test_gradients_are_pefts(settings, tmp_path):
     save_pretrained(tiny_model(), tmp_path / "base")
     model = adapted(tmp_path / "base", **settings)
     save_pretrained(model, tmp_path / "adapter")
+    modes = {
+        (tmp_path / "adapter" / name).stat().st_mode for name in ("adapter_config.json", "adapter_model.safetensors")
+    }
+    assert len(modes) == 1  # whoever may read the one may read the other
     theirs = peft.PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter", is_trainable=True
     ).eval()

@@ -41,6 +41,12 @@ def test_what_is_written(folder):
     assert (folder / "tokenizer.json").is_file()
 
 
+def test_whoever_may_read_the_folder_may_read_the_weights(folder):
+    """safetensors makes its files readable to their owner alone: a server of another user could not load the model."""
+    mode = (folder / "config.json").stat().st_mode
+    assert (folder / "model.safetensors").stat().st_mode == mode
+
+
 def test_transformers_reads_model_and_tokenizer_from_one_folder(tmp_path):
     tokenizer = train_tokenizer(["the heron eats the frog", "苍鹭吃青蛙"] * 4, vocab_size=320)
     save_pretrained(tiny_model(vocab_size=tokenizer.vocab_size), tmp_path / "model", tokenizer)

@@ -200,8 +200,9 @@ def test_a_prompt_too_long_names_both_lengths(client: openai.OpenAI, running: Ru
     with pytest.raises(openai.BadRequestError, match="256 tokens") as raised:
         client.chat.completions.create(model="noise", messages=[{"role": "user", "content": "x" * 10_000}])
     assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "messages")
-    with pytest.raises(openai.BadRequestError, match="256 tokens"):
+    with pytest.raises(openai.BadRequestError, match=r"256 tokens\. However, your text has 300 tokens"):
         client.embeddings.create(model="noise", input=ids)
+    assert client.embeddings.create(model="noise", input=[5] * 256).usage.prompt_tokens == 256, "no answer needs room"
 
 
 def test_a_full_queue_is_429_and_a_large_body_413(tmp_path: Path) -> None:

@@ -48,6 +48,12 @@ def process(*words: str, **environment: str) -> Iterator[tuple[subprocess.Popen[
         server.wait()
 
 
+@pytest.mark.parametrize("port", [-1, 65536])
+def test_a_port_that_cannot_be_is_refused_in_words(port: int) -> None:
+    with pytest.raises(UserError, match=f"--port {port}: ports are 0 to 65535"):
+        serve._listen("127.0.0.1", port)
+
+
 @pytest.mark.parametrize(("memory_share", "together"), [(None, 0.25), (0.1, 0.1)])
 def test_models_share_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_share: float | None, together: float

@@ -75,6 +75,19 @@ def test_reasoning_in_several_turns_is_one_example_a_user_turn() -> None:
     ]
 
 
+def test_an_answer_of_weight_0_is_context_without_loss() -> None:
+    bad = Message("assistant", "b", weight=0.0)
+    (example,) = training_examples(small_tokenizer(), conversation(user("a"), bad, user("c"), assistant("d")))
+    assert shown(example) == (
+        f"<|im_start|>user\na<|im_end|>\n{HEAD}{EMPTY}b<|im_end|>\n"
+        f"<|im_start|>user\nc<|im_end|>\n{HEAD}{EMPTY}[d<|im_end|>]\n"
+    )
+    thinking = conversation(user("a"), assistant("b", "x"), user("c"), bad, user("e"), assistant("f", "y"))
+    examples = [shown(example) for example in training_examples(small_tokenizer(), thinking)]
+    assert [example.count("[") for example in examples] == [1, 1], "none of the turn that nothing is learnt from"
+    assert examples[0].endswith("b<|im_end|>]\n")
+
+
 def test_reasoning_in_the_last_turn_only_is_one_example() -> None:
     row = conversation(
         user("a"), assistant("b"), user("c"), assistant("d", "x"), Message("tool", "t"), assistant("e", "y")

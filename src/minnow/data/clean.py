@@ -31,7 +31,7 @@ from minnow.data.readers import Raw, iter_raw, parse_row
 from minnow.data.records import RowError, checked_text
 from minnow.data.said import Said, read_said
 from minnow.data.sources import FORMATS, Source, find_sources
-from minnow.disk import atomic_write, told_when_full
+from minnow.disk import atomic_write, opened_to_others, told_when_full
 
 Reason = Literal["bad_row", "too_short", "too_long", "language", "contaminated", "exact_duplicate", "near_duplicate"]
 
@@ -152,7 +152,7 @@ def clean(paths: Sequence[str], out: Path, options: CleanOptions, *, progress: b
         report = _Pass(cleaner, partial, progress).run()
         with atomic_write(partial / "report.json") as temporary:
             temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
-        partial.chmod(0o777 & ~_umask())  # mkdtemp's folders are closed to others
+        opened_to_others(partial)
         os.replace(partial, out)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -225,7 +225,7 @@ class _Pass:
         kept = sum(source["kept"] for source in self.per_source)
         names = ", ".join(source["file"] for source in self.per_source)
         if self._doomed:
-            raise UserError(complaint(self.bad, self.removed["bad_row"], rows))
+            raise UserError(complaint(self.bad, self.removed["bad_row"], rows, option="--on_bad_row"))
         if not rows:
             raise UserError(f"{names}: the data set is empty, there is not one row")
         evaluation = self.cleaner.evaluation
@@ -283,9 +283,3 @@ def _writer(path: Path) -> Iterator[IO[bytes]]:
             yield file
         file.flush()
         os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

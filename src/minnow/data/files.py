@@ -93,11 +93,47 @@ def open_bytes(path: str) -> Iterator[IO[bytes]]:
             with gzip.open(file) as plain:
                 yield cast(IO[bytes], plain)
         elif name.endswith(".zst"):
-            # several frames may follow one another: that is what appending to a .zst gives
-            stream = zstandard.ZstdDecompressor().stream_reader(file, read_size=BLOCK, read_across_frames=True)
-            yield io.BufferedReader(stream, BLOCK)
+            yield io.BufferedReader(_ZstdFrames(file), BLOCK)
         else:
             yield file
+
+
+class _ZstdFrames(io.RawIOBase):
+    """What frames of zstd hold, one after another: several are what appending to a .zst gives.
+
+    A file that ends inside a frame, half a download, is an EOFError as it is with gzip: zstandard's own reader takes it
+    for the end, and the rest would be missing without a word.
+    """
+
+    _PACKED_BLOCK = 1 << 14  # small: all that it holds is unpacked at once, and it may hold ten thousand times as much
+
+    def __init__(self, file: IO[bytes]):
+        self._file = file
+        self._decompressor = zstandard.ZstdDecompressor()
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._packed = b""
+        self._plain = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._plain:
+            packed = self._packed or self._file.read(self._PACKED_BLOCK)
+            if not packed:
+                if self._frame is not None:
+                    raise EOFError("it breaks off, its compressed end is missing")
+                return 0
+            if self._frame is None:
+                self._frame = self._decompressor.decompressobj()
+            self._plain = memoryview(self._frame.decompress(packed))
+            self._packed = self._frame.unused_data
+            if self._frame.eof:
+                self._frame = None
+        size = min(len(buffer), len(self._plain))
+        buffer[:size] = self._plain[:size]
+        self._plain = self._plain[size:]
+        return size
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -17,6 +17,7 @@ from minnow.data.records import (
     CONVERSATION_KEYS,
     RowError,
     alpaca_messages,
+    behind_system,
     canonical,
     check_order,
     from_json,
@@ -60,7 +61,7 @@ def parse_preference(row: Mapping[str, Any]) -> PreferencePair:
         raise RowError(f"no `chosen` with a `rejected`, only {keys_of(row)}")
     prompt = _prompt(row)
     answers = [_answer(row[side], f"`{side}`", bool(prompt)) for side in SIDES]
-    chosen, rejected = (_conversation(prompt, answer) for answer in answers)
+    chosen, rejected = (behind_system(row, _conversation(prompt, answer)) for answer in answers)
     if chosen == rejected:
         raise RowError("`chosen` and `rejected` are the same: nothing is preferred")
     shared = len(list(takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False))))
@@ -106,6 +107,7 @@ def _answer(value: Any, what: str, has_prompt: bool) -> list[Any]:
 
 def _conversation(prompt: list[Any], answer: list[Any]) -> tuple[Message, ...]:
     """The whole conversation of one side; an answer that repeats the prompt is already one."""
-    before = tuple(parse_message(item, number) for number, item in enumerate(prompt, 1))
-    messages = tuple(parse_message(item, number) for number, item in enumerate(answer, len(prompt) + 1))
+    numbered = enumerate([*prompt, *answer], 1)
+    both = [replace(parse_message(item, number), weight=1.0) for number, item in numbered]  # weights are for imitation
+    before, messages = tuple(both[: len(prompt)]), tuple(both[len(prompt) :])
     return messages if messages[: len(before)] == before else (*before, *messages)

@@ -10,11 +10,12 @@ NUM_SHOWN = 20
 """Bad rows that are shown; the rest is counted."""
 
 
-def complaint(located: list[str], count: int, rows: int) -> str:
-    """Say which of `rows` rows are bad (FILE:LINE: what is wrong, of the first), how many, and what to do."""
+def complaint(located: list[str], count: int, rows: int, option: str = "--data.on_bad_row") -> str:
+    """Say which of `rows` rows are bad (FILE:LINE: what is wrong, of the first), how many, and what to do:
+    `option` is what the command at hand calls it."""
     shown = f", the first {NUM_SHOWN} are shown" if count > NUM_SHOWN else ""
     plural = "row is" if count == 1 else "rows are"
-    remedy = "nothing was done; mend the data, or leave such rows out with --data.on_bad_row skip"
+    remedy = f"nothing was done; mend the data, or leave such rows out with {option} skip"
     return "\n".join([*located, f"{count} of {rows} {plural} bad{shown}: {remedy}"])
 
 

@@ -61,7 +61,8 @@ def parse_document(row: Mapping[str, Any]) -> Document:
             hint = "; it looks like a conversation, which is for `minnow sft`"
         elif row.get("input_ids") is not None:
             hint = "; ids of another tokenizer cannot be used, give the text they came from"
-        raise RowError(f"no `text` or `content`, only {keys_of(row)}{hint}")
+        nulls = [f"`{key}` is null" for key in TEXT_KEYS if key in row]
+        raise RowError(f"{nulls[0] if nulls else f'no `text` or `content`, only {keys_of(row)}'}{hint}")
     text = checked_text(row[present[0]], f"`{present[0]}`")
     if not text.strip():
         raise RowError(f"`{present[0]}` is empty")
@@ -86,9 +87,21 @@ def parse_conversation(row: Mapping[str, Any]) -> Conversation:
         raise RowError("the conversation is empty")
     if row.get("image_bytes") is not None and any("<image>" in str(item) for item in raw):
         raise RowError("the conversation shows an image, and this stage trains on text only")
-    messages = tuple(parse_message(item, number) for number, item in enumerate(raw, 1))
+    messages = behind_system(row, tuple(parse_message(item, number) for number, item in enumerate(raw, 1)))
     check_order(messages)
     return Conversation(messages=messages, tools=parse_tools(row, raw))
+
+
+def behind_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
+    """The messages behind the row's `system`, which some write apart from them. Raises RowError where both differ."""
+    system = row.get("system")
+    if not isinstance(system, str) or not system.strip():
+        return messages
+    if messages and messages[0].role == "system":
+        if messages[0].content != system:
+            raise RowError("`system` and the first message are two different system messages")
+        return messages
+    return (Message(role="system", content=checked_text(system, "`system`")), *messages)
 
 
 def conversation_row(conversation: Conversation) -> dict[str, Any]:
@@ -100,12 +113,17 @@ def conversation_row(conversation: Conversation) -> dict[str, Any]:
             row["reasoning_content"] = message.reasoning_content
         if message.tool_calls:
             row["tool_calls"] = [{"name": call.name, "arguments": call.arguments} for call in message.tool_calls]
+        if message.weight != 1:
+            row["weight"] = message.weight
         messages.append(row)
     return {"messages": messages} | ({"tools": conversation.tools} if conversation.tools else {})
 
 
 def canonical(example: Document | Conversation) -> bytes:
-    """Return the content as bytes, the same for the same content whatever format it came in; hashed for the split."""
+    """Return the content as bytes, the same for the same content whatever format it came in; hashed for the split.
+
+    Without the messages' weights: what is learnt in one row is not examined in another.
+    """
     if isinstance(example, Document):
         return example.text.encode()
     turns = [
@@ -127,6 +145,8 @@ def check_order(messages: tuple[Message, ...]) -> None:
         raise RowError("no supervised token: the conversation has no assistant message")
     if not any(m.content.strip() or m.tool_calls or m.reasoning_content for m in answers):
         raise RowError("no supervised token: every assistant message is empty")
+    if not any(m.weight for m in answers):
+        raise RowError("no supervised token: every assistant message has weight 0")
 
 
 def parse_message(item: Any, number: int) -> Message:
@@ -153,7 +173,12 @@ def parse_message(item: Any, number: int) -> Message:
         thought, content = _split_reasoning(content)
     else:
         thought = checked_text(reasoning, f"`reasoning_content` of {where}")
-    return Message(role=role, content=content, reasoning_content=thought or None, tool_calls=calls)
+    weight = 1 if item.get("weight") is None else item["weight"]
+    if weight not in (0, 1):
+        raise RowError(
+            f"`weight` of {where} must be 0 (not to be learnt) or 1, it is {json.dumps(weight, default=str)}"
+        )
+    return Message(role, content, thought or None, calls, float(weight))
 
 
 def _split_reasoning(content: str) -> tuple[str, str]:
@@ -235,6 +260,8 @@ def _no_conversation(row: Mapping[str, Any]) -> str:
         hint = "; ids of another tokenizer cannot be used, give the conversations they came from"
     elif any(row.get(key) is not None for key in TEXT_KEYS):
         hint = "; it looks like a text, which is for `minnow pretrain`"
+    elif any(row.get(key) is not None for key in ("completion", "response", "answer", "output")):
+        hint = "; write a question and its answer as `instruction` and `output`, or as `messages`"
     return f"no `conversations`, `messages` or `instruction`, only {keys_of(row)}{hint}"
 
 

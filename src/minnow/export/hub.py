@@ -28,4 +28,8 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
         raise UserError("the Hugging Face Hub does not know you: run `hf auth login`, or set HF_TOKEN") from error
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
         raise UserError(f"{repo}: the Hugging Face Hub refused ({str(error).strip().splitlines()[0]})") from error
+    except Exception as error:  # a network that fails raises what the hub's own HTTP client raises, by version another
+        raise UserError(
+            f"{repo}: nothing was published, the Hugging Face Hub cannot be reached ({error or type(error).__name__})"
+        ) from error
     return str(commit.repo_url)

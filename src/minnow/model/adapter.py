@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minnow.config import UserError
+from minnow.disk import opened_to_others
 from minnow.json_file import read_json
 from minnow.model.lora import Adapter, LoraConfig, LoraLinear, linear_names, lora_layers
 from minnow.model.reward_model import RewardModel
@@ -66,6 +67,7 @@ def write_adapter(model: CausalLM, weights: dict[str, Tensor], folder: Path) -> 
     """Write `weights`, the adapters of `model`, and nothing else of it, into an existing folder."""
     assert model.adapter is not None
     save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    opened_to_others(folder / WEIGHTS)
     text = json.dumps(_to_peft(model, model.adapter), indent=2, ensure_ascii=False) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minnow.config import UserError
-from minnow.disk import told_when_full
+from minnow.disk import opened_to_others, told_when_full
 from minnow.json_file import read_json
 from minnow.model.adapter import (
     adapter_weights,
@@ -96,6 +96,7 @@ def _write_model(
     token_ids = {name: generation.get(name) for name in _TOKEN_IDS}
     token_ids["eos_token_id"] = stops[0] if isinstance(stops, list) else stops
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
+    opened_to_others(folder / _WEIGHTS)
     content = to_hf_config(model.config, stored, token_ids)
     if isinstance(model, RewardModel):
         content = classification_config(content)

@@ -60,13 +60,14 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     return JSONResponse(await unless_client_leaves(request, answer.whole()))
 
 
-def prompt_ids(model: ServedModel, given: Texts, param: str) -> list[list[int]]:
-    """Token ids of every text of a request. APIError 400 for one that does not fit the context or the vocabulary."""
+def prompt_ids(model: ServedModel, given: Texts, param: str, *, answered: bool = True) -> list[list[int]]:
+    """Token ids of every text of a request. APIError 400 for one that does not fit the vocabulary or the context,
+    which is the answer's too if they are `answered`."""
     several = isinstance(given, list) and not isinstance(given[0], int)
     texts: Sequence[Any] = given if several else [given]
     prompts = [model.engine.engine.prompt_ids(text) for text in texts]
     for prompt in prompts:
-        require_fit(prompt, model.context, param)
+        require_fit(prompt, model.context, param, answered=answered)
         if max(prompt) >= model.vocab_size:
             raise APIError(
                 400, f"Token {max(prompt)} is not in the vocabulary, 0 to {model.vocab_size - 1}", param=param

@@ -35,7 +35,7 @@ MAX_TEXTS = 2048
 async def create_embeddings(body: EmbeddingBody, request: Request) -> Embeddings:
     """Mean-pooled hidden states of one or several texts."""
     model = state_of(request).models.get(body.model)
-    texts = await asyncio.to_thread(prompt_ids, model, body.input, "input")
+    texts = await asyncio.to_thread(prompt_ids, model, body.input, "input", answered=False)
     if len(texts) > MAX_TEXTS:
         raise APIError(400, f"{len(texts)} texts in one request; at most {MAX_TEXTS}", param="input")
     with refusals(), model.engine.place():

@@ -25,13 +25,13 @@ def tool_schema(tool: Tool) -> dict[str, Any]:
     return tool.model_dump(exclude_unset=True, exclude={"function": {"strict"}})
 
 
-def require_fit(prompt_ids: Sequence[int], context: int, param: str) -> None:
-    """APIError 400 that names both lengths when the prompt leaves no room for an answer."""
-    if len(prompt_ids) >= context:
+def require_fit(prompt_ids: Sequence[int], context: int, param: str, *, answered: bool = True) -> None:
+    """APIError 400 that names both lengths when the prompt leaves no room for an answer, if it is `answered`."""
+    if len(prompt_ids) + answered > context:
         raise APIError(
             400,
-            f"This model's maximum context length is {context} tokens, prompt and answer together. However, your "
-            f"prompt has {len(prompt_ids)} tokens. Please shorten it.",
+            f"This model's maximum context length is {context} tokens{', prompt and answer together' * answered}. "
+            f"However, your {'prompt' if answered else 'text'} has {len(prompt_ids)} tokens. Please shorten it.",
             param=param,
             code="context_length_exceeded",
         )

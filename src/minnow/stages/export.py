@@ -58,8 +58,6 @@ def run(config: Config) -> None:
         )
     if config.to == "hub" and (config.rope_scaling or config.factor):
         raise UserError("--rope-scaling changes what gguf, ollama and onnx write; --to hub uploads the folder as it is")
-    if config.to in ("gguf", "onnx") and config.out is not None and Path(config.out).is_dir():
-        raise UserError(f"--out {config.out} is a folder: name the file to write")
     folder = resolve_model_folder(config.model)
     # Where the folder is a copy that the Hub's client keeps, nothing is written into it.
     home = folder if Path(config.model).exists() else Path(config.model.rpartition("/")[2])
@@ -74,8 +72,16 @@ def _gguf(config: Config, folder: Path, home: Path, console: Console) -> None:
     from minnow.export.gguf_file import write_gguf
 
     kind = _gguf_type(config)
-    out = Path(config.out or home / f"model-{kind}.gguf")
+    out = _file(config, home / f"model-{kind}.gguf")
     _tell(write_gguf(folder, out, kind, thinking=config.thinking, context=config), console)
+
+
+def _file(config: Config, default: Path) -> Path:
+    """The file that is to be written. UserError where --out is a folder, as ollama's is."""
+    out = Path(config.out or default)
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder: name the file, such as {out / default.name}")
+    return out
 
 
 def _ollama(config: Config, folder: Path, home: Path, console: Console) -> None:
@@ -94,7 +100,7 @@ def _onnx(config: Config, folder: Path, home: Path, console: Console) -> None:
     if kind not in ONNX_TYPES:
         raise UserError(f"--type {kind} is no ONNX type; there are {', '.join(ONNX_TYPES)}")
     name = "model.onnx" if kind == "f32" else f"model_{kind}.onnx"
-    out = Path(config.out or home / "onnx" / name)
+    out = _file(config, home / "onnx" / name)
     write_onnx(folder, out, kind, context=config)
     console.print(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 

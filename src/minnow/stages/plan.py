@@ -213,7 +213,8 @@ def _print(plan: Plan, console: Console) -> None:
     if plan.speed is not None and plan.matmul_peak is not None and plan.seconds is not None:
         share = plan.flops / plan.seconds / plan.matmul_peak
         table.add_row("matmul peak", f"{plan.matmul_peak:.3g} FLOP/s, measured; the run would use {share:.0%}")
-        speed = f"{plan.speed.tokens_per_second:,.0f} tokens/s and {plan.speed.optimizer_seconds:.2g} s an update"
+        optimizer = f"{plan.speed.optimizer_seconds:.2g} s for the optimizer in each update"
+        speed = f"{plan.speed.tokens_per_second:,.0f} tokens/s and {optimizer}"
         table.add_row("speed", f"{speed}, probed without torch.compile")
         table.add_row("time", f"about {_duration(plan.seconds)}, validation not counted")
     console.print(table)

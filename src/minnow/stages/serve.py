@@ -208,6 +208,8 @@ def _listen(host: str, port: int) -> socket.socket:
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
+        if not 0 <= port < 2**16:
+            raise UserError(f"--port {port}: ports are 0 to 65535 (0: any that is free)")
         listening.bind((host, port))
     except OSError as error:
         raise UserError(f"cannot listen at {host} port {port} ({error.strerror}): choose another --port") from error

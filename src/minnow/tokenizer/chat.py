@@ -66,6 +66,8 @@ class Message:
     """What an assistant thought before it answered."""
     tool_calls: tuple[ToolCall, ...] = ()
     """What an assistant calls after its content."""
+    weight: float = 1.0
+    """Loss weight of what an assistant said: 0 for an answer that is read and not learnt (OpenAI's fine-tuning format)."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -103,7 +105,7 @@ def render(
     """Token ids and loss weights of a conversation.
 
     Every assistant turn has a think block: its reasoning where no user message follows, else an empty one.
-    Weight 1 is on an assistant's tokens after the header `<|im_start|>assistant\\n` up to and with
+    The message's weight is on an assistant's tokens after the header `<|im_start|>assistant\\n` up to and with
     `<|im_end|>`, without an empty think block, which the prompt gives. `add_generation_prompt` opens the
     next assistant turn: with an empty think block, or with an open one where `enable_thinking` is true.
     Messages before index `trained_from` are prompt and carry no loss.
@@ -139,7 +141,7 @@ def render_continuation(
 
 
 def training_examples(tokenizer: Tokenizer, conversation: Conversation, *, tag_weight: float = 1.0) -> list[Rendered]:
-    """The conversation as examples in which every assistant turn is trained once, in the form it is served in.
+    """The conversation as examples in which every assistant turn of weight 1 is trained once, as it is served.
 
     A user message hides the reasoning before it, so a conversation with reasoning ahead of its last user
     message becomes one example per user turn; the turns before that one are its prompt and carry no loss.
@@ -156,7 +158,7 @@ def training_examples(tokenizer: Tokenizer, conversation: Conversation, *, tag_w
         return [writer.rendered()]
     examples = []
     for start, end in zip([0, *users], [*users, len(messages)], strict=True):
-        if any(message.role == "assistant" for message in messages[start:end]):
+        if any(message.role == "assistant" and message.weight for message in messages[start:end]):
             writer = _Writer(tokenizer, tag_weight)
             turn = Conversation(messages[:end], conversation.tools)
             _write(writer, turn, trained=range(start, end))
@@ -249,7 +251,7 @@ def _write(writer: _Writer, conversation: Conversation, trained: Collection[int]
             writer.text(f"{message.role}\n{message.content}")
             _end(writer)
         elif message.role == "assistant":
-            _write_assistant(writer, message, think=i > last_user, weight=1.0 if i in trained else 0.0)
+            _write_assistant(writer, message, think=i > last_user, weight=message.weight if i in trained else 0.0)
         elif message.role == "tool":
             _write_tool_result(writer, messages, i)
 

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 from minnow.config import UserError
 from minnow.data.batches import Batch, PackedDataset
 from minnow.data.shards import Shards
-from minnow.disk import atomic_write
+from minnow.disk import atomic_write, opened_to_others
 from minnow.model.attention import PackedAttention
 from minnow.model.slices import examined
 from minnow.model.transformer import CausalLM
@@ -209,6 +209,7 @@ def reference_logprobs(
         cache.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as temporary:
             save_file({"logprobs": logprobs.logprobs_N, "offsets": logprobs.offsets}, temporary)
+            opened_to_others(temporary)
     return logprobs
 
 
