@@ -67,7 +67,7 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     """What an assistant calls after its content."""
     weight: float = 1.0
-    """Loss weight of what an assistant said: 0 for an answer that is read and not learnt (OpenAI's fine-tuning format)."""
+    """Loss weight of what an assistant said: 0 for an answer that is read and not learnt, as OpenAI writes it."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
