@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -24,6 +26,7 @@ SHUTDOWN_SECONDS = 600
 # A folder where the processes that `launch` starts note that they failed. After a signal its agent tells only of the
 # signal, and a run that could not save must not look like one that has.
 FAILURES = "MINNOW_FAILURES"
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_stage(work: Callable[[], None], words: Sequence[str], training: TrainingConfig) -> int:
@@ -39,6 +42,7 @@ def run_stage(work: Callable[[], None], words: Sequence[str], training: Training
         work()
         return 0
     _require_gpus(training, int(os.environ["LOCAL_RANK"]) + 1, "torchrun --nproc-per-node")
+    _stop_without_launcher()
     device = choose_device(training.device)
     with only_first_speaks(), process_group(cuda=device.type == "cuda"):
         _note_failure(None)
@@ -53,6 +57,15 @@ def run_stage(work: Callable[[], None], words: Sequence[str], training: Training
             _note_failure(1)
             raise
     return 0
+
+
+def _stop_without_launcher() -> None:
+    """Ask the kernel for a SIGTERM when `launch` is killed: a run that nobody waits for saves and ends.
+
+    Without it the processes would go on in the background, and keep the run's folder locked. Linux only.
+    """
+    if FAILURES in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _note_failure(code: int | None) -> None:

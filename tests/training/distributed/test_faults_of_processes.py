@@ -73,6 +73,14 @@ def workers(launcher: subprocess.Popen[bytes]) -> list[int]:
     return [int(pid) for pid in children if b"RANK=" in Path(f"/proc/{pid}/environ").read_bytes()]
 
 
+def runs(pid: int) -> bool:
+    """Whether the process is there, and not just waits to be waited for."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def assert_same_end(world: Path, run: Path) -> None:
     assert losses(run) == pytest.approx(losses(world / "straight"), rel=1e-5)
     assert difference(world / "straight", run) < 1e-5
@@ -103,6 +111,27 @@ def test_a_signal_to_the_launcher_stops_all_after_the_same_step(
     stopped = list_checkpoints(run / "checkpoints")[-1].step
     assert f"stopped at step {stopped};" in log.read_text()
     assert stopped < LAST
+    assert start(command, log).wait(timeout=240) == 0, log.read_text()
+    assert f"continuing {run} from step {stopped}" in log.read_text()
+    assert_same_end(world, run)
+
+
+def test_a_killed_launcher_leaves_no_process_behind(world: Path, start: Start) -> None:
+    """They went on in the background, and kept the run locked to whoever started it again."""
+    run, log = world / "orphaned", world / "orphaned.log"
+    command = [sys.executable, "-m", "minnow", *words(world, "pretrain", run, **LONG, nproc=2)]
+    process = start(command, log)
+    wait_until(lambda: saved(run), process, log)
+    left = workers(process)
+    assert len(left) == 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 240
+    while any(runs(pid) for pid in left):
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.05)
+    stopped = list_checkpoints(run / "checkpoints")[-1].step
+    assert f"stopped at step {stopped};" in log.read_text()
     assert start(command, log).wait(timeout=240) == 0, log.read_text()
     assert f"continuing {run} from step {stopped}" in log.read_text()
     assert_same_end(world, run)
