@@ -83,6 +83,13 @@ def test_numbers_that_make_no_sense_are_refused() -> None:
         tokenizer_inspect.Config(model="a", max_rows=-1)
 
 
+def test_a_weight_is_refused_where_it_would_mean_nothing(tmp_path: Path) -> None:
+    """It was left unread: every file has its share."""
+    data = write(tmp_path / "a.jsonl", ["a text"])
+    with pytest.raises(UserError, match="a.jsonl: a weight .* leave it out here"):
+        tokenizer_train.run(tokenizer_train.Config(data=(f"{data}@2",), out=str(tmp_path / "out"), vocab_size=300))
+
+
 def test_no_text_is_an_error(tmp_path: Path) -> None:
     data = write(tmp_path / "a.jsonl", [])
     with pytest.raises(UserError, match="no text"):

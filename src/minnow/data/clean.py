@@ -30,7 +30,7 @@ from minnow.data.progress import NUM_SHOWN, complaint, progress_bar
 from minnow.data.readers import Raw, iter_raw, parse_row
 from minnow.data.records import RowError, checked_text
 from minnow.data.said import Said, read_said
-from minnow.data.sources import FORMATS, Source, find_sources
+from minnow.data.sources import FORMATS, Source, find_sources, require_unweighted
 from minnow.disk import atomic_write, opened_to_others, told_when_full
 
 Reason = Literal["bad_row", "too_short", "too_long", "language", "contaminated", "exact_duplicate", "near_duplicate"]
@@ -141,8 +141,7 @@ def clean(paths: Sequence[str], out: Path, options: CleanOptions, *, progress: b
     (`on_bad_row: stop`), options that make no sense, or an `out` that exists.
     """
     sources = find_sources(paths)
-    if weighted := [source.name for source in sources if source.weight != 1]:
-        raise UserError(f"{weighted[0]}: a weight (@) says how often to train on a source; leave it out here")
+    require_unweighted(sources)
     if out.exists():
         raise UserError(f"--out {out} exists already: name a new folder")
     cleaner = Cleaner(options, sources)

@@ -99,6 +99,12 @@ def _resolve(written: str) -> list[Source]:
     raise UserError(f"{path}: no such file or folder")
 
 
+def require_unweighted(sources: Sequence[Source]) -> None:
+    """UserError for a source with a weight, where it would mean nothing."""
+    if weighted := [source.name for source in sources if source.weight != 1]:
+        raise UserError(f"{weighted[0]}: a weight (@) says how often to train on a source; leave it out here")
+
+
 def _local(path: str | Path, weight: float) -> Source:
     return Source(str(path), _format(path), weight, Path(path).stat().st_size)
 

@@ -11,7 +11,7 @@ from itertools import cycle
 from minnow.config import UserError
 from minnow.console import plain_console
 from minnow.data.readers import read_texts
-from minnow.data.sources import find_sources
+from minnow.data.sources import find_sources, require_unweighted
 from minnow.disk import atomic_write
 from minnow.tokenizer import train_tokenizer
 
@@ -86,7 +86,9 @@ def run(config: Config) -> None:
 def _in_turn(paths: tuple[str, ...]) -> Iterator[str]:
     """One text of each group of neighbouring sources after the other (a group is one source, unless there are more
     than `MOST_OPEN`), until all are read."""
-    names = [source.name.removeprefix("hub:") for source in find_sources(paths)]
+    sources = find_sources(paths)
+    require_unweighted(sources)
+    names = [source.name.removeprefix("hub:") for source in sources]
     size = -(-len(names) // MOST_OPEN)
     readers = {start: read_texts(names[start : start + size]) for start in range(0, len(names), size)}
     for group in cycle(list(readers)):
