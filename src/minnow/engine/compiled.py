@@ -100,5 +100,7 @@ class CompiledDecode:
             return nullcontext()
         import torch._inductor.config as inductor  # late: it takes a while
 
-        # Freezing is asked for while tracing, so it cannot be one of torch.compile's options.
-        return inductor.patch(freezing=True, max_autotune=True)
+        # Freezing is asked for while tracing, so it cannot be one of torch.compile's options. And no account on
+        # standard error of what was tried for each product: pages of it, for those who wrote the compiler.
+        quiet: dict[str, Any] = {"autotune_num_choices_displayed": 0, "max_autotune_report_choices_stats": False}
+        return inductor.patch(freezing=True, max_autotune=True, **quiet)
