@@ -165,6 +165,10 @@ BAD_CONVERSATIONS = [
     ({}, "only nothing"),
     (chat(U, ("assistant", {"content": "a", "weight": 0.5})), "`weight` of message 2 must be 0"),
     (chat(U, ("assistant", {"content": "a", "weight": 0})), "every assistant message has weight 0"),
+    (
+        chat(U, ("assistant", {"content": "a", "weight": 0}), U, ("assistant", {"content": ""})),
+        "every assistant message is empty or has weight 0",
+    ),
     (chat(("user", {"content": "see <image>"}), A, image_bytes=b"x"), "shows an image"),
     (chat(("user", {"content": "\ud83d"}), A), r"not valid Unicode: \\ud83d at character 0 is half a pair"),
 ]
@@ -178,6 +182,8 @@ def test_an_answer_of_weight_0_is_read_and_not_learnt():
     assert parse_conversation(conversation_row(conversation)) == conversation
     always = parse_conversation(chat(U, ("assistant", {"content": "bad"}), U, good))
     assert canonical(conversation) == canonical(always), "on one side of the split with it"
+    called = ("function_call", {"content": '{"name": "look_up"}', "weight": 0})  # ShareGPT's turn of its own
+    assert [message.weight for message in parse_conversation(chat(U, called, U, A)).messages] == [1, 0, 1, 1]
 
 
 @pytest.mark.parametrize(("row", "message"), BAD_CONVERSATIONS)
