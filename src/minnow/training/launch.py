@@ -26,6 +26,7 @@ SHUTDOWN_SECONDS = 600
 # A folder where the processes that `launch` starts note that they failed. After a signal its agent tells only of the
 # signal, and a run that could not save must not look like one that has.
 FAILURES = "MINNOW_FAILURES"
+LAUNCHER = "MINNOW_LAUNCHER"  # the id of the process that runs `launch`
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -64,8 +65,10 @@ def _stop_without_launcher() -> None:
 
     Without it the processes would go on in the background, and keep the run's folder locked. Linux only.
     """
-    if FAILURES in os.environ and sys.platform == "linux":
+    if LAUNCHER in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(os.environ[LAUNCHER]):  # it was killed before, while this process was still importing
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _note_failure(code: int | None) -> None:
@@ -119,7 +122,7 @@ def launch(words: Sequence[str], processes: int, restarts: int) -> int:
         max_restarts=restarts,
     )
     with tempfile.TemporaryDirectory(prefix="minnow-") as failures:
-        os.environ[FAILURES] = failures
+        os.environ |= {FAILURES: failures, LAUNCHER: str(os.getpid())}
         try:
             elastic_launch(config, sys.executable)("-m", "minnow", *words)
         except ChildFailedError as failed:
@@ -130,5 +133,5 @@ def launch(words: Sequence[str], processes: int, restarts: int) -> int:
             # One that could not save (2) leaves the others without a connection (1).
             return max(codes, default=128 + int(stopped.sigval))
         finally:
-            del os.environ[FAILURES]
+            del os.environ[FAILURES], os.environ[LAUNCHER]
     return 0
