@@ -62,9 +62,11 @@ def test_alpaca_with_everything():
 
 
 @pytest.mark.parametrize("opening", [[], [("system", {"content": "Be brief."})]])
-def test_a_system_prompt_beside_the_messages(opening):
-    """LLaMA-Factory's ShareGPT rows have it in a column of its own; it was dropped without a word."""
-    row = chat(*opening, ("user", {"content": "u"}), ("assistant", {"content": "a"}), system="Be brief.")
+@pytest.mark.parametrize("system", ["Be brief.", [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]])
+def test_a_system_prompt_beside_the_messages(opening, system):
+    """LLaMA-Factory's ShareGPT rows have it in a column of its own, Anthropic's requests too, in parts; it was dropped
+    without a word."""
+    row = chat(*opening, ("user", {"content": "u"}), ("assistant", {"content": "a"}), system=system)
     messages = parse_conversation(row).messages
     assert [m.role for m in messages] == ["system", "user", "assistant"]
     assert messages[0].content == "Be brief."

@@ -95,6 +95,8 @@ def parse_conversation(row: Mapping[str, Any]) -> Conversation:
 def behind_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """The messages behind the row's `system`, which some write apart from them. Raises RowError where both differ."""
     system = row.get("system")
+    if isinstance(system, list):
+        system = _content(system, "`system`")
     if not isinstance(system, str) or not system.strip():
         return messages
     if messages and messages[0].role == "system":
