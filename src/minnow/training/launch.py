@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from minnow.config import UserError
+from minnow.data.preparation import num_cores
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import first_to_say, in_torchrun, only_first_speaks, process_group
 from minnow.training.hardware import choose_device
@@ -110,7 +111,7 @@ def launch(words: Sequence[str], processes: int, restarts: int) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     # torch 2.13's agent lends its store to the processes: those of a restart would find the dead ones' addresses in it.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // processes)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,

@@ -92,6 +92,22 @@ def test_a_failure_after_a_signal_is_no_saved_stop(
     assert not {launch.FAILURES, launch.LAUNCHER} & set(os.environ)
 
 
+def test_the_processes_share_the_cores_also_where_nobody_tells_which_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Mac, where os has no sched_getaffinity."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that it is put back afterwards
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    seen: list[str] = []
+
+    def elastic_launch(config: LaunchConfig, program: str) -> Callable[..., None]:
+        return lambda *words: seen.append(os.environ["OMP_NUM_THREADS"])
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
+    assert launch.launch(["pretrain"], 4, 0) == 0
+    assert seen == ["3"]
+
+
 @pytest.mark.parametrize("failures", [[(0, 2), (1, 1)], [(1, 1), (0, 2)], [(0, 1), (1, 2)]])
 def test_after_a_signal_what_a_user_can_mend_counts(
     monkeypatch: pytest.MonkeyPatch, failures: list[tuple[int, int]]
