@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from minnow.data.shard_writer import ShardWriter
-from minnow.disk import DiskFull, atomic_write, told_when_full
+from minnow.disk import DiskFull, atomic_write, opened_to_others, told_when_full
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
@@ -33,6 +33,37 @@ def test_atomic_write_gives_the_whole_file_or_none(tmp_path: Path) -> None:
         _ = 1 / 0
     assert target.read_text() == "one"
     assert [path.name for path in target.parent.iterdir()] == ["file.txt"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
+def test_what_is_opened_to_others_has_the_rights_of_any_file_or_folder(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        for made in (tmp_path / "made", tmp_path / "made" / "file"):
+            if made.name == "file":
+                made.touch(0o600)
+            else:
+                made.mkdir(0o700)
+            opened_to_others(made)
+        assert os.umask(mask) == mask
+    finally:
+        os.umask(before)
+    modes = [path.stat().st_mode & 0o777 for path in (tmp_path / "made", tmp_path / "made" / "file")]
+    assert modes == [0o777 & ~mask, 0o666 & ~mask]
+
+
+def test_a_file_system_without_rights_takes_a_model_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FAT refuses a chmod: a run would have failed over it after its last step."""
+
+    def refused(path: object, mode: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refused)
+    model = CausalLM(ModelConfig(vocab_size=500, hidden_size=32, num_hidden_layers=1))
+    save_pretrained(model, tmp_path / "model")
+    assert (tmp_path / "model" / "model.safetensors").is_file()
 
 
 def _plain(path: Path) -> None:

@@ -50,6 +50,12 @@ class UserError(ValueError):
     """Something the user can mend: the message says what is wrong, where, and what to do. Exit code 2."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of what a library's error says; its kind where it says nothing, as a time-out may."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def parse_config(config_class: type[T], argv: Sequence[str], *, program: str) -> T:
     """Read `argv`, and the files it names with `--config`, into a `config_class`.
 

@@ -6,8 +6,9 @@ import errno
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from threading import Lock
 
 from safetensors import SafetensorError
 
@@ -19,6 +20,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _SIGNS = re.compile(
     rf"\(os error ({'|'.join(map(str, _FULL))})\)|inline_container.*unexpected pos|^\d+ requested and \d+ written"
 )
+_reading_umask = Lock()  # the umask is the process's: a second thread would take the first one's for the usual
 
 
 class DiskFull(UserError):  # noqa: N818 (it is a state of the world, as OutOfMemory)
@@ -46,11 +48,16 @@ def told_when_full(path: str | Path) -> Iterator[None]:
 
 
 def opened_to_others(path: str | Path) -> None:
-    """Give what a library closed to all but its owner (safetensors its files, mkdtemp its folders) the usual rights."""
-    mask = os.umask(0o077)  # it can only be read by setting it
-    os.umask(mask)
+    """Give what a library closed to all but its owner (safetensors its files, mkdtemp its folders) the usual rights.
+
+    A file system that has no such rights (a FAT stick, some network drives) is left as it is: what was written is good.
+    """
+    with _reading_umask:
+        mask = os.umask(0o077)  # it can only be read by setting it
+        os.umask(mask)
     usual = 0o777 if os.path.isdir(path) else 0o666
-    os.chmod(path, usual & ~mask)
+    with suppress(OSError):
+        os.chmod(path, usual & ~mask)
 
 
 @contextmanager

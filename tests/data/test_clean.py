@@ -231,6 +231,21 @@ def test_what_differs_in_any_part_is_no_exact_duplicate(one, other):
     assert read_said(one).digest != read_said(other).digest
 
 
+def test_rows_that_teach_different_answers_of_one_conversation_are_no_copies(tmp_path):
+    """As of a conversation that is written once for each of its answers, the others with weight 0."""
+    turns = [
+        turn
+        for question, answer in ((STORY, "Who?"), ("The otter.", GERMAN))
+        for turn in chat(question, answer)["messages"]
+    ]
+    rows = [
+        {"messages": [{**turn, "weight": int(number == learnt)} for number, turn in enumerate(turns)]}
+        for learnt in (1, 3, 1)
+    ]
+    _, removed = run(tmp_path, write(tmp_path / "rows.jsonl", rows))
+    assert [(entry["line"], entry["reason"]) for entry in removed] == [(3, "exact_duplicate")]
+
+
 def test_a_row_says_its_reasoning_calls_and_results_but_not_its_tools():
     call = {"name": "look_up", "arguments": {"subject": "Fenrik"}}
     row = {

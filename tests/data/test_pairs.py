@@ -144,6 +144,26 @@ def test_a_system_prompt_beside_the_messages(row):
     assert [(m.role, m.content) for m in pair.prompt] == [("system", "Be brief."), ("user", "q")]
 
 
+@pytest.mark.parametrize("row", [{}, {"system": "Be brief."}])
+@pytest.mark.parametrize("in_prompt", [True, False])
+@pytest.mark.parametrize("in_sides", [True, False])
+def test_sides_that_repeat_the_prompt_with_the_system_message_or_without(row, in_prompt, in_sides):
+    """What only one of them began with made the prompt stand there twice."""
+    system, asked = [{"role": "system", "content": "Be brief."}], [{"role": "user", "content": "q"}]
+    sides = {
+        side: [*system * in_sides, *asked, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")
+    }
+    pair = parse_preference({**row, **sides, "prompt": [*system * in_prompt, *asked]})
+    expected = [("system", "Be brief.")] * bool(row or in_prompt or in_sides) + [("user", "q")]
+    assert [(m.role, m.content) for m in pair.prompt] == expected
+    assert [len(answer) for answer in (pair.chosen, pair.rejected)] == [1, 1]
+
+
+def test_no_message_as_json_is_no_prompt():
+    sides = {side: [*PROMPT, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    assert parse_preference({"prompt": " [ ]\n", **sides}).prompt == (Message("user", "hi"),)
+
+
 def test_weights_of_messages_do_not_reach_pairs():
     """They say what to imitate; an answer of weight 0 would be compared over no token."""
     answers = {side: [{"role": "assistant", "content": side, "weight": 0}] for side in ("chosen", "rejected")}

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from minnow.config import UserError
 from minnow.data import readers
+from minnow.data.prompts import read_prompts
 from minnow.data.readers import read_rows, read_texts
 from minnow.data.sources import find_sources
 
@@ -130,6 +131,14 @@ def test_paths_that_lead_nowhere(tmp_path, path, message):
         find_sources([path.format(tmp=tmp_path)])
     with pytest.raises(UserError, match="no data is given"):
         find_sources([])
+
+
+def test_a_weight_is_refused_where_every_row_is_read_once(tmp_path):
+    """It was left unread: prompts of `minnow rl`, texts of `minnow eval` and pairs came in once all the same."""
+    path = write(tmp_path / "a.jsonl", ROWS)
+    for read in (read_rows, read_texts, lambda paths: iter(read_prompts(paths))):
+        with pytest.raises(UserError, match=r"a\.jsonl: a weight .* leave it out here"):
+            next(read([f"{path}@2"]))
 
 
 @pytest.mark.parametrize(

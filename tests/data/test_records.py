@@ -62,9 +62,11 @@ def test_alpaca_with_everything():
 
 
 @pytest.mark.parametrize("opening", [[], [("system", {"content": "Be brief."})]])
-def test_a_system_prompt_beside_the_messages(opening):
-    """LLaMA-Factory's ShareGPT rows have it in a column of its own; it was dropped without a word."""
-    row = chat(*opening, ("user", {"content": "u"}), ("assistant", {"content": "a"}), system="Be brief.")
+@pytest.mark.parametrize("system", ["Be brief.", [{"type": "text", "text": "Be "}, {"type": "text", "text": "brief."}]])
+def test_a_system_prompt_beside_the_messages(opening, system):
+    """LLaMA-Factory's ShareGPT rows have it in a column of its own, Anthropic's requests too, in parts; it was dropped
+    without a word."""
+    row = chat(*opening, ("user", {"content": "u"}), ("assistant", {"content": "a"}), system=system)
     messages = parse_conversation(row).messages
     assert [m.role for m in messages] == ["system", "user", "assistant"]
     assert messages[0].content == "Be brief."
@@ -165,6 +167,10 @@ BAD_CONVERSATIONS = [
     ({}, "only nothing"),
     (chat(U, ("assistant", {"content": "a", "weight": 0.5})), "`weight` of message 2 must be 0"),
     (chat(U, ("assistant", {"content": "a", "weight": 0})), "every assistant message has weight 0"),
+    (
+        chat(U, ("assistant", {"content": "a", "weight": 0}), U, ("assistant", {"content": ""})),
+        "every assistant message is empty or has weight 0",
+    ),
     (chat(("user", {"content": "see <image>"}), A, image_bytes=b"x"), "shows an image"),
     (chat(("user", {"content": "\ud83d"}), A), r"not valid Unicode: \\ud83d at character 0 is half a pair"),
 ]
@@ -178,6 +184,8 @@ def test_an_answer_of_weight_0_is_read_and_not_learnt():
     assert parse_conversation(conversation_row(conversation)) == conversation
     always = parse_conversation(chat(U, ("assistant", {"content": "bad"}), U, good))
     assert canonical(conversation) == canonical(always), "on one side of the split with it"
+    called = ("function_call", {"content": '{"name": "look_up"}', "weight": 0})  # ShareGPT's turn of its own
+    assert [message.weight for message in parse_conversation(chat(U, called, U, A)).messages] == [1, 0, 1, 1]
 
 
 @pytest.mark.parametrize(("row", "message"), BAD_CONVERSATIONS)

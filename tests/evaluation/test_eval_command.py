@@ -10,6 +10,7 @@ from minnow.config import UserError
 from minnow.data.pond.world import World
 from minnow.data.pond.write import pretraining_documents, write_pond
 from minnow.evaluation import long_context
+from minnow.evaluation.registry import TASKS
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
@@ -81,6 +82,13 @@ def test_an_option_that_no_named_task_reads_is_refused(option, readers, run_fold
     """Its figures would be taken for those of the file it names."""
     assert main(["eval", str(run_folder), "--tasks", "pond", option, "9"]) == 2
     assert f"{option} is read only by {readers}: name one" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_task_of_ones_own_may_read_any_option(run_folder, monkeypatch):
+    seen = []
+    monkeypatch.setitem(TASKS, "own", lambda options: seen.append(options.texts) or [])
+    assert main(["eval", str(run_folder), "--device", "cpu", "--tasks", "own", "--text", "a.txt"]) == 0
+    assert seen == [("a.txt",)]
 
 
 def test_an_examination_of_nothing_is_no_success(run_folder, tmp_path, capsys):

@@ -82,6 +82,7 @@ def test_the_copy_of_a_hub_model_is_not_pushed(
         (LocalTokenNotFoundError("no token"), "run `hf auth login`"),
         (HFValidationError("Repo id must be in the form ..."), "refused (Repo id must be in the form"),
         (httpx.ConnectError("Name or service not known"), "cannot be reached (Name or service not known)"),
+        (httpx.ReadTimeout(""), "cannot be reached (ReadTimeout)"),
     ],
 )
 def test_refusals_are_told_in_a_line(

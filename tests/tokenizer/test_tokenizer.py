@@ -17,6 +17,7 @@ from tokenizer_helpers import CORPUS, real_texts, small_tokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from minnow.config import UserError
+from minnow.model.pretrained import resolve_model_folder
 from minnow.tokenizer import SPECIAL_TOKENS, Tokenizer, train_tokenizer
 
 
@@ -176,6 +177,19 @@ def test_a_repository_without_tokenizer_json(tmp_path: Path, monkeypatch: pytest
         Tokenizer.from_pretrained("somebody/fish")
     (gpt2(repository) / "tokenizer.json").unlink()
     assert Tokenizer.from_pretrained("somebody/fish").decode([0]) == "!"
+
+
+def test_a_hub_that_says_nothing_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time-out may have no words: the search for their first line ended in an IndexError."""
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        raise TimeoutError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    with pytest.raises(UserError, match=r"nor a model on the Hugging Face Hub \(TimeoutError\)"):
+        Tokenizer.from_pretrained("somebody/fish")
+    with pytest.raises(UserError, match=r"the Hugging Face Hub could not give it \(TimeoutError\)"):
+        resolve_model_folder("somebody/fish")
 
 
 def test_what_begins_and_what_fills_is_read_from_the_files(tmp_path: Path) -> None:

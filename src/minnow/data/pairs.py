@@ -30,7 +30,8 @@ from minnow.tokenizer.chat import Conversation, Message, Rendered, render
 from minnow.tokenizer.tokenizer import Tokenizer
 
 SIDES = ("chosen", "rejected")
-_JSON_MESSAGES = re.compile(r"\s*\[\s*\{")  # a prompt may begin with a bracket and be no JSON: "[1, 2]: which is more?"
+# Messages as JSON, or none of them; a text may begin with a bracket, too: "[1, 2]: which is more?"
+_JSON_MESSAGES = re.compile(r"\s*\[\s*(\{|\]\s*\Z)")
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,19 @@ def _answer(value: Any, what: str, has_prompt: bool) -> list[Any]:
 
 
 def _conversation(prompt: list[Any], answer: list[Any]) -> tuple[Message, ...]:
-    """The whole conversation of one side; an answer that repeats the prompt is already one."""
+    """The whole conversation of one side; an answer that repeats the prompt is already one, also where only one of
+    the two begins with the system message."""
     numbered = enumerate([*prompt, *answer], 1)
     both = [replace(parse_message(item, number), weight=1.0) for number, item in numbered]  # weights are for imitation
-    before, messages = tuple(both[: len(prompt)]), tuple(both[len(prompt) :])
-    return messages if messages[: len(before)] == before else (*before, *messages)
+    opening, before = _behind_system_message(both[: len(prompt)])
+    own_opening, messages = _behind_system_message(both[len(prompt) :])
+    differ = opening and own_opening and opening != own_opening
+    if differ or messages[: len(before)] != before:
+        return (*opening, *before, *own_opening, *messages)
+    return (*(opening or own_opening), *messages)
+
+
+def _behind_system_message(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+    """The system message that stands first, if one does, and the others."""
+    length = int(bool(messages) and messages[0].role == "system")
+    return messages[:length], messages[length:]

@@ -77,16 +77,15 @@ def _asked(row: Mapping[str, Any]) -> Conversation:
     elif key in ASKED_KEYS and isinstance(row[key], str):
         if not row[key].strip():
             raise RowError("the prompt is empty")
-        system = row.get("system")
-        opening = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
-        turns = [*opening, {"role": "user", "content": row[key]}]
+        turns = [{"role": "user", "content": row[key]}]
     else:
         turns = from_json(row[key], f"`{key}`")
     return _without_answer(turns, key, row)
 
 
 def _without_answer(turns: Any, key: str, row: Mapping[str, Any]) -> Conversation:
-    """The turns without the assistant's at the end. `parse_conversation` wants one to train on: give it one."""
+    """The turns without the assistant's at the end, behind the row's `system`. `parse_conversation` wants one to train
+    on: give it one."""
     if not isinstance(turns, list):
         raise RowError(f"`{key}` must be a list of messages, it is {kind_of(turns)}")
     others = {name: value for name, value in row.items() if name not in CONVERSATION_KEYS}

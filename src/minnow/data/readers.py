@@ -28,7 +28,7 @@ from minnow.data.records import (
     parse_conversation,
     parse_document,
 )
-from minnow.data.sources import Source, find_sources
+from minnow.data.sources import Source, find_sources, require_unweighted
 from minnow.tokenizer.chat import Conversation, written_texts
 
 Raw = bytes | str | Mapping[str, Any]
@@ -46,9 +46,11 @@ def read_rows(paths: Sequence[str], *, every_column: bool = True) -> Iterator[tu
 
     `every_column`: see `iter_raw`.
 
-    Raises UserError at the first row that is not an object.
+    Raises UserError for a path with a weight, and at the first row that is not an object.
     """
-    for source in find_sources(paths):
+    sources = find_sources(paths)
+    require_unweighted(sources)
+    for source in sources:
         for number, raw in iter_raw(source, every_column=every_column):
             location = f"{source.name}:{number}"
             try:

@@ -95,6 +95,8 @@ def parse_conversation(row: Mapping[str, Any]) -> Conversation:
 def behind_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
     """The messages behind the row's `system`, which some write apart from them. Raises RowError where both differ."""
     system = row.get("system")
+    if isinstance(system, list):
+        system = _content(system, "`system`")
     if not isinstance(system, str) or not system.strip():
         return messages
     if messages and messages[0].role == "system":
@@ -143,10 +145,11 @@ def check_order(messages: tuple[Message, ...]) -> None:
     answers = [message for message in messages if message.role == "assistant"]
     if not answers:
         raise RowError("no supervised token: the conversation has no assistant message")
-    if not any(m.content.strip() or m.tool_calls or m.reasoning_content for m in answers):
-        raise RowError("no supervised token: every assistant message is empty")
-    if not any(m.weight for m in answers):
+    learnt = [message for message in answers if message.weight]
+    if not learnt:
         raise RowError("no supervised token: every assistant message has weight 0")
+    if not any(m.content.strip() or m.tool_calls or m.reasoning_content for m in learnt):
+        raise RowError("no supervised token: every assistant message is empty or has weight 0")
 
 
 def parse_message(item: Any, number: int) -> Message:
@@ -161,7 +164,7 @@ def parse_message(item: Any, number: int) -> Message:
     role = _ROLES[written.lower()]
     value = item.get("content", item.get("value"))
     if written.lower() == "function_call":  # ShareGPT writes a call as a turn of its own
-        return Message(role=role, content="", tool_calls=_tool_calls(value, where))
+        return Message(role, "", None, _tool_calls(value, where), _weight(item, where))
     calls = _tool_calls(item.get("tool_calls"), where) if role == "assistant" else ()
     if value is None and not calls:
         raise RowError(f"{where} ({role}) has no `content`")
@@ -173,12 +176,16 @@ def parse_message(item: Any, number: int) -> Message:
         thought, content = _split_reasoning(content)
     else:
         thought = checked_text(reasoning, f"`reasoning_content` of {where}")
+    return Message(role, content, thought or None, calls, _weight(item, where))
+
+
+def _weight(item: Mapping[str, Any], where: str) -> float:
     weight = 1 if item.get("weight") is None else item["weight"]
     if weight not in (0, 1):
         raise RowError(
             f"`weight` of {where} must be 0 (not to be learnt) or 1, it is {json.dumps(weight, default=str)}"
         )
-    return Message(role, content, thought or None, calls, float(weight))
+    return float(weight)
 
 
 def _split_reasoning(content: str) -> tuple[str, str]:

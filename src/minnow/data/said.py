@@ -28,10 +28,10 @@ class Said:
     talk: str
     """What rows are compared by: `text` without the system messages, which whole data sets share. Neither has tools."""
     answers: str
-    """The part of `talk` that is learnt: the assistants' messages, both answers of a pair, a prompt's right answer.
-    Rows about one long passage differ only here. "" for a text, which is learnt whole."""
+    """The part of `talk` that is learnt: the assistants' messages (but those of weight 0), both answers of a pair, a
+    prompt's right answer. Rows about one long passage differ only here. "" for a text, which is learnt whole."""
     digest: bytes
-    """16 bytes, the same for rows that say exactly the same, whatever format they came in."""
+    """16 bytes, the same for rows that say exactly the same and teach the same of it, whatever format they came in."""
 
 
 def read_said(row: Mapping[str, Any]) -> Said:
@@ -46,7 +46,8 @@ def read_said(row: Mapping[str, Any]) -> Said:
                 raise
             return _of_prompt(row)  # it ends with the user: nothing to train on yet, but something to practise on
         messages = conversation.messages
-        return _said("conversation", messages, _words(m for m in messages if m.role == "assistant"), conversation)
+        learnt = _words(m for m in messages if m.role == "assistant" and m.weight)
+        return _said("conversation", messages, learnt, conversation)
     if any(row.get(key) is not None for key in ("prompt", "question")):
         return _of_prompt(row)
     text = parse_document(row).text
@@ -71,7 +72,8 @@ def _said(kind: RowKind, messages: Sequence[Message], answers: str, *parts: Conv
     if extra:
         talk = f"{talk}\n{extra}"
     system = _words(message for message in messages if message.role == "system")
-    digest = _digest(b"\0".join([kind.encode(), *map(canonical, parts), extra.encode()]))
+    weights = bytes(message.weight > 0 for message in messages)  # `canonical` leaves them out
+    digest = _digest(b"\0".join([kind.encode(), *map(canonical, parts), extra.encode(), weights]))
     return Said(kind, f"{system}\n{talk}" if system else talk, talk, answers, digest)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from minnow.config import UserError
+from minnow.config import UserError, first_line
 
 # What a model folder and minnow's exports consist of: nothing else that lies there is published.
 FILES = ("*.json", "*.safetensors", "*.jinja", "README.md", "curves.png", "*.gguf", "Modelfile", "onnx/*")
@@ -27,9 +27,9 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
     except LocalTokenNotFoundError as error:
         raise UserError("the Hugging Face Hub does not know you: run `hf auth login`, or set HF_TOKEN") from error
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
-        raise UserError(f"{repo}: the Hugging Face Hub refused ({str(error).strip().splitlines()[0]})") from error
+        raise UserError(f"{repo}: the Hugging Face Hub refused ({first_line(error)})") from error
     except Exception as error:  # a network that fails raises what the hub's own HTTP client raises, by version another
         raise UserError(
-            f"{repo}: nothing was published, the Hugging Face Hub cannot be reached ({error or type(error).__name__})"
+            f"{repo}: nothing was published, the Hugging Face Hub cannot be reached ({first_line(error)})"
         ) from error
     return str(commit.repo_url)

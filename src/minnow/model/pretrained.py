@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minnow.config import UserError
+from minnow.config import UserError, first_line
 from minnow.disk import opened_to_others, told_when_full
 from minnow.json_file import read_json
 from minnow.model.adapter import (
@@ -238,9 +238,8 @@ def resolve_model_folder(model: str | Path) -> Path:
         patterns = ["*.json", "*.safetensors", "*.jinja", "*.txt"]
         folder = Path(snapshot_download(str(model), allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"{model}: no such folder here, and the Hugging Face Hub could not give it ({reason})"
+            f"{model}: no such folder here, and the Hugging Face Hub could not give it ({first_line(error)})"
         ) from error
     if not is_model_folder(folder):
         raise UserError(f"{model}: the Hub has it, but without a config.json")

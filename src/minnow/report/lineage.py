@@ -37,7 +37,7 @@ class Run:
 def stage_folders(run: Path) -> list[Path]:
     """The runs inside a run of several stages, in the order they were made.
 
-    By their config.yaml, which is written once: a folder changes with whatever is written into it later.
+    By their config.yaml, which is written as a stage begins: a folder changes with whatever is written into it later.
     """
     folders = [folder for folder in run.iterdir() if (folder / "config.yaml").exists()]
     return sorted(folders, key=lambda folder: (folder / "config.yaml").stat().st_mtime_ns)

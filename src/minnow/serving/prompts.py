@@ -27,11 +27,12 @@ def tool_schema(tool: Tool) -> dict[str, Any]:
 
 def require_fit(prompt_ids: Sequence[int], context: int, param: str, *, answered: bool = True) -> None:
     """APIError 400 that names both lengths when the prompt leaves no room for an answer, if it is `answered`."""
-    if len(prompt_ids) + answered > context:
+    room, what, shared = (context - 1, "prompt", ", prompt and answer together") if answered else (context, "text", "")
+    if len(prompt_ids) > room:
         raise APIError(
             400,
-            f"This model's maximum context length is {context} tokens{', prompt and answer together' * answered}. "
-            f"However, your {'prompt' if answered else 'text'} has {len(prompt_ids)} tokens. Please shorten it.",
+            f"This model's maximum context length is {context} tokens{shared}. However, your {what} has "
+            f"{len(prompt_ids)} tokens. Please shorten it.",
             param=param,
             code="context_length_exceeded",
         )

@@ -10,6 +10,7 @@ from minnow.console import plain_console
 from minnow.evaluation import Subject, TaskOptions, evaluate, make_tasks
 from minnow.evaluation.evaluate import show, write_results, write_rows
 from minnow.evaluation.long_context import trained_length
+from minnow.evaluation.registry import TASKS
 from minnow.model.context import ContextConfig
 from minnow.model.pretrained import resolve_model_folder
 from minnow.model.quantize import QuantizeConfig, load_quantized, saving
@@ -72,7 +73,9 @@ def run(config: Config) -> None:
     if config.max_rows is not None and config.max_rows < 1:
         raise UserError(f"--max_rows {config.max_rows}: give 1 or more, or leave it out for all rows")
     names = config.tasks if config.judge is None or "judge" in config.tasks else (*config.tasks, "judge")
-    for option, tasks_that_read in READ_BY.items():
+    # What a task of somebody's own reads is not known here.
+    ours = all(name in TASKS and TASKS[name].__module__.startswith("minnow.") for name in names)
+    for option, tasks_that_read in READ_BY.items() if ours else ():
         if getattr(config, option) not in (None, ()) and not set(tasks_that_read) & set(names):
             raise UserError(f"--{option} is read only by {', '.join(tasks_that_read)}: name one of them among --tasks")
     folder = resolve_model_folder(config.model)

@@ -202,14 +202,14 @@ def build_app(
 
 def _listen(host: str, port: int) -> socket.socket:
     """A socket at that address, taken before the models load. UserError where it cannot be had."""
+    if not 0 <= port < 2**16:
+        raise UserError(f"--port {port}: ports are 0 to 65535 (0: any that is free)")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     # Named TCP, or asyncio leaves Nagle's algorithm on: the first token would wait 40 ms for the client's word that
     # the head of the answer has come.
     listening = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        if not 0 <= port < 2**16:
-            raise UserError(f"--port {port}: ports are 0 to 65535 (0: any that is free)")
         listening.bind((host, port))
     except OSError as error:
         raise UserError(f"cannot listen at {host} port {port} ({error.strerror}): choose another --port") from error

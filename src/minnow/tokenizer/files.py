@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from minnow.config import UserError
+from minnow.config import UserError, first_line
 from minnow.disk import atomic_write
 from minnow.json_file import read_json
 from minnow.tokenizer.roles import Roles, read_roles
@@ -104,8 +104,9 @@ def _download(hub_id: str) -> Path:
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{hub_id}: neither a folder here nor a model on the Hugging Face Hub ({reason})") from error
+        raise UserError(
+            f"{hub_id}: neither a folder here nor a model on the Hugging Face Hub ({first_line(error)})"
+        ) from error
     if not _is_tokenizer(folder):
         raise UserError(f"{hub_id}: the Hub has it, but without a tokenizer.json")
     return folder

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from minnow.config import UserError
+from minnow.data.preparation import num_cores
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import first_to_say, in_torchrun, only_first_speaks, process_group
 from minnow.training.hardware import choose_device
@@ -26,6 +27,7 @@ SHUTDOWN_SECONDS = 600
 # A folder where the processes that `launch` starts note that they failed. After a signal its agent tells only of the
 # signal, and a run that could not save must not look like one that has.
 FAILURES = "MINNOW_FAILURES"
+LAUNCHER = "MINNOW_LAUNCHER"  # the id of the process that runs `launch`
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -64,8 +66,10 @@ def _stop_without_launcher() -> None:
 
     Without it the processes would go on in the background, and keep the run's folder locked. Linux only.
     """
-    if FAILURES in os.environ and sys.platform == "linux":
+    if LAUNCHER in os.environ and sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != int(os.environ[LAUNCHER]):  # it was killed before, while this process was still importing
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _note_failure(code: int | None) -> None:
@@ -107,7 +111,7 @@ def launch(words: Sequence[str], processes: int, restarts: int) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(SHUTDOWN_SECONDS))
     # torch 2.13's agent lends its store to the processes: those of a restart would find the dead ones' addresses in it.
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, num_cores() // processes)))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -119,7 +123,7 @@ def launch(words: Sequence[str], processes: int, restarts: int) -> int:
         max_restarts=restarts,
     )
     with tempfile.TemporaryDirectory(prefix="minnow-") as failures:
-        os.environ[FAILURES] = failures
+        os.environ |= {FAILURES: failures, LAUNCHER: str(os.getpid())}
         try:
             elastic_launch(config, sys.executable)("-m", "minnow", *words)
         except ChildFailedError as failed:
@@ -130,5 +134,5 @@ def launch(words: Sequence[str], processes: int, restarts: int) -> int:
             # One that could not save (2) leaves the others without a connection (1).
             return max(codes, default=128 + int(stopped.sigval))
         finally:
-            del os.environ[FAILURES]
+            del os.environ[FAILURES], os.environ[LAUNCHER]
     return 0

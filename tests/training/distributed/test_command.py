@@ -89,7 +89,23 @@ def test_a_failure_after_a_signal_is_no_saved_stop(
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")  # launch sets it where it is missing
     assert launch.launch(["pretrain"], 2, 0) == code
-    assert launch.FAILURES not in os.environ
+    assert not {launch.FAILURES, launch.LAUNCHER} & set(os.environ)
+
+
+def test_the_processes_share_the_cores_also_where_nobody_tells_which_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a Mac, where os has no sched_getaffinity."""
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # so that it is put back afterwards
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    seen: list[str] = []
+
+    def elastic_launch(config: LaunchConfig, program: str) -> Callable[..., None]:
+        return lambda *words: seen.append(os.environ["OMP_NUM_THREADS"])
+
+    monkeypatch.setattr("torch.distributed.launcher.api.elastic_launch", elastic_launch)
+    assert launch.launch(["pretrain"], 4, 0) == 0
+    assert seen == ["3"]
 
 
 @pytest.mark.parametrize("failures", [[(0, 2), (1, 1)], [(1, 1), (0, 2)], [(0, 1), (1, 2)]])
@@ -117,6 +133,22 @@ def test_after_a_signal_what_a_user_can_mend_counts(
     monkeypatch.setattr(Path, "write_text", full)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     assert launch.launch(["pretrain"], 2, 0) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent was killed")
+def test_a_process_whose_launcher_was_killed_while_it_was_importing_ends() -> None:
+    """The kernel tells of no death that came before it was asked to."""
+    script = """
+import os
+from minnow.training.launch import LAUNCHER, _stop_without_launcher
+for launcher in (os.getppid(), os.getpid()):
+    os.environ[LAUNCHER] = str(launcher)
+    _stop_without_launcher()
+    print("goes on", flush=True)
+"""
+    program = [sys.executable, "-c", script]
+    done = subprocess.run(program, env=environment(), capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout) == (-signal.SIGTERM, "goes on\n"), done.stderr
 
 
 def test_a_note_that_cannot_be_left_does_not_hide_the_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from minnow.data.pond.stories import PondDocument, statement_documents
 from minnow.data.pond.tools import calculator_conversations, tool_conversations
 from minnow.data.pond.world import Split, World
 from minnow.data.records import conversation_row
-from minnow.disk import told_when_full
+from minnow.disk import opened_to_others, told_when_full
 from minnow.tokenizer.chat import Conversation
 
 ENGLISH_SHARE = 0.5  # of the documents; English ones are longer
@@ -139,7 +139,7 @@ def write_pond(
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         counts = {name: _write_rows(temporary / name, rows) for name, rows in files.items()}
-        temporary.chmod(0o755)
+        opened_to_others(temporary)
         if folder.exists():
             shutil.rmtree(folder)
         temporary.rename(folder)
