@@ -258,6 +258,13 @@ def test_template_asks_for_reasoning_only_of_a_model_that_was_taught_to(tmp_path
     assert texts[1].endswith("<think>\n")
 
 
+def test_the_command_s_thinking_reaches_the_file(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    assert cli.main(["export", str(folder), "--to", "gguf", "--thinking", "true"]) == 0
+    stored = fields(folder / "model-f16.gguf")["tokenizer.chat_template"]
+    assert stored == chat_template()
+
+
 def test_every_type_has_its_error_and_its_size(tmp_path: Path) -> None:
     """Root mean square error against the bound of the format: half a step of a uniform grid is step / sqrt(12)."""
     folder = tiny_model(tmp_path)
