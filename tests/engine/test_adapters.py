@@ -13,6 +13,7 @@ from minnow.engine.engine import Engine
 from minnow.engine.sampling import SamplingParams
 from minnow.model.lora import LoraConfig, add_lora
 from minnow.model.pretrained import load_pretrained, save_pretrained
+from minnow.model.switched import AdapterChoice, SwitchedLinear
 
 SETTINGS = {
     "plain": LoraConfig(rank=4),
@@ -88,6 +89,32 @@ def test_the_model_itself_stays_the_base(folders: dict[str, Path], tmp_path: Pat
     save_pretrained(engine.model, tmp_path / "saved")
     for name, tensor in load_pretrained(tmp_path / "saved").state_dict().items():
         assert torch.equal(tensor, base.state_dict()[name])
+
+
+def test_a_new_adapter_of_a_name_is_the_only_one_and_drops_nothing_out(folders: dict[str, Path]) -> None:
+    """The earlier one's layers that it has not are the base's again; dropout is of training only."""
+    engine = served(folders)
+    engine.adapters.put("plain", engine.adapters.read(folders["dora"]))
+    switched = {name: m.adapters for name, m in engine.model.named_modules() if isinstance(m, SwitchedLinear)}
+    having = {name for name, adapters in switched.items() if "plain" in adapters}
+    assert having
+    assert having == {name for name in switched if name.endswith((".q_proj", "mlp.down_proj"))}
+    assert not any(adapter.training for adapters in switched.values() for adapter in adapters.values())
+
+
+def test_a_choice_is_over_with_its_pass_even_after_an_error() -> None:
+    """What nobody chooses for goes through the base alone: tokens of an earlier pass have no say."""
+    choice, found = AdapterChoice(), {}
+
+    def step() -> None:
+        with choice.of([("a", 2), (None, 3), ("a", 1), ("b", 1)], torch.device("cpu")):
+            found.update({name: places.tolist() for name, places in choice.places.items()})
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        step()
+    assert found == {"a": [0, 1, 5], "b": [6]}
+    assert choice.places == {}
 
 
 def test_refused(folders: dict[str, Path]) -> None:

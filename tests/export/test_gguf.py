@@ -11,17 +11,19 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from export_models import ARCHITECTURES, EXPERTS, MIXED, reference_logits, small_tokenizer, tiny_model
+from export_models import ARCHITECTURES, CORPUS, EXPERTS, MIXED, reference_logits, small_tokenizer, tiny_model
 from safetensors.torch import load_file, save_file
-from tokenizers import Regex, decoders, models, pre_tokenizers
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from minnow import cli
 from minnow.config import UserError
 from minnow.export.gguf_file import GGUF_TYPES, encode, write_gguf
 from minnow.export.gguf_tokenizer import LLAMA3_PATTERN, pre_tokenizer
+from minnow.export.template import model_name
 from minnow.model.config import RopeScaling
 from minnow.model.lora import LoraConfig, add_lora
 from minnow.model.pretrained import load_pretrained, save_pretrained
+from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.bytelevel import GPT2_PATTERN, QWEN2_PATTERN
 from minnow.tokenizer.template import chat_template
 
@@ -105,6 +107,7 @@ SOFTMAX, SIGMOID = gguf.ExpertGatingFuncType.SOFTMAX, gguf.ExpertGatingFuncType.
         ("qwen3 moe", "qwen3moe", {}),
         # What llama.cpp's Qwen3-MoE cannot do, its GLM-4-MoE does with a softmax.
         ("qwen3 moe, one expert a token", "glm4moe", {"used_count": 1, "weights_norm": False}),
+        ("qwen3 moe, first layer dense", "glm4moe", {"leading_dense_block_count": 1}),
         (
             "glm4 moe",
             "glm4moe",
@@ -141,6 +144,57 @@ def test_the_experts_are_in_the_header(name: str, architecture: str, changes: di
     assert stored["blk.1.ffn_gate_exps.weight"] == gguf.GGMLQuantizationType.F16
 
 
+def test_what_a_qwen3_moe_lacks_of_a_glm4_moe_is_written_as_nothing(tmp_path: Path) -> None:
+    """In its sparse layers alone: a selection bias or a shared expert that is not zero would be another model."""
+    write_gguf(tiny_model(tmp_path, **ARCHITECTURES["qwen3 moe, first layer dense"]), tmp_path / "x.gguf", "f32")
+    stored = {t.name: t.data for t in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    added = {name: data for name, data in stored.items() if "shexp" in name or "exp_probs_b" in name}
+    assert {name: data.shape for name, data in added.items()} == {
+        "blk.1.exp_probs_b.bias": (4,),
+        "blk.1.ffn_gate_shexp.weight": (32, 64),
+        "blk.1.ffn_up_shexp.weight": (32, 64),
+        "blk.1.ffn_down_shexp.weight": (64, 32),
+    }
+    assert not any(data.any() for data in added.values())
+    assert stored["blk.0.ffn_gate.weight"].shape == (96, 64)  # the dense layer's own
+
+
+def test_a_tokenizer_that_ends_every_text_with_a_token_says_so(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    end = "<|im_end|>"
+    sequence = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": end, "type_id": 0}}]
+    definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    definition["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": sequence,
+        "pair": [*sequence, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {end: {"id": end, "ids": [small_tokenizer().im_end_id], "tokens": [end]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    write_gguf(folder, tmp_path / "x.gguf", "f16")
+    found = fields(tmp_path / "x.gguf")
+    assert found["tokenizer.ggml.add_bos_token"] is False
+    assert found["tokenizer.ggml.add_eos_token"] is True
+
+
+def test_a_base_model_s_tokenizer_has_no_end_of_turn(tmp_path: Path) -> None:
+    """Nor need it have chat tokens; begin and filler are config.json's, the id 0 too."""
+    plain = tokenizers.Tokenizer(models.BPE())
+    plain.pre_tokenizer, plain.decoder = GPT2, decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    special = ["<filler>", "<|endoftext|>", "<begin>"]
+    plain.train_from_iterator(CORPUS, trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet))
+    folder = tiny_model(tmp_path, tokenizer=Tokenizer(plain))
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    ids = {"bos_token_id": 2, "eos_token_id": 1, "pad_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(config | ids), encoding="utf-8")
+    write_gguf(folder, tmp_path / "x.gguf", "f16")
+    found = fields(tmp_path / "x.gguf")
+    ends = [found.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding")]
+    assert ends == [2, 1, None, 0]
+    assert "tokenizer.chat_template" not in found
+
+
 def test_where_a_text_begins_and_ends_follows_the_files(tmp_path: Path) -> None:
     """A tokenizer that begins every text with a token, and a config.json with several ends."""
     folder = tiny_model(tmp_path)
@@ -164,6 +218,29 @@ def test_where_a_text_begins_and_ends_follows_the_files(tmp_path: Path) -> None:
     assert found["tokenizer.ggml.add_eos_token"] is False
 
 
+def test_a_begin_that_only_tokenizer_config_adds_is_added_by_llama_cpp_too(tmp_path: Path) -> None:
+    """minnow begins texts with it; the file said that nothing is added, and named config.json's token."""
+    folder = tiny_model(tmp_path)
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    config |= {"add_bos_token": True, "bos_token": "<|im_start|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    write_gguf(folder, tmp_path / "x.gguf", "f16")
+    found = fields(tmp_path / "x.gguf")
+    assert found["tokenizer.ggml.add_bos_token"] is True
+    assert found["tokenizer.ggml.bos_token_id"] == Tokenizer.from_pretrained(folder).start_id
+    assert found["tokenizer.ggml.bos_token_id"] == small_tokenizer().im_start_id
+
+
+def test_a_model_has_the_name_by_which_it_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a run, of a folder wherever one stands, and of the Hub: there it was the hash of a commit."""
+    assert model_name(tmp_path / "runs" / "fish" / "model") == "fish"
+    assert model_name(tmp_path / "pond") == "pond"
+    assert model_name(tmp_path / "models--somebody--small-fish" / "snapshots" / "0123abcd") == "small-fish"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert model_name(Path()) == "here"
+
+
 def test_template_asks_for_reasoning_only_of_a_model_that_was_taught_to(tmp_path: Path) -> None:
     """llama.cpp sets `enable_thinking` by default, and a model without the habit would answer into the block."""
     import jinja2
@@ -181,6 +258,13 @@ def test_template_asks_for_reasoning_only_of_a_model_that_was_taught_to(tmp_path
     assert texts[1].endswith("<think>\n")
 
 
+def test_the_command_s_thinking_reaches_the_file(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    assert cli.main(["export", str(folder), "--to", "gguf", "--thinking", "true"]) == 0
+    stored = fields(folder / "model-f16.gguf")["tokenizer.chat_template"]
+    assert stored == chat_template()
+
+
 def test_every_type_has_its_error_and_its_size(tmp_path: Path) -> None:
     """Root mean square error against the bound of the format: half a step of a uniform grid is step / sqrt(12)."""
     folder = tiny_model(tmp_path)
@@ -192,6 +276,8 @@ def test_every_type_has_its_error_and_its_size(tmp_path: Path) -> None:
         sizes[kind] = write_gguf(folder, tmp_path / f"{kind}.gguf", kind).bytes
         stored = {t.name: t for t in gguf.GGUFReader(tmp_path / f"{kind}.gguf").tensors}
         assert stored["blk.0.attn_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
+        named = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"  # what llama.cpp and the Hub show
+        assert fields(tmp_path / f"{kind}.gguf")["general.file_type"] == gguf.LlamaFileType[named]
         if kind in steps:
             assert stored["token_embd.weight"].tensor_type == gguf.GGMLQuantizationType.Q8_0
         tensor = stored["blk.0.ffn_gate.weight"]
@@ -203,6 +289,13 @@ def test_every_type_has_its_error_and_its_size(tmp_path: Path) -> None:
         if kind in steps:
             assert relative > 0.7 * bound, kind
     assert list(sizes.values()) == sorted(sizes.values(), reverse=True)
+
+
+def test_a_head_of_its_own_stays_at_8_bits_like_the_embedding(tmp_path: Path) -> None:
+    write_gguf(tiny_model(tmp_path, tie_word_embeddings=False), tmp_path / "x.gguf", "q4_0")
+    stored = {tensor.name: tensor.tensor_type for tensor in gguf.GGUFReader(tmp_path / "x.gguf").tensors}
+    kinds = [stored[f"{name}.weight"].name for name in ("token_embd", "output", "blk.0.attn_q")]
+    assert kinds == ["Q8_0", "Q8_0", "Q4_0"]
 
 
 def test_q8_0_by_hand() -> None:
@@ -255,16 +348,18 @@ def test_rope_scalings(tmp_path: Path) -> None:
     assert factors[0] == pytest.approx(1 / ((1 - 0.5155) / 4 + 0.5155), rel=1e-4)
     assert factors[-1] == pytest.approx(4.0)
 
-    scaling = RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=16, beta_fast=16.0)
-    with pytest.raises(UserError, match="beta_fast"):
-        write_gguf(tiny_model(tmp_path, rope_scaling=scaling), tmp_path / "x.gguf")
+    for other in ({"beta_fast": 16.0}, {"beta_slow": 2.0}):
+        scaling = RopeScaling(type="yarn", factor=4.0, original_max_position_embeddings=16, **other)
+        with pytest.raises(UserError, match="beta_fast and beta_slow as 32 and 1"):
+            write_gguf(tiny_model(tmp_path, rope_scaling=scaling), tmp_path / "x.gguf")
     scaling = RopeScaling(type="llama3", factor=4.0, original_max_position_embeddings=16)
     with pytest.raises(UserError, match="for Llama models only"):
         write_gguf(tiny_model(tmp_path, rope_scaling=scaling), tmp_path / "x.gguf")
 
 
-def test_what_llama_cpp_has_no_place_for_is_refused(tmp_path: Path) -> None:
-    folder = tiny_model(tmp_path, attention_bias=True, attention_output_bias=True)
+@pytest.mark.parametrize("more", [{}, ARCHITECTURES["qwen3 moe"]], ids=["dense", "experts"])
+def test_what_llama_cpp_has_no_place_for_is_refused(more: dict[str, Any], tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path, attention_bias=True, attention_output_bias=True, **more)
     with pytest.raises(UserError, match="no bias on o_proj"):
         write_gguf(folder, tmp_path / "x.gguf")
 

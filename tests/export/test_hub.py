@@ -76,6 +76,31 @@ def test_the_copy_of_a_hub_model_is_not_pushed(
     assert not (cached / "README.md").exists()
 
 
+def test_what_is_written_of_a_hub_model_lies_here_under_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it in the Hub client's copy, which has a commit's hash for a name."""
+    cached = tmp_path / "models--somebody--small" / "snapshots" / "0123abcd"
+    cached.parent.mkdir(parents=True)
+    tiny_model(tmp_path).rename(cached)
+    before = sorted(cached.iterdir())
+    monkeypatch.setattr(export, "resolve_model_folder", lambda model: cached)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert cli.main(["export", "somebody/small", "--to", "ollama", "--type", "q8_0"]) == 0
+    assert sorted(file.name for file in Path("small").iterdir()) == ["Modelfile", "model-q8_0.gguf"]
+    assert "ollama create small -f" in capsys.readouterr().out
+    assert sorted(cached.iterdir()) == before
+
+
+def test_every_export_brings_the_card_up_to_date_and_the_hub_s_names_the_repository(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path)
+    assert cli.main(["export", str(folder), "--to", "gguf"]) == 0
+    assert "somebody/fish" not in (folder / "README.md").read_text(encoding="utf-8")
+    assert cli.main(["export", str(folder), "--to", "hub", "somebody/fish"]) == 0
+    assert "somebody/fish" in (folder / "README.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("error", "message"),
     [

@@ -111,6 +111,36 @@ def test_only_a_model_that_reasons_is_offered_with_thinking() -> None:
     assert "@" not in go_template(thinking=True) + go_template(thinking=False)
 
 
+@pytest.mark.parametrize(("thinking", "think"), [(False, False), (True, False), (True, True)])
+def test_an_answer_opens_as_in_the_jinja_template(thinking: bool, think: bool) -> None:
+    """The one choice in it is read off here, for want of Go: an open think block only for who asks for reasoning."""
+    opening = go_template(thinking=thinking).rpartition("<|im_start|>assistant\n")[2]
+    opening = re.sub(r"\{\{ if not \.Think \}\}(.*?)\{\{ end \}\}", "" if think else r"\1", opening, flags=re.DOTALL)
+    expected = jinja([said("user", "a")], [], think=think).rpartition("<|im_start|>assistant\n")[2]
+    assert opening.startswith(expected + "{{")
+
+
+def test_only_thoughts_behind_the_last_question_are_kept() -> None:
+    choice = re.escape("assistant\n{{ if and .Thinking (gt $i $lastUser) }}")
+    choice += r"(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}\{\{ \.Content"
+    found = re.search(choice, go_template(thinking=True), re.DOTALL)
+    assert found is not None
+    kept, dropped = found[1].replace("{{ .Thinking }}", "why"), found[2]
+    turn = [said("user", "a"), said("assistant", "b", thinking="why")]
+    assert f"assistant\n{kept}b" in jinja(turn, [], think=True)
+    assert f"assistant\n{dropped}b" in jinja([*turn, said("user", "c")], [], think=True)
+
+
+def test_a_model_that_reasons_is_written_with_both_templates_open(tmp_path: Path) -> None:
+    """The Modelfile's, and the one in the GGUF file, which other programs read."""
+    import gguf
+
+    write_ollama(tiny_model(tmp_path), tmp_path / "out", thinking=True)
+    assert ".Thinking" in (tmp_path / "out" / "Modelfile").read_text(encoding="utf-8")
+    stored = gguf.GGUFReader(tmp_path / "out" / "model-f16.gguf").fields["tokenizer.chat_template"].contents()
+    assert stored == chat_template()
+
+
 def test_tool_calls_can_be_recognised() -> None:
     """ollama takes the first text inside `if .ToolCalls` for the tag that starts a call."""
     after = go_template(thinking=True).split("{{- if .ToolCalls }}", 1)

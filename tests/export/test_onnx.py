@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from export_models import ARCHITECTURES, mean_divergence, reference_greedy, reference_logits, tiny_model
+import torch
+from export_models import ARCHITECTURES, EXPERTS, mean_divergence, reference_greedy, reference_logits, tiny_model
 from onnx_model import OnnxModel
 
 from minnow import cli
+from minnow.export import onnx_file
+from minnow.export.onnx_decoder import OnnxDecoder
 from minnow.export.onnx_file import quantise, write_onnx
+from minnow.model.pretrained import load_pretrained
 
 IDS = [0, 5, 300, 7, 7, 120, 33, 250, 1, 90, 60]
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    # A base of its own: nothing that another test computed can stand in for what the export leaves behind.
-    folder = tiny_model(tmp_path_factory.mktemp("onnx"), rope_theta=12_345.0)
+    # A base of its own: nothing that another test computed can stand in for what the export leaves behind. The first
+    # layer is dense and the second has experts, so that one export (seconds) shows both.
+    experts = EXPERTS["qwen3 moe, first layer dense"]
+    folder = tiny_model(tmp_path_factory.mktemp("onnx"), rope_theta=12_345.0, **experts)
     assert cli.main(["export", str(folder), "--to", "onnx"]) == 0
     return folder, folder / "onnx" / "model.onnx"
 
@@ -79,6 +86,7 @@ def test_greedy(exported: tuple[Path, Path]) -> None:
 
 
 def test_int8_is_smaller_and_close(exported: tuple[Path, Path], tmp_path: Path) -> None:
+    """Of a mixture too: onnxruntime stumbled over its routers, and `--type int8` ended in a traceback."""
     folder, path = exported
     small = tmp_path / "int8.onnx"
     quantise(path, small)
@@ -87,6 +95,46 @@ def test_int8_is_smaller_and_close(exported: tuple[Path, Path], tmp_path: Path) 
     assert small.stat().st_size < 0.7 * path.stat().st_size  # the graph itself weighs something here
     divergence = mean_divergence(reference_logits(folder, IDS), OnnxModel(small).logits(IDS))
     assert 0 < divergence < 0.02
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_of_a_fixed_graph_compute_what_the_mixture_does(name: str, tmp_path: Path) -> None:
+    """What is traced for every kind of router, without the seconds of an export; in pieces, as the cache allows."""
+    folder = tiny_model(tmp_path, **EXPERTS[name])
+    decoder, found, at = OnnxDecoder(load_pretrained(folder, dtype=torch.float32)).eval(), [], 0
+    past = [(torch.zeros(1, 2, 0, 16), torch.zeros(1, 2, 0, 16)) for _ in range(2)]
+    for size in (6, 5):
+        ids, places = torch.tensor([IDS[at : at + size]]), torch.arange(at, at + size)[None]
+        at += size
+        with torch.no_grad():
+            logits, past = decoder(ids, torch.ones(1, at, dtype=torch.int64), places, past)
+        found.append(logits[0].numpy())
+    np.testing.assert_allclose(np.concatenate(found), reference_logits(folder, IDS), atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["f32", "int8"])
+def test_weights_beyond_onnx_s_limit_lie_beside_the_graph(
+    kind: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both files come out of the hidden folder where they are written, and nothing else."""
+
+    def export(decoder: OnnxDecoder, path: Path) -> None:
+        path.write_text("graph")
+        path.with_name(f"{path.name}.data").write_text("weights")
+
+    def quantise(graph: Path, path: Path, *, external: bool) -> None:
+        assert external
+        assert graph.read_text() == "graph"
+        path.write_text("small graph")
+        path.with_name(f"{path.name}.data").write_text("small weights")
+
+    monkeypatch.setattr(onnx_file, "_export", export)
+    monkeypatch.setattr(onnx_file, "quantise", quantise)
+    monkeypatch.setattr(onnx_file, "_external", lambda decoder: True)
+    write_onnx(tiny_model(tmp_path), tmp_path / "out" / "x.onnx", kind)
+    small = "small " if kind == "int8" else ""
+    written = {file.name: file.read_text() for file in (tmp_path / "out").iterdir()}
+    assert written == {"x.onnx": f"{small}graph", "x.onnx.data": f"{small}weights"}
 
 
 @pytest.mark.slow

@@ -118,6 +118,14 @@ def test_published_models_have_their_size(name):
     assert round((built - NOT_COUNTED.get(name, 0)) / 1e6, digits) == stated
 
 
+@pytest.mark.parametrize("name", ["26m-minimind2", "64m", "198m-a64m", "104m", "145m-a92m"])
+def test_minimind_s_turn_by_its_own_base(name):
+    """The sizes say nothing of it; MiniMind2's norms have an epsilon of their own besides."""
+    assert PRESETS[name].rope_theta == 1e6
+    assert PRESETS[name].max_position_embeddings == 2048
+    assert PRESETS[name].rms_norm_eps == (1e-6 if name in ("64m", "198m-a64m") else 1e-5)
+
+
 @pytest.mark.parametrize("name", sorted(name for name in PRESETS if "-a" in name))
 def test_a_mixture_bears_its_active_size(name):
     active = int(name.split("-a")[1].removesuffix("m"))

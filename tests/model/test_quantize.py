@@ -146,6 +146,23 @@ def test_loading_rounds_what_is_stored(tmp_path: Path, dtype: torch.dtype | None
     assert not is_quantized(load_quantized(tmp_path / "model", "none"))
 
 
+def test_the_saving_is_beside_the_precision_that_it_would_have_had(tmp_path: Path) -> None:
+    """Against bf16 int8 halves the layers' weights, and does not quarter them."""
+    save_pretrained(tiny_model(), tmp_path / "model")
+    rounded = load_quantized(tmp_path / "model", "int8", dtype=torch.bfloat16)
+    assert unquantized_bytes(rounded) == weight_bytes(load_pretrained(tmp_path / "model", dtype=torch.bfloat16))
+
+
+def test_an_adapter_whose_base_has_moved_is_loaded_onto_the_one_given(tmp_path: Path) -> None:
+    model = tiny_model()
+    add_lora(model, LoraConfig(rank=4), base=str(tmp_path / "gone"))
+    save_pretrained(model, tmp_path / "adapter")
+    save_pretrained(tiny_model(), tmp_path / "base")
+    assert is_quantized(load_quantized(tmp_path / "adapter", "int8", base=tmp_path / "base"))
+    with pytest.raises(UserError, match="gone"):
+        load_quantized(tmp_path / "adapter", "int8")
+
+
 # --- Under adapters ---------------------------------------------------------------------------------------------------
 
 KINDS = {"plain": {}, "dora": {"dora": True}, "some": {"targets": ("q_proj", "layers.1.*_proj")}}

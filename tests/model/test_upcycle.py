@@ -23,6 +23,16 @@ def test_it_starts_as_the_dense_model(experts):
         torch.testing.assert_close(row_logits(mixture, tokens), row_logits(dense, tokens), atol=1e-4, rtol=1e-4)
 
 
+def test_routers_are_drawn_by_the_seed_and_the_precision_is_the_dense_models():
+    dense = tiny_model()
+    dense.compute_dtype = torch.bfloat16
+    first, again, other = (upcycle(dense, ExpertsConfig(**SOFTMAX), seed=seed) for seed in (1, 1, 2))
+    routers = [mixture.model.layers[0].mlp.gate.weight for mixture in (first, again, other)]
+    assert torch.equal(routers[0], routers[1])
+    assert not torch.equal(routers[0], routers[2])
+    assert first.compute_dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from minnow.config import UserError
+from minnow.report.lineage import read_records, read_rollouts
 from minnow.report.long_context import long_context_figure
 from minnow.report.plots import comparison_figure, figures_of, pair_figure, rollout_figure, run_figure, save_figure
 from minnow.stages import report
@@ -141,3 +142,27 @@ def test_the_report_command_draws_files(tmp_path: Path, capsys: pytest.CaptureFi
         report.run(report.Config(run=str(tmp_path / "a"), beside=(str(tmp_path / "b"),)))
     with pytest.raises(UserError, match="holds no metrics.jsonl"):
         report.run(report.Config(run=str(tmp_path / "a"), plot=one, beside=(str(tmp_path),)))
+
+
+def test_the_report_command_draws_what_tells_most_and_the_run_itself_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a run that practised its rollouts, not its loss; beside others it has the first colour."""
+    line = '{"step": 1, "loss": 2.0, "validation_loss": 2.0, "tokens_per_second": 9.0, "mfu": 0.1, "tokens": 5, '
+    line += '"seconds": 1.0, "memory_gb": 1.0, "lr": 0.1, "grad_norm": 1.0}\n'
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text(line)
+        (tmp_path / name / "config.yaml").write_text("run: x\n")
+    drawn: list[Any] = []
+    monkeypatch.setattr(report, "write_report", lambda run: run)
+    monkeypatch.setattr(report, "save_figure", lambda figure, path: drawn.append(figure))
+    report.run(report.Config(run=str(tmp_path / "b"), plot="x.svg", beside=(str(tmp_path / "a"),)))
+    labels = [text.get_text() for text in drawn[0].axes[0].get_legend().get_texts()]
+    assert labels == ["b", "a"]
+    phase = '{"step": 1, "reward": 0.5, "pass@1": 0.5, "pass@4": 0.5, "length": 9.0, "truncated": 0.0, "entropy": 0.4}'
+    (tmp_path / "b" / "rollouts.jsonl").write_text(phase + "\n")
+    report.run(report.Config(run=str(tmp_path / "b"), plot="x.svg"))
+    run = tmp_path / "b"
+    expected = rollout_figure(read_rollouts(run), read_records(run / "metrics.jsonl"), "b")
+    assert [axes.get_title() for axes in drawn[1].axes] == [axes.get_title() for axes in expected.axes]

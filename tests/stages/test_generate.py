@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -21,6 +22,7 @@ def test_continues_the_text_as_the_start_of_a_document(tmp_path: Path, capsys: p
     captured = capsys.readouterr()
     assert captured.out == "xyz小鱼 swims\n"
     assert "tokens/s" in captured.err
+    assert "小鱼" in out.read_text(encoding="utf-8")  # to be read by people too
     result = json.loads(out.read_text(encoding="utf-8"))
     assert result["prompt"] == "xyz"
     assert result["completions"][0]["text"] == "小鱼 swims"
@@ -57,7 +59,35 @@ def test_several_samples_and_a_seed(tmp_path: Path, capsys: pytest.CaptureFixtur
         results.append(json.loads((tmp_path / name).read_text(encoding="utf-8"))["completions"])
     assert results[0] == results[1]
     assert len({tuple(completion["ids"]) for completion in results[0]}) == 3
-    assert "3 of 3" in capsys.readouterr().out
+    assert [completion["finish_reason"] for completion in results[0]] == ["length"] * 3
+    lines = capsys.readouterr().out.splitlines()
+    for number in (1, 2, 3):
+        (first, _) = [n for n, line in enumerate(lines) if f" {number} of 3 " in line]
+        assert lines[first + 1].startswith("the")  # the text that is continued
+
+
+def test_a_stop_string_ends_the_text(tmp_path: Path) -> None:
+    model = save_parrot_model(tmp_path / "model", "小鱼 swims§<|endoftext|>§")
+    out = tmp_path / "out.json"
+    run(Config(model=str(model), prompt="xyz", stop=("swims",), temperature=0.0, json=str(out), device="cpu"))
+    (completion,) = json.loads(out.read_text(encoding="utf-8"))["completions"]
+    assert (completion["text"], completion["finish_reason"]) == ("小鱼 ", "stop")
+
+
+def test_the_speed_is_tokens_in_a_second(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = save_random_model(tmp_path / "model")
+    clock = iter((10.0, 14.0))
+    monkeypatch.setattr("minnow.stages.generate.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    out = tmp_path / "out.json"
+    run(Config(model=str(model), prompt="the", max_tokens=8, ignore_eos=True, json=str(out), device="cpu"))
+    assert json.loads(out.read_text(encoding="utf-8"))["tokens_per_second"] == 2.0
+
+
+def test_nothing_is_waited_for_at_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would read what is typed until Ctrl-D, without a word of that."""
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    with pytest.raises(UserError, match="no text to continue"):
+        run(Config(model="unread", device="cpu"))
 
 
 def test_a_stretched_context_takes_longer_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

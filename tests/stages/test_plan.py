@@ -3,15 +3,18 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from minnow import cli
 from minnow.config import UserError, parse_config
+from minnow.console import plain_console
 from minnow.data.batches import Batch
 from minnow.data.prepare import DataConfig
 from minnow.model.config import ModelConfig
+from minnow.model.experts_config import ExpertsConfig
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, build_optimizers
@@ -135,6 +138,66 @@ def test_a_probe_of_fewer_layers_is_scaled_to_the_whole_model(monkeypatch: pytes
     # 5120 tokens at that pace, and ten updates.
     expected = 5120 / figures.speed.tokens_per_second + 10 * figures.speed.optimizer_seconds
     assert figures.seconds == pytest.approx(expected)
+
+
+EXPERTS = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+
+
+def test_of_a_mixture_only_what_works_on_a_token_is_active() -> None:
+    """Of four experts of 3 x 32 x 16 weights in each of three layers two are idle."""
+    figures = plan(model=dataclasses.replace(SHAPE, experts=EXPERTS))
+    assert figures.parameters - figures.active_parameters == 3 * 2 * 3 * 32 * 16
+
+
+def probe(monkeypatch: pytest.MonkeyPatch, peak: float, **changes: object) -> tuple[CausalLM, tuple[int, ...]]:
+    """The model that is measured on a machine of `peak` FLOP/s, and the shape of its batch."""
+    probed: list[tuple[CausalLM, tuple[int, ...]]] = []
+
+    def speed(model: CausalLM, batch: Batch, **settings: float) -> float:
+        probed.append((model, tuple(batch.tokens_BT.shape)))
+        return 1000.0
+
+    monkeypatch.setattr(plan_module, "matmul_peak", lambda *settings: peak)
+    monkeypatch.setattr(plan_module, "tokens_per_second", speed)
+    monkeypatch.setattr(plan_module, "_update_seconds", lambda *settings: 0.5)
+    plan(probe_seconds=1.0, **changes)
+    return probed[0]
+
+
+def test_the_probe_takes_a_step_as_the_run_would_in_the_seconds_that_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of a second for a step, at a tenth of the peak, is time for 3.5 rows of the 8 here."""
+    more = {"micro_batch_tokens": 512, "precision": "bf16", "gradient_checkpointing": "full"}
+    training = TrainingConfig(**{**vars(TRAINING), **more})
+    affordable = 3.5 * 64 * plan().flops_per_token
+    model, shape = probe(monkeypatch, affordable * 4 / 0.1, training=training)
+    assert shape == (3, 64)
+    assert model.config.num_hidden_layers == 3
+    assert model.config.max_position_embeddings == 64
+    assert (model.compute_dtype, model.gradient_checkpointing) == (torch.bfloat16, "full")
+
+
+def test_a_probe_of_a_mixture_keeps_a_layer_with_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first two layers are dense: they alone would be another model."""
+    experts = dataclasses.replace(EXPERTS, first_k_dense_replace=2)
+    model, _ = probe(monkeypatch, 1e3, model=dataclasses.replace(SHAPE, num_hidden_layers=4, experts=experts))
+    assert model.config.num_hidden_layers == 4
+
+
+def test_the_first_update_only_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter((0.0, 9.0, 10.0, 11.0, 20.0, 21.0, 30.0, 33.0))
+    monkeypatch.setattr(plan_module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    assert plan_module._update_seconds(CausalLM(SHAPE), OptimConfig(), 512) == 1.0
+
+
+def test_the_share_of_the_peak_is_that_of_the_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """5120 tokens at 512 a second are 10 seconds; at the peak they would be 2.5."""
+    figures = plan()
+    speed = plan_module.Speed(tokens_per_second=512.0, optimizer_seconds=0.0)
+    figures = dataclasses.replace(figures, speed=speed, matmul_peak=figures.flops / 2.5)
+    plan_module._print(figures, plain_console())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "the run would use 25%" in shown
+    assert "about 10 seconds" in shown
 
 
 def test_bf16_keeps_a_copy_of_the_matrices() -> None:

@@ -19,6 +19,7 @@ from minnow.data.batches import Share
 from minnow.engine.engine import MAX_ROWS
 from minnow.engine.packed import packed_bytes
 from minnow.model.config import ModelConfig
+from minnow.model.experts_config import ExpertsConfig
 from minnow.model.lora import LoraConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.reward_model import RewardModel
@@ -94,6 +95,26 @@ def test_ppo_has_a_critic_of_its_own(start: Path, tmp_path: Path) -> None:
     assert figures["keys_and_values"] == 2 * 128 * 64 * (2 * 2 * 16 * 4)
     parts = figures["policy"]["activations"] + sum(figures["policy"][k] for k in ("weights", "gradients", "optimizer"))
     assert figures["total"] == parts + figures["reference"] + figures["critic"] + figures["keys_and_values"]
+
+
+def test_a_critic_learns_by_adamw_whatever_the_policy_learns_by(start: Path, tmp_path: Path) -> None:
+    adamw, muon = (planned(start, tmp_path / "plan.json", "ppo", "--optim.optimizer", o) for o in ("adamw", "muon"))
+    assert muon["policy"]["optimizer"] < adamw["policy"]["optimizer"]
+    assert muon["critic"] == adamw["critic"]
+
+
+def test_without_a_kl_term_there_is_no_reference(start: Path, tmp_path: Path) -> None:
+    nothing = ["--algorithm.loss.kl_coef", "0", "--algorithm.kl_reward_coef", "0", "--algorithm.measure_kl", "false"]
+    assert planned(start, tmp_path / "plan.json", "grpo", *nothing)["reference"] == 0
+
+
+def test_a_mixture_is_not_copied_for_compiled_rollouts(tmp_path: Path) -> None:
+    experts = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
+    model, tokenizer = tiny()
+    mixture = CausalLM(dataclasses.replace(model.config, experts=experts))
+    save_pretrained(mixture, tmp_path / "model", tokenizer=tokenizer)
+    figures = planned(tmp_path / "model", tmp_path / "plan.json", "grpo", "--training.compile", "on")
+    assert figures["packed_copy"] == 0
 
 
 def test_an_engine_plays_no_more_episodes_at_once_than_it_has_rows(start: Path, tmp_path: Path) -> None:

@@ -126,6 +126,43 @@ def test_it_ends_with_the_run(
     assert "finished" in capsys.readouterr().out
 
 
+def test_without_a_terminal_one_look_is_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A log or a pipe would be filled with frames, for as long as the run lasts."""
+    write_run(tmp_path / "run", 4)
+
+    def sleep(seconds: float) -> None:
+        raise AssertionError("it looks again")
+
+    monkeypatch.setattr("minnow.stages.watch.time", SimpleNamespace(sleep=sleep, time=time.time))
+    assert cli.main(["watch", str(tmp_path / "run")]) == 0
+    assert "running" in capsys.readouterr().out
+
+
+def test_ctrl_c_leaves_it_without_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run(tmp_path / "run", 4)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+
+    def sleep(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minnow.stages.watch.time", SimpleNamespace(sleep=sleep, time=time.time))
+    assert cli.main(["watch", str(tmp_path / "run")]) == 0
+
+
+@pytest.mark.parametrize(("age", "state"), [(250, "running"), (350, "stalled")])
+def test_a_run_without_a_stall_detector_stands_still_after_five_minutes(age: int, state: str, tmp_path: Path) -> None:
+    write_run(tmp_path / "run", 4)
+    file = tmp_path / "run" / "heartbeat.json"
+    beat = json.loads(file.read_text()) | {"stall_seconds": 0.0, "time": time.time() - age}
+    file.write_text(json.dumps(beat))
+    (view,) = Watch(tmp_path / "run").look()
+    assert view.state == state
+    assert view.age >= age
+
+
 def test_no_such_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["watch", str(tmp_path / "none"), "--once"]) == 2
     assert "there is no such run" in capsys.readouterr().err

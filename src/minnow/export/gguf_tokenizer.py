@@ -18,7 +18,7 @@ import tokenizers
 
 from minnow.config import UserError
 from minnow.json_file import read_json
-from minnow.tokenizer.bytelevel import GPT2_PATTERN, QWEN2_PATTERN, components, is_control
+from minnow.tokenizer.bytelevel import GPT2_PATTERN, QWEN2_PATTERN, components
 from minnow.tokenizer.tokenizer import Tokenizer
 
 LLAMA3_PATTERN = QWEN2_PATTERN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
@@ -106,6 +106,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int, templa
     # llama.cpp takes token 11 for what is not written, so begin, end and filler always are.
     end = _first(config.get("eos_token_id"), tokenizer.end_of_text_id)
     begin = _first(config.get("bos_token_id"), tokenizer.end_of_text_id)
+    if tokenizer.roles.adds_bos:  # by tokenizer.json or by tokenizer_config.json
+        begin = tokenizer.start_id
     ids: list[tuple[Callable[[int], None], int]] = [
         (writer.add_eos_token_id, end),
         (writer.add_bos_token_id, begin),
@@ -115,8 +117,8 @@ def add_tokenizer(writer: gguf.GGUFWriter, folder: Path, vocab_size: int, templa
         ids.append((writer.add_eot_token_id, tokenizer.im_end_id))
     for add, index in ids:
         add(index)
-    writer.add_add_bos_token(_adds(definition, begin, 0))
-    writer.add_add_eos_token(_adds(definition, end, -1))
+    writer.add_add_bos_token(tokenizer.roles.adds_bos)
+    writer.add_add_eos_token(_adds_at_the_end(definition, end))
     if template is not None:
         writer.add_chat_template(template)
     return pre.note
@@ -133,9 +135,8 @@ def _tokens(definition: dict[str, Any], vocab_size: int) -> tuple[list[str], lis
     for token, index in definition["model"]["vocab"].items():
         tokens[index], types[index] = token, int(gguf.TokenType.NORMAL)
     for added in definition["added_tokens"]:
-        hidden = added["special"] and is_control(added)
         tokens[added["id"]] = added["content"]
-        types[added["id"]] = int(gguf.TokenType.CONTROL if hidden else gguf.TokenType.USER_DEFINED)
+        types[added["id"]] = int(gguf.TokenType.CONTROL if added["special"] else gguf.TokenType.USER_DEFINED)
     return tokens, types
 
 
@@ -146,7 +147,7 @@ def _first(ids: int | list[int] | None, otherwise: int) -> int:
     return otherwise if ids is None else ids
 
 
-def _adds(definition: dict[str, Any], index: int, place: int) -> bool:
-    """Whether the tokenizer puts token `index` at the start (0) or end (-1) of every text by itself."""
+def _adds_at_the_end(definition: dict[str, Any], index: int) -> bool:
+    """Whether the tokenizer puts token `index` behind every text by itself."""
     added = tokenizers.Tokenizer.from_str(json.dumps(definition)).encode("x").ids
-    return len(added) > 1 and added[place] == index
+    return len(added) > 1 and added[-1] == index

@@ -87,12 +87,19 @@ def quantise(graph: Path, path: Path, *, external: bool = False) -> None:
 
     external: keep the weights in a file of their own, which graphs beyond 2 GB must.
     """
+    import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    model = onnx.load(graph)
+    # onnxruntime turns a router's matrix round under its old name, and then stumbles over what was said of its shape.
+    weights = {weight.name for weight in model.graph.initializer}
+    said = [value for value in model.graph.value_info if value.name not in weights]
+    del model.graph.value_info[:]
+    model.graph.value_info.extend(said)
     with _quiet():
         # Unsigned weights: a product of signed ones overflows 16 bits on CPUs without VNNI.
         quantize_dynamic(
-            graph,
+            model,
             path,
             weight_type=QuantType.QUInt8,
             op_types_to_quantize=["MatMul", "Gemm", "Gather"],

@@ -6,8 +6,10 @@ from pathlib import Path
 
 
 def model_name(folder: Path) -> str:
-    """A model's name: its folder's, or its run's where the folder is a run's `model/`."""
+    """A model's name: its folder's, its run's where the folder is a run's `model/`, or the Hub's name of it."""
     folder = folder.resolve()
+    if folder.parent.name == "snapshots":  # as the Hub's client keeps it: models--OWNER--NAME/snapshots/COMMIT
+        return folder.parents[1].name.rpartition("--")[2]
     return folder.parent.name if folder.name == "model" else folder.name
 
 
