@@ -105,7 +105,7 @@ def run(config: Config) -> None:
         console.print(
             f"A token reads {size / 1e6:.0f} MB of weights; memory gives that {bound:,.0f} times a second: one stream "
             f"runs at {figures['bandwidth_share']:.0%} of the bound. {figures['dtype']} on {device.type}, "
-            f"{figures['threads']} threads.",
+            f"threads: {figures['threads']}.",
         )
     if config.json is not None:
         with atomic_write(Path(config.json)) as temporary:

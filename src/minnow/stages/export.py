@@ -58,6 +58,7 @@ def run(config: Config) -> None:
         )
     if config.to == "hub" and (config.rope_scaling or config.factor):
         raise UserError("--rope-scaling changes what gguf, ollama and onnx write; --to hub uploads the folder as it is")
+    _refuse_unread(config)
     folder = resolve_model_folder(config.model)
     # Where the folder is a copy that the Hub's client keeps, nothing is written into it.
     home = folder if Path(config.model).exists() else Path(config.model.rpartition("/")[2])
@@ -66,6 +67,17 @@ def run(config: Config) -> None:
     ways = {"gguf": _gguf, "ollama": _ollama, "onnx": _onnx, "hub": _hub}
     with told_when_full(config.out or home):
         ways[config.to](config, folder, home, console)
+
+
+def _refuse_unread(config: Config) -> None:
+    for option, given, ways in (
+        ("thinking", config.thinking, ("gguf", "ollama")),
+        ("private", config.private, ("hub",)),
+        ("type", config.type, ("gguf", "ollama", "onnx")),
+        ("out", config.out, ("gguf", "ollama", "onnx")),
+    ):
+        if given and config.to not in ways:
+            raise UserError(f"--{option} is for --to {' and '.join(ways)}: with {config.to} it would change nothing")
 
 
 def _gguf(config: Config, folder: Path, home: Path, console: Console) -> None:
