@@ -106,8 +106,11 @@ def test_every_export_brings_the_card_up_to_date_and_the_hub_s_names_the_reposit
     [
         (LocalTokenNotFoundError("no token"), "run `hf auth login`"),
         (HFValidationError("Repo id must be in the form ..."), "refused (Repo id must be in the form"),
-        (httpx.ConnectError("Name or service not known"), "cannot be reached (Name or service not known)"),
-        (httpx.ReadTimeout(""), "cannot be reached (ReadTimeout)"),
+        (
+            httpx.ConnectError("Name or service not known"),
+            "the upload to the Hugging Face Hub failed (Name or service not known)",
+        ),
+        (httpx.ReadTimeout(""), "the upload to the Hugging Face Hub failed (ReadTimeout)"),
     ],
 )
 def test_refusals_are_told_in_a_line(

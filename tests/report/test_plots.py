@@ -124,13 +124,18 @@ def test_runs_of_reinforcement_are_compared_by_their_held_out_reward() -> None:
     assert drawn == {"rl": [0.25, 0.5], "again": [0.25, 0.5]}
 
 
-def test_the_report_command_draws_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def write_runs(folder: Path, *names: str) -> None:
+    """Runs of one update."""
     line = '{"step": 1, "loss": 2.0, "validation_loss": 2.0, "tokens_per_second": 9.0, "mfu": 0.1, "tokens": 5, '
     line += '"seconds": 1.0, "memory_gb": 1.0, "lr": 0.1, "grad_norm": 1.0}\n'
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text(line)
-        (tmp_path / name / "config.yaml").write_text("run: x\n")
+    for name in names:
+        (folder / name).mkdir()
+        (folder / name / "metrics.jsonl").write_text(line)
+        (folder / name / "config.yaml").write_text("run: x\n")
+
+
+def test_the_report_command_draws_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_runs(tmp_path, "a", "b")
     one, both = str(tmp_path / "one.svg"), str(tmp_path / "both.png")
     report.run(report.Config(run=str(tmp_path / "a"), plot=one))
     report.run(report.Config(run=str(tmp_path / "a"), plot=both, beside=(str(tmp_path / "b"),)))
@@ -148,12 +153,7 @@ def test_the_report_command_draws_what_tells_most_and_the_run_itself_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a run that practised its rollouts, not its loss; beside others it has the first colour."""
-    line = '{"step": 1, "loss": 2.0, "validation_loss": 2.0, "tokens_per_second": 9.0, "mfu": 0.1, "tokens": 5, '
-    line += '"seconds": 1.0, "memory_gb": 1.0, "lr": 0.1, "grad_norm": 1.0}\n'
-    for name in ("b", "a"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "metrics.jsonl").write_text(line)
-        (tmp_path / name / "config.yaml").write_text("run: x\n")
+    write_runs(tmp_path, "b", "a")
     drawn: list[Any] = []
     monkeypatch.setattr(report, "write_report", lambda run: run)
     monkeypatch.setattr(report, "save_figure", lambda figure, path: drawn.append(figure))

@@ -16,7 +16,7 @@ FILES = ("*.json", "*.safetensors", "*.jinja", "README.md", "curves.png", "*.ggu
 def push(folder: Path, repo: str, *, private: bool = False) -> str:
     """Upload the model in `folder` to `repo` (OWNER/NAME), in one commit; returns its address.
 
-    A missing repository is created. UserError where the Hub refuses.
+    A missing repository is created. UserError where the Hub refuses or the upload fails.
     """
     api = HfApi()
     try:
@@ -29,7 +29,5 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
     except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled) as error:
         raise UserError(f"{repo}: the Hugging Face Hub refused ({first_line(error)})") from error
     except Exception as error:  # a network that fails raises what the hub's own HTTP client raises, by version another
-        raise UserError(
-            f"{repo}: nothing was published, the Hugging Face Hub cannot be reached ({first_line(error)})"
-        ) from error
+        raise UserError(f"{repo}: the upload to the Hugging Face Hub failed ({first_line(error)})") from error
     return str(commit.repo_url)

@@ -131,6 +131,7 @@ def test_a_killed_launcher_leaves_no_process_behind(world: Path, start: Start) -
         assert time.monotonic() < deadline, log.read_text()
         time.sleep(0.05)
     stopped = list_checkpoints(run / "checkpoints")[-1].step
+    assert stopped < LAST
     assert f"stopped at step {stopped};" in log.read_text()
     assert start(command, log).wait(timeout=240) == 0, log.read_text()
     assert f"continuing {run} from step {stopped}" in log.read_text()
