@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from minnow.config import UserError
-from minnow.host_memory import host_memory
+from minnow.host import host_memory
 
 _GIB = 2**30
 # What torch says where it raises no exception of its own kind: a CPU's allocator (Linux, then Windows and macOS),

@@ -15,8 +15,9 @@ from typing import Any
 from minnow.config import UserError
 from minnow.data.encoding import Kind
 from minnow.data.job import DataConfig, find_job
-from minnow.data.preparation import num_cores, prepare_streaming
+from minnow.data.preparation import prepare_streaming
 from minnow.data.prepare_report import PrepareReport
+from minnow.host import num_cores
 from minnow.tokenizer.tokenizer import Tokenizer
 
 

@@ -111,15 +111,15 @@ def _conversation(prompt: list[Any], answer: list[Any]) -> tuple[Message, ...]:
     the two begins with the system message."""
     numbered = enumerate([*prompt, *answer], 1)
     both = [replace(parse_message(item, number), weight=1.0) for number, item in numbered]  # weights are for imitation
-    opening, before = _behind_system_message(both[: len(prompt)])
-    own_opening, messages = _behind_system_message(both[len(prompt) :])
+    opening, before = _split_opening(both[: len(prompt)])
+    own_opening, messages = _split_opening(both[len(prompt) :])
     differ = opening and own_opening and opening != own_opening
     if differ or messages[: len(before)] != before:
         return (*opening, *before, *own_opening, *messages)
     return (*(opening or own_opening), *messages)
 
 
-def _behind_system_message(messages: list[Message]) -> tuple[list[Message], list[Message]]:
+def _split_opening(messages: list[Message]) -> tuple[list[Message], list[Message]]:
     """The system message that stands first, if one does, and the others."""
     length = int(bool(messages) and messages[0].role == "system")
     return messages[:length], messages[length:]

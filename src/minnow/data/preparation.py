@@ -6,7 +6,6 @@ Imports no torch: processes that only prepare need not hold it in memory.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from minnow.data.shard_writer import ShardWriter, finish_folder, write_token_byt
 from minnow.data.windows import WINDOW_SHARDS
 from minnow.data.workers import Workers
 from minnow.disk import atomic_write
+from minnow.host import num_cores
 from minnow.tokenizer.tokenizer import Tokenizer
 
 _POLL_SECONDS = 1.0
@@ -277,11 +277,6 @@ class _OpenShard:
 
     def finish(self) -> dict[str, Any]:
         return {side: writer.finish() for side, writer in self.sides.items()}
-
-
-def num_cores() -> int:
-    """Return the cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _sum(entries: Sequence[Any]) -> Tally:

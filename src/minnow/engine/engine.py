@@ -28,7 +28,7 @@ from minnow.engine.sampling import SamplingParams
 from minnow.engine.scheduler import Scheduler
 from minnow.engine.sequence import Request, Sequence
 from minnow.engine.varlen_runner import VarlenRunner
-from minnow.host_memory import host_memory
+from minnow.host import host_memory
 from minnow.model.context import AS_TRAINED, ContextConfig
 from minnow.model.lora import Quantization
 from minnow.model.pretrained import resolve_model_folder

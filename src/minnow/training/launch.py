@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from minnow.config import UserError
-from minnow.data.preparation import num_cores
+from minnow.host import num_cores
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import first_to_say, in_torchrun, only_first_speaks, process_group
 from minnow.training.hardware import choose_device

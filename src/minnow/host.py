@@ -1,4 +1,4 @@
-"""How much memory this process may use on its host."""
+"""What this process may use of its host: cores and memory."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from pathlib import Path
 
 _LIMITS = ("memory.max", "memory/memory.limit_in_bytes")
 """Where a container finds its own limit, in cgroups v2 and v1."""
+
+
+def num_cores() -> int:
+    """Return the cores that this process may use; all there are on a system that does not tell (macOS)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def host_memory(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minnow.host_memory import host_memory
+from minnow.host import host_memory
 
 MACHINE = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
