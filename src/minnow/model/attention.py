@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minnow.model.cpu_attention import cpu_causal_attention
 from minnow.transfer import to_device
 
 # torch prefers cuDNN's attention on Hopper and Blackwell, and that one takes a tenth of a second or more to plan for
@@ -35,6 +36,9 @@ class Attention(Protocol):
 
 def causal_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
     """Every query sees the keys up to its own place: softmax(q k / sqrt(d)) v, heads grouped (GQA)."""
+    if q_BTHd.device.type == "cpu" and q_BTHd.dtype == torch.bfloat16:
+        attended: Tensor = cpu_causal_attention(q_BTHd, k_BTKd, v_BTKd)
+        return attended
     grouped = q_BTHd.shape[2] != k_BTKd.shape[2]
     if grouped and q_BTHd.is_cuda and not has_flash_attention(q_BTHd.device, q_BTHd.dtype):
         # Flash attention alone among torch's kernels takes grouped heads: without it all scores would be held at once.

@@ -23,6 +23,7 @@ _EXPENSIVE = frozenset(
         "aten::_scaled_dot_product_efficient_attention",
         "aten::_scaled_dot_product_cudnn_attention",
         "torch_attn::_varlen_attn",
+        "minnow::cpu_causal_attention",
     }
 )
 
