@@ -112,6 +112,16 @@ def test_a_token_sees_only_its_own_past():
     assert not torch.allclose(before[:, 12:], after[:, 12:])
 
 
+def test_bf16_on_a_cpu_goes_through_plain_products():
+    q, k, v = (torch.randn(2, 9, heads, 8) for heads in (6, 2, 2))
+    called = []
+    for dtype in (torch.float32, torch.bfloat16):
+        with CountedProducts() as count:
+            causal_attention(q.to(dtype), k.to(dtype), v.to(dtype))
+        called.append((count.attentions, count.torchs))
+    assert called == [(1, 1), (1, 0)]
+
+
 def gradients(model: CausalLM, tokens: torch.Tensor) -> list[torch.Tensor]:
     loss = row_logits(model, tokens).log_softmax(-1)[..., 0].mean()
     return list(torch.autograd.grad(loss, list(model.parameters())))
@@ -122,18 +132,22 @@ class CountedProducts(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.products = self.attentions = 0
+        self.products = self.attentions = self.torchs = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
         self.products += name == "aten::mm"
-        self.attentions += name.startswith("aten::_scaled_dot_product") and "backward" not in name
+        attention = name.startswith(("aten::_scaled_dot_product", "minnow::cpu_causal_attention"))
+        self.attentions += attention and "backward" not in name
+        self.torchs += name.startswith("aten::_scaled_dot_product")
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[[24], [24]], [[5, 19], [24]]])
-def test_gradient_checkpointing_changes_nothing_but_what_is_computed_again(lengths):
+def test_gradient_checkpointing_changes_nothing_but_what_is_computed_again(lengths, dtype):
     model = tiny_model()
+    model.compute_dtype = dtype
     tokens, positions, cu_seqlens, _ = packed(lengths)
     gradients, products, attentions = {}, {}, {}
     for mode in ("off", "selective", "full"):

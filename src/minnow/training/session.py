@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import nn
 
 from minnow.config import UserError, config_to_yaml
+from minnow.cpu import keep_freed_memory
 from minnow.disk import atomic_write
 from minnow.model.adapter import is_adapter
 from minnow.model.lora import LoraConfig, add_lora
@@ -89,6 +90,8 @@ class Machine:
 
         What is trained is held in fp32; frozen matrices need no master and are held in the compute dtype.
         """
+        if self.device.type == "cpu":
+            keep_freed_memory()
         model.to(torch.float32)
         for parameter in model.parameters():
             if not parameter.requires_grad and parameter.ndim > 1 and parameter.is_floating_point():
