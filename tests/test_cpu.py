@@ -134,7 +134,7 @@ print(torch.get_num_threads(), inside, threads(), compute())
 FAULTS = """
 import resource, torch
 from minnow.cpu import keep_freed_memory
-{call}
+keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
@@ -148,9 +148,6 @@ print(faults())
 
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_kept_memory_is_not_mapped_again() -> None:
-    """128 MB taken and left ten times: 327,680 pages of 4 KB, which by default are all mapped anew."""
-    kept, given_back = (
-        int(subprocess.run([sys.executable, "-c", FAULTS.format(call=call)], capture_output=True, check=True).stdout)
-        for call in ("keep_freed_memory()", "")
-    )
-    assert 10 * kept < given_back  # counted in pages of 2 MB where the system gives those
+    """128 MB taken and left ten times: 327,680 pages of 4 KB, which by default are nearly always all mapped anew."""
+    faults = int(subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, check=True).stdout)
+    assert faults < 100

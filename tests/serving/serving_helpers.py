@@ -19,6 +19,7 @@ from fastapi import FastAPI
 from minnow.engine import Engine
 from minnow.engine.async_engine import AsyncEngine
 from minnow.serving import ServedModel, ServingConfig, create_app
+from minnow.serving.connection import KEEP_ALIVE_SECONDS
 
 
 @dataclass
@@ -64,7 +65,9 @@ def running_app(app: FastAPI) -> Iterator[Running]:
     """Serve an application at a free port until the block ends."""
     listening = socket.socket()
     listening.bind(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", timeout_keep_alive=KEEP_ALIVE_SECONDS, timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listening])))
     thread.start()
     try:

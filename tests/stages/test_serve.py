@@ -16,8 +16,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import openai
 import pytest
 import torch
+import uvicorn
 
 from minnow.config import UserError
 from minnow.engine import Engine, SamplingParams
@@ -121,6 +123,20 @@ def test_a_connection_sends_at_once(tmp_path: Path) -> None:
         server.close()
 
     asyncio.run(connect())
+
+
+def test_an_idle_connection_outlives_the_client_s_wish_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When both give it up after the same time, a request just then meets a connection being closed."""
+    configs: list[uvicorn.Config] = []
+
+    async def stop(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        configs.append(server.config)
+
+    monkeypatch.setattr(uvicorn.Server, "serve", stop)
+    run(Config(models=(str(save_random_model(tmp_path / "m")),), port=0, device="cpu"))
+    expiry = openai.DEFAULT_CONNECTION_LIMITS.keepalive_expiry
+    assert expiry is not None
+    assert configs[0].timeout_keep_alive > expiry
 
 
 def test_it_serves_and_drains(tmp_path: Path) -> None:

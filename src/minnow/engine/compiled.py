@@ -89,6 +89,7 @@ class CompiledDecode:
             with self._while_compiling(), warnings.catch_warnings():
                 # The table of rotary frequencies is cached, and may be: it depends on its arguments alone.
                 warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+                warnings.filterwarnings("ignore", message="TypedStorage is deprecated")  # inductor uses it itself
                 return self._step(*self._parts, *inputs)
         except Exception as error:
             warnings.warn(f"the decode step could not be compiled and runs as it is: {error}", stacklevel=2)

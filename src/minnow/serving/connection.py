@@ -16,6 +16,10 @@ from minnow.serving.errors import APIError, as_api_error
 
 R = TypeVar("R")
 
+KEEP_ALIVE_SECONDS = 60
+"""How long an idle connection stays open. OpenAI's client keeps one for 5 seconds, which is uvicorn's default too: a
+request after just that time met a connection being closed."""
+
 
 class EventStream(StreamingResponse):
     """Server-sent events as OpenAI sends them: `data: JSON`, an empty line, `data: [DONE]` in the end.

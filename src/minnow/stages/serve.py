@@ -24,6 +24,7 @@ from minnow.model.context import ContextConfig
 from minnow.model.pretrained import read_config, resolve_model_folder
 from minnow.model.quantize import QuantizeConfig
 from minnow.serving import ServedModel, ServingConfig, create_app
+from minnow.serving.connection import KEEP_ALIVE_SECONDS
 from minnow.serving.security import LOOPBACK
 from minnow.stages.terminal import note_foreign_template
 from minnow.training.hardware import DeviceName, Precision, choose_device, choose_precision
@@ -93,6 +94,7 @@ def run(config: Config) -> None:
             app,
             log_level="warning",
             server_header=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
             timeout_graceful_shutdown=config.drain_seconds,
         )
     )
