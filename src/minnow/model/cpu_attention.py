@@ -27,10 +27,11 @@ def cpu_causal_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tens
 
     One operation to whoever looks on: selective checkpointing keeps what it returns, and nothing of its inside.
     """
-    out_BTHd = torch.empty_like(q_BTHd, memory_format=torch.contiguous_format)
+    scale = q_BTHd.shape[-1] ** -0.5
+    out_BTHd = _shape(q_BTHd)
     for lot in _lots(q_BTHd):
         q_bKGTd, out_bKGTd = (_grouped(x[lot], k_BTKd.shape[2]) for x in (q_BTHd, out_BTHd))
-        k_STd, v_STd = (_rows(x[lot]) for x in (k_BTKd, v_BTKd))
+        k_STd, v_STd = _rows(k_BTKd[lot]) * scale, _rows(v_BTKd[lot])
         for queries, seen in _blocks(q_BTHd.shape[1]):
             probabilities_SRE = _probabilities(_rows_of(q_bKGTd, queries), k_STd[:, seen], queries)
             out_bKGQd = out_bKGTd[..., queries, :]
@@ -48,10 +49,11 @@ def cpu_causal_attention_backward(
     dS = P * (dP - rowsum(P * dP)),  dQ = dS K / sqrt(d),  dK = dS^T Q / sqrt(d).
     """
     scale = q_BTHd.shape[-1] ** -0.5
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BTHd, k_BTKd, v_BTKd)]
+    key_heads = k_BTKd.shape[2]
+    grad_q_BTHd, grad_k_BTKd, grad_v_BTKd = _shapes(grad_BTHd, q_BTHd, k_BTKd, v_BTKd)
     for lot in _lots(q_BTHd):
-        q_bKGTd, grad_bKGTd, grad_q_bKGTd = (_grouped(x[lot], k_BTKd.shape[2]) for x in (q_BTHd, grad_BTHd, grads[0]))
-        k_STd, v_STd = (_rows(x[lot]) for x in (k_BTKd, v_BTKd))
+        q_bKGTd, grad_bKGTd, grad_q_bKGTd = (_grouped(x[lot], key_heads) for x in (q_BTHd, grad_BTHd, grad_q_BTHd))
+        k_STd, v_STd = _rows(k_BTKd[lot]) * scale, _rows(v_BTKd[lot])  # so the products with k, dQ too, are divided
         # Every block of queries adds to the same keys: not in bf16.
         sum_dtype = torch.promote_types(k_STd.dtype, torch.float32)
         grad_k_STd, grad_v_STd = (torch.zeros_like(x, dtype=sum_dtype) for x in (k_STd, v_STd))
@@ -64,22 +66,19 @@ def cpu_causal_attention_backward(
             grad_q_bKGQd = grad_q_bKGTd[..., queries, :]
             grad_q_bKGQd.copy_((grad_SRE @ k_STd[:, seen]).view(grad_q_bKGQd.shape))
             grad_k_STd[:, seen] += grad_SRE.mT @ q_SRd
-        for grad_BTKd, grad_STd in ((grads[1], grad_k_STd), (grads[2], grad_v_STd)):
-            grad_bKTd = grad_BTKd[lot].transpose(1, 2)
-            grad_bKTd.copy_(grad_STd.view(grad_bKTd.shape))
-    grads[0] *= scale
-    grads[1] *= scale
-    return grads[0], grads[1], grads[2]
+        grad_k_BTKd[lot] = (grad_k_STd * scale).unflatten(0, (-1, key_heads)).transpose(1, 2)
+        grad_v_BTKd[lot] = grad_v_STd.unflatten(0, (-1, key_heads)).transpose(1, 2)
+    return grad_q_BTHd, grad_k_BTKd, grad_v_BTKd
 
 
 @cpu_causal_attention.register_fake
-def _shape(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
+def _shape(q_BTHd: Tensor, *_: Tensor) -> Tensor:
     return torch.empty_like(q_BTHd, memory_format=torch.contiguous_format)
 
 
 @cpu_causal_attention_backward.register_fake
-def _shapes(grad_BTHd: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
+def _shapes(grad_BTHd: Tensor, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _shape(q_BTHd), _shape(k_BTKd), _shape(v_BTKd)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
@@ -96,7 +95,7 @@ cpu_causal_attention.register_autograd(_backward, setup_context=_save)
 def _lots(q_BTHd: Tensor) -> Iterator[slice]:
     """So many sequences at a time as have SCORES scores in a block."""
     batch, length, heads, _ = q_BTHd.shape
-    size = max(1, SCORES // (heads * min(QUERIES, length) * length))
+    size = max(1, SCORES // max(1, heads * min(QUERIES, length) * length))
     return (slice(start, start + size) for start in range(0, batch, size))
 
 
@@ -123,9 +122,9 @@ def _rows(x_bTKd: Tensor) -> Tensor:
 
 
 def _probabilities(q_SRd: Tensor, k_SEd: Tensor, queries: slice) -> Tensor:
-    """softmax(q k / sqrt(d)) over keys [S, E, d] whose last ones are the queries' own: [S, R, E]."""
+    """softmax(q k) over keys [S, E, d], divided by sqrt(d) before, whose last ones are the queries' own: [S, R, E]."""
     num_queries = queries.stop - queries.start
-    scores_SRE = (q_SRd * q_SRd.shape[-1] ** -0.5) @ k_SEd.mT
+    scores_SRE = q_SRd @ k_SEd.mT
     own_SGQQ = scores_SRE[..., queries].unflatten(1, (-1, num_queries))
     own_SGQQ += scores_SRE.new_full((num_queries, num_queries), float("-inf")).triu_(1)
     return torch.softmax(scores_SRE, dim=-1, out=scores_SRE)
