@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,21 @@ def test_train_then_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert report["texts"][str(data)]["bytes"] == total
     assert report["texts"][str(data)]["tokens"] == sum(len(tokenizer.encode(t)) for t in CORPUS)
     assert set(report["texts"]) == {"English", "Chinese", "code", "numbers", str(data)}
+
+
+def test_a_tokenizer_is_not_lost_unasked(tmp_path: Path) -> None:
+    data, out = write(tmp_path / "a.jsonl", CORPUS), tmp_path / "out"
+    config = tokenizer_train.Config(data=(str(data),), out=str(out), vocab_size=400)
+    tokenizer_train.run(config)
+    smaller = replace(config, vocab_size=300)
+    with pytest.raises(UserError, match="there is a tokenizer; .*--overwrite true"):
+        tokenizer_train.run(smaller)
+    assert Tokenizer.from_pretrained(out).vocab_size == 400
+    tokenizer_train.run(replace(smaller, overwrite=True))
+    assert Tokenizer.from_pretrained(out).vocab_size == 300
+    (out / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="there is a model"):
+        tokenizer_train.run(replace(config, overwrite=True))
 
 
 def test_files_take_turns(tmp_path: Path) -> None:

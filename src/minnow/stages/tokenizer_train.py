@@ -7,12 +7,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import cycle
+from pathlib import Path
 
 from minnow.config import UserError
 from minnow.console import plain_console
 from minnow.data.readers import read_texts
 from minnow.data.sources import find_sources, require_unweighted
 from minnow.disk import atomic_write
+from minnow.model.pretrained import is_model_folder
 from minnow.tokenizer import train_tokenizer
 
 MOST_OPEN = 128
@@ -34,6 +36,8 @@ class Config:
     that none is left out; of more than 128, groups of neighbours do."""
     min_frequency: int = 2
     """How often a pair of tokens must occur to become one token."""
+    overwrite: bool = False
+    """Take the place of a tokenizer that is in the folder: what was trained with that one no longer fits."""
     json: str | None = None
     """File for the figures as JSON."""
 
@@ -55,6 +59,7 @@ class Figures:
 def run(config: Config) -> None:
     """Train, save, and say what came out."""
     console = plain_console()
+    _check_place(Path(config.out), config.overwrite)
     figures = Figures()
     start = time.perf_counter()
     texts = _counted(_in_turn(config.data), figures, config.max_megabytes)
@@ -81,6 +86,14 @@ def run(config: Config) -> None:
     if config.json is not None:
         with atomic_write(config.json) as temporary:
             temporary.write_text(json.dumps(asdict(figures), indent=2) + "\n", encoding="utf-8")
+
+
+def _check_place(folder: Path, overwrite: bool) -> None:
+    """UserError where a tokenizer would be lost that something may have been trained with."""
+    if is_model_folder(folder):
+        raise UserError(f"--out {folder}: there is a model, and with it the tokenizer it reads; give another folder")
+    if (folder / "tokenizer.json").exists() and not overwrite:
+        raise UserError(f"--out {folder}: there is a tokenizer; give another folder, or --overwrite true")
 
 
 def _in_turn(paths: tuple[str, ...]) -> Iterator[str]:
