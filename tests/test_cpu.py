@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import platform
@@ -12,13 +13,14 @@ import threading
 import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from minnow.config import UserError
-from minnow.cpu import cpu_multiplies_bf16_faster, in_passing_thread
+from minnow.cpu import cpu_multiplies_bf16_faster, in_passing_thread, keep_freed_memory
 from minnow.optim.newton_schulz import fast_dtype
 from minnow.training.hardware import choose_precision
 
@@ -82,7 +84,7 @@ def test_ctrl_c_ends_what_is_done_in_passing() -> None:
     """Python ended beside the thread that computed: "terminate called without an active exception", exit code 134."""
     program = """
 import sys, time, torch
-from minnow.cpu import in_passing_thread
+from minnow.cpu import in_passing_thread, keep_freed_memory
 def compute():
     x = torch.randn(300, 300)
     print("begun", flush=True)
@@ -109,7 +111,7 @@ def test_a_passing_thread_leaves_no_threads_of_openmp() -> None:
     """Those of the main thread stay, and would put the next thread's to sleep between its operations."""
     program = """
 import os, time, torch
-from minnow.cpu import in_passing_thread
+from minnow.cpu import in_passing_thread, keep_freed_memory
 def threads():
     return len(os.listdir("/proc/self/task")) - before
 def compute():
@@ -149,5 +151,27 @@ print(faults())
 @pytest.mark.skipif(sys.platform != "linux" or platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
 def test_kept_memory_is_not_mapped_again() -> None:
     """128 MB taken and left ten times: 327,680 pages of 4 KB, which by default are nearly always all mapped anew."""
-    faults = int(subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, check=True).stdout)
-    assert faults < 100
+    assert faults() < 100
+
+
+def test_settings_of_malloc_in_the_environment_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: SimpleNamespace(mallopt=lambda *values: asked.append(values)))
+    monkeypatch.setattr(sys, "platform", "linux")
+    for name in [name for name in os.environ if name.startswith(("MALLOC_", "GLIBC_TUNABLES"))]:
+        monkeypatch.delenv(name)
+    for name, value in (("MALLOC_ARENA_MAX", "2"), ("GLIBC_TUNABLES", "glibc.malloc.trim_threshold=131072")):
+        with monkeypatch.context() as patched:
+            patched.setenv(name, value)
+            keep_freed_memory()
+    assert asked == []
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.rtld.nns=5")
+    keep_freed_memory()
+    assert asked == [(-1, -1), (-3, 32 * 2**20)]
+
+
+def faults() -> int:
+    """Pages mapped by a process of its own, whose environment sets nothing of malloc."""
+    rest = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    ran = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, check=True, env=rest)
+    return int(ran.stdout)

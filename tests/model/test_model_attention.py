@@ -10,6 +10,7 @@ from model_helpers import row_logits, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minnow.config import UserError
+from minnow.model import attention
 from minnow.model.attention import (
     CausalAttention,
     PackedAttention,
@@ -112,14 +113,17 @@ def test_a_token_sees_only_its_own_past():
     assert not torch.allclose(before[:, 12:], after[:, 12:])
 
 
-def test_bf16_on_a_cpu_goes_through_plain_products():
+@pytest.mark.parametrize("fast", [True, False])
+def test_bf16_on_a_cpu_that_is_fast_in_it_goes_through_plain_products(monkeypatch, fast):
+    monkeypatch.setattr(attention, "_multiplies_bf16_fast", lambda: fast)
     q, k, v = (torch.randn(2, 9, heads, 8) for heads in (6, 2, 2))
-    called = []
+    by_torch = []
     for dtype in (torch.float32, torch.bfloat16):
         with CountedProducts() as count:
             causal_attention(q.to(dtype), k.to(dtype), v.to(dtype))
-        called.append((count.attentions, count.torchs))
-    assert called == [(1, 1), (1, 0)]
+        assert count.attentions == 1
+        by_torch.append(count.by_torch)
+    assert by_torch == [1, 0 if fast else 1]
 
 
 def gradients(model: CausalLM, tokens: torch.Tensor) -> list[torch.Tensor]:
@@ -132,20 +136,21 @@ class CountedProducts(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.products = self.attentions = self.torchs = 0
+        self.products = self.attentions = self.by_torch = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func._schema.name
         self.products += name == "aten::mm"
         attention = name.startswith(("aten::_scaled_dot_product", "minnow::cpu_causal_attention"))
         self.attentions += attention and "backward" not in name
-        self.torchs += name.startswith("aten::_scaled_dot_product")
+        self.by_torch += name.startswith("aten::_scaled_dot_product")
         return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("lengths", [[[24], [24]], [[5, 19], [24]]])
-def test_gradient_checkpointing_changes_nothing_but_what_is_computed_again(lengths, dtype):
+def test_gradient_checkpointing_changes_nothing_but_what_is_computed_again(monkeypatch, lengths, dtype):
+    monkeypatch.setattr(attention, "_multiplies_bf16_fast", lambda: True)
     model = tiny_model()
     model.compute_dtype = dtype
     tokens, positions, cu_seqlens, _ = packed(lengths)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minnow.cpu import cpu_multiplies_bf16_faster
 from minnow.model.cpu_attention import cpu_causal_attention
 from minnow.transfer import to_device
 
@@ -36,7 +37,7 @@ class Attention(Protocol):
 
 def causal_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
     """Every query sees the keys up to its own place: softmax(q k / sqrt(d)) v, heads grouped (GQA)."""
-    if q_BTHd.device.type == "cpu" and q_BTHd.dtype == torch.bfloat16:
+    if q_BTHd.device.type == "cpu" and q_BTHd.dtype == torch.bfloat16 and _multiplies_bf16_fast():
         attended: Tensor = cpu_causal_attention(q_BTHd, k_BTKd, v_BTKd)
         return attended
     grouped = q_BTHd.shape[2] != k_BTKd.shape[2]
@@ -183,6 +184,12 @@ class _FromGroups(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
         grad_P = grad_N.index_select(0, ctx.plan.token_of_slot)
         return grad_P.index_fill_(0, ctx.plan.padding, 0), None
+
+
+@cache
+def _multiplies_bf16_fast() -> bool:
+    """Where bf16 is emulated, or its instructions are slow, torch's attention is the faster one."""
+    return cpu_multiplies_bf16_faster()
 
 
 @cache

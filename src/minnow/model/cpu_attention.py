@@ -1,9 +1,9 @@
-"""Causal attention in bf16 on a CPU, out of plain matrix products.
+"""Causal attention for CPUs that multiply bf16 fast, out of plain matrix products.
 
-torch's flash attention for CPUs cuts its work into products too small for the bf16 units of a processor. Here many
-heads are multiplied at once, some queries at a time, so that their scores stay in the caches: twice as fast or more at
-the lengths of most documents, and no slower at any. As in flash attention (2205.14135) no score is kept for the
-backward pass, which computes them again. They are rounded to bf16, where flash attention has them in float32.
+torch's flash attention for CPUs cuts its work into products of a few rows, each with a price of its own in bf16. Here
+many heads are multiplied at once, some queries at a time. As in flash attention (2205.14135) no score is kept for the
+backward pass, which computes them again. They are rounded to bf16, where flash attention has them in float32: with
+scores up to 50 the outputs are a percent off. docs/experiments.md has what it gives at which length.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ QUERIES = 128
 """Queries at a time: with fewer, less of the future is multiplied in vain; with more, the products are larger."""
 
 SCORES = 2**21
-"""Scores at a time, 4 MB."""
+"""Scores at a time, 4 MB, or those of one key head if they are more: about what a processor's caches hold."""
 
 
 @torch.library.custom_op("minnow::cpu_causal_attention", mutates_args=())
@@ -27,15 +27,15 @@ def cpu_causal_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tens
 
     One operation to whoever looks on: selective checkpointing keeps what it returns, and nothing of its inside.
     """
-    scale = q_BTHd.shape[-1] ** -0.5
     out_BTHd = _shape(q_BTHd)
-    for lot in _lots(q_BTHd):
-        q_bKGTd, out_bKGTd = (_grouped(x[lot], k_BTKd.shape[2]) for x in (q_BTHd, out_BTHd))
-        k_STd, v_STd = _rows(k_BTKd[lot]) * scale, _rows(v_BTKd[lot])
-        for queries, seen in _blocks(q_BTHd.shape[1]):
-            probabilities_SRE = _probabilities(_rows_of(q_bKGTd, queries), k_STd[:, seen], queries)
-            out_bKGQd = out_bKGTd[..., queries, :]
-            out_bKGQd.copy_((probabilities_SRE @ v_STd[:, seen]).view(out_bKGQd.shape))
+    q_BKGTd, out_BKGTd = (_grouped(x, k_BTKd.shape[2]) for x in (q_BTHd, out_BTHd))
+    k_BKTd, v_BKTd = k_BTKd.transpose(1, 2), v_BTKd.transpose(1, 2)
+    for lot in _lots(q_BKGTd):
+        k_STd, v_STd = _centred(k_BKTd[lot].flatten(0, 1)), v_BKTd[lot].flatten(0, 1)
+        for queries, seen in _blocks(q_BKGTd.shape[3]):
+            q_SRd = _rows(q_BKGTd[lot], queries)
+            out = out_BKGTd[lot][..., queries, :]
+            out.copy_((_probabilities(q_SRd, k_STd[:, seen], queries) @ v_STd[:, seen]).view(out.shape))
     return out_BTHd
 
 
@@ -48,27 +48,28 @@ def cpu_causal_attention_backward(
     With P the probabilities and dO the gradient given:  dV = P^T dO,  dP = dO V^T,
     dS = P * (dP - rowsum(P * dP)),  dQ = dS K / sqrt(d),  dK = dS^T Q / sqrt(d).
     """
-    scale = q_BTHd.shape[-1] ** -0.5
-    key_heads = k_BTKd.shape[2]
-    grad_q_BTHd, grad_k_BTKd, grad_v_BTKd = _shapes(grad_BTHd, q_BTHd, k_BTKd, v_BTKd)
-    for lot in _lots(q_BTHd):
-        q_bKGTd, grad_bKGTd, grad_q_bKGTd = (_grouped(x[lot], key_heads) for x in (q_BTHd, grad_BTHd, grad_q_BTHd))
-        k_STd, v_STd = _rows(k_BTKd[lot]) * scale, _rows(v_BTKd[lot])  # so the products with k, dQ too, are divided
+    key_heads, scale = k_BTKd.shape[2], k_BTKd.shape[3] ** -0.5
+    grads = grad_q_BTHd, grad_k_BTKd, grad_v_BTKd = _shapes(grad_BTHd, q_BTHd, k_BTKd, v_BTKd)
+    q_BKGTd, grad_BKGTd, grad_q_BKGTd = (_grouped(x, key_heads) for x in (q_BTHd, grad_BTHd, grad_q_BTHd))
+    k_BKTd, v_BKTd, grad_k_BKTd, grad_v_BKTd = (x.transpose(1, 2) for x in (k_BTKd, v_BTKd, grad_k_BTKd, grad_v_BTKd))
+    for lot in _lots(q_BKGTd):
+        # Centred and divided: the rows of dS sum to zero, so dQ is the same with them.
+        k_STd, v_STd = _centred(k_BKTd[lot].flatten(0, 1)), v_BKTd[lot].flatten(0, 1)
         # Every block of queries adds to the same keys: not in bf16.
-        sum_dtype = torch.promote_types(k_STd.dtype, torch.float32)
-        grad_k_STd, grad_v_STd = (torch.zeros_like(x, dtype=sum_dtype) for x in (k_STd, v_STd))
-        for queries, seen in _blocks(q_BTHd.shape[1]):
-            q_SRd, grad_SRd = _rows_of(q_bKGTd, queries), _rows_of(grad_bKGTd, queries)
+        grad_k_STd, grad_v_STd = (torch.zeros_like(x, dtype=_sum_dtype(x)) for x in (k_STd, v_STd))
+        for queries, seen in _blocks(q_BKGTd.shape[3]):
+            q_SRd, grad_SRd = _rows(q_BKGTd[lot], queries), _rows(grad_BKGTd[lot], queries)
             probabilities_SRE = _probabilities(q_SRd, k_STd[:, seen], queries)
             grad_v_STd[:, seen] += probabilities_SRE.mT @ grad_SRd
             grad_SRE = grad_SRd @ v_STd[:, seen].mT
             grad_SRE = torch._softmax_backward_data(grad_SRE, probabilities_SRE, -1, grad_SRE.dtype)
-            grad_q_bKGQd = grad_q_bKGTd[..., queries, :]
-            grad_q_bKGQd.copy_((grad_SRE @ k_STd[:, seen]).view(grad_q_bKGQd.shape))
+            grad_q = grad_q_BKGTd[lot][..., queries, :]
+            grad_q.copy_((grad_SRE @ k_STd[:, seen]).view(grad_q.shape))
             grad_k_STd[:, seen] += grad_SRE.mT @ q_SRd
-        grad_k_BTKd[lot] = (grad_k_STd * scale).unflatten(0, (-1, key_heads)).transpose(1, 2)
-        grad_v_BTKd[lot] = grad_v_STd.unflatten(0, (-1, key_heads)).transpose(1, 2)
-    return grad_q_BTHd, grad_k_BTKd, grad_v_BTKd
+        grad_k, grad_v = grad_k_BKTd[lot], grad_v_BKTd[lot]
+        grad_k.copy_(grad_k_STd.mul_(scale).view(grad_k.shape))
+        grad_v.copy_(grad_v_STd.view(grad_v.shape))
+    return grads
 
 
 @cpu_causal_attention.register_fake
@@ -92,11 +93,19 @@ def _backward(ctx: Any, grad_BTHd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 cpu_causal_attention.register_autograd(_backward, setup_context=_save)
 
 
-def _lots(q_BTHd: Tensor) -> Iterator[slice]:
-    """So many sequences at a time as have SCORES scores in a block."""
-    batch, length, heads, _ = q_BTHd.shape
-    size = max(1, SCORES // max(1, heads * min(QUERIES, length) * length))
-    return (slice(start, start + size) for start in range(0, batch, size))
+def _grouped(x_BTHd: Tensor, key_heads: int) -> Tensor:
+    """The same memory as [B, K, G, T, d]: the G query heads of each key head."""
+    return x_BTHd.unflatten(2, (key_heads, -1)).permute(0, 2, 3, 1, 4)
+
+
+def _lots(q_BKGTd: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Some sequences and key heads at a time, so many as have SCORES scores in a block of queries."""
+    batch, key_heads, group, length, _ = q_BKGTd.shape
+    fitting = max(1, SCORES // max(1, group * min(QUERIES, length) * length))
+    sequences, heads = max(1, fitting // key_heads), min(fitting, key_heads)
+    for first in range(0, batch, sequences):
+        for head in range(0, key_heads, heads):
+            yield slice(first, first + sequences), slice(head, head + heads)
 
 
 def _blocks(length: int) -> Iterator[tuple[slice, slice]]:
@@ -106,25 +115,29 @@ def _blocks(length: int) -> Iterator[tuple[slice, slice]]:
         yield slice(start, end), slice(0, end)
 
 
-def _grouped(x_bTHd: Tensor, key_heads: int) -> Tensor:
-    """The same memory as [b, K, G, T, d]: the G query heads of each key head."""
-    return x_bTHd.unflatten(2, (key_heads, -1)).permute(0, 2, 3, 1, 4)
-
-
-def _rows_of(x_bKGTd: Tensor, queries: slice) -> Tensor:
+def _rows(x_bKGTd: Tensor, queries: slice) -> Tensor:
     """Some queries, those of a group one after another: [S = b * K, R = G * Q, d]."""
     return x_bKGTd[..., queries, :].flatten(2, 3).flatten(0, 1)
 
 
-def _rows(x_bTKd: Tensor) -> Tensor:
-    """Keys or values as [S = b * K, T, d]."""
-    return x_bTKd.transpose(1, 2).flatten(0, 1)
+def _centred(k_STd: Tensor) -> Tensor:
+    """Keys less their mean, divided by sqrt(d).
+
+    What all scores of a query have in common makes no difference to their softmax, and bf16 would round away what sets
+    them apart: biases like Qwen2's shift all by hundreds.
+    """
+    k_STd, dtype = k_STd.to(_sum_dtype(k_STd)), k_STd.dtype
+    return ((k_STd - k_STd.mean(1, keepdim=True)) * k_STd.shape[-1] ** -0.5).to(dtype)
 
 
 def _probabilities(q_SRd: Tensor, k_SEd: Tensor, queries: slice) -> Tensor:
-    """softmax(q k) over keys [S, E, d], divided by sqrt(d) before, whose last ones are the queries' own: [S, R, E]."""
+    """softmax(q k) over keys [S, E, d] whose last ones are the queries' own: [S, R, E]."""
     num_queries = queries.stop - queries.start
     scores_SRE = q_SRd @ k_SEd.mT
-    own_SGQQ = scores_SRE[..., queries].unflatten(1, (-1, num_queries))
-    own_SGQQ += scores_SRE.new_full((num_queries, num_queries), float("-inf")).triu_(1)
+    future_QQ = torch.ones(num_queries, num_queries, dtype=torch.bool, device=scores_SRE.device).triu_(1)
+    scores_SRE[..., queries].unflatten(1, (-1, num_queries)).masked_fill_(future_QQ, float("-inf"))
     return torch.softmax(scores_SRE, dim=-1, out=scores_SRE)
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)

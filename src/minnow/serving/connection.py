@@ -16,9 +16,9 @@ from minnow.serving.errors import APIError, as_api_error
 
 R = TypeVar("R")
 
-KEEP_ALIVE_SECONDS = 60
-"""How long an idle connection stays open. OpenAI's client keeps one for 5 seconds, which is uvicorn's default too: a
-request after just that time met a connection being closed."""
+KEEP_ALIVE_SECONDS = 120
+"""How long an idle connection stays open: longer than clients and proxies usually keep one (OpenAI's client 5 seconds,
+uvicorn's own default too; nginx 60; Go's client 90), or a request just then meets a connection being closed."""
 
 
 class EventStream(StreamingResponse):
