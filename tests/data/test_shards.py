@@ -221,7 +221,8 @@ def test_groups_share_a_row():
             )
             assert sorted(document for document, _, _ in firsts) == [0, 2, 4]
             assert all(sum(sums[d // 2] for d, _, _ in row[::2]) <= size for row in rows_of(plan))
-            orders.add(tuple(document for document, _, _ in firsts))
+            if size == 9:  # a row each, in the order of the seed
+                orders.add(tuple(document for document, _, _ in firsts))
     assert len(orders) > 2, "the seed shuffles"
     (row,) = rows_of(pack_groups(np.array([2, 3, 4, 5, 6, 7]), 3, 21, seed=0))
     assert sorted([row[:3], row[3:]]) == [[(0, 0, 1), (1, 0, 2), (2, 0, 3)], [(3, 0, 4), (4, 0, 5), (5, 0, 6)]]
