@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from shard_helpers import documents_of, write_shards
 
 from minnow.config import UserError
+from minnow.data import packing
 from minnow.data.batches import PackedDataset, Share
 from minnow.data.order import global_batch_rows
-from minnow.data.packing import pack
+from minnow.data.packing import pack, pack_groups
 from minnow.data.shards import Shards
+from minnow.data.shuffle import permutation
 
 
 @pytest.mark.parametrize(("vocab_size", "dtype"), [(1 << 16, np.uint16), ((1 << 16) + 1, np.uint32)])
@@ -126,6 +128,104 @@ def test_unsplit_rows_are_well_filled_and_mix_lengths():
     longest = np.maximum.reduceat(plan.lengths, inner)
     ranks = longest.argsort().argsort()
     assert abs(np.corrcoef(ranks, np.arange(len(ranks)))[0, 1]) < 0.3
+
+
+def packed_naively(lengths, sequence_length, *, split, seed, window):
+    """`pack` in its own words: rows of (document, start, length), without sorted lists."""
+    rows = [
+        [(document, row * sequence_length, sequence_length)]
+        for document, tokens in enumerate(lengths)
+        for row in range(max(0, tokens - 1) // sequence_length)
+    ]
+    order = permutation(len(lengths), seed, 0x9AC4).tolist()
+    rests = [(document, max(0, lengths[document] - 1) % sequence_length) for document in order]
+    waiting = [(d, lengths[d] - 1 - rest, rest) for d, rest in rests if rest]  # (document, start, length) as they come
+    cut = None
+    while waiting or cut:
+        row = [cut or waiting.pop(0)]
+        cut, hole = None, sequence_length - row[0][2]
+        while hole > (sequence_length // 400 if split else 0) and waiting:
+            seen = [(length, place) for place, (_, _, length) in enumerate(waiting[:window])]
+            fitting = [choice for choice in seen if choice[0] <= hole]
+            if not fitting and not split:
+                break
+            document, start, length = waiting.pop(max(fitting or seen)[1])
+            row.append((document, start, min(hole, length)))
+            if length > hole:
+                cut = (document, start + hole, length - hole)
+            hole -= row[-1][2]
+        rows.append(row)
+    return rows
+
+
+def rows_of(plan):
+    pieces = [tuple(map(int, piece)) for piece in zip(plan.documents, plan.starts, plan.lengths, strict=True)]
+    return [pieces[a:b] for a, b in pairwise(plan.row_starts.tolist())]
+
+
+@given(
+    lengths=st.lists(st.integers(0, 60), max_size=40),
+    sequence_length=st.integers(1, 40),
+    seed=st.integers(0, 5),
+    split=st.booleans(),
+    window=st.sampled_from([1, 4, 2048]),
+)
+@settings(max_examples=200, deadline=None)
+def test_packing_is_best_fit_in_the_order_of_the_seed(lengths, sequence_length, seed, split, window):
+    if not split:
+        lengths = [min(n, sequence_length + 1) for n in lengths]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packing, "WINDOW", window)
+        plan = pack(np.array(lengths, dtype=np.int64), sequence_length, split=split, seed=seed)
+    assert rows_of(plan) == packed_naively(lengths, sequence_length, split=split, seed=seed, window=window)
+
+
+def test_holes_that_are_worth_no_cut():
+    # A row of 800 may stay open by 800 / 400 = 2 positions where documents can be cut; where not, all is filled.
+    for seed in range(4):
+        plan = pack(np.array([799, 799]), 800, split=True, seed=seed)  # 798 positions each: holes of 2
+        assert plan.lengths.tolist() == [798, 798]
+        plan = pack(np.array([798, 798]), 800, split=True, seed=seed)  # 797 each: a hole of 3
+        assert plan.lengths.tolist() == [797, 3, 794]
+        assert pack(np.array([799, 3]), 800, split=False, seed=seed).num_rows == 1  # 798 + 2
+        assert pack(np.array([799, 2]), 800, split=False, seed=seed).num_rows == 1  # 798 + 1
+    assert pack(np.array([0, 1]), 800, split=True, seed=0).fill == 0.0, "no document has a position"
+
+
+def test_a_plan_is_written_down():
+    """A change here, or another numpy, must not silently reorder a resumed run."""
+    plan = pack(np.arange(5000) * 37 % 120 + 2, 100, split=True, seed=3)
+    inner = rows_of(plan)[1000:1004]
+    assert inner == [
+        [(2981, 0, 18), (4773, 0, 82)],
+        [(4438, 0, 47), (2716, 0, 53)],
+        [(1339, 100, 4), (1475, 0, 96)],
+        [(3078, 0, 7), (356, 0, 93)],
+    ]
+    assert rows_of(pack(np.arange(5000) * 37 % 120 + 2, 100, split=True, seed=4))[1000:1004] != inner
+
+
+def test_groups_share_a_row():
+    # Positions: three pairs of 4 + 3, 2 + 4 and 3 + 1, so 7, 6 and 4 of a row.
+    lengths, sums = np.array([5, 4, 3, 5, 4, 2]), [7, 6, 4]
+    orders = set()
+    for seed in range(8):
+        for size, num_rows in ((7, 3), (9, 3), (10, 2), (11, 2), (17, 1)):  # 10 = 6 + 4, 11 = 7 + 4, 17 is all
+            plan = pack_groups(lengths, 2, size, seed=seed)
+            assert plan.num_rows == num_rows
+            firsts = [piece for row in rows_of(plan) for piece in row][::2]
+            assert all(
+                row[place : place + 2] == [(d, 0, int(lengths[d]) - 1) for d in (row[place][0], row[place][0] + 1)]
+                for row in rows_of(plan)
+                for place in range(0, len(row), 2)
+            )
+            assert sorted(document for document, _, _ in firsts) == [0, 2, 4]
+            assert all(sum(sums[d // 2] for d, _, _ in row[::2]) <= size for row in rows_of(plan))
+            if size == 9:  # a row each, in the order of the seed
+                orders.add(tuple(document for document, _, _ in firsts))
+    assert len(orders) > 2, "the seed shuffles"
+    (row,) = rows_of(pack_groups(np.array([2, 3, 4, 5, 6, 7]), 3, 21, seed=0))
+    assert sorted([row[:3], row[3:]]) == [[(0, 0, 1), (1, 0, 2), (2, 0, 3)], [(3, 0, 4), (4, 0, 5), (5, 0, 6)]]
 
 
 def test_batch_by_hand(tmp_path):

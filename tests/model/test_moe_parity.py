@@ -27,6 +27,7 @@ from transformers import AutoModelForCausalLM, Glm4MoeConfig, Glm4MoeForCausalLM
 from minnow.config import UserError
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
+from minnow.model.stacking import stack_experts, unstack_experts
 
 NO_RESET = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SOFTMAX = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
@@ -172,6 +173,35 @@ def test_experts_are_stored_one_by_one(tmp_path):
     assert again.config.tie_word_embeddings
     assert again.lm_head is None
     assert again.model.layers[1].mlp.gate.e_score_correction_bias.dtype == torch.float32
+
+
+def test_a_dozen_experts_are_stacked_by_their_numbers():
+    """A file's names come as text is sorted: expert 10 before expert 2."""
+    experts = "model.layers.1.mlp.experts"
+    gate_EFD, up_EFD, down_EDF = (torch.randn(12, *size) for size in ((3, 2), (3, 2), (2, 3)))
+    others = {"model.layers.1.mlp.shared_experts.up_proj.weight": torch.randn(3, 2), "model.norm.weight": torch.ones(2)}
+    stacked = {f"{experts}.gate_proj": gate_EFD, f"{experts}.up_proj": up_EFD, f"{experts}.down_proj": down_EDF}
+    stacked |= others
+    single = dict(sorted(unstack_experts(stacked).items()))
+    assert len(single) == 3 * 12 + 2
+    assert torch.equal(single[f"{experts}.10.down_proj.weight"], down_EDF[10])
+    fused = {
+        f"{experts}.gate_up_proj": torch.cat([gate_EFD, up_EFD], dim=1),
+        f"{experts}.down_proj": down_EDF,
+        **others,
+    }
+    for stored in (single, fused):
+        again = stack_experts(stored)
+        assert again.keys() == stacked.keys()
+        assert all(torch.equal(tensor, stacked[name]) for name, tensor in again.items())
+        assert all(tensor.is_contiguous() for tensor in again.values())
+
+
+def test_experts_that_do_not_stack_stay_for_the_reader_to_name():
+    names = [f"model.layers.0.mlp.experts.{number}.up_proj.weight" for number in range(4)]
+    whole = {name: torch.ones(3, 2) for name in names}
+    for odd in (whole | {names[3]: torch.ones(2, 2)}, {name: whole[name] for name in names if name != names[1]}):
+        assert stack_experts(odd) == odd
 
 
 def test_noise_folds_away_at_save(tmp_path):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import threading
+import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
@@ -19,6 +21,8 @@ from tests.rl.test_rewards import episode
 
 BROKEN = 0
 """A status that sends less than it says."""
+SLOW = 1
+"""A status whose reply comes after a second."""
 
 
 @pytest.fixture
@@ -34,11 +38,14 @@ def judge(monkeypatch):
             status, text = (
                 replies.pop(0) if replies else (200, "9" if "good" in body["messages"][1]["content"] else "2")
             )
+            if status == SLOW:
+                time.sleep(1)
             content = json.dumps({"choices": [{"message": {"content": text}}]}).encode()
-            self.send_response(200 if status == BROKEN else status)
+            self.send_response(200 if status in (BROKEN, SLOW) else status)
             self.send_header("Content-Length", str(len(content) + (100 if status == BROKEN else 0)))
             self.end_headers()
-            self.wfile.write(content)
+            with suppress(BrokenPipeError):  # nobody waits any more
+                self.wfile.write(content)
 
         def log_message(self, *arguments):
             pass
@@ -70,6 +77,15 @@ def test_the_judge_reads_what_the_user_asked_and_a_right_answer_of_zero(judge):
     assert asked[0][2]["messages"][1]["content"] == (
         "Question:\nHello.\n\n3 - 3?\n\nAnswer:\n0\n\nA right answer, to compare with:\n0"
     )
+
+
+def test_the_judge_is_asked_as_configured(judge):
+    url, asked, _ = judge
+    judge_reward(JudgeConfig(url=f"{url}/", model="whale", instruction="Mark it."), [episode("4")])
+    ((path, _, body),) = asked
+    assert path == "/v1/chat/completions"
+    assert body["messages"][0] == {"role": "system", "content": "Mark it."}
+    assert (body["model"], body["max_tokens"]) == ("whale", 16), "room for '**6.5** out of 10', none for an essay"
 
 
 def test_as_one_reward_of_several(judge):
@@ -115,6 +131,23 @@ def test_a_reply_that_breaks_off_is_asked_for_again(judge):
     replies += [(BROKEN, "9"), (200, "7")]
     assert judge_reward(JudgeConfig(url=url, parallel=1), [episode("x")]) == [0.7]
     assert len(asked) == 2
+
+
+def test_a_slow_reply_is_asked_for_again(judge):
+    """`seconds` is for one try: the later ones have their own."""
+    url, asked, replies = judge
+    replies += [(SLOW, "2"), (SLOW, "2")]
+    assert judge_reward(JudgeConfig(url=url, seconds=0.4), [episode("good")]) == [0.9]
+    assert len(asked) > 2
+
+
+def test_a_judge_that_fails_in_another_way_is_no_zero_either(monkeypatch):
+    def post_json(*_, **__):
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr("minnow.rl.judge.post_json", post_json)
+    with pytest.raises(UserError, match="the judge whale at http://pond/v1 failed: RuntimeError: odd"):
+        judge_reward(JudgeConfig(url="http://pond/v1", model="whale"), [episode("x")])
 
 
 def test_settings():

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 
 from minnow import cli
 from minnow.config import UserError
@@ -21,7 +22,7 @@ from minnow.data.prepare import DataConfig, prepare
 from minnow.engine import Engine, SamplingParams
 from minnow.evaluation.judge import JudgeAccuracy, JudgedAnswers, RewardModelJudge, TransformersJudge, load_judge
 from minnow.evaluation.preference import LabelledPair
-from minnow.evaluation.registry import Subject
+from minnow.evaluation.registry import Subject, TaskOptions, make_tasks
 from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
 from minnow.model.experts_config import ExpertsConfig
@@ -139,7 +140,7 @@ def test_what_transformers_writes_is_read(tmp_path: Path, tokenizer: Tokenizer, 
     assert isinstance(judge, RewardModelJudge)
     expected = TransformersJudge(tmp_path / "theirs", CPU)(TALKS)
     assert max(map(abs, expected)) > 1e-3
-    assert judge(TALKS) == pytest.approx(expected, abs=1e-4)
+    assert judge(TALKS * 4) == pytest.approx(expected * 4, abs=1e-4), "more than are read at once"
 
 
 def test_a_reward_model_is_not_taken_for_a_language_model(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -234,6 +235,9 @@ def test_eval_with_a_judge(trained: Path, tmp_path: Path) -> None:
     assert tasks["judge_accuracy"]["figures"]["judge_accuracy/pairs.jsonl"]["value"] == 1.0
     assert 0 <= tasks["preference"]["figures"]["preference/pairs.jsonl"]["value"] <= 1
     assert tasks["judged_reward"]["figures"]["judged_reward/pairs.jsonl"]["rows"] == 6
+    assert (tasks["judge_accuracy"]["unit"], tasks["judged_reward"]["unit"]) == ("share", "reward")
+    with pytest.raises(UserError, match="--tasks judge: say which reward model judges, with --judge"):
+        make_tasks("judge", TaskOptions())
 
 
 SHOWS_ALL = (
@@ -260,10 +264,14 @@ def test_a_judge_of_transformers_reads_many_at_once(tmp_path: Path, tokenizer: T
     rows.clear()
     assert judge(talks) == pytest.approx(expected, abs=1e-5)
     assert rows == [16, 4]
-    judge.model.config.pad_token_id = tokenizer.im_end_id
-    rows.clear()
-    assert judge(talks) == pytest.approx(expected, abs=1e-5)
-    assert rows == [1] * 20
+    for padding in (tokenizer.im_end_id, None):
+        judge.model.config.pad_token_id = padding
+        rows.clear()
+        assert judge(talks) == pytest.approx(expected, abs=1e-5)
+        assert rows == [1] * 20
+    first = TemplateProcessing(single="<|im_start|> $A", special_tokens=[("<|im_start|>", tokenizer.im_start_id)])
+    judge.tokenizer.backend_tokenizer.post_processor = first
+    assert judge(talks) == pytest.approx(expected, abs=1e-5), "the template has said what a text begins with"
 
 
 def test_a_judge_of_transformers_reads_fewer_long_ones_at_once(
@@ -275,12 +283,16 @@ def test_a_judge_of_transformers_reads_fewer_long_ones_at_once(
     judge.model.register_forward_pre_hook(
         lambda _, args, inputs: rows.append(tuple(inputs["input_ids"].shape)), with_kwargs=True
     )
-    talks = [Conversation((Message("user", "x" * 5 * n), Message("assistant", "yes"))) for n in range(1, 9)]
-    monkeypatch.setattr("minnow.evaluation.judge.BATCH_TOKENS", 100)
-    judge(talks)
-    assert sum(size for size, _ in rows) == 8
-    assert all(size == 1 or size * length <= 100 for size, length in rows)
-    assert {size for size, _ in rows} >= {1, 2}
+    talks = [
+        Conversation((Message("user", "x" * 5 * n), Message("assistant", "yes"))) for n in (3, 8, 1, 6, 2, 7, 5, 4)
+    ]
+    for most, sizes in ((100, {1, 2}), (20, {1})):  # none is as short as 20
+        monkeypatch.setattr("minnow.evaluation.judge.BATCH_TOKENS", most)
+        rows.clear()
+        judge(talks)
+        assert sum(size for size, _ in rows) == 8
+        assert all(size == 1 or size * length <= most for size, length in rows)
+        assert {size for size, _ in rows} >= sizes
 
 
 @pytest.mark.parametrize("family", ["Gemma3", "Llama"])
@@ -332,6 +344,8 @@ def test_a_judge_of_transformers_reads_thoughts_calls_and_tools(tmp_path: Path, 
     assert judge([talk]) == pytest.approx([expected], abs=1e-5)
     with pytest.raises(UserError, match="judge: its chat template refuses a conversation: no system message"):
         judge([Conversation((Message("system", "s"), *talk.messages))])
+    judge.tokenizer.chat_template = "{{ 'no tools' if tools is none else tools }}"
+    assert judge._rendered(TALKS[0]) == "no tools", "many a template asks just so"
 
 
 def test_a_judged_answer_keeps_its_call(tmp_path: Path) -> None:
@@ -372,12 +386,15 @@ def test_a_judge_reads_both_answers_of_a_pair_with_its_tools() -> None:
 def test_answers_to_be_judged_are_the_likeliest_ones_and_long_enough() -> None:
     """A judge marks whole answers: many are longer than a sentence."""
     asked: list[SamplingParams] = []
+    read: list[str] = []
 
     def generate(prompts: Sequence[list[int]], params: SamplingParams) -> list[SimpleNamespace]:
         asked.append(params)
+        read.extend(map(tokenizer.decode, prompts))
         return [SimpleNamespace(completions=(SimpleNamespace(ids=[]),)) for _ in prompts]
 
-    pair = PreferencePair((Message("user", "fish?"),), (Message("assistant", "yes"),), (Message("assistant", "no"),))
+    both = (Message("assistant", "yes"),), (Message("assistant", "no"),)
+    pair = PreferencePair((Message("user", "fish?"),), *both, ({"name": "look"},))
     row = LabelledPair(pair, "pairs")
     model = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=1024))
     tokenizer = train_tokenizer(["yes no"] * 20, 320)
@@ -385,6 +402,7 @@ def test_answers_to_be_judged_are_the_likeliest_ones_and_long_enough() -> None:
     task = JudgedAnswers([row], lambda conversations: [0.5] * len(conversations))
     assert [score.value for score in task.score_rows(subject, [row])] == [0.5]  # type: ignore[arg-type]
     assert [(params.temperature, params.max_tokens) for params in asked] == [(0.0, 256)]
+    assert "look" in read[0], "with the tools that both answers of the pair had"
 
 
 def test_a_classifier_of_several_labels_is_no_judge(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -396,6 +414,41 @@ def test_a_classifier_of_several_labels_is_no_judge(tmp_path: Path, tokenizer: T
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="it gives 2 numbers, a reward model gives one"):
+        load_judge(tmp_path, CPU)
+
+
+def test_a_judge_works_where_the_model_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[tuple[str, torch.device]] = []
+    monkeypatch.setattr("minnow.evaluation.judge.load_judge", lambda *asked: loaded.append(asked))
+    monkeypatch.setattr("minnow.evaluation.judge.labelled_pairs", lambda options: [])
+    subject = SimpleNamespace(model=SimpleNamespace(head_weight=torch.empty(1, device="meta")))
+    for of in (subject, None):
+        tasks = make_tasks("judge", TaskOptions(judge="whale", subject=of))  # type: ignore[arg-type]
+        assert [task.name for task in tasks] == ["judge_accuracy", "judged_reward"]
+    assert loaded == [("whale", torch.device("meta")), ("whale", CPU)]
+
+
+def test_a_judge_that_cannot_be_loaded_is_told_in_words(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Files cut off and weights of another shape came as tracebacks of safetensors and torch."""
+    from transformers import GPT2Config, GPT2ForSequenceClassification
+
+    config = GPT2Config(vocab_size=tokenizer.vocab_size, n_embd=16, n_layer=1, n_head=1, num_labels=1, pad_token_id=0)
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert isinstance(load_judge(tmp_path, CPU), TransformersJudge)
+    (tmp_path / "chat_template.jinja").rename(tmp_path / "chat_template.moved")
+    with pytest.raises(UserError, match="its tokenizer has no chat template"):
+        load_judge(tmp_path, CPU)
+    content, weights = (tmp_path / "config.json").read_text(), (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "config.json").write_text(json.dumps({**json.loads(content), "n_embd": 32}))
+    with pytest.raises(UserError, match="transformers cannot load it as a reward model"):
+        load_judge(tmp_path, CPU)
+    (tmp_path / "config.json").write_text(content)
+    (tmp_path / "model.safetensors").write_bytes(weights[:1000])
+    with pytest.raises(UserError, match="transformers cannot load it as a reward model: .*header"):
+        load_judge(tmp_path, CPU)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="transformers cannot load it as a reward model"):
         load_judge(tmp_path, CPU)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from minnow.config import UserError
@@ -22,6 +23,7 @@ from minnow.data.job import find_job
 from minnow.data.journal import Part
 from minnow.data.preparation import Preparation, prepare_part, prepare_streaming
 from minnow.data.prepare import DataConfig, prepare, stream
+from minnow.data.shards import Shards
 from minnow.data.windows import GrowingShards
 from minnow.model.config import ModelConfig
 from minnow.stages import pretrain
@@ -268,11 +270,57 @@ def test_what_is_waited_for(config: pretrain.Config, monkeypatch: pytest.MonkeyP
     assert said == []
 
 
-def test_parts_elsewhere_are_waited_for(config: pretrain.Config) -> None:
+def test_waiting_is_said_once(config: pretrain.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, said = growing(config)
+    answers = iter(["for one", "for one", "for another", None])
+    monkeypatch.setattr(reader, "lacking", lambda number: next(answers))
+    assert reader.window(0, "train") is None
+    assert said == ["for one", "for another"]
+
+
+def test_what_was_prepared_is_read_in_windows(config: pretrain.Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides, all of it, numbered as in the folder; every byte is checked once, not once an epoch."""
+    prepare(
+        config.data, Tokenizer.from_pretrained(str(config.tokenizer)), "pretrain", sequence_length=32, progress=False
+    )
+    reader, _ = growing(config)
+    verified: list[tuple[str, list[str]]] = []
+    monkeypatch.setattr(Shards, "verify", lambda shards: verified.append((shards.folder.name, shards._names)))
+    for side in ("train", "validation"):
+        whole, number, seen = Shards.open(reader.job.folder / side), 0, 0
+        while (window := reader.window(number, side)) is not None:
+            assert window._names == whole._names[2 * number : 2 * number + 2]
+            documents = np.arange(window.num_documents)
+            assert window.numbers(documents).tolist() == (seen + documents).tolist()
+            assert all(np.array_equal(window.tokens(i), whole.tokens(seen + i)) for i in documents.tolist())
+            number, seen = number + 1, seen + window.num_documents
+        assert (number, seen) == ((whole.num_shards + 1) // 2, whole.num_documents)
+        assert [names for folder, names in verified if folder == side] == [
+            whole._names[first : first + 2] for first in range(0, whole.num_shards, 2)
+        ]
+        assert reader.window(0, side) is not None
+    assert len(verified) == 2 * number, "the second look at a window reads it no more"
+
+
+def test_conversations_keep_their_weights(config: pretrain.Config, tmp_path: Path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "fish?"}, {"role": "assistant", "content": text}]} for text in TEXTS
+    ]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = Tokenizer.from_pretrained(str(config.tokenizer))
+    prepare(config.data, tokenizer, "sft", sequence_length=64, progress=False)
+    window = stream(config.data, tokenizer, "sft", sequence_length=64, leads=False).shards.window(0, "train")
+    assert window is not None
+    assert set(window.weights(0).tolist()) == {0.0, 1.0}, "the question is read, the answer is learnt"
+
+
+def test_parts_elsewhere_are_waited_for(config: pretrain.Config, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = Tokenizer.from_pretrained(str(config.tokenizer))
     prepare_part(config.data, tokenizer, "pretrain", Part(1, 2), sequence_length=32, progress=False)
     reader, _ = growing(config)
     assert reader.lacking(0) == "waiting for prepared data: 1 of the next 2 shards are there, the next is of part 2/2"
+    monkeypatch.setattr(windows, "WINDOW_SHARDS", 1)
+    assert reader.lacking(0) is None
 
 
 def test_steps_are_asked_for(config: pretrain.Config) -> None:

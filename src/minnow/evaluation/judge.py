@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from jinja2 import TemplateError
+from safetensors import SafetensorError
 
 from minnow.config import UserError
 from minnow.data.openai_form import openai_messages, openai_tools
@@ -64,10 +65,11 @@ class TransformersJudge:
 
         self.folder = folder
         try:
-            self.model = AutoModelForSequenceClassification.from_pretrained(folder).to(device).eval()
+            model = AutoModelForSequenceClassification.from_pretrained(folder)
             self.tokenizer = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: transformers cannot load it as a reward model: {error}") from error
+        self.model = model.to(device).eval()  # not above: a device without room is another matter
         if self.model.config.num_labels != 1:
             raise UserError(f"{folder}: it gives {self.model.config.num_labels} numbers, a reward model gives one")
         if self.tokenizer.chat_template is None:
