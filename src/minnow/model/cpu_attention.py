@@ -56,7 +56,8 @@ def cpu_causal_attention_backward(
         # Centred and divided: the rows of dS sum to zero, so dQ is the same with them.
         k_STd, v_STd = _centred(k_BKTd[lot].flatten(0, 1)), v_BKTd[lot].flatten(0, 1)
         # Every block of queries adds to the same keys: not in bf16.
-        grad_k_STd, grad_v_STd = (torch.zeros_like(x, dtype=_sum_dtype(x)) for x in (k_STd, v_STd))
+        sum_dtype = torch.promote_types(k_STd.dtype, torch.float32)
+        grad_k_STd, grad_v_STd = (torch.zeros_like(x, dtype=sum_dtype) for x in (k_STd, v_STd))
         for queries, seen in _blocks(q_BKGTd.shape[3]):
             q_SRd, grad_SRd = _rows(q_BKGTd[lot], queries), _rows(grad_BKGTd[lot], queries)
             probabilities_SRE = _probabilities(q_SRd, k_STd[:, seen], queries)
@@ -126,8 +127,8 @@ def _centred(k_STd: Tensor) -> Tensor:
     What all scores of a query have in common makes no difference to their softmax, and bf16 would round away what sets
     them apart: biases like Qwen2's shift all by hundreds.
     """
-    k_STd, dtype = k_STd.to(_sum_dtype(k_STd)), k_STd.dtype
-    return ((k_STd - k_STd.mean(1, keepdim=True)) * k_STd.shape[-1] ** -0.5).to(dtype)
+    scale = k_STd.shape[-1] ** -0.5
+    return torch.add(k_STd.mean(1, keepdim=True) * -scale, k_STd, alpha=scale)  # rounded once
 
 
 def _probabilities(q_SRd: Tensor, k_SEd: Tensor, queries: slice) -> Tensor:
@@ -137,7 +138,3 @@ def _probabilities(q_SRd: Tensor, k_SEd: Tensor, queries: slice) -> Tensor:
     future_QQ = torch.ones(num_queries, num_queries, dtype=torch.bool, device=scores_SRE.device).triu_(1)
     scores_SRE[..., queries].unflatten(1, (-1, num_queries)).masked_fill_(future_QQ, float("-inf"))
     return torch.softmax(scores_SRE, dim=-1, out=scores_SRE)
-
-
-def _sum_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
