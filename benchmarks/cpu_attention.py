@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minnow.console import plain_console
 from minnow.cpu import keep_freed_memory
 from minnow.model.cpu_attention import cpu_causal_attention
+from minnow.stages.bench_train import time_in_turns
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -45,9 +46,11 @@ def main() -> None:
             "torch bf16": partial(output_and_gradients, torchs_attention, inputs, upstream),
             "minnow": partial(output_and_gradients, cpu_causal_attention, inputs, upstream),
         }
-        times = in_turns(steps, options.rounds)
+        for step in steps.values():  # warm up
+            step()
+        times = time_in_turns(steps, options.rounds, torch.device("cpu"), plain_console(quiet=True))
         exact = output_and_gradients(torchs_attention, *in_dtype(torch.float64, inputs, upstream))
-        milliseconds = "".join(f"{1000 * times[name]:>12.1f}" for name in steps)
+        milliseconds = "".join(f"{1000 * statistics.median(times[name]):>12.1f}" for name in steps)
         errors = "".join(f"{worst_error(steps[name](), exact):>12.4f}" for name in ("torch bf16", "minnow"))
         print(f"{length:>6}{milliseconds}{errors}", flush=True)
 
@@ -73,17 +76,6 @@ def torchs_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def output_and_gradients(attention: Attention, inputs: list[Tensor], upstream: Tensor) -> list[Tensor]:
     output = attention(*inputs)
     return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
-
-
-def in_turns(steps: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median seconds of each, one after the other in every round; the first warms up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds + 1):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times[1:]) for name, times in seconds.items()}
 
 
 def worst_error(ours: list[Tensor], exact: list[Tensor]) -> float:

@@ -21,7 +21,11 @@ import torch
 
 from minnow.config import UserError
 from minnow.cpu import cpu_multiplies_bf16_faster, in_passing_thread, keep_freed_memory
+from minnow.model.config import ModelConfig
+from minnow.model.transformer import CausalLM
 from minnow.optim.newton_schulz import fast_dtype
+from minnow.training import session
+from minnow.training.config import TrainingConfig
 from minnow.training.hardware import choose_precision
 
 
@@ -152,6 +156,14 @@ print(faults())
 def test_kept_memory_is_not_mapped_again() -> None:
     """128 MB taken and left ten times: 327,680 pages of 4 KB, which by default are nearly always all mapped anew."""
     assert faults() < 100
+
+
+def test_training_on_a_cpu_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(session, "keep_freed_memory", lambda: asked.append("kept"))
+    model = CausalLM(ModelConfig(vocab_size=32, hidden_size=16, intermediate_size=16, num_hidden_layers=1))
+    session.Machine(torch.device("cpu"), torch.float32).place(model, TrainingConfig(compile="off"), 0.0, print)
+    assert asked == ["kept"]
 
 
 def test_settings_of_malloc_in_the_environment_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
+from cpu_attention import in_dtype, output_and_gradients, torchs_attention
+from torch import library
 
 from minnow.model import cpu_attention
 from minnow.model.cpu_attention import cpu_causal_attention
@@ -27,16 +28,6 @@ def drawn(shape, dtype, seed=0):
         for count in (heads, key_heads, key_heads)
     ]
     return inputs, torch.randn(batch, length, heads, size, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def torchs_attention(q, k, v):
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*heads_first, is_causal=True, enable_gqa=True).transpose(1, 2)
-
-
-def output_and_gradients(attention, inputs, upstream):
-    output = attention(*inputs)
-    return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
 
 
 @pytest.mark.parametrize("scores", [1, 200, cpu_attention.SCORES])
@@ -92,9 +83,7 @@ def errors(inputs, upstream):
     """Of output and gradients: the norm of what float64 makes different, over the norm."""
     ours = output_and_gradients(cpu_causal_attention, inputs, upstream)
     assert {x.dtype for x in ours} == {torch.bfloat16}
-    exact = output_and_gradients(
-        torchs_attention, [x.detach().double().requires_grad_() for x in inputs], upstream.double()
-    )
+    exact = output_and_gradients(torchs_attention, *in_dtype(torch.float64, inputs, upstream))
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(ours, exact, strict=True)]
 
 
@@ -131,4 +120,4 @@ def test_torch_accepts_it_as_an_operation(learnt):
     them; of inputs that are parts of one tensor, not all of them learnt."""
     joined = torch.randn(2, cpu_attention.QUERIES + 3, 8, 8, dtype=torch.bfloat16)
     inputs = [x.detach().requires_grad_(learns) for x, learns in zip(joined.split((4, 2, 2), 2), learnt, strict=True)]
-    torch.library.opcheck(cpu_causal_attention, tuple(inputs))
+    library.opcheck(cpu_causal_attention, tuple(inputs))

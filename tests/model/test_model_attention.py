@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -115,7 +117,8 @@ def test_a_token_sees_only_its_own_past():
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_bf16_on_a_cpu_that_is_fast_in_it_goes_through_plain_products(monkeypatch, fast):
-    monkeypatch.setattr(attention, "_multiplies_bf16_fast", lambda: fast)
+    monkeypatch.setattr(attention, "cpu_multiplies_bf16_faster", lambda: fast)
+    monkeypatch.setattr(attention, "_multiplies_bf16_fast", cache(attention._multiplies_bf16_fast.__wrapped__))
     q, k, v = (torch.randn(2, 9, heads, 8) for heads in (6, 2, 2))
     by_torch = []
     for dtype in (torch.float32, torch.bfloat16):

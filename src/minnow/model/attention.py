@@ -1,8 +1,8 @@
 """Causal attention: the seam through which training, the engine's cache and export plug into one model.
 
 The model hands over queries, keys and values of one layer, normalised and turned; an `Attention` says who
-sees whom. No mask is ever added to the scores, so nothing can overflow fp16: causal rows need none, and
-packed documents are cut apart instead.
+sees whom. No mask is ever added to the scores, so nothing can overflow fp16: kernels know what causal means, and
+packed documents are cut apart.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 QUERIES = 128
 """Queries at a time: with fewer, less of the future is multiplied in vain; with more, the products are larger."""
@@ -21,13 +21,13 @@ SCORES = 2**21
 """Scores at a time, 4 MB, or those of one key head if they are more: about what a processor's caches hold."""
 
 
-@torch.library.custom_op("minnow::cpu_causal_attention", mutates_args=())
+@library.custom_op("minnow::cpu_causal_attention", mutates_args=())
 def cpu_causal_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
     """Every query sees the keys up to its own place: softmax(q k / sqrt(d)) v, [B, T, H, d], heads grouped (GQA).
 
     One operation to whoever looks on: selective checkpointing keeps what it returns, and nothing of its inside.
     """
-    out_BTHd = _shape(q_BTHd)
+    out_BTHd = _empty_output(q_BTHd)
     q_BKGTd, out_BKGTd = (_grouped(x, k_BTKd.shape[2]) for x in (q_BTHd, out_BTHd))
     k_BKTd, v_BKTd = k_BTKd.transpose(1, 2), v_BTKd.transpose(1, 2)
     for lot in _lots(q_BKGTd):
@@ -39,7 +39,7 @@ def cpu_causal_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tens
     return out_BTHd
 
 
-@torch.library.custom_op("minnow::cpu_causal_attention_backward", mutates_args=())
+@library.custom_op("minnow::cpu_causal_attention_backward", mutates_args=())
 def cpu_causal_attention_backward(
     grad_BTHd: Tensor, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -49,7 +49,7 @@ def cpu_causal_attention_backward(
     dS = P * (dP - rowsum(P * dP)),  dQ = dS K / sqrt(d),  dK = dS^T Q / sqrt(d).
     """
     key_heads, scale = k_BTKd.shape[2], k_BTKd.shape[3] ** -0.5
-    grads = grad_q_BTHd, grad_k_BTKd, grad_v_BTKd = _shapes(grad_BTHd, q_BTHd, k_BTKd, v_BTKd)
+    grads = grad_q_BTHd, grad_k_BTKd, grad_v_BTKd = _empty_grads(grad_BTHd, q_BTHd, k_BTKd, v_BTKd)
     q_BKGTd, grad_BKGTd, grad_q_BKGTd = (_grouped(x, key_heads) for x in (q_BTHd, grad_BTHd, grad_q_BTHd))
     k_BKTd, v_BKTd, grad_k_BKTd, grad_v_BKTd = (x.transpose(1, 2) for x in (k_BTKd, v_BTKd, grad_k_BTKd, grad_v_BTKd))
     for lot in _lots(q_BKGTd):
@@ -74,13 +74,13 @@ def cpu_causal_attention_backward(
 
 
 @cpu_causal_attention.register_fake
-def _shape(q_BTHd: Tensor, *_: Tensor) -> Tensor:
+def _empty_output(q_BTHd: Tensor, *_: Tensor) -> Tensor:
     return torch.empty_like(q_BTHd, memory_format=torch.contiguous_format)
 
 
 @cpu_causal_attention_backward.register_fake
-def _shapes(grad_BTHd: Tensor, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _shape(q_BTHd), _shape(k_BTKd), _shape(v_BTKd)
+def _empty_grads(grad_BTHd: Tensor, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _empty_output(q_BTHd), _empty_output(k_BTKd), _empty_output(v_BTKd)
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:

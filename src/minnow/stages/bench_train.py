@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -51,7 +51,7 @@ class Config:
     """Write the figures to this file as well."""
 
 
-Step = Callable[[], None]
+Step = Callable[[], object]
 
 
 def run(config: Config) -> None:
@@ -108,7 +108,7 @@ def run(config: Config) -> None:
 
 
 def time_in_turns(
-    steps: dict[str, Step], rounds: int, device: torch.device, console: Console
+    steps: Mapping[str, Step], rounds: int, device: torch.device, console: Console
 ) -> dict[str, list[float]]:
     """Seconds of every timed step, one contestant after the other in each round."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
