@@ -55,6 +55,8 @@ def test_readme(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
     assert blocks[0] == blocks[1]
     (block,) = blocks[0]
     monkeypatch.chdir(folder.parents[1])
+    # random weights may end an answer at once: one chance in some hundreds, were the seed drawn
+    monkeypatch.setattr("minnow.engine.engine.secrets.randbits", lambda bits: 1)
     exec(compile(block, "README.md", "exec"), {})  # our own text
     assert capsys.readouterr().out
 
