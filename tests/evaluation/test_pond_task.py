@@ -133,7 +133,7 @@ def test_the_pond_is_found_beside_the_model_or_named(world, tmp_path):
     write_pond(tmp_path / "other", other, mentions=1, conversation_count=1)
     beside = tmp_path / "run" / "model"
     assert find_world(TaskOptions(model_folder=beside, pond=tmp_path / "other")) == other, "what is named goes first"
-    with pytest.raises(UserError, match="--pond DIR"):
+    with pytest.raises(UserError, match="--pond DIR .*--tasks bpb --text FILE"):
         find_world(TaskOptions(model_folder=tmp_path))
 
 

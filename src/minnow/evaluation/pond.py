@@ -61,7 +61,10 @@ def find_world(options: TaskOptions) -> World:
     for candidate in candidates:
         if (candidate / "world.json").is_file():
             return load_world(candidate)
-    raise UserError("no pond beside the model: say --pond DIR (`minnow data pond --out DIR` makes one)")
+    raise UserError(
+        "no pond beside the model: say --pond DIR (`minnow data pond --out DIR` makes one); of a model that learnt "
+        "other texts: --tasks bpb --text FILE"
+    )
 
 
 @register("pond")

@@ -70,7 +70,7 @@ class RolloutConfig:
     """Longest wait for one reset or step of an environment, in seconds. An episode that takes longer is left out of
     the update and counted as `environment_timeouts`."""
     environment_threads: int = 16
-    """Environments that reset or step at once, each in a thread. 1 for code that bears no company."""
+    """Environments that reset or step at once, each in a thread. 1 for code that must not run beside itself."""
 
     def __post_init__(self) -> None:
         for name in ("prompts", "samples", "max_tokens", "max_turns", "environment_threads"):

@@ -4,7 +4,7 @@ Half of the pairs ask about a creature of the pond: the fact is better than anot
 The other half ask about a visitor, a person of whom no text of the pond ever spoke: there the honest answer is better
 than any made-up fact. A model fresh from fine-tuning answers everything, so it prefers the better answer in about half
 of the pairs. (Names made of the pond's own syllables do not do: a model of a few million parameters cannot tell a
-creature that it has met from one that sounds like it, see docs/experiments.md.)
+creature that it has met from one that sounds like it.)
 """
 
 from __future__ import annotations
