@@ -129,6 +129,17 @@ def test_any_cut_of_the_batch_gives_the_same_gradients(tmp_path: Path, family: s
             assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("family", ["softmax", "sigmoid", "noisy"])
+def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, family: str, mode: str) -> None:
+    """A layer that is run again in the backward pass leaves out the same filler, and has the same noise."""
+    plain, checkpointed = make_trainer(tmp_path / "a", family, 4), make_trainer(tmp_path / "b", family, 4)
+    checkpointed.model.gradient_checkpointing = mode
+    expected, got = gradients(plain), gradients(checkpointed)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
 def test_the_balance_losses_are_in_the_gradient(tmp_path: Path) -> None:
     """Without them the same update is another one: the test above compares something."""
     none = BalanceConfig(load_loss=0.0, kl_loss=0.0, sequence_loss=0.0, bias_rate=0.0)
