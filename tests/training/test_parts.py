@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from minnow.training.session import RunFolder
 from minnow.training.signals import Interrupted, stop_requests
 from minnow.training.speed import batch_flops
 from minnow.training.validation import validate
+from tests.without_float64 import WithoutFloat64
 
 from .helpers import SHAPE, RandomSource, make_trainer, masked_batch
 
@@ -152,6 +154,14 @@ def test_a_follower_reads_what_is_added_and_begins_again_after_a_rewind(tmp_path
     assert (follower.read(), follower.from_start) == ([], True), "what was read before is gone"
     log.append({"step": 1, "loss": 1.5})
     assert ([r["step"] for r in follower.read()], follower.from_start) == ([1], True)
+
+
+def test_validation_needs_no_float64_of_the_device(tmp_path: Path) -> None:
+    """Apple's GPUs have none: training on one ended at its first validation."""
+    trainer, batches, token_bytes = make_trainer(tmp_path), [masked_batch(7)], np.ones(64, np.int32)
+    expected = validate(trainer.model, batches, token_bytes, torch.device("cpu"))
+    with WithoutFloat64():
+        assert validate(trainer.model, batches, token_bytes, torch.device("cpu")) == expected
 
 
 def test_validation_equals_a_naive_loop(tmp_path: Path) -> None:
