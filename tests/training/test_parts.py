@@ -18,6 +18,7 @@ from minnow.config import UserError
 from minnow.data.batches import Share
 from minnow.model.transformer import CausalLM
 from minnow.training import parallel
+from minnow.training.checkpoint import random_state, set_random_state
 from minnow.training.config import TrainingConfig
 from minnow.training.hardware import _cpu_matmul_peak, _matmul_peak, choose_device, choose_precision, matmul_peak
 from minnow.training.loss_scale import LossScale
@@ -156,6 +157,16 @@ def test_a_follower_reads_what_is_added_and_begins_again_after_a_rewind(tmp_path
     assert ([r["step"] for r in follower.read()], follower.from_start) == ([1], True)
 
 
+def test_random_numbers_of_apples_gpus_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout on one draws from its own generator: a resumed run with dropout was another run."""
+    there = [torch.arange(8, dtype=torch.uint8)]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: there[0])
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: there.append(state))
+    set_random_state(random_state())
+    assert torch.equal(there[0], there[1])
+
+
 def test_validation_needs_no_float64_of_the_device(tmp_path: Path) -> None:
     """Apple's GPUs have none: training on one ended at its first validation."""
     trainer, batches, token_bytes = make_trainer(tmp_path), [masked_batch(7)], np.ones(64, np.int32)
@@ -215,6 +226,7 @@ def test_auto_slices_a_model_whose_training_needs_half_of_a_device(monkeypatch: 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("seed", -1),
         ("clip_norm", -1.0),
         ("clip_norm", float("nan")),
         ("patience", -1),
