@@ -16,7 +16,7 @@ from minnow.model.config import ModelConfig
 from minnow.model.lora import LoraConfig, add_lora
 from minnow.model.quantize import quantize
 from minnow.model.transformer import CausalLM
-from minnow.optim import OptimConfig, parameter_groups
+from minnow.optim import OptimConfig, kind_of, parameter_groups
 from minnow.training.config import TrainingConfig
 from minnow.training.objective import LanguageModeling
 from minnow.training.probe import random_batch
@@ -39,10 +39,15 @@ class Memory:
 
 
 def hold_in_memory(model: CausalLM, dtype: torch.dtype) -> None:
-    """Hold what is trained in fp32. Frozen matrices need no master: they are held in the compute dtype."""
+    """Hold what is trained in fp32. Frozen matrices need no master: they are held in the compute dtype.
+
+    But for those that are read in fp32 whatever it is: routers, whose choices rounding would change, and int8's scales.
+    """
     model.to(torch.float32)
-    for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.ndim > 1 and parameter.is_floating_point():
+    for name, parameter in model.named_parameters():
+        is_read_in_fp32 = name.endswith("_scale") or kind_of(name, parameter) == "router"
+        is_matrix = parameter.ndim > 1 and parameter.is_floating_point() and not is_read_in_fp32
+        if is_matrix and not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
 
 
