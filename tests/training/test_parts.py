@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
@@ -21,6 +22,7 @@ from minnow.training import parallel
 from minnow.training.checkpoint import random_state, set_random_state
 from minnow.training.config import TrainingConfig
 from minnow.training.hardware import _cpu_matmul_peak, _matmul_peak, choose_device, choose_precision, matmul_peak
+from minnow.training.lock import FolderLock
 from minnow.training.loss_scale import LossScale
 from minnow.training.parallel import choose_parallel
 from minnow.training.run_folder import LogFollower, MetricsLog
@@ -155,6 +157,27 @@ def test_a_follower_reads_what_is_added_and_begins_again_after_a_rewind(tmp_path
     assert (follower.read(), follower.from_start) == ([], True), "what was read before is gone"
     log.append({"step": 1, "loss": 1.5})
     assert ([r["step"] for r in follower.read()], follower.from_start) == ([1], True)
+
+
+def test_a_folder_that_cannot_be_locked_is_in_nobodys_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    FolderLock(tmp_path).take()
+
+
+def test_overwriting_a_run_leaves_alone_what_it_links_to(tmp_path: Path) -> None:
+    """It ended in the middle, with config.yaml gone perhaps, and then the folder was no run any more."""
+    run, elsewhere = tmp_path / "run", tmp_path / "large disk"
+    for folder in (run, elsewhere):
+        folder.mkdir()
+    (run / "config.yaml").touch()
+    (elsewhere / "kept").touch()
+    (run / "checkpoints").symlink_to(elsewhere)
+    RunFolder(run).clear("config.yaml")
+    assert not list(run.iterdir())
+    assert (elsewhere / "kept").exists()
 
 
 def test_random_numbers_of_apples_gpus_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:

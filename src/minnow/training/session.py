@@ -126,7 +126,10 @@ class RunFolder:
         return from_first(is_model_folder(self.model_folder))
 
     def clear(self, made_by: str) -> None:
-        """Delete the folder, if a file called `made_by` shows that it is a run: a mistyped --run costs nothing."""
+        """Delete the folder, if a file called `made_by` shows that it is a run: a mistyped --run costs nothing.
+
+        Of what lies elsewhere, behind a link, only the link.
+        """
         if not self.path.exists():
             return
         if any(entry.name != LOCK for entry in self.path.iterdir()) and not (self.path / made_by).exists():
@@ -136,7 +139,7 @@ class RunFolder:
         for entry in self.path.iterdir():
             if entry.name == LOCK:
                 continue  # whoever holds it keeps it
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
     def claim_data(self, key: str) -> None:
         """Remember which prepared data the run learns from; refuse to continue it on other data."""
