@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from tests.without_float64 import WithoutFloat64
 
 from minnow.data.pond.world import World
 from minnow.data.pond.write import write_pond
@@ -50,6 +51,12 @@ def test_side_by_side_equals_one_by_one(model):
     documents = [[5, 6, 7], list(range(10, 70)), [250], [9, 9, 9, 9]]
     expected = [naive_nats(model, document) for document in documents]
     assert document_nats(model, documents, END, 64) == pytest.approx(expected, rel=1e-5)
+
+
+def test_no_float64_is_asked_of_the_device(model):
+    expected = document_nats(model, [[1, 2, 3]], END, 64)
+    with WithoutFloat64():
+        assert document_nats(model, [[1, 2, 3]], END, 64) == expected
 
 
 @torch.no_grad()

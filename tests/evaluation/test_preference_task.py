@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.stages.stage_helpers import save_lively_model
+from tests.without_float64 import WithoutFloat64
 
 from minnow.config import UserError
 from minnow.data.pairs import parse_preference
@@ -49,6 +50,8 @@ def test_an_answer_is_as_likely_as_its_own_tokens_together(tmp_path: Path) -> No
         assert score.value == (expected[0] > expected[1])
         values.add(score.value)
     assert values == {0.0, 1.0}, "or a constant would do"
+    with WithoutFloat64():
+        PreferenceTask(rows).score_rows(subject, rows)
 
 
 def test_the_pond_s_pairs_are_held_out_and_named_by_kind_and_language(tmp_path: Path) -> None:

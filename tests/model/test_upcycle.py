@@ -23,6 +23,12 @@ def test_it_starts_as_the_dense_model(experts):
         torch.testing.assert_close(row_logits(mixture, tokens), row_logits(dense, tokens), atol=1e-4, rtol=1e-4)
 
 
+def test_it_ends_where_the_dense_model_ends():
+    dense = tiny_model()
+    dense.generation_config = {"eos_token_id": [5, 7], "temperature": 0.6}
+    assert upcycle(dense, ExpertsConfig(**SOFTMAX), seed=0).stop_ids == [5, 7]
+
+
 def test_routers_are_drawn_by_the_seed_and_the_precision_is_the_dense_models():
     dense = tiny_model()
     dense.compute_dtype = torch.bfloat16

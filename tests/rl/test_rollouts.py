@@ -47,6 +47,10 @@ class Echo:
         return Reply((Message("tool", f"result {len(self.seen)}"),), done=len(self.seen) == self.turns, reward=1.0)
 
 
+def echoes(count):
+    return [Echo(prompt, 3) for prompt in prompts(count)]
+
+
 def test_draws_repeat_and_do_not_depend_on_company(engine):
     config = RolloutConfig(max_tokens=12)
     first = play(engine, [SingleTurn(p) for p in prompts(4)], range(4), config, seed=3, longest=128)
@@ -155,6 +159,15 @@ def test_packed_batches_hold_the_targets_that_the_model_wrote(engine):
         assert all((out[n] == n).all() for n in part.trajectories)
         logprobs = trained_logprobs(engine.model, part.batch, 1.0)
         assert logprobs.shape == values.shape
+
+
+def test_no_room_for_a_turn_that_there_is_not_is_no_cut(engine):
+    """Its last turn is whole: a right answer in it is right, and nothing was overlong."""
+    config = RolloutConfig(max_tokens=20, max_turns=1)
+    longest = max(len(t.ids) for t in play(engine, echoes(6), range(6), config, seed=0, longest=128)) + 1
+    endings = [t.ending for t in play(engine, echoes(6), range(6), config, seed=0, longest=longest)]
+    assert "turns" in endings
+    assert endings == [t.ending for t in play(engine, echoes(6), range(6), config, seed=0, longest=128)]
 
 
 def test_an_episode_that_might_outgrow_a_row_ends_before(engine):

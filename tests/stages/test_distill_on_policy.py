@@ -11,12 +11,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minnow.cli import main
+from minnow.config import UserError
 from minnow.model.lora import LoraConfig, add_lora
 from minnow.model.pretrained import load_pretrained, save_pretrained
+from minnow.model.transformer import CausalLM
 from minnow.rl.rollouts import RolloutConfig
 from minnow.stages import distill_on_policy
 from minnow.stages.practice import longest_batch
 from minnow.tokenizer import Tokenizer, train_tokenizer
+from minnow.training.config import TrainingConfig
+from minnow.training.session import Machine
 from minnow.training.trainer import Trainer
 from tests.rl.helpers import saved, write_prompts
 from tests.training.distributed.processes import run_processes
@@ -134,6 +138,19 @@ def test_what_is_left_out_is_as_in_the_handbook() -> None:
     assert (config.rollout.prompts, config.rollout.samples, config.rollout.temperature) == (32, 1, 1.0)
     assert (config.optim.optimizer, config.optim.matrix_lr, config.optim.weight_decay) == ("adamw", 1e-4, 0.0)
     assert (config.schedule.shape, config.schedule.warmup_steps) == ("constant", 5)
+
+
+def test_a_large_student_is_not_sliced(start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`parallel auto` takes fsdp for one that fills half of a GPU; whose processes then wait for each other."""
+    chosen = []
+
+    def place(machine: Machine, model: CausalLM, training: TrainingConfig, *_: Any) -> None:
+        chosen.append(training.parallel)
+        raise UserError("far enough")
+
+    monkeypatch.setattr(Machine, "place", place)
+    assert distill(start, tmp_path / "run", training__parallel="auto") != 0
+    assert chosen == ["ddp"]
 
 
 @pytest.mark.usefixtures("no_report")

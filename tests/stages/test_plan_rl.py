@@ -29,8 +29,9 @@ from minnow.rl.advantages import PhaseScores
 from minnow.rl.algorithm import AlgorithmConfig
 from minnow.rl.experience import PolicyObjective
 from minnow.rl.phase_experience import Experience
+from minnow.training.config import TrainingConfig
 from minnow.training.hardware import has_cpp_compiler
-from minnow.training.session import load_start
+from minnow.training.session import Machine, load_start
 from tests.rl.helpers import saved, tiny, write_prompts
 from tests.rl.phase_helpers import settings, trajectory
 
@@ -75,6 +76,17 @@ def test_policy_and_reference(start: Path, tmp_path: Path, lora: list[str]) -> N
     assert figures["reference"] == (0 if lora else reference)  # with adapters it is the policy without them
     assert figures["critic"] == 0
     assert figures["packed_copy"] == 0
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_a_frozen_model_in_bf16_is_not_held_in_fp32_as_well(start: Path, tmp_path: Path, quantize: str) -> None:
+    """Two bytes a frozen weight, one where it is int8; of the adapters their masters and each step's copies."""
+    words = ["--training.precision", "bf16", "--lora.rank", "4", "--lora.quantize", quantize]
+    policy = planned(start, tmp_path / "plan.json", "grpo", *words)["policy"]
+    model, _ = load_start(str(start), LoraConfig(rank=4, quantize=quantize), seed=0)
+    Machine(torch.device("cpu"), torch.bfloat16).place(model, TrainingConfig(compile="off"), 0.0, print)
+    adapters = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    assert policy["weights"] == sum(parameter.nbytes for parameter in model.parameters()) + 2 * adapters
 
 
 def test_compiled_rollouts_read_a_copy(start: Path, tmp_path: Path) -> None:

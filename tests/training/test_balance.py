@@ -20,6 +20,7 @@ from minnow.training.config import TrainingConfig
 from minnow.training.loss_scale import LossScale
 from minnow.training.objective import LanguageModeling
 from minnow.training.trainer import Trainer
+from tests.without_float64 import WithoutFloat64
 
 from .helpers import SHAPE, masked_batch, rows_of
 from .helpers import make_trainer as trainer_of
@@ -127,6 +128,25 @@ def test_any_cut_of_the_batch_gives_the_same_gradients(tmp_path: Path, family: s
             )
         for mine, theirs in zip(cut.model.buffers(), whole.model.buffers(), strict=True):
             assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("family", ["softmax", "sigmoid", "noisy"])
+def test_gradient_checkpointing_changes_no_gradient(tmp_path: Path, family: str, mode: str) -> None:
+    """A layer that is run again in the backward pass leaves out the same filler, and has the same noise."""
+    plain, checkpointed = make_trainer(tmp_path / "a", family, 4), make_trainer(tmp_path / "b", family, 4)
+    checkpointed.model.gradient_checkpointing = mode
+    expected, got = gradients(plain), gradients(checkpointed)
+    assert got.keys() == expected.keys()
+    assert all(torch.equal(got[name], expected[name]) for name in expected)
+
+
+def test_no_float64_is_asked_of_the_device(tmp_path: Path) -> None:
+    """Apple's GPUs have none: a mixture could not be trained on one."""
+    plain, without = make_trainer(tmp_path / "a", "sigmoid", 4), make_trainer(tmp_path / "b", "sigmoid", 4)
+    expected = plain.train_step()
+    with WithoutFloat64():
+        assert without.train_step() == expected
 
 
 def test_the_balance_losses_are_in_the_gradient(tmp_path: Path) -> None:

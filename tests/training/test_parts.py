@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import signal
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,10 @@ from minnow.config import UserError
 from minnow.data.batches import Share
 from minnow.model.transformer import CausalLM
 from minnow.training import parallel
+from minnow.training.checkpoint import random_state, set_random_state
 from minnow.training.config import TrainingConfig
 from minnow.training.hardware import _cpu_matmul_peak, _matmul_peak, choose_device, choose_precision, matmul_peak
+from minnow.training.lock import FolderLock
 from minnow.training.loss_scale import LossScale
 from minnow.training.parallel import choose_parallel
 from minnow.training.run_folder import LogFollower, MetricsLog
@@ -26,6 +30,7 @@ from minnow.training.session import RunFolder
 from minnow.training.signals import Interrupted, stop_requests
 from minnow.training.speed import batch_flops
 from minnow.training.validation import validate
+from tests.without_float64 import WithoutFloat64
 
 from .helpers import SHAPE, RandomSource, make_trainer, masked_batch
 
@@ -154,6 +159,45 @@ def test_a_follower_reads_what_is_added_and_begins_again_after_a_rewind(tmp_path
     assert ([r["step"] for r in follower.read()], follower.from_start) == ([1], True)
 
 
+def test_a_folder_that_cannot_be_locked_is_in_nobodys_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(file: object, operation: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    FolderLock(tmp_path).take()
+
+
+def test_overwriting_a_run_leaves_alone_what_it_links_to(tmp_path: Path) -> None:
+    """It ended in the middle, with config.yaml gone perhaps, and then the folder was no run any more."""
+    run, elsewhere = tmp_path / "run", tmp_path / "large disk"
+    for folder in (run, elsewhere):
+        folder.mkdir()
+    (run / "config.yaml").touch()
+    (elsewhere / "kept").touch()
+    (run / "checkpoints").symlink_to(elsewhere)
+    RunFolder(run).clear("config.yaml")
+    assert not list(run.iterdir())
+    assert (elsewhere / "kept").exists()
+
+
+def test_random_numbers_of_apples_gpus_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dropout on one draws from its own generator: a resumed run with dropout was another run."""
+    there = [torch.arange(8, dtype=torch.uint8)]
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.mps, "get_rng_state", lambda: there[0])
+    monkeypatch.setattr(torch.mps, "set_rng_state", lambda state: there.append(state))
+    set_random_state(random_state())
+    assert torch.equal(there[0], there[1])
+
+
+def test_validation_needs_no_float64_of_the_device(tmp_path: Path) -> None:
+    """Apple's GPUs have none: training on one ended at its first validation."""
+    trainer, batches, token_bytes = make_trainer(tmp_path), [masked_batch(7)], np.ones(64, np.int32)
+    expected = validate(trainer.model, batches, token_bytes, torch.device("cpu"))
+    with WithoutFloat64():
+        assert validate(trainer.model, batches, token_bytes, torch.device("cpu")) == expected
+
+
 def test_validation_equals_a_naive_loop(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path)
     batch = masked_batch(7)
@@ -205,6 +249,7 @@ def test_auto_slices_a_model_whose_training_needs_half_of_a_device(monkeypatch: 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("seed", -1),
         ("clip_norm", -1.0),
         ("clip_norm", float("nan")),
         ("patience", -1),

@@ -255,17 +255,19 @@ class CausalLM(nn.Module):
         x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
         # Compiled parts serve training: generation and evaluation come in too many shapes to compile for.
         parts = self._compiled if self._compiled and torch.is_grad_enabled() else _PLAIN_PARTS
+        # Taken now: when checkpointing runs a layer again, in the backward pass, the training loop has put it away.
+        routing = self.routing
 
         def run_layer(index: int, x: Tensor) -> tuple[Tensor, Decisions | None]:
-            return self.model.layers[index](x, partial(attention, index), cos, sin, parts, self.routing)
+            return self.model.layers[index](x, partial(attention, index), cos, sin, parts, routing)
 
         mode = self.gradient_checkpointing if torch.is_grad_enabled() else "off"
         if mode == "selective" and self._compiled:
             mode = "off"  # the compiler chooses so by itself: compiled parts keep products and recompute the rest
         for index in range(config.num_hidden_layers):
             x_BTD, decisions = checkpointed(mode, run_layer, index, x_BTD)
-            if self.routing is not None and decisions is not None:
-                self.routing.decisions.append((index, decisions))
+            if routing is not None and decisions is not None:
+                routing.decisions.append((index, decisions))
         return self.model.norm(x_BTD)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def upcycle(dense: CausalLM, experts: ExpertsConfig, seed: int) -> CausalLM:
     for layer, old in zip(mixture.model.layers, dense.model.layers, strict=True):
         if isinstance(layer.mlp, MoE):
             _fill(layer.mlp, cast(MLP, old.mlp), width)
-    mixture.compute_dtype = dense.compute_dtype
+    mixture.compute_dtype, mixture.generation_config = dense.compute_dtype, dense.generation_config
     return mixture
 
 

@@ -7,15 +7,16 @@ add up to the same gradient however the batch is cut.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
 def expert_counts(experts_Nk: Tensor, num_experts: int) -> Tensor:
-    """How often each expert was chosen: [N, k] int64 -> [E] float64."""
+    """How often each expert was chosen: [N, k] int64 -> [E] int64."""
     experts_A = experts_Nk.flatten()
-    counts_E = torch.zeros(num_experts, dtype=torch.float64, device=experts_A.device)
-    return counts_E.index_add_(0, experts_A, torch.ones_like(experts_A, dtype=torch.float64))
+    return experts_A.new_zeros(num_experts).index_add_(0, experts_A, torch.ones_like(experts_A))
 
 
 def load_balance_loss(counts_E: Tensor, probability_sums_E: Tensor) -> Tensor:
@@ -41,7 +42,7 @@ def kl_to_uniform(probability_sums_E: Tensor) -> Tensor:
     expert that nobody chose a gradient.
     """
     means_E = probability_sums_E / probability_sums_E.sum(-1, keepdim=True)
-    return -means_E.log().mean(-1) - torch.tensor(float(means_E.shape[-1])).log()
+    return -means_E.log().mean(-1) - math.log(means_E.shape[-1])
 
 
 def kl_to_uniform_slope(probability_sums_E: Tensor) -> Tensor:

@@ -75,7 +75,8 @@ class PolicyLoss(NamedTuple):
     kl_N: Tensor
     """The estimate of the KL divergence to the reference (zeros without one); without gradient."""
     clipped_N: Tensor
-    """1.0 where clipping took the gradient away."""
+    """1.0 where the ratio was clipped, and with that the gradient taken away; with cispo, where it was capped: the
+    gradient goes on with the cap for its weight."""
     log_ratio_N: Tensor
     """log pi - log pi_old of each token; without gradient."""
 

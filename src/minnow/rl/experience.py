@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,14 +41,6 @@ class PolicyBatch(Batch):
     """float32: under the reference model; None without one."""
     correction_N: Tensor | None
     """float32: truncated weights policy / sampler; None where the sampler is the policy."""
-
-    def to(self, device: torch.device | str) -> PolicyBatch:
-        """Return the batch on `device`; `cu_seqlens` stays on the CPU."""
-        names = ("sequence_N", "advantages_N", "old_logprobs_N", "ref_logprobs_N", "correction_N")
-        moved = {name: tensor.to(device) for name in names if (tensor := getattr(self, name)) is not None}
-        rows = super().to(device)
-        assert isinstance(rows, PolicyBatch)
-        return replace(rows, **moved)
 
 
 @dataclass(frozen=True)

@@ -257,11 +257,11 @@ def _hear(
     if reply.done or ended_text:
         trajectory.ending = "stop"
         return False
+    if last:
+        return False
     ids = render_continuation(engine.tokenizer, reply.messages, enable_thinking=config.enable_thinking)
     if len(trajectory.ids) + len(ids) + config.max_tokens > longest:
         trajectory.ending = "length"
-        return False
-    if last:
         return False
     trajectory.ids += ids
     trajectory.trained += [False] * len(ids)

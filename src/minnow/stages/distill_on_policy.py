@@ -110,7 +110,9 @@ def run(config: Config) -> None:
     )
 
     flops = practice_flops(config.rollout, steps * answers, student.config)
-    machine.place(student, config.training, flops, lambda text: console.print(text))
+    # `auto` may take fsdp for a large student, whose slices cannot write.
+    whole = dataclasses.replace(config.training, parallel="ddp")
+    machine.place(student, whole, flops, lambda text: console.print(text))
     place_beside(teacher, student)
     loss = DistillationLossConfig(alpha=0.0, **dataclasses.asdict(config.loss))  # own tokens are nobody's labels
     objective = Distillation(loss, teacher, tokenizer.vocab_size)

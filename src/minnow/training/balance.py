@@ -115,12 +115,13 @@ class ExpertBalance:
         """Weighted balance losses of a watched micro-batch, summed over tokens and layers: 0-D fp32, with gradient."""
         slope_LE = self.load_loss * load_balance_slope(self._counts_LE)
         slope_LE = slope_LE + self.kl_loss * kl_to_uniform_slope(self._probability_sums_LE)
+        slope_LE = slope_LE.float().to(batch.tokens_BT.device)
         total = torch.zeros((), device=batch.tokens_BT.device)
         for layer, decisions in routing.decisions:
             row = self._row_of_layer[layer]
             sums_E = decisions.probabilities_NE.sum(0)
             self._record(row, decisions, sums_E)
-            total = total + (slope_LE[row].to(sums_E) * sums_E).sum()
+            total = total + (slope_LE[row] * sums_E).sum()
             if self.sequence_loss:
                 sequence_sum = sequence_balance_sum(*decisions, _pieces(batch, routing))
                 total = total + self.sequence_loss * sequence_sum
@@ -159,25 +160,27 @@ class ExpertBalance:
         self._probability_sums_LE = torch.tensor(state["probability_sums"], dtype=torch.float64)
 
     def _record(self, row: int, decisions: Decisions, sums_E: Tensor) -> None:
+        """Keep what a layer reports on the device: to read it now, the host would wait for each layer."""
         probabilities_NE = decisions.probabilities_NE.detach()
-        entropy = torch.special.entr(probabilities_NE).sum()
-        self._new_counts_LE[row] += expert_counts(decisions.experts_Nk, self.experts.num_experts).cpu()
-        self._new_sums_LE[row] += sums_E.detach().double().cpu()
-        self._entropy_L1[row] += entropy.double().cpu()
-        self._tokens_L1[row] += len(probabilities_NE)
+        counts_E = expert_counts(decisions.experts_Nk, self.experts.num_experts)
+        entropy_1 = torch.special.entr(probabilities_NE).sum().reshape(1)
+        self._reports.append((row, len(probabilities_NE), torch.cat([counts_E.float(), sums_E.detach(), entropy_1])))
 
     def _global_statistics(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Choices and sums of probabilities [L, E], entropies and tokens [L], of all processes."""
-        layers, experts = self._new_counts_LE.shape
-        table_LX = torch.cat([self._new_counts_LE, self._new_sums_LE, self._entropy_L1, self._tokens_L1], dim=1)
+        layers, experts = self._counts_LE.shape
+        table_LX = torch.zeros(layers, 2 * experts + 2, dtype=torch.float64)
+        # In this order: not every device has float64.
+        reported = torch.stack([report_X for _, _, report_X in self._reports]).cpu().double()
+        for (row, tokens, _), report_X in zip(self._reports, reported, strict=True):
+            table_LX[row, :-1] += report_X
+            table_LX[row, -1] += tokens
         total_LX = torch.tensor(sum_over_ranks(table_LX.flatten().tolist()), dtype=torch.float64).view(layers, -1)
         counts_LE, sums_LE, entropy_L1, tokens_L1 = total_LX.split([experts, experts, 1, 1], dim=1)
         return counts_LE, sums_LE, entropy_L1.squeeze(1), tokens_L1.squeeze(1)
 
     def _forget(self) -> None:
-        zeros_LE = torch.zeros_like(self._counts_LE)
-        self._new_counts_LE, self._new_sums_LE = zeros_LE, zeros_LE.clone()
-        self._entropy_L1, self._tokens_L1 = zeros_LE[:, :1].clone(), zeros_LE[:, :1].clone()
+        self._reports: list[tuple[int, int, Tensor]] = []
 
     def _ones(self) -> Tensor:
         return torch.ones(len(self.routers), self.experts.num_experts, dtype=torch.float64)

@@ -101,6 +101,8 @@ def random_state() -> dict[str, str]:
     state = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
     return {device: generator.numpy().tobytes().hex() for device, generator in state.items()}
 
 
@@ -110,6 +112,8 @@ def set_random_state(state: dict[str, str]) -> None:
     torch.set_rng_state(generators["cpu"])
     if "cuda" in generators and torch.cuda.is_available():
         torch.cuda.set_rng_state(generators["cuda"])
+    if "mps" in generators and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(generators["mps"])
 
 
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:

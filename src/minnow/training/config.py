@@ -85,7 +85,7 @@ class TrainingConfig:
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}: it must be at least 1")
         # A negative clip_norm would turn every gradient round, and training would silently go uphill.
-        for name in ("clip_norm", "patience", "validate_every", "save_every"):
+        for name in ("clip_norm", "patience", "validate_every", "save_every", "seed"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"training.{name} is {getattr(self, name)}: give 0 or more")
         if self.z_loss is not None and not self.z_loss >= 0:

@@ -31,13 +31,16 @@ class FolderLock:
         file = open(self.folder / FILE, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as it is held
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
             file.close()
             raise UserError(
                 f"{self.folder} is in use by {holder}: wait for it, stop it, or give another --run"
             ) from None
+        except OSError:  # some file systems of clusters know no locks
+            file.close()
+            return
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

@@ -1,4 +1,4 @@
-"""How many bytes training keeps, worked out from the shape: for `minnow plan`."""
+"""How a model is held in memory while it is trained, and how many bytes that takes: for `minnow plan`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from minnow.model.config import ModelConfig
 from minnow.model.lora import LoraConfig, add_lora
 from minnow.model.quantize import quantize
 from minnow.model.transformer import CausalLM
-from minnow.optim import OptimConfig, parameter_groups
+from minnow.optim import OptimConfig, kind_of, parameter_groups
 from minnow.training.config import TrainingConfig
 from minnow.training.objective import LanguageModeling
 from minnow.training.probe import random_batch
@@ -38,6 +38,19 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+def hold_in_memory(model: CausalLM, dtype: torch.dtype) -> None:
+    """Hold what is trained in fp32. Frozen matrices need no master: they are held in the compute dtype.
+
+    But for those that are read in fp32 whatever it is: routers, whose choices rounding would change, and int8's scales.
+    """
+    model.to(torch.float32)
+    for name, parameter in model.named_parameters():
+        is_read_in_fp32 = name.endswith("_scale") or kind_of(name, parameter) == "router"
+        is_matrix = parameter.ndim > 1 and parameter.is_floating_point() and not is_read_in_fp32
+        if is_matrix and not parameter.requires_grad:
+            parameter.data = parameter.data.to(dtype)
+
+
 def training_memory(
     shape: ModelConfig,
     training: TrainingConfig,
@@ -52,16 +65,17 @@ def training_memory(
     """
     with torch.device("meta"):
         model = CausalLM(shape)
-    copies = 0
-    if dtype != torch.float32:  # every step's matrices in the compute dtype
-        copies = dtype.itemsize * sum(parameter.numel() for _, parameter in parameter_groups(model)["matrix"])
     if lora is not None and lora.rank:
         if lora.quantize == "int8":
             quantize(model)
         add_lora(model, lora, base="")
+    hold_in_memory(model, dtype)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     matrices = sum(parameter.numel() for _, parameter in parameter_groups(model)["matrix"])
     averages = 4 * matrices + 8 * (trained - matrices) if optim.optimizer == "muon" else 8 * trained
+    copies = 0
+    if dtype != torch.float32:  # every step's trained matrices in the compute dtype
+        copies = dtype.itemsize * matrices
     return Memory(
         weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + copies,
         gradients=4 * trained,

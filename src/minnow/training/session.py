@@ -30,6 +30,7 @@ from minnow.training.distribution import first_goes_first, from_first, is_first
 from minnow.training.hardware import choose_device, choose_precision, has_cpp_compiler, matmul_peak, precision_name
 from minnow.training.lock import FILE as LOCK
 from minnow.training.lock import FolderLock
+from minnow.training.memory import hold_in_memory
 from minnow.training.parallel import parallelise
 from minnow.training.reference import weights_fingerprint
 from minnow.training.signals import Interrupted
@@ -86,16 +87,10 @@ class Machine:
         return cls(device, choose_precision(config.precision, device))
 
     def place(self, model: CausalLM, config: TrainingConfig, total_flops: float, say: Say) -> CausalLM:
-        """Put `model` on its device or devices, set its compute dtype, compile it if that pays.
-
-        What is trained is held in fp32; frozen matrices need no master and are held in the compute dtype.
-        """
+        """Put `model` on its device or devices, set its compute dtype, compile it if that pays."""
         if self.device.type == "cpu":
             keep_freed_memory()
-        model.to(torch.float32)
-        for parameter in model.parameters():
-            if not parameter.requires_grad and parameter.ndim > 1 and parameter.is_floating_point():
-                parameter.data = parameter.data.to(self.dtype)
+        hold_in_memory(model, self.dtype)
         model.compute_dtype = self.dtype
         parallelise(model, config.parallel, self.device)
         model.gradient_checkpointing = config.gradient_checkpointing
@@ -131,7 +126,10 @@ class RunFolder:
         return from_first(is_model_folder(self.model_folder))
 
     def clear(self, made_by: str) -> None:
-        """Delete the folder, if a file called `made_by` shows that it is a run: a mistyped --run costs nothing."""
+        """Delete the folder, if a file called `made_by` shows that it is a run: a mistyped --run costs nothing.
+
+        Of what lies elsewhere, behind a link, only the link.
+        """
         if not self.path.exists():
             return
         if any(entry.name != LOCK for entry in self.path.iterdir()) and not (self.path / made_by).exists():
@@ -141,7 +139,7 @@ class RunFolder:
         for entry in self.path.iterdir():
             if entry.name == LOCK:
                 continue  # whoever holds it keeps it
-            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
     def claim_data(self, key: str) -> None:
         """Remember which prepared data the run learns from; refuse to continue it on other data."""
