@@ -116,6 +116,23 @@ def test_the_hub_model_that_it_started_from_is_named(tmp_path: Path, monkeypatch
     assert "starting from somebody/small" in text
 
 
+def test_the_recipe_names_no_place_of_this_machine_at_any_depth(tmp_path: Path) -> None:
+    """The reward model's folder, the critic's and the server of the rollouts stood in the card that goes to the Hub."""
+    run = a_run(
+        tmp_path / "practised",
+        data="prompts.jsonl",
+        rewards={"reward_model": "/secret/judge", "format": 0.5, "functions": ["mine:marks@0.5", "/secret/f.py:marks"]},
+        algorithm={"advantage": "gae", "critic": {"init_from": "../secret/critic", "lr": 0.01}},
+        rollout_engine={"url": "http://secret.local:8000/v1", "server": "minnow"},
+    )
+    path = write_model_card(run / "model")
+    assert path is not None
+    text = path.read_text(encoding="utf-8")
+    assert "secret" not in text
+    for kept in ("format: 0.5", "mine:marks@0.5", "advantage: gae", "lr: 0.01", "server: minnow"):
+        assert kept in text
+
+
 def test_folders_of_this_machine_are_named_by_their_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the model that it started from, and of data with a weight; a folder is no data set of the Hub."""
     run = a_run(tmp_path / "tuned", data="/secret/poems.jsonl@0.5", init_from="/secret/models/small")
