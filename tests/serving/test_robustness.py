@@ -365,6 +365,9 @@ def test_a_broken_engine_is_a_500_that_tells_nothing(tmp_path: Path, monkeypatch
         streamed = httpx.post(f"{running.url}/v1/chat/completions", json=CHAT | {"stream": True})
         last = streamed.text.strip().split("\n\n")[-1]
         assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+        text = httpx.get(f"{running.url}/metrics").text
+        assert 'minnow_requests_total{path="/v1/chat/completions",status="500"} 1.0' in text
+        assert "minnow_aborted_requests_total{" not in text  # no client has left
         monkeypatch.setattr(engine, "step", step)
         assert httpx.post(f"{running.url}/v1/chat/completions", json=CHAT).status_code == 200
 
