@@ -184,6 +184,8 @@ def test_uniforms_are_uniform_and_depend_on_every_argument() -> None:
         {"min_p": 2.0},
         {"repetition_penalty": 0.0},
         {"repetition_penalty": 5e-324},
+        {"presence_penalty": math.nan},
+        {"frequency_penalty": math.inf},
         {"max_tokens": 0},
         {"max_tokens": 2, "min_tokens": 3},
         {"n": 0},
@@ -204,3 +206,11 @@ def test_a_temperature_next_to_zero_is_greedy(temperature: float) -> None:
 
 def test_a_single_stop_string_is_not_taken_letter_by_letter() -> None:
     assert list(SamplingParams(stop="abc").stop) == ["abc"]
+
+
+def test_scores_that_are_no_numbers_are_told_in_words() -> None:
+    """The draw ended behind the vocabulary, and the next step in an IndexError (on CUDA in a dead process)."""
+    logits = torch.randn(2, 50)
+    logits[1, 7] = math.inf  # what fp16 makes of a large number
+    with pytest.raises(UserError, match="scores are not numbers"):
+        sample(logits, [make_row(), make_row(index=1, logprobs=True)])

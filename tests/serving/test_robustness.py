@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from minnow.serving import ServingConfig, chat, embeddings
 from minnow.serving.prompts import chat_prompt_ids
@@ -370,6 +371,11 @@ def test_a_broken_engine_is_a_500_that_tells_nothing(tmp_path: Path, monkeypatch
         assert "minnow_aborted_requests_total{" not in text  # no client has left
         monkeypatch.setattr(engine, "step", step)
         assert httpx.post(f"{running.url}/v1/chat/completions", json=CHAT).status_code == 200
+        with torch.no_grad():
+            engine.model.model.norm.weight.fill_(torch.nan)
+        engine.weights_updated()
+        answer = httpx.post(f"{running.url}/v1/chat/completions", json=CHAT)
+        assert (answer.status_code, error_of(answer)["type"]) == (500, "server_error")
 
 
 def test_metrics_count(tmp_path: Path) -> None:
