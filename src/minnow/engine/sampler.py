@@ -53,6 +53,8 @@ class Sampler:
         logits_BV: float32, any device; not changed. A row's token depends on its logits, its parameters, its
         tokens so far and its random stream only. UserError where the logits are NaN.
         """
+        if logits_BV.device.type == "mps":  # it has no float64, in which probabilities are added up
+            logits_BV = logits_BV.cpu()
         if self._wishes is None or rows != self._rows:
             self._rows, self._wishes = list(rows), Wishes(rows, logits_BV.device)
         return _sample(logits_BV, rows, self._wishes)

@@ -101,7 +101,7 @@ def token_nats(
         hidden_ND = packed_hidden(model, inputs, allow_beyond_trained_length=allow_beyond_trained_length)
         logprobs_N = token_logprobs(hidden_ND, model.head_weight, torch.tensor(targets, device=device))
         for (index, _, _), piece in zip(batch, logprobs_N.split([len(row) for row in inputs]), strict=True):
-            pieces[index].append(-piece.double().cpu())
+            pieces[index].append(-piece.cpu().double())  # in this order: Apple's GPUs have no float64
     model.train(was_training)
     return [torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64) for parts in pieces]
 

@@ -80,8 +80,9 @@ def answer_logprobs(model: CausalLM, conversations: Sequence[Rendered]) -> list[
     for group in groups(conversations):
         hidden_ND = packed_hidden(model, [rendered.ids[:-1].tolist() for rendered in group])
         targets_N = torch.cat([torch.from_numpy(rendered.ids[1:]).long() for rendered in group]).to(device)
-        weights_N = torch.cat([torch.from_numpy(rendered.weights[1:]) for rendered in group]).to(device)
-        logprobs_N = token_logprobs(hidden_ND, model.head_weight, targets_N).double() * weights_N
+        weights_N = torch.cat([torch.from_numpy(rendered.weights[1:]) for rendered in group])
+        # On the host: Apple's GPUs have no float64.
+        logprobs_N = token_logprobs(hidden_ND, model.head_weight, targets_N).cpu().double() * weights_N
         found += [float(part.sum()) for part in logprobs_N.split([len(rendered.ids) - 1 for rendered in group])]
     return found
 

@@ -38,18 +38,19 @@ def validate(model: CausalLM, batches: Sequence[Batch], token_bytes: np.ndarray,
     `token_bytes` is int32 [vocab], the bytes each token stands for. Special tokens stand for none: they count in the
     loss and not in bits per byte, so that the figure compares across tokenizers.
     """
-    bytes_of_token = torch.from_numpy(token_bytes).to(device)
+    bytes_of_token = torch.from_numpy(token_bytes)
     nats = weight = text_nats = text_bytes = 0.0
     with examined(model):
         for batch, is_mine in _my_part(batches):
             batch = batch.to(device)
             hidden_BTD = model(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens, device))
             supervised_BT = batch.weights_BT > 0
-            targets_N, weights_N = batch.targets_BT[supervised_BT], batch.weights_BT[supervised_BT]
-            nll_N = -token_logprobs(hidden_BTD[supervised_BT], model.head_weight, targets_N).double()
+            targets_N, weights_N = batch.targets_BT[supervised_BT], batch.weights_BT[supervised_BT].cpu()
+            # On the host: Apple's GPUs have no float64.
+            nll_N = -token_logprobs(hidden_BTD[supervised_BT], model.head_weight, targets_N).cpu().double()
             if not is_mine:
                 continue
-            bytes_N = bytes_of_token[targets_N]
+            bytes_N = bytes_of_token[targets_N.cpu()]
             nats += float((nll_N * weights_N).sum())
             weight += float(weights_N.sum())
             text_nats += float(nll_N[bytes_N > 0].sum())
