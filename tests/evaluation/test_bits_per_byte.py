@@ -129,6 +129,14 @@ def test_a_model_without_knowledge_pays_log_v_a_token():
     assert result.counts == {"bits_per_byte/en": 2, "bits_per_byte/zh": 1}
 
 
+def test_half_a_surrogate_pair_counts_as_what_is_read_in_its_place(model):
+    """JSON may hold it; it has no UTF-8, and the examination ended in a UnicodeEncodeError."""
+    subject = Subject(model, train_tokenizer(["a", "b"], 288))
+    task = BitsPerByteTask([Text("a \ud83d b", "en")])
+    (score,) = task.score_rows(subject, task.rows())
+    assert score.weight == len("a \ufffd b".encode())
+
+
 def test_of_conversations_only_what_is_said_counts(tmp_path):
     """The template's words and the JSON of tools and calls would be most of such a file's bytes, and easy ones."""
     call = {"role": "assistant", "content": "", "reasoning_content": "I look.", "tool_calls": [{"name": "look_up"}]}

@@ -19,6 +19,7 @@ from minnow.evaluation.statistics import Interval, bootstrap_ratio
 from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import token_logprobs
+from minnow.tokenizer.bytelevel import valid_unicode
 
 BATCH_TOKENS = 8192
 
@@ -39,7 +40,8 @@ class BitsPerByteTask(Task[Text]):
 
     def __init__(self, texts: Sequence[Text], sequence_length: int | None = None) -> None:
         """`sequence_length`: longest piece the model sees at once; None takes the model's longest context."""
-        self._rows = [text for text in texts if text.text]
+        # Half a surrogate pair has no UTF-8: what the tokenizer reads in its place has its bytes counted.
+        self._rows = [Text(valid_unicode(text.text), text.label) for text in texts if text.text]
         self._sequence_length = sequence_length
 
     def rows(self) -> Sequence[Text]:
