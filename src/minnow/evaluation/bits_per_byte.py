@@ -13,10 +13,10 @@ from torch import Tensor
 from minnow.config import UserError
 from minnow.data.pond.write import validation_documents
 from minnow.data.readers import read_texts, said_texts
+from minnow.engine.hidden import packed_hidden
 from minnow.evaluation.pond import find_world
 from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, register
 from minnow.evaluation.statistics import Interval, bootstrap_ratio
-from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import token_logprobs
 from minnow.tokenizer.bytelevel import valid_unicode
@@ -106,22 +106,6 @@ def token_nats(
             pieces[index].append(-piece.cpu().double())  # in this order: Apple's GPUs have no float64
     model.train(was_training)
     return [torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64) for parts in pieces]
-
-
-def packed_hidden(
-    model: CausalLM, texts: Sequence[Sequence[int]], *, allow_beyond_trained_length: bool = False
-) -> Tensor:
-    """Hidden states [N, D] of the texts' tokens, read side by side: each on its own, from position 0."""
-    device = model.head_weight.device
-    borders = torch.tensor([0, *(len(text) for text in texts)]).cumsum(0)
-    tokens = torch.tensor([[token for text in texts for token in text]], device=device)
-    positions = torch.cat([torch.arange(len(text)) for text in texts])
-    return model(
-        tokens,
-        positions[None].to(device),
-        PackedAttention(borders.to(torch.int32), device),
-        allow_beyond_trained_length=allow_beyond_trained_length,
-    )[0]
 
 
 Piece = tuple[int, int, int]

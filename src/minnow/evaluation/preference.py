@@ -14,7 +14,7 @@ from minnow.data.pairs import PreferencePair, parse_preference
 from minnow.data.pond.preferences import preference_pairs
 from minnow.data.readers import read_rows
 from minnow.data.records import RowError
-from minnow.evaluation.bits_per_byte import packed_hidden
+from minnow.engine.hidden import packed_hidden
 from minnow.evaluation.pond import find_world
 from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, register
 from minnow.evaluation.statistics import Interval, wilson_interval
