@@ -36,9 +36,9 @@ def test_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_figures_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     times = {"minnow": [0.125, 0.25, 1.0], "transformers": [4.0, 0.5, 1.0]}
-    monkeypatch.setattr(bench_generate, "_time_in_turns", lambda *settings: times)
-    monkeypatch.setattr(bench_generate, "minnow_generate", lambda *settings: None)
-    monkeypatch.setattr(bench_generate, "transformers_generate", lambda *settings: None)
+    monkeypatch.setattr(bench_generate, "time_in_turns", lambda *settings: times)
+    monkeypatch.setattr(bench_generate, "minnow_generate", lambda *settings: lambda prompts, new_tokens: None)
+    monkeypatch.setattr(bench_generate, "transformers_generate", lambda *settings: lambda prompts, new_tokens: None)
     monkeypatch.setattr(bench_generate, "read_seconds", lambda *settings: 1 / 96)
     file = tmp_path / "figures.json"
     sizes = ["--streams", "[1, 3]", "--new_tokens", "[6, 4]"]
