@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.transformer import CausalLM
+from minnow.report.lineage import lineage
 from minnow.report.model_card import MARK, write_model_card
 from minnow.report.run_report import write_report
 from minnow.tokenizer import train_tokenizer
@@ -131,6 +132,14 @@ def test_the_recipe_names_no_place_of_this_machine_at_any_depth(tmp_path: Path) 
     assert "secret" not in text
     for kept in ("format: 0.5", "mine:marks@0.5", "advantage: gae", "lr: 0.01", "server: minnow"):
         assert kept in text
+
+
+def test_runs_that_took_turns_end_somewhere(tmp_path: Path) -> None:
+    """Each was started from the other and overwritten: the card of the one trained last was an endless recursion."""
+    a_run(tmp_path / "one", data="a.jsonl", init_from=str(tmp_path / "three"))
+    a_run(tmp_path / "three", data="a.jsonl", init_from=str(tmp_path / "one"))
+    assert [run.folder.name for run in lineage(tmp_path / "one")] == ["three", "one"]
+    assert write_model_card(tmp_path / "one" / "model") is not None
 
 
 def test_folders_of_this_machine_are_named_by_their_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
