@@ -109,7 +109,8 @@ def name_models(models: Sequence[str]) -> dict[str, Path]:
     """Name -> model folder of what the command line names. UserError for two of one name, and where nothing is."""
     named: dict[str, Path] = {}
     for given in models:
-        name, equals, model = given.partition("=")
+        # A folder may be called lr=0.1.
+        name, equals, model = given.partition("=") if not Path(given).exists() else (given, "", "")
         folder = resolve_model_folder(model if equals else given)
         if not equals:
             path = Path(given).resolve()
