@@ -137,6 +137,15 @@ def test_half_a_surrogate_pair_counts_as_what_is_read_in_its_place(model):
     assert score.weight == len("a \ufffd b".encode())
 
 
+def test_files_of_one_name_have_figures_of_their_own(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "dev.txt").write_text("the pond")
+    (tmp_path / "c.txt").write_text("the pond")
+    texts = tuple(str(tmp_path / name) for name in ("a/dev.txt", "b/dev.txt", "c.txt"))
+    assert [text.label for text in make(TaskOptions(texts=texts)).rows()] == [texts[0], texts[1], "c.txt"]
+
+
 def test_of_conversations_only_what_is_said_counts(tmp_path):
     """The template's words and the JSON of tools and calls would be most of such a file's bytes, and easy ones."""
     call = {"role": "assistant", "content": "", "reasoning_content": "I look.", "tool_calls": [{"name": "look_up"}]}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from minnow.data.pond.write import validation_documents
 from minnow.data.readers import read_texts, said_texts
 from minnow.engine.hidden import packed_hidden
 from minnow.evaluation.pond import find_world
-from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, register
+from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, labels, register
 from minnow.evaluation.statistics import Interval, bootstrap_ratio
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import token_logprobs
@@ -133,8 +132,8 @@ def make(options: TaskOptions) -> Task[Text]:
     """The given text files, labelled by file; without any, the pond's validation documents, labelled by language."""
     if options.texts:
         texts: list[Text] = []
-        for path in options.texts:
-            of_path = [Text(text, Path(path).name) for text in read_texts((path,), said_texts)]
+        for path, label in zip(options.texts, labels(options.texts), strict=True):
+            of_path = [Text(text, label) for text in read_texts((path,), said_texts)]
             if not of_path:
                 raise UserError(f"{path}: there is not one text to examine; leave it out of --text")
             texts += of_path
