@@ -56,6 +56,10 @@ class Config:
     json: str | None = None
     """Write the figures to this file as well."""
 
+    def __post_init__(self) -> None:
+        if min(self.rounds, self.prompt_tokens, *self.streams, *self.new_tokens) < 1:
+            raise UserError("--rounds, --streams, --prompt_tokens and --new_tokens must be at least 1")
+
 
 Generate = Callable[[list[list[int]], int], None]
 """Continue prompts by so many tokens."""
