@@ -184,6 +184,8 @@ def test_uniforms_are_uniform_and_depend_on_every_argument() -> None:
         {"min_p": 2.0},
         {"repetition_penalty": 0.0},
         {"repetition_penalty": 5e-324},
+        {"presence_penalty": math.nan},
+        {"frequency_penalty": math.inf},
         {"max_tokens": 0},
         {"max_tokens": 2, "min_tokens": 3},
         {"n": 0},
@@ -204,3 +206,30 @@ def test_a_temperature_next_to_zero_is_greedy(temperature: float) -> None:
 
 def test_a_single_stop_string_is_not_taken_letter_by_letter() -> None:
     assert list(SamplingParams(stop="abc").stop) == ["abc"]
+
+
+def test_scores_that_are_no_numbers_are_told_in_words() -> None:
+    """The draw ended behind the vocabulary, and the next step in an IndexError (on CUDA in a dead process)."""
+    logits = torch.randn(2, 50)
+    logits[1, 7] = math.inf  # what fp16 makes of a large number
+    with pytest.raises(UserError, match="scores are not numbers"):
+        sample(logits, [make_row(), make_row(index=1, logprobs=True)])
+
+
+class OnMps(torch.Tensor):
+    """Stands for a tensor on one of Apple's GPUs, which this machine need not have."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("mps")
+
+    def cpu(self) -> torch.Tensor:  # type: ignore[override]
+        return self.as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.0}, {"top_p": 0.9, "repetition_penalty": 1.2}])
+def test_logits_on_apples_gpus_are_drawn_from_on_the_host(options: dict[str, Any]) -> None:
+    """These have no float64: the first token of every answer was a TypeError."""
+    logits = torch.randn(1, 50)
+    expected = sample(logits, [make_row(**options)]).ids
+    assert sample(logits.as_subclass(OnMps), [make_row(**options)]).ids == expected

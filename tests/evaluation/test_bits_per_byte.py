@@ -136,6 +136,23 @@ def test_a_model_without_knowledge_pays_log_v_a_token():
     assert result.counts == {"bits_per_byte/en": 2, "bits_per_byte/zh": 1}
 
 
+def test_half_a_surrogate_pair_counts_as_what_is_read_in_its_place(model):
+    """JSON may hold it; it has no UTF-8, and the examination ended in a UnicodeEncodeError."""
+    subject = Subject(model, train_tokenizer(["a", "b"], 288))
+    task = BitsPerByteTask([Text("a \ud83d b", "en")])
+    (score,) = task.score_rows(subject, task.rows())
+    assert score.weight == len("a \ufffd b".encode())
+
+
+def test_files_of_one_name_have_figures_of_their_own(tmp_path):
+    for folder in "ab":
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "dev.txt").write_text("the pond")
+    (tmp_path / "c.txt").write_text("the pond")
+    texts = tuple(str(tmp_path / name) for name in ("a/dev.txt", "b/dev.txt", "c.txt"))
+    assert [text.label for text in make(TaskOptions(texts=texts)).rows()] == [texts[0], texts[1], "c.txt"]
+
+
 def test_of_conversations_only_what_is_said_counts(tmp_path):
     """The template's words and the JSON of tools and calls would be most of such a file's bytes, and easy ones."""
     call = {"role": "assistant", "content": "", "reasoning_content": "I look.", "tool_calls": [{"name": "look_up"}]}

@@ -79,6 +79,12 @@ def test_the_files_say_what_was_found(tmp_path) -> None:
     assert "池" in lines[3], "a person reads it"
 
 
+def test_half_a_surrogate_pair_is_written_as_it_came(tmp_path) -> None:
+    result = TaskResult("t", "share", {}, {}, 0.0, [{"prompt": "a \ud83d"}])
+    write_rows(tmp_path / "rows.jsonl", [result])
+    assert json.loads((tmp_path / "rows.jsonl").read_text(encoding="utf-8")) == {"prompt": "a \ud83d"}
+
+
 def test_shares_are_shown_as_percentages_and_other_units_as_they_are() -> None:
     bar = Interval(0.25, 0.125, 0.75)
     results = [TaskResult(unit, unit, {"x/en": bar}, {"x/en": 1234}, 1.0, []) for unit in ("share", "bits per byte")]

@@ -54,11 +54,13 @@ def test_the_model_and_its_exports_are_sent_and_nothing_else(
         (folder / name).touch()
     (folder / ".env").write_text("secret")
     (folder / "notes.txt").write_text("mine")
+    (folder / "private").mkdir()
+    (folder / "private" / "talks.json").write_text("mine too")
     assert cli.main(["export", str(folder), "--to", "hub", "somebody/fish", "--private", "true"]) == 0
     assert stub.calls[0] == ("create", {"repo": "somebody/fish", "private": True, "exist_ok": True})
     written = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     assert {"README.md", "generation_config.json", "model.safetensors", "chat_template.jinja"} <= written
-    assert set(stub.calls[1][1]["files"]) == written - {".env", "notes.txt"}
+    assert set(stub.calls[1][1]["files"]) == written - {".env", "notes.txt", "private/talks.json"}
     assert "https://huggingface.co/somebody/fish" in capsys.readouterr().out
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -103,6 +104,10 @@ def test_what_cannot_be_stretched_is_refused():
         extend_context(extend_context(config, "yarn", 4), "linear", 2)
     with pytest.raises(UserError, match=r"--factor 0\.5"):
         extend_context(config, "ntk", 0.5)
+    with pytest.raises(UserError, match="--factor 0: "):  # it was taken for "not given"
+        ContextConfig(rope_scaling="yarn", factor=0.0).extend(config)
+    with pytest.raises(UserError, match="--factor inf: "):
+        extend_context(config, "yarn", math.inf)
     with pytest.raises(UserError, match="--factor 2 needs --rope-scaling"):
         ContextConfig(factor=2.0).extend(config)
     with pytest.raises(UserError, match="head_dim of at least 4"):

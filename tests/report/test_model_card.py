@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.transformer import CausalLM
+from minnow.report.lineage import lineage
 from minnow.report.model_card import MARK, write_model_card
 from minnow.report.run_report import write_report
 from minnow.tokenizer import train_tokenizer
@@ -114,6 +115,31 @@ def test_the_hub_model_that_it_started_from_is_named(tmp_path: Path, monkeypatch
     text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
     assert ModelCard(text).data.base_model == "somebody/small"
     assert "starting from somebody/small" in text
+
+
+def test_the_recipe_names_no_place_of_this_machine_at_any_depth(tmp_path: Path) -> None:
+    """The reward model's folder, the critic's and the server of the rollouts stood in the card that goes to the Hub."""
+    run = a_run(
+        tmp_path / "practised",
+        data="prompts.jsonl",
+        rewards={"reward_model": "/secret/judge", "format": 0.5, "functions": ["mine:marks@0.5", "/secret/f.py:marks"]},
+        algorithm={"advantage": "gae", "critic": {"init_from": "../secret/critic", "lr": 0.01}},
+        rollout_engine={"url": "http://secret.local:8000/v1", "server": "minnow"},
+    )
+    path = write_model_card(run / "model")
+    assert path is not None
+    text = path.read_text(encoding="utf-8")
+    assert "secret" not in text
+    for kept in ("format: 0.5", "mine:marks@0.5", "advantage: gae", "lr: 0.01", "server: minnow"):
+        assert kept in text
+
+
+def test_runs_that_took_turns_end_somewhere(tmp_path: Path) -> None:
+    """Each was started from the other and overwritten: the card of the one trained last was an endless recursion."""
+    a_run(tmp_path / "one", data="a.jsonl", init_from=str(tmp_path / "three"))
+    a_run(tmp_path / "three", data="a.jsonl", init_from=str(tmp_path / "one"))
+    assert [run.folder.name for run in lineage(tmp_path / "one")] == ["three", "one"]
+    assert write_model_card(tmp_path / "one" / "model") is not None
 
 
 def test_folders_of_this_machine_are_named_by_their_last_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

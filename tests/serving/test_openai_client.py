@@ -229,6 +229,16 @@ def test_completions(client: openai.OpenAI, running: Running) -> None:
             extra_body={"return_token_ids": True, "ignore_eos": True},
         ).choices[0].token_ids
     )  # fmt: skip
+    drawn = client.completions.create(
+        model="noise", prompt="x", seed=1, temperature=2, logprobs=1, max_tokens=8, extra_body={"ignore_eos": True}
+    ).choices[0].logprobs  # fmt: skip
+    assert drawn is not None
+    assert drawn.tokens is not None
+    assert drawn.token_logprobs is not None
+    for token, logprob, likeliest in zip(drawn.tokens, drawn.token_logprobs, drawn.top_logprobs or (), strict=True):
+        assert likeliest[token] == logprob, "also where another one was likelier"
+        assert len(likeliest) <= 2
+    assert any(len(likeliest) == 2 for likeliest in drawn.top_logprobs or ())
     short = client.completions.create(model="noise", prompt="x", extra_body={"ignore_eos": True})
     assert len(short.choices) == 1
     assert short.usage is not None

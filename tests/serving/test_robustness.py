@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import torch
 
 from minnow.serving import ServingConfig, chat, embeddings
 from minnow.serving.prompts import chat_prompt_ids
@@ -150,11 +151,11 @@ def test_what_is_no_request_is_4xx(running: Running, body: bytes, path: str) -> 
 
 
 def test_a_form_and_a_plain_text_are_no_json(running: Running) -> None:
-    """Else any web page could send requests from a visitor's browser without asking (CORS lets plain text through)."""
-    for kind in ("text/plain", "application/x-www-form-urlencoded"):
-        answer = httpx.post(
-            f"{running.url}/v1/chat/completions", content=json.dumps(CHAT), headers={"Content-Type": kind}
-        )
+    """Else any web page could send requests from a visitor's browser without asking: CORS lets plain text through, and
+    what has no type, which FastAPI before 0.132 took for JSON."""
+    for kind in ("text/plain", "application/x-www-form-urlencoded", None):
+        headers = {} if kind is None else {"Content-Type": kind}
+        answer = httpx.post(f"{running.url}/v1/chat/completions", content=json.dumps(CHAT), headers=headers)
         assert answer.status_code == 400
         error_of(answer)
 
@@ -365,8 +366,16 @@ def test_a_broken_engine_is_a_500_that_tells_nothing(tmp_path: Path, monkeypatch
         streamed = httpx.post(f"{running.url}/v1/chat/completions", json=CHAT | {"stream": True})
         last = streamed.text.strip().split("\n\n")[-1]
         assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+        text = httpx.get(f"{running.url}/metrics").text
+        assert 'minnow_requests_total{path="/v1/chat/completions",status="500"} 1.0' in text
+        assert "minnow_aborted_requests_total{" not in text  # no client has left
         monkeypatch.setattr(engine, "step", step)
         assert httpx.post(f"{running.url}/v1/chat/completions", json=CHAT).status_code == 200
+        with torch.no_grad():
+            engine.model.model.norm.weight.fill_(torch.nan)
+        engine.weights_updated()
+        answer = httpx.post(f"{running.url}/v1/chat/completions", json=CHAT)
+        assert (answer.status_code, error_of(answer)["type"]) == (500, "server_error")
 
 
 def test_metrics_count(tmp_path: Path) -> None:

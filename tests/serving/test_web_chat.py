@@ -63,7 +63,13 @@ def test_tools_answer_and_tell_the_model_what_it_did_wrong(tmp_path: Path) -> No
         assert [tool["function"]["name"] for tool in offered] == ["calculate", "clock", "look_up"]
         assert call("calculate", '{"expression": "17 * 3"}') == "51"
         assert call("look_up", '{"subject": "小鱼", "property": "colour"}') == "silver"
-        wrong = (("python", "{}"), ("calculate", "[1]"), ("calculate", "{"), ("calculate", '{"expression": "open(1)"}'))
+        wrong = (
+            ("python", "{}"),
+            ("calculate", "[1]"),
+            ("calculate", "{"),
+            ("calculate", '{"expression": "open(1)"}'),
+            ("clock", '{"\\ud83d": 1}'),  # half a surrogate pair, which has no UTF-8
+        )
         for name, arguments in wrong:
             assert "error" in json.loads(call(name, arguments))
 

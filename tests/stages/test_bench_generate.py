@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from minnow import cli
+from minnow.config import UserError
 from minnow.engine.sequence import Sequence
 from minnow.model.config import ModelConfig
 from minnow.model.transformer import CausalLM
-from minnow.stages import bench_generate
+from minnow.stages import bench_generate, bench_train
 
 SHAPE = (
     "--model.hidden_size 32 --model.intermediate_size 64 --model.num_hidden_layers 2 --model.num_attention_heads 2"
@@ -36,9 +37,9 @@ def test_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_figures_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     times = {"minnow": [0.125, 0.25, 1.0], "transformers": [4.0, 0.5, 1.0]}
-    monkeypatch.setattr(bench_generate, "_time_in_turns", lambda *settings: times)
-    monkeypatch.setattr(bench_generate, "minnow_generate", lambda *settings: None)
-    monkeypatch.setattr(bench_generate, "transformers_generate", lambda *settings: None)
+    monkeypatch.setattr(bench_generate, "time_in_turns", lambda *settings: times)
+    monkeypatch.setattr(bench_generate, "minnow_generate", lambda *settings: lambda prompts, new_tokens: None)
+    monkeypatch.setattr(bench_generate, "transformers_generate", lambda *settings: lambda prompts, new_tokens: None)
     monkeypatch.setattr(bench_generate, "read_seconds", lambda *settings: 1 / 96)
     file = tmp_path / "figures.json"
     sizes = ["--streams", "[1, 3]", "--new_tokens", "[6, 4]"]
@@ -84,3 +85,11 @@ def test_no_run_finds_the_prompts_of_the_one_before(monkeypatch: pytest.MonkeyPa
 def test_lengths_must_match(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "generate", *TINY, "--streams", "[1]"]) == 2
     assert "2 numbers for 1 --streams" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", ["--rounds 0", "--streams 0 --new_tokens 4", "--streams 1 --new_tokens 0"])
+def test_numbers_that_time_nothing_are_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "generate", *TINY, *wrong.split()]) == 2
+    assert "must be at least 1" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--rounds, --rows and --sequence_length must be at least 1"):
+        bench_train.Config(rounds=0)

@@ -133,6 +133,16 @@ def test_mistakes_in_commands_are_named_and_change_nothing(tmp_path: Path, line:
     assert session.params == before
 
 
+def test_save_knows_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No shell stands between: a folder called ~ was made."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    session = open_session(save_parrot_model(tmp_path / "m", "ok§<|im_end|>§"))
+    talk_to(session, "q", "/save ~/talk.jsonl")
+    assert (tmp_path / "talk.jsonl").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 def test_save_writes_a_row_for_sft(tmp_path: Path) -> None:
     session = open_session(save_parrot_model(tmp_path / "m", "好§<|im_end|>§"), system="s")
     talk_to(session, "问", f"/save {tmp_path / 'talk.jsonl'}")

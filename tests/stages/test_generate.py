@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from minnow.config import UserError
+from minnow.stages import serve
 from minnow.stages.generate import Config, run
 
 from .stage_helpers import save_parrot_model, save_random_model
@@ -118,3 +119,12 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         run(Config(model=str(model), prompt="~" * 100, device="cpu"))
     with pytest.raises(UserError, match="nowhere"):
         run(Config(model=str(tmp_path / "nowhere"), prompt="x", device="cpu"))
+
+
+@pytest.mark.parametrize("share", [0.0, -0.5, 1.5, float("nan")])
+def test_a_share_of_the_memory_that_is_none_is_refused(share: float) -> None:
+    """0 was taken for "not given", and the others as they were."""
+    with pytest.raises(UserError, match="--memory_share is .*: it is a part of the memory, above 0 and up to 1"):
+        Config(model="m", prompt="a", memory_share=share)
+    with pytest.raises(UserError, match="--memory_share"):
+        serve.Config(models=("m",), memory_share=share)

@@ -192,6 +192,8 @@ def test_names(tmp_path: Path) -> None:
     assert name_models([str(folder)]) == {"a": folder}
     assert name_models([str(tmp_path / "runs/a")]) == {"a": folder}
     assert name_models([f"x={folder}"]) == {"x": folder}
+    swept = save_random_model(tmp_path / "runs/lr=0.1/model")
+    assert name_models([str(tmp_path / "runs/lr=0.1"), f"y={swept}"]) == {"lr=0.1": swept, "y": swept}
     with pytest.raises(UserError, match="two models are called a"):
         name_models([str(folder), str(folder.parent)])
     with pytest.raises(UserError, match="needs a name"):

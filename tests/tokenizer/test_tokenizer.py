@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -273,4 +274,12 @@ def test_a_broken_file_is_named(name: str, content: str, tmp_path: Path) -> None
     small_tokenizer().save_pretrained(tmp_path)
     (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=rf"{tmp_path}/{name}: not .*; restore the file"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("config", [{}, {"base_model_name_or_path": None}])
+def test_an_adapter_that_does_not_name_its_model(tmp_path: Path, config: dict[str, Any]) -> None:
+    """PEFT allows null; it was a TypeError, and a KeyError without the key."""
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(UserError, match="adapter_config.json does not name its model"):
         Tokenizer.from_pretrained(tmp_path)

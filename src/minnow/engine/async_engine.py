@@ -245,6 +245,8 @@ class AsyncEngine:
                     _log.error("%s\nthe answers under way are lost", error)
                 else:
                     _log.exception("a step of the engine failed; the answers under way are lost")
+                    if isinstance(error, UserError):  # the operator's: what a request got wrong ends that one alone
+                        error = RuntimeError(str(error))
                 self._fail(error)
         self._fail(ClosedError("the engine has stopped"))
         for computation in self._computations:  # they only tell those who wait

@@ -1,4 +1,4 @@
-"""The engine: prompts in, answers out. One for chat, evaluation and, later, the server and rollouts."""
+"""The engine: prompts in, answers out. One for chat, evaluation, the server and rollouts."""
 
 from __future__ import annotations
 
@@ -367,7 +367,7 @@ class Engine:
     def _memory(self, device: torch.device) -> int:
         if self._cache_bytes is not None:
             return self._cache_bytes
-        share = self._memory_share or usual_memory_share(device)
+        share = usual_memory_share(device) if self._memory_share is None else self._memory_share
         if device.type == "cuda":
             return int(torch.cuda.mem_get_info(device)[0] * share)
         return int(host_memory() * share)
@@ -376,6 +376,12 @@ class Engine:
 def usual_memory_share(device: torch.device) -> float:
     """Part of a GPU's free memory, or of the host's, that keys and values get unless told otherwise."""
     return 0.5 if device.type == "cuda" else 0.25
+
+
+def check_memory_share(share: float | None) -> None:
+    """UserError for a `--memory_share` that is no part of the memory."""
+    if share is not None and not 0 < share <= 1:
+        raise UserError(f"--memory_share is {share:g}: it is a part of the memory, above 0 and up to 1")
 
 
 class Parts(NamedTuple):

@@ -29,7 +29,7 @@ _WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator
 
 def json_grammar(schema: Mapping[str, Any] | None = None) -> str:
     """JSON that obeys a JSON schema; without one, any JSON object."""
-    return f"start: %json {_schema(schema or {'type': 'object'})}\n"
+    return f"start: %json {schema_text(schema or {'type': 'object'})}\n"
 
 
 def regex_grammar(pattern: str) -> str:
@@ -49,11 +49,12 @@ def tool_call_grammar(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) 
     lines = ['start: call ("\\n" call)*', f'call: {begin} "\\n" ({names}) "\\n" {end}']
     for number, tool in enumerate(tools):
         head = json.dumps(f'{{"name": {json.dumps(tool["name"])}, "arguments": ')
-        lines.append(f'tool_{number}: {head} %json {_schema(tool.get("parameters") or {"type": "object"})} "}}"')
+        lines.append(f'tool_{number}: {head} %json {schema_text(tool.get("parameters") or {"type": "object"})} "}}"')
     return "\n".join(lines) + "\n"
 
 
-def _schema(schema: Mapping[str, Any]) -> str:
+def schema_text(schema: Mapping[str, Any]) -> str:
+    """A JSON schema as a grammar holds it behind `%json`, with how the JSON is written."""
     return json.dumps({**schema, "x-guidance": _WRITING})
 
 

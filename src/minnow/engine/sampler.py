@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minnow.config import UserError
 from minnow.engine.counter_random import uniforms
 from minnow.engine.outputs import TopLogprobs
 from minnow.engine.penalties import Penalties
@@ -50,8 +51,10 @@ class Sampler:
         """Draw each row's next token from its own sampling distribution.
 
         logits_BV: float32, any device; not changed. A row's token depends on its logits, its parameters, its
-        tokens so far and its random stream only.
+        tokens so far and its random stream only. UserError where the logits are NaN.
         """
+        if logits_BV.device.type == "mps":  # it has no float64, in which probabilities are added up
+            logits_BV = logits_BV.cpu()
         if self._wishes is None or rows != self._rows:
             self._rows, self._wishes = list(rows), Wishes(rows, logits_BV.device)
         return _sample(logits_BV, rows, self._wishes)
@@ -92,6 +95,11 @@ def _sample(logits_BV: Tensor, rows: Rows[Sequence], wishes: Wishes) -> Sampled:
         drawn_B = _draw(scaled_BV, wishes.keys, [len(row.ids) for row in rows])
         ids_B = torch.where(wishes.random_B, drawn_B, adjusted_BV.argmax(-1))
     ids = ids_B.tolist()
+    if max(ids) >= logits_BV.shape[1]:  # in a distribution of NaN the draw ends behind the last token
+        raise UserError(
+            "the model's scores are not numbers: its weights are damaged, or overflow in this precision "
+            "(--precision fp32 has more room)"
+        )
     if not (wishes.logprobs or wishes.top_logprobs):
         return Sampled(ids, None, None, None)
     raw_BV = torch.log_softmax(logits_BV, -1)

@@ -53,6 +53,9 @@ class SamplingOptions:
             self.repetition_penalty,
             "between 0.01 and 100",
         )
+        # Far more than any logit; infinity times a count of 0 is no number.
+        for name in ("presence_penalty", "frequency_penalty"):
+            _require(-100 <= getattr(self, name) <= 100, name, getattr(self, name), "between -100 and 100")
         _require(self.max_tokens is None or self.max_tokens >= 1, "max_tokens", self.max_tokens, "at least 1")
         _require(self.seed is None or 0 <= self.seed < 2**64, "seed", self.seed, "between 0 and 2**64 - 1")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -13,12 +12,13 @@ from torch import Tensor
 from minnow.config import UserError
 from minnow.data.pond.write import validation_documents
 from minnow.data.readers import read_texts, said_texts
+from minnow.engine.hidden import packed_hidden
 from minnow.evaluation.pond import find_world
-from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, register
+from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, labels, register
 from minnow.evaluation.statistics import Interval, bootstrap_ratio
-from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import token_logprobs
+from minnow.tokenizer.bytelevel import valid_unicode
 
 BATCH_TOKENS = 8192
 
@@ -39,7 +39,8 @@ class BitsPerByteTask(Task[Text]):
 
     def __init__(self, texts: Sequence[Text], sequence_length: int | None = None) -> None:
         """`sequence_length`: longest piece the model sees at once; None takes the model's longest context."""
-        self._rows = [text for text in texts if text.text]
+        # Half a surrogate pair has no UTF-8: what the tokenizer reads in its place has its bytes counted.
+        self._rows = [Text(valid_unicode(text.text), text.label) for text in texts if text.text]
         self._sequence_length = sequence_length
 
     def rows(self) -> Sequence[Text]:
@@ -106,22 +107,6 @@ def token_nats(
     return [torch.cat(parts) if parts else torch.zeros(0, dtype=torch.float64) for parts in pieces]
 
 
-def packed_hidden(
-    model: CausalLM, texts: Sequence[Sequence[int]], *, allow_beyond_trained_length: bool = False
-) -> Tensor:
-    """Hidden states [N, D] of the texts' tokens, read side by side: each on its own, from position 0."""
-    device = model.head_weight.device
-    borders = torch.tensor([0, *(len(text) for text in texts)]).cumsum(0)
-    tokens = torch.tensor([[token for text in texts for token in text]], device=device)
-    positions = torch.cat([torch.arange(len(text)) for text in texts])
-    return model(
-        tokens,
-        positions[None].to(device),
-        PackedAttention(borders.to(torch.int32), device),
-        allow_beyond_trained_length=allow_beyond_trained_length,
-    )[0]
-
-
 Piece = tuple[int, int, int]
 """(document, first token, token after the last)."""
 
@@ -147,8 +132,8 @@ def make(options: TaskOptions) -> Task[Text]:
     """The given text files, labelled by file; without any, the pond's validation documents, labelled by language."""
     if options.texts:
         texts: list[Text] = []
-        for path in options.texts:
-            of_path = [Text(text, Path(path).name) for text in read_texts((path,), said_texts)]
+        for path, label in zip(options.texts, labels(options.texts), strict=True):
+            of_path = [Text(text, label) for text in read_texts((path,), said_texts)]
             if not of_path:
                 raise UserError(f"{path}: there is not one text to examine; leave it out of --text")
             texts += of_path

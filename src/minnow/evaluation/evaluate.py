@@ -104,6 +104,7 @@ def write_results(path: str | Path, model: str, results: Sequence[TaskResult]) -
 
 def write_rows(path: str | Path, results: Sequence[TaskResult]) -> None:
     """Write every row with its answer and score as JSON lines."""
-    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    # Half of a surrogate pair in a row's texts becomes its JSON escape, as it came, instead of an error.
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
         for result in results:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 
 from minnow.config import UserError
 from minnow.data.openai_form import openai_messages, openai_tools
+from minnow.engine.hidden import packed_hidden
 from minnow.engine.sampling import SamplingParams
-from minnow.evaluation.bits_per_byte import packed_hidden
 from minnow.evaluation.preference import LabelledPair, PairTask, groups, in_pairs, labelled_pairs, shown, win
 from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, register
 from minnow.evaluation.statistics import Interval, bootstrap_ratio

@@ -21,7 +21,8 @@ from minnow.data.pond.long_texts import HiddenFact, hidden_facts, long_documents
 from minnow.data.pond.relations import LANGUAGES
 from minnow.data.pond.world import World
 from minnow.data.readers import read_texts, said_texts
-from minnow.evaluation.bits_per_byte import packed_hidden, token_nats
+from minnow.engine.hidden import packed_hidden
+from minnow.evaluation.bits_per_byte import token_nats
 from minnow.evaluation.pond import find_world
 from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, register
 from minnow.evaluation.statistics import Interval, bootstrap_ratio, wilson_interval

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,9 +13,9 @@ from minnow.data.pairs import PreferencePair, parse_preference
 from minnow.data.pond.preferences import preference_pairs
 from minnow.data.readers import read_rows
 from minnow.data.records import RowError
-from minnow.evaluation.bits_per_byte import packed_hidden
+from minnow.engine.hidden import packed_hidden
 from minnow.evaluation.pond import find_world
-from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, register
+from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, labels, register
 from minnow.evaluation.statistics import Interval, wilson_interval
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import token_logprobs
@@ -121,8 +120,8 @@ def labelled_pairs(options: TaskOptions) -> list[LabelledPair]:
             for pair in preference_pairs(find_world(options), "held_out", POND_PAIRS)
         ]
     pairs: list[LabelledPair] = []
-    for path in options.pairs:
-        of_path = [LabelledPair(pair, Path(path).name) for pair in _read(path)]
+    for path, label in zip(options.pairs, labels(options.pairs), strict=True):
+        of_path = [LabelledPair(pair, label) for pair in _read(path)]
         if not of_path:
             raise UserError(f"{path}: there is not one pair to examine; leave it out of --pairs")
         pairs += of_path

@@ -128,6 +128,12 @@ class TaskOptions:
     """Longest text of long-context, in tokens."""
 
 
+def labels(paths: Sequence[str]) -> list[str]:
+    """What the figures of given files are called: the file's name, or the whole path where two have the same name."""
+    names = [Path(path).name for path in paths]
+    return [name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)]
+
+
 Make = Callable[[TaskOptions], Task[Any] | Sequence[Task[Any]]]
 TASKS: dict[str, Make] = {}
 

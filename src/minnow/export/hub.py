@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from glob import escape
 from pathlib import Path
 
 from huggingface_hub import HfApi
@@ -18,11 +19,16 @@ def push(folder: Path, repo: str, *, private: bool = False) -> str:
 
     A missing repository is created. UserError where the Hub refuses or the upload fails.
     """
+    # By name: in the Hub's patterns a star stands for folders too.
+    files = [path.relative_to(folder).as_posix() for pattern in FILES for path in folder.glob(pattern)]
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         commit = api.upload_folder(
-            repo_id=repo, folder_path=folder, allow_patterns=list(FILES), commit_message="Upload model with minnow"
+            repo_id=repo,
+            folder_path=folder,
+            allow_patterns=list(map(escape, files)),
+            commit_message="Upload model with minnow",
         )
     except LocalTokenNotFoundError as error:
         raise UserError("the Hugging Face Hub does not know you: run `hf auth login`, or set HF_TOKEN") from error

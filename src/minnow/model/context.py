@@ -28,7 +28,7 @@ class ContextConfig:
             if self.factor is not None:
                 raise UserError(f"--factor {self.factor:g} needs --rope-scaling yarn (or linear, or ntk)")
             return config
-        return extend_context(config, self.rope_scaling, self.factor or factor)
+        return extend_context(config, self.rope_scaling, factor if self.factor is None else self.factor)
 
     def extend_for(self, config: ModelConfig, sequence_length: int) -> ModelConfig:
         """The shape for training on rows of `sequence_length`; UserError where they are too long for it."""
@@ -55,7 +55,7 @@ def extend_context(config: ModelConfig, kind: Literal["yarn", "linear", "ntk"], 
             f"the model has rope_scaling {config.rope_scaling.type} by {config.rope_scaling.factor:g} already "
             f"(max_position_embeddings {config.max_position_embeddings}): it cannot be stretched twice"
         )
-    if factor < 1.0:
+    if not 1.0 <= factor < math.inf:
         raise UserError(f"--factor {factor:g}: it is new length / trained length, so at least 1")
     trained = config.max_position_embeddings
     longest = round(trained * factor)

@@ -81,8 +81,11 @@ def run_of(model: Path) -> Path | None:
     return next((found.parent.parent for found in same), None)
 
 
-def lineage(run: Path) -> list[Run]:
-    """`run` and the local runs that it started from; empty for a folder that is no run."""
+def lineage(run: Path, later: frozenset[Path] = frozenset()) -> list[Run]:
+    """`run` and the local runs that it started from; empty for a folder that is no run.
+
+    later: runs that started from this one. Where one of them has overwritten what it came from, no more is known.
+    """
     if not _is_run(run):
         return []
     found = Run(run, _read_config(run), read_records(run / "metrics.jsonl"))
@@ -101,7 +104,8 @@ def lineage(run: Path) -> list[Run]:
         before = stage  # of a run of several stages, as the quickstart's
     else:
         return [found]
-    return [found] if before.resolve() == run.resolve() else [*lineage(before), found]
+    later |= {run.resolve()}
+    return [found] if before.resolve() in later else [*lineage(before, later), found]
 
 
 def _is_run(folder: Path) -> bool:

@@ -241,10 +241,23 @@ def _public(model: str) -> str:
 
 
 def _recipe(run: Run) -> str:
-    """The settings that make the recipe, as YAML; files and folders of this machine left out."""
-    sections = {key: value for key, value in run.config.items() if isinstance(value, dict) and key != "data"}
+    """The settings that make the recipe, as YAML; files, folders and addresses left out, at any depth."""
+    sections = {
+        key: _without_places(value) for key, value in run.config.items() if isinstance(value, dict) and key != "data"
+    }
     plain = {key: value for key, value in run.config.items() if isinstance(value, int | float)}
     return str(yaml.safe_dump({**plain, **sections}, sort_keys=False, allow_unicode=True))
+
+
+def _without_places(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_places(item) for key, item in value.items() if not _is_place(item)}
+    return [item for item in value if not _is_place(item)] if isinstance(value, list) else value
+
+
+def _is_place(value: Any) -> bool:
+    """Whether a setting may name a file, a folder or an address: a slash tells, but in what the Hub has."""
+    return isinstance(value, str) and ("/" in value or "\\" in value) and not _from_hub(value)
 
 
 def _number(value: float | None) -> str:

@@ -27,7 +27,7 @@ async def get_model(name: str, request: Request) -> ModelCard:
 
 @router.get("/health", response_model=None, responses={200: {"model": Health, "description": "It serves"}})
 async def health() -> Health:
-    """Whether the server serves; needs no key."""
+    """That the server is there; needs no key."""
     return {"status": "ok"}
 
 

@@ -81,12 +81,21 @@ class _CountRequests:
             return
         path = scope["path"] if scope["path"] in self._paths else "other"
 
+        answered = False
+
         async def counted(message: Message) -> None:
+            nonlocal answered
             if message["type"] == "http.response.start":
+                answered = True
                 self._metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
-        await self._app(scope, receive, counted)
+        try:
+            await self._app(scope, receive, counted)
+        except Exception:  # becomes a 500 further out, where nothing is counted
+            if not answered:
+                self._metrics.requests.labels(path, 500).inc()
+            raise
 
 
 def _paths(app: FastAPI) -> list[str]:

@@ -52,13 +52,14 @@ class _Choice:
     def _add_logprob(self, delta: Delta) -> None:
         """Every token has its entry, also the one that ends the answer: they stand beside `token_ids`."""
         assert delta.raw_logprob is not None
-        self._logprobs["tokens"].append(token_text(self._tokenizer, delta.id))
-        self._logprobs["token_logprobs"].append(finite(delta.raw_logprob))
+        own, logprob = token_text(self._tokenizer, delta.id), finite(delta.raw_logprob)
+        self._logprobs["tokens"].append(own)
+        self._logprobs["token_logprobs"].append(logprob)
         self._logprobs["text_offset"].append(self._length)
         if self._logprobs["top_logprobs"] is not None:
             likeliest = delta.top_logprobs or ()
-            texts = {token_text(self._tokenizer, token): finite(logprob) for token, logprob in likeliest}
-            self._logprobs["top_logprobs"].append(texts)
+            texts = {token_text(self._tokenizer, token): finite(value) for token, value in likeliest}
+            self._logprobs["top_logprobs"].append(texts | {own: logprob})  # as at OpenAI: one more than asked for
         if delta.id < self._tokenizer.vocab_size:  # a model's vocabulary may be padded beyond the tokenizer's
             self._length += len(self._decoder.push(delta.id))
 

@@ -1,18 +1,17 @@
 """What an answer must look like: `response_format`, `tools` and `tool_choice` as a grammar for llguidance.
 
-The grammar is Lark text in llguidance's dialect: `%json` holds a JSON schema, `<[8]>` is token 8. JSON is written as
-the chat template writes it (`json.dumps`, no free white space), which is what models are trained on, and keeps a weak
-model from filling the context with blanks.
+The grammar is Lark text in llguidance's dialect, and JSON is written as the chat template writes it: see
+`minnow.engine.grammar`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from typing import Any
 
 from llguidance import LLMatcher
 
+from minnow.engine.grammar import schema_text
 from minnow.serving.errors import APIError
 from minnow.serving.requests import (
     ChatBody,
@@ -24,8 +23,6 @@ from minnow.serving.requests import (
 )
 from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.special import END_THINK, END_TOOL_CALL, TOOL_CALL
-
-_WRITING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def answer_grammar(tokenizer: Tokenizer, body: ChatBody) -> str | None:
@@ -56,7 +53,7 @@ def constraining_field(body: ChatBody) -> str:
 
 def _rules(tokenizer: Tokenizer, body: ChatBody, tools: list[Tool], schema: dict[str, Any] | None) -> str:
     token = {mark: f"<[{tokenizer.special_ids[mark]}]>" for mark in (END_THINK, TOOL_CALL, END_TOOL_CALL)}
-    content = "TEXT" if schema is None else f"%json {_json(schema)}"
+    content = "TEXT" if schema is None else f"%json {schema_text(schema)}"
     choice = body.tool_choice
     if isinstance(choice, NamedToolChoice):
         tools = [tool for tool in tools if tool.function.name == choice.function.name]
@@ -80,16 +77,16 @@ def _rules(tokenizer: Tokenizer, body: ChatBody, tools: list[Tool], schema: dict
         names = " | ".join(f"tool_{i}" for i in range(len(tools)))
         lines.append(f'call: {token[TOOL_CALL]} "\\n" ({names}) "\\n" {token[END_TOOL_CALL]}')
         for i, tool in enumerate(tools):
-            head = _json(f'{{"name": "{tool.function.name}", "arguments": ')
-            lines.append(f'tool_{i}: {head} %json {_json(_arguments(tool))} "}}"')
+            head = json.dumps(f'{{"name": "{tool.function.name}", "arguments": ')
+            lines.append(f'tool_{i}: {head} %json {schema_text(_arguments(tool))} "}}"')
     return "\n".join(lines) + "\n"
 
 
 def _schema(response_format: ResponseFormat | None) -> dict[str, Any] | None:
     if isinstance(response_format, JsonObjectFormat):
-        return _written({"type": "object"})
+        return {"type": "object"}
     if isinstance(response_format, JsonSchemaFormat):
-        return _written(response_format.json_schema.schema_)
+        return response_format.json_schema.schema_
     return None
 
 
@@ -106,12 +103,4 @@ def _arguments(tool: Tool) -> dict[str, Any]:
     schema: dict[str, Any] = {**parameters, "type": "object"}
     if "properties" in schema:
         schema.setdefault("additionalProperties", False)
-    return _written(schema)
-
-
-def _written(schema: Mapping[str, Any]) -> dict[str, Any]:
-    return {**schema, "x-guidance": _WRITING}
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=True)
+    return schema

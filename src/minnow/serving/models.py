@@ -176,7 +176,11 @@ class Generation:
         return self
 
     async def __anext__(self) -> Delta:
-        delta = await anext(self._answer)
+        try:
+            delta = await anext(self._answer)
+        except Exception:  # the engine failed or gave it up: no client has left
+            self._finished = True
+            raise
         if not self._tokens:
             self._metrics.first_token_seconds.labels(self._model).observe(time.perf_counter() - self._start)
         self._tokens += 1

@@ -68,7 +68,7 @@ class GenerationBody(_Body):
     min_tokens: int | None = Field(None, ge=0)
     stop_token_ids: Items[_TokenId] | None = Field(None, max_length=1000)
     ignore_eos: bool | None = None
-    return_token_ids: bool | None = Field(None, description="log-probabilities then come one for each id")
+    return_token_ids: bool | None = Field(None, description="ids of the prompt, and of each answer beside its text")
     skip_special_tokens: Annotated[Literal[True] | None, refused("control tokens are never part of a text", True)] = (
         None
     )

@@ -175,6 +175,7 @@ class CompletionLogprobs(TypedDict):
     tokens: list[str]
     token_logprobs: list[float]
     top_logprobs: list[dict[str, float]] | None
+    """The likeliest ones, and the token that came."""
     text_offset: list[int]
 
 
@@ -247,9 +248,9 @@ class ModelList(TypedDict):
 
 
 class Health(TypedDict):
-    """Whether the server takes requests."""
+    """That the server is there."""
 
-    status: Literal["ok", "draining"]
+    status: Literal["ok"]
 
 
 def usage(prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:

@@ -19,6 +19,7 @@ from minnow.config import UserError
 from minnow.serving.errors import APIError
 from minnow.serving.state import documented, state_of
 from minnow.serving.validation import Strict
+from minnow.tokenizer.bytelevel import valid_unicode
 from minnow.tokenizer.chat import ToolCall
 from minnow.tools import CALCULATOR, CLOCK, Tool, call_tool, lookup_tool
 
@@ -92,7 +93,8 @@ async def offered(request: Request) -> OfferedTools:
 @router.post("/chat/tool", response_model=None, responses=documented(ToolResult))
 async def run_tool(body: ToolBody, request: Request) -> ToolResult:
     """Answer a model's call of one of these tools; what is wrong with the call is told to the model."""
-    return {"content": await asyncio.to_thread(_call, state_of(request).chat_tools, body)}
+    # A call may hold half a surrogate pair, and what is said of it may quote that.
+    return {"content": valid_unicode(await asyncio.to_thread(_call, state_of(request).chat_tools, body))}
 
 
 @router.get("/chat/{name}", include_in_schema=False)

@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from minnow.engine.engine import usual_memory_share
 from minnow.out_of_memory import explained, is_out_of_memory
+from minnow.training.hardware import choose_device
 
 
 @contextmanager
@@ -51,7 +53,8 @@ def _of_training(config: Any) -> Iterator[str]:
 
 def _of_generation(config: Any) -> Iterator[str]:
     if hasattr(config, "memory_share"):
-        yield f"--memory_share {(config.memory_share or 0.5) / 2:g}: less memory set aside for keys and values"
+        share = config.memory_share or usual_memory_share(choose_device(config.device))
+        yield f"--memory_share {share / 2:g}: less memory set aside for keys and values"
     if getattr(config, "max_answers", 1) > 1:
         yield f"--max_answers {config.max_answers // 2}: fewer at once"
     if getattr(config, "n", 1) > 1:

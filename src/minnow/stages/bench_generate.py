@@ -7,11 +7,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from minnow.config import UserError
@@ -21,6 +21,7 @@ from minnow.engine import Engine, SamplingParams
 from minnow.model.config import ModelConfig
 from minnow.model.hf_config import to_hf_config
 from minnow.model.transformer import CausalLM
+from minnow.stages.bench_train import time_in_turns
 from minnow.tokenizer.train import train_tokenizer
 from minnow.training.hardware import (
     DeviceName,
@@ -55,6 +56,10 @@ class Config:
     json: str | None = None
     """Write the figures to this file as well."""
 
+    def __post_init__(self) -> None:
+        if min(self.rounds, self.prompt_tokens, *self.streams, *self.new_tokens) < 1:
+            raise UserError("--rounds, --streams, --prompt_tokens and --new_tokens must be at least 1")
+
 
 Generate = Callable[[list[list[int]], int], None]
 """Continue prompts by so many tokens."""
@@ -77,7 +82,11 @@ def run(config: Config) -> None:
     table = Table("at once", "contestant", "tokens/s (median)", "slowest to fastest", "minnow is")
     for streams, new_tokens in zip(config.streams, config.new_tokens, strict=True):
         prompts = torch.randint(3, shape.vocab_size, (streams, config.prompt_tokens)).tolist()
-        seconds = _time_in_turns(contestants, prompts, new_tokens, config.rounds, device, console)
+        for name, generate in contestants.items():
+            with console.status(f"warming up {name}, {streams} at once"):
+                generate(prompts, 8)
+        steps = {name: partial(generate, prompts, new_tokens) for name, generate in contestants.items()}
+        seconds = time_in_turns(steps, config.rounds, device, console)
         tokens = streams * new_tokens
         for name, times in seconds.items():
             speeds[name][str(streams)] = tokens / statistics.median(times)
@@ -110,30 +119,6 @@ def run(config: Config) -> None:
     if config.json is not None:
         with atomic_write(Path(config.json)) as temporary:
             temporary.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-
-
-def _time_in_turns(
-    contestants: dict[str, Generate],
-    prompts: list[list[int]],
-    new_tokens: int,
-    rounds: int,
-    device: torch.device,
-    console: Console,
-) -> dict[str, list[float]]:
-    """Seconds of every timed run, one contestant after the other in each round."""
-    for name, generate in contestants.items():
-        with console.status(f"warming up {name}, {len(prompts)} at once"):
-            generate(prompts, 8)
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for number in range(rounds):
-        with console.status(f"{len(prompts)} at once, round {number + 1} of {rounds}"):
-            for name, generate in contestants.items():
-                synchronize(device)
-                start = time.perf_counter()
-                generate(prompts, new_tokens)
-                synchronize(device)
-                seconds[name].append(time.perf_counter() - start)
-    return seconds
 
 
 def minnow_generate(model: CausalLM, compiled: bool) -> Generate:

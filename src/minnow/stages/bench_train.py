@@ -50,6 +50,10 @@ class Config:
     json: str | None = None
     """Write the figures to this file as well."""
 
+    def __post_init__(self) -> None:
+        if min(self.rounds, self.rows, self.sequence_length) < 1:
+            raise UserError("--rounds, --rows and --sequence_length must be at least 1")
+
 
 Step = Callable[[], object]
 

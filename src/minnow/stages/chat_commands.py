@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import typing
 from typing import Any
 
@@ -107,7 +108,7 @@ def _save(session: ChatSession, file: str) -> None:
         for m in session.conversation().messages
     ]
     try:
-        with atomic_write(file) as path:
+        with atomic_write(os.path.expanduser(file)) as path:  # no shell has read it
             path.write_text(json.dumps({"messages": messages}, ensure_ascii=False) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"/save {file}: {error.strerror}") from error

@@ -17,7 +17,7 @@ from minnow.console import plain_console
 from minnow.cpu import in_passing_thread
 from minnow.engine import Engine, SamplingParams
 from minnow.engine.async_engine import AsyncEngine
-from minnow.engine.engine import usual_memory_share
+from minnow.engine.engine import check_memory_share, usual_memory_share
 from minnow.evaluation.quantization import quantization_note
 from minnow.model.adapter import base_of, is_adapter
 from minnow.model.context import ContextConfig
@@ -62,6 +62,10 @@ class Config(ServingConfig, ContextConfig, QuantizeConfig):
     """Compile the step that writes a token: faster answers, after one to three minutes more at the start; needs a C++
     compiler."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_memory_share(self.memory_share)
+
 
 @dataclass(frozen=True)
 class PlacedAdapter:
@@ -105,7 +109,8 @@ def name_models(models: Sequence[str]) -> dict[str, Path]:
     """Name -> model folder of what the command line names. UserError for two of one name, and where nothing is."""
     named: dict[str, Path] = {}
     for given in models:
-        name, equals, model = given.partition("=")
+        # A folder may be called lr=0.1.
+        name, equals, model = given.partition("=") if not Path(given).exists() else (given, "", "")
         folder = resolve_model_folder(model if equals else given)
         if not equals:
             path = Path(given).resolve()
@@ -174,7 +179,7 @@ def build_app(
     """Load the models and put the application together."""
     device = choose_device(config.device)
     dtype = choose_precision(config.precision, device)
-    share = config.memory_share or usual_memory_share(device)
+    share = usual_memory_share(device) if config.memory_share is None else config.memory_share
     models = []
     for name, folder in named.items():
         adapters = {key: adapter.folder for key, adapter in placed.items() if adapter.parent == name}

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from minnow.console import plain_console
 from minnow.engine import Engine, SamplingOptions
+from minnow.engine.engine import check_memory_share
 from minnow.evaluation.quantization import quantization_note
 from minnow.model.context import ContextConfig
 from minnow.model.pretrained import resolve_model_folder
@@ -29,10 +30,13 @@ class TalkingConfig(SamplingOptions, ContextConfig, QuantizeConfig):
     """Where to run; auto takes a GPU where there is one."""
     precision: Precision = "auto"
     """Number format of weights and arithmetic; auto is bf16 where the hardware is faster in it, else fp32."""
-
     memory_share: float | None = None
     """Part of the memory for keys and values, 0 to 1; by default 0.5 of a GPU's free memory, 0.25 of the machine's
     (a container's, where that has less)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_memory_share(self.memory_share)
 
     def load_engine(self) -> Engine:
         """The engine for the model, its context stretched if asked for."""

@@ -55,7 +55,10 @@ def load(folder_or_hub_id: str | Path) -> tuple[tokenizers.Tokenizer, Roles, str
     if path.is_dir():
         folder = path if _is_tokenizer(path) else path / "model"
         if not _is_tokenizer(folder) and (path / "adapter_config.json").exists():  # PEFT's, of a base that has one
-            return load(read_json(path / "adapter_config.json")["base_model_name_or_path"])
+            base = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+            if not base:
+                raise UserError(f"{path}: no tokenizer.json here, and adapter_config.json does not name its model")
+            return load(base)
         if not _is_tokenizer(folder):
             raise UserError(f"{path}: no tokenizer.json here, nor in {path / 'model'}")
     else:
