@@ -1,5 +1,6 @@
 """prepare: the right documents on the right sides, resumed, cached, and nothing half-written."""
 
+import errno
 import json
 import os
 import pickle
@@ -241,6 +242,15 @@ def test_the_cache_follows_content_tokenizer_and_options(run, tmp_path, monkeypa
     changed = run(str(tmp_path / "renamed.jsonl"))
     assert changed.folder != first.folder
     assert len(made) == 2
+
+
+def test_a_file_system_without_locks_is_no_error(run, tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    assert run(write_texts(tmp_path / "a.jsonl", documents(20))).train.num_documents
+    assert not list((tmp_path / "cache").rglob("*.lock"))
 
 
 def test_file_hashes_are_remembered(run, tmp_path, monkeypatch):

@@ -32,6 +32,14 @@ def test_continues_the_text_as_the_start_of_a_document(tmp_path: Path, capsys: p
     assert result["tokens_per_second"] > 0
 
 
+def test_a_prompt_that_utf8_cannot_hold_is_in_the_file_as_it_came(tmp_path: Path) -> None:
+    """A byte that is no UTF-8 comes from the command line as half of a surrogate pair."""
+    model = save_parrot_model(tmp_path / "model", "小鱼 swims§<|endoftext|>§")
+    out = tmp_path / "out.json"
+    run(Config(model=str(model), prompt="x\udcffy", temperature=0.0, json=str(out), device="cpu"))
+    assert json.loads(out.read_text(encoding="utf-8"))["prompt"] == "x\udcffy"
+
+
 def test_reads_the_prompt_from_a_pipe(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -190,6 +190,13 @@ def test_random_numbers_of_apples_gpus_are_kept(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(there[0], there[1])
 
 
+def test_a_run_on_the_cpu_leaves_the_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To read a GPU's generator begins to use the GPU, half a gigabyte of it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: pytest.fail("the GPU was asked"))
+    assert set(random_state()) == {"cpu"}
+
+
 def test_validation_needs_no_float64_of_the_device(tmp_path: Path) -> None:
     """Apple's GPUs have none: training on one ended at its first validation."""
     trainer, batches, token_bytes = make_trainer(tmp_path), [masked_batch(7)], np.ones(64, np.int32)

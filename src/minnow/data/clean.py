@@ -32,6 +32,7 @@ from minnow.data.records import RowError, checked_text
 from minnow.data.said import Said, read_said
 from minnow.data.sources import FORMATS, Source, find_sources, require_unweighted
 from minnow.disk import atomic_write, opened_to_others, told_when_full
+from minnow.json_file import json_text
 
 Reason = Literal["bad_row", "too_short", "too_long", "language", "contaminated", "exact_duplicate", "near_duplicate"]
 
@@ -150,7 +151,7 @@ def clean(paths: Sequence[str], out: Path, options: CleanOptions, *, progress: b
     try:
         report = _Pass(cleaner, partial, progress).run()
         with atomic_write(partial / "report.json") as temporary:
-            temporary.write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+            temporary.write_text(json_text(report, indent=1), encoding="utf-8")
         opened_to_others(partial)
         os.replace(partial, out)
     finally:
@@ -217,7 +218,7 @@ class _Pass:
             entry["text"] = text[:_SHOWN_CHARACTERS]
         self.removed[removal.reason] += 1
         self.examples.setdefault(removal.reason, entry)
-        return json.dumps(entry, ensure_ascii=False).encode() + b"\n"
+        return json_text(entry).encode() + b"\n"
 
     def _report(self) -> dict[str, Any]:
         rows = sum(source["rows"] for source in self.per_source)

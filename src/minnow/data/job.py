@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -77,7 +77,8 @@ class Job:
         path = self.folder.with_name(f"{self.folder.name}{part}.lock")
         while True:
             with open(path, "w") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+                with suppress(OSError):  # some file systems of clusters know no locks: as on Windows
+                    fcntl.flock(file, fcntl.LOCK_EX)
                 if not _is_at(path, file.fileno()):  # its holder has removed it when done, and others lock a new one
                     continue
                 try:

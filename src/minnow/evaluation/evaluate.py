@@ -17,6 +17,7 @@ from minnow.config import UserError
 from minnow.disk import atomic_write
 from minnow.evaluation.registry import Score, Subject, Task
 from minnow.evaluation.statistics import Interval
+from minnow.json_file import json_text
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer.tokenizer import Tokenizer
 
@@ -104,7 +105,6 @@ def write_results(path: str | Path, model: str, results: Sequence[TaskResult]) -
 
 def write_rows(path: str | Path, results: Sequence[TaskResult]) -> None:
     """Write every row with its answer and score as JSON lines."""
-    # Half of a surrogate pair in a row's texts becomes its JSON escape, as it came, instead of an error.
-    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8", errors="backslashreplace") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for result in results:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in result.rows)
+            file.writelines(json_text(row) + "\n" for row in result.rows)

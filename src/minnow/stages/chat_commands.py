@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import json
 import os
 import typing
 from typing import Any
@@ -14,6 +13,7 @@ from rich.console import Console
 from minnow.config import UserError
 from minnow.disk import atomic_write
 from minnow.engine import SamplingOptions
+from minnow.json_file import json_text
 from minnow.stages.chat_session import ChatSession
 
 HELP = """\
@@ -109,6 +109,6 @@ def _save(session: ChatSession, file: str) -> None:
     ]
     try:
         with atomic_write(os.path.expanduser(file)) as path:  # no shell has read it
-            path.write_text(json.dumps({"messages": messages}, ensure_ascii=False) + "\n", encoding="utf-8")
+            path.write_text(json_text({"messages": messages}) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"/save {file}: {error.strerror}") from error

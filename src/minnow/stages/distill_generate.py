@@ -19,6 +19,7 @@ from minnow.data.prompts import parse_prompt
 from minnow.data.readers import parse_row, read_rows
 from minnow.data.records import RowError, canonical, conversation_row, parse_conversation
 from minnow.disk import told_when_full
+from minnow.json_file import json_text
 from minnow.stages.teacher import Answer, TeacherConfig, ask
 from minnow.tokenizer.chat import Conversation, Message
 from minnow.tokenizer.special import SPECIAL_TOKENS
@@ -56,14 +57,13 @@ def run(config: Config) -> None:
     prompts = [prompt for prompt in _prompts(config) if _key(prompt) not in answered]
     counts: Counter[str] = Counter()
     out.parent.mkdir(parents=True, exist_ok=True)
-    # Half of a surrogate pair in a prompt's tools becomes its JSON escape, as it came, instead of an error.
-    with told_when_full(out), open(out, "a", encoding="utf-8", errors="backslashreplace") as file:
+    with told_when_full(out), open(out, "a", encoding="utf-8") as file:
         for prompt, answer in ask(config, prompts) if prompts else ():
             problem = check(answer, prompt.tools, config.must_match)
             counts[problem or "kept"] += 1
             if problem is None and answer.message is not None:
                 row = conversation_row(Conversation((*prompt.messages, answer.message), prompt.tools))
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.write(json_text(row) + "\n")
                 file.flush()
     shown = ", ".join(f"{count} {what}" for what, count in counts.most_common()) or "nothing left to ask"
     console.print(f"{len(prompts)} prompts: {shown}; {config.out}")

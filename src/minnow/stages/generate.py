@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from minnow.config import UserError
 from minnow.console import plain_console
 from minnow.disk import atomic_write
 from minnow.engine import Engine, SamplingParams
+from minnow.json_file import json_text
 from minnow.stages.terminal import TalkingConfig, printable, tolerate_any_text
 
 
@@ -47,9 +47,7 @@ def run(config: Config) -> None:
     notes.print(f"{result['tokens']} tokens, {result['tokens_per_second']:.0f} tokens/s", style="dim")
     if config.json is not None:
         with atomic_write(config.json) as path:
-            path.write_text(
-                json.dumps({"model": config.model, **result}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-            )
+            path.write_text(json_text({"model": config.model, **result}, indent=2) + "\n", encoding="utf-8")
 
 
 def _continue(engine: Engine, prompt: str, params: SamplingParams, console: Console) -> dict[str, Any]:

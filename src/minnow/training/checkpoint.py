@@ -97,9 +97,9 @@ class Checkpoint:
 
 
 def random_state() -> dict[str, str]:
-    """The generators that dropout draws from, the GPU's its own, in hex."""
+    """The generators that dropout draws from, a GPU's where one is in use, in hex."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # to ask it sooner would take memory of a GPU that a run on the CPU leaves alone
         state["cuda"] = torch.cuda.get_rng_state()
     if torch.backends.mps.is_available():
         state["mps"] = torch.mps.get_rng_state()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from minnow.disk import atomic_write, told_when_full
+from minnow.json_file import json_text
 
 METRICS, ROLLOUTS = "metrics.jsonl", "rollouts.jsonl"
 
@@ -31,7 +32,7 @@ class MetricsLog:
         """
         clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         with told_when_full(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(clean, ensure_ascii=False) + "\n")
+            file.write(json_text(clean) + "\n")
 
     def read(self) -> list[Record]:
         """Return all whole lines; a last line that a kill cut short is left out.
@@ -55,7 +56,7 @@ class MetricsLog:
         """
         kept = [r for r in self.read() if r["step"] < step or (r["step"] == step and "loss" in r)]
         with atomic_write(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept), encoding="utf-8")
+            temporary.write_text("".join(json_text(r) + "\n" for r in kept), encoding="utf-8")
 
 
 class LogFollower:
