@@ -208,12 +208,26 @@ def test_a_single_stop_string_is_not_taken_letter_by_letter() -> None:
     assert list(SamplingParams(stop="abc").stop) == ["abc"]
 
 
-def test_scores_that_are_no_numbers_are_told_in_words() -> None:
-    """The draw ended behind the vocabulary, and the next step in an IndexError (on CUDA in a dead process)."""
+@pytest.mark.parametrize(
+    ("score", "options"),
+    [
+        (math.inf, {"logprobs": True}),  # what fp16 makes of a large number
+        (math.nan, {}),
+        (math.nan, {"top_k": 3}),
+        (math.nan, {"top_p": 0.9}),
+        (math.nan, {"min_p": 0.1}),
+        (math.nan, {"temperature": 0.0}),
+    ],
+)
+def test_scores_that_are_no_numbers_are_told_in_words(score: float, options: dict[str, Any]) -> None:
+    """The draw ended behind the vocabulary, and the next step in an IndexError (on CUDA in a dead process).
+
+    A greedy choice took the NaN for the greatest: its answer was one token over and over, and an examination's figure.
+    """
     logits = torch.randn(2, 50)
-    logits[1, 7] = math.inf  # what fp16 makes of a large number
+    logits[1, 7] = score
     with pytest.raises(UserError, match="scores are not numbers"):
-        sample(logits, [make_row(), make_row(index=1, logprobs=True)])
+        sample(logits, [make_row(**options), make_row(index=1, **options)])
 
 
 class OnMps(torch.Tensor):

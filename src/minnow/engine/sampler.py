@@ -89,13 +89,13 @@ def _sample(logits_BV: Tensor, rows: Rows[Sequence], wishes: Wishes) -> Sampled:
     adjusted_BV = adjust(logits_BV, rows, wishes)
     scaled_BV = None
     if wishes.greedy:
-        ids_B = adjusted_BV.argmax(-1)
+        ids_B = _best(adjusted_BV)
     else:
         scaled_BV = filtered_logits(adjusted_BV, wishes)
         drawn_B = _draw(scaled_BV, wishes.keys, [len(row.ids) for row in rows])
-        ids_B = torch.where(wishes.random_B, drawn_B, adjusted_BV.argmax(-1))
+        ids_B = torch.where(wishes.random_B, drawn_B, _best(adjusted_BV))
     ids = ids_B.tolist()
-    if max(ids) >= logits_BV.shape[1]:  # in a distribution of NaN the draw ends behind the last token
+    if max(ids) >= logits_BV.shape[1]:  # where scores are NaN, both ways of choosing end behind the last token
         raise UserError(
             "the model's scores are not numbers: its weights are damaged, or overflow in this precision "
             "(--precision fp32 has more room)"
@@ -176,6 +176,13 @@ def kept_tokens(scaled_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
         if candidates == vocab_size or bool((has_k_B | (up_to_BC[:, -1] >= top_p_B)).all()):
             return torch.zeros_like(scaled_BV, dtype=torch.bool).scatter_(1, tokens_BC, keep_BC)
         candidates = vocab_size
+
+
+def _best(logits_BV: Tensor) -> Tensor:
+    """Token ids [B] of the greatest logits; V where one is NaN, which `argmax` takes for the greatest."""
+    best_B1 = logits_BV.argmax(-1, keepdim=True)
+    is_nan_B1 = logits_BV.gather(1, best_B1).isnan()
+    return best_B1.masked_fill(is_nan_B1, logits_BV.shape[1])[:, 0]
 
 
 def _draw(scaled_BV: Tensor, keys: np.ndarray, steps: list[int]) -> Tensor:
