@@ -177,6 +177,22 @@ def test_a_teacher_with_experts_and_a_dense_student(config: distill.Config, tmp_
     assert (Path(config.run) / "model" / "config.json").exists()
 
 
+def test_a_teacher_in_bf16_chooses_experts_by_its_own_routers() -> None:
+    """All of it was rounded, the selection biases (fp32 in every file) and the routers with it."""
+    experts = ExpertsConfig(
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1, scoring="sigmoid"
+    )
+    teacher = CausalLM(dataclasses.replace(SHAPE, experts=experts), seed=5).requires_grad_(False)
+    gate = teacher.model.layers[0].mlp.gate
+    gate.e_score_correction_bias.fill_(0.1)
+    expected = {name: tensor.clone() for name, tensor in gate.state_dict().items()}
+    student = CausalLM(SHAPE, seed=1)
+    student.compute_dtype = torch.bfloat16
+    distill.place_beside(teacher, student)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in gate.state_dict().items())
+    assert teacher.head_weight.dtype == teacher.compute_dtype == torch.bfloat16
+
+
 def test_heads_that_are_padded_to_different_sizes(config: distill.Config, tmp_path: Path) -> None:
     """They are compared on the tokens of the tokenizer alone."""
     tokenizer = Tokenizer.from_pretrained(config.teacher)
