@@ -113,6 +113,23 @@ def test_odd_calls_are_read_whole_and_broken_ones_stay() -> None:
     assert joined(stream(ids_of(broken))) == ("", broken.replace("§", ""), [])
 
 
+def test_half_a_surrogate_pair_in_a_call_can_be_sent() -> None:
+    """It has no UTF-8: the answer was a 500."""
+    for call in (
+        '{"name": "f\\ud83d", "arguments": {"a": "\\ud83d"}}',
+        '{"arguments": {"a": "\\ud83d"}, "name": "f\\ud83d"}',
+    ):
+        events = stream(ids_of(f"§<tool_call>§{call}§</tool_call>§"))
+        assert joined(events) == ("", "", [("f\ufffd", '{"a": "\\ud83d"}')])
+
+
+def test_a_name_that_is_no_json_is_text() -> None:
+    """It ended the answer with a JSONDecodeError."""
+    for name in ("f\\q", "f\ng", "f\\u12"):
+        script = f'§<tool_call>§{{"name": "{name}", "arguments": {{}}}}§</tool_call>§'
+        assert joined(stream(ids_of(script))) == ("", script.replace("§", ""), [])
+
+
 @pytest.mark.parametrize("stop", ["k>", "<think>", "/think>\n", ">\n\n", "pond"])
 def test_stop_strings_that_overlap_tags(stop: str) -> None:
     """Text that the engine holds back for a stop string still finds its token."""

@@ -7,10 +7,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from minnow.json_file import json_text
+from minnow.tokenizer.bytelevel import valid_unicode
 from minnow.tokenizer.parse import parse_assistant
 from minnow.tokenizer.special import END_TOOL_CALL, TOOL_CALL
 
-_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
+_NAME = r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"'  # a string of JSON, and nothing else
+_HEAD = re.compile(rf'\s*\{{\s*"name"\s*:\s*({_NAME})\s*,\s*"arguments"\s*:\s*(?=\{{)')
 
 
 @dataclass(frozen=True)
@@ -68,11 +71,11 @@ class ToolCallReader:
             return
         for call in parse_assistant(f"{TOOL_CALL}{self._head}{END_TOOL_CALL}").tool_calls:
             yield from self._begin(call.name)
-            yield CallArguments(self._index, json.dumps(call.arguments, ensure_ascii=False))
+            yield CallArguments(self._index, json_text(call.arguments))
 
     def _begin(self, name: str) -> Iterator[CallBegins]:
         self.begun = True
-        yield CallBegins(self._index, name)
+        yield CallBegins(self._index, valid_unicode(name))  # it may hold half a surrogate pair
 
     def _arguments(self, text: str) -> Iterator[CallArguments]:
         """The part of `text` that belongs to the arguments' object."""
