@@ -253,6 +253,15 @@ def test_a_file_system_without_locks_is_no_error(run, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").rglob("*.lock"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names of files are Unicode")
+def test_a_file_whose_name_is_no_utf8(run, tmp_path):
+    """All was tokenised, and then meta.json could not hold the name."""
+    path = tmp_path / os.fsdecode(b"\xff.jsonl")
+    assert run(write_texts(path, documents(20))).train.num_documents
+    folder = next((tmp_path / "cache").rglob("meta.json"))
+    assert json.loads(folder.read_text(encoding="utf-8"))["sources"][0]["name"] == str(path)
+
+
 def test_file_hashes_are_remembered(run, tmp_path, monkeypatch):
     from minnow.data import fingerprint
 

@@ -19,6 +19,7 @@ from minnow.data.encoding import Checked
 from minnow.data.lots import Lot, in_order
 from minnow.data.progress import NUM_SHOWN
 from minnow.disk import atomic_write
+from minnow.json_file import json_text
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Journal:
 
     def _remember(self, name: str, value: Any) -> None:
         with atomic_write(self.folder / f"{name}.json") as temporary:
-            temporary.write_text(json.dumps(value, ensure_ascii=False), encoding="utf-8")
+            temporary.write_text(json_text(value), encoding="utf-8")
 
     def _recall(self, name: str, default: Any) -> Any:
         try:

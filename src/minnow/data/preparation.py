@@ -5,7 +5,6 @@ Imports no torch: processes that only prepare need not hold it in memory.
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -28,6 +27,7 @@ from minnow.data.windows import WINDOW_SHARDS
 from minnow.data.workers import Workers
 from minnow.disk import atomic_write
 from minnow.host import num_cores
+from minnow.json_file import json_text
 from minnow.tokenizer.tokenizer import Tokenizer
 
 _POLL_SECONDS = 1.0
@@ -139,7 +139,7 @@ class Preparation:
             "report": asdict(PrepareReport.of(total.counts, total.bad)),
         }
         with atomic_write(self.job.folder / "meta.json") as temporary:
-            temporary.write_text(json.dumps(meta, indent=1, ensure_ascii=False), encoding="utf-8")
+            temporary.write_text(json_text(meta, indent=1), encoding="utf-8")
         self.journal.delete()
 
     def _work(self) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from minnow.data.preparation import prepare_part
 from minnow.data.prepare import DataConfig, PreparedData, prepare
 from minnow.data.summary import summarise
 from minnow.disk import atomic_write
+from minnow.json_file import json_text
 from minnow.tokenizer.tokenizer import Tokenizer
 
 
@@ -83,4 +83,4 @@ def print_summary(console: Console, data: PreparedData, summary: dict[str, Any],
 def write_json(path: str, figures: dict[str, Any]) -> None:
     """Write figures to a file, whole or not at all."""
     with atomic_write(Path(path)) as temporary:
-        temporary.write_text(json.dumps(figures, indent=1, ensure_ascii=False), encoding="utf-8")
+        temporary.write_text(json_text(figures, indent=1), encoding="utf-8")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 
@@ -13,6 +12,7 @@ from minnow.config import UserError
 from minnow.console import plain_console
 from minnow.data.readers import read_texts
 from minnow.disk import atomic_write
+from minnow.json_file import json_text
 from minnow.tokenizer import Tokenizer
 
 SAMPLES = {
@@ -86,7 +86,7 @@ def run(config: Config) -> None:
             "split": split,
         }
         with atomic_write(config.json) as temporary:
-            temporary.write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+            temporary.write_text(json_text(report, indent=2) + "\n", encoding="utf-8")
 
 
 def _measure(tokenizer: Tokenizer, texts: list[str]) -> dict[str, float]:
