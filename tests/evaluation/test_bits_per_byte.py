@@ -10,7 +10,7 @@ from minnow.data.pond.world import World
 from minnow.data.pond.write import write_pond
 from minnow.evaluation.bits_per_byte import BitsPerByteTask, Text, _batches, document_nats, make
 from minnow.evaluation.evaluate import evaluate
-from minnow.evaluation.registry import Subject, TaskOptions
+from minnow.evaluation.registry import Subject, TaskOptions, labels
 from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
 from minnow.model.transformer import CausalLM
@@ -145,12 +145,15 @@ def test_half_a_surrogate_pair_counts_as_what_is_read_in_its_place(model):
 
 
 def test_files_of_one_name_have_figures_of_their_own(tmp_path):
+    """And none of the folders above them: the model's card shows these names."""
     for folder in "ab":
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "dev.txt").write_text("the pond")
     (tmp_path / "c.txt").write_text("the pond")
     texts = tuple(str(tmp_path / name) for name in ("a/dev.txt", "b/dev.txt", "c.txt"))
-    assert [text.label for text in make(TaskOptions(texts=texts)).rows()] == [texts[0], texts[1], "c.txt"]
+    assert [text.label for text in make(TaskOptions(texts=texts)).rows()] == ["a/dev.txt", "b/dev.txt", "c.txt"]
+    assert labels(["dev.txt", "a/dev.txt", "x/a/dev.txt"]) == ["dev.txt", "a/dev.txt", "x/a/dev.txt"]
+    assert labels([texts[0], texts[0]]) == ["dev.txt", "dev.txt"]
 
 
 def test_of_conversations_only_what_is_said_counts(tmp_path):

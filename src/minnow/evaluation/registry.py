@@ -129,9 +129,17 @@ class TaskOptions:
 
 
 def labels(paths: Sequence[str]) -> list[str]:
-    """What the figures of given files are called: the file's name, or the whole path where two have the same name."""
-    names = [Path(path).name for path in paths]
-    return [name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)]
+    """What the figures of given files are called: the file's name, and as many of its folders as tell it from others.
+
+    No more of them, for figures go into the model's card, and with it to the Hub.
+    """
+    every = [Path(path).parts for path in paths]
+    return [_told_apart(own, [other for other in every if other != own]) for own in every]
+
+
+def _told_apart(own: tuple[str, ...], others: Sequence[tuple[str, ...]]) -> str:
+    length = next((n for n in range(1, len(own)) if all(other[-n:] != own[-n:] for other in others)), len(own))
+    return "/".join(own[-length:])
 
 
 Make = Callable[[TaskOptions], Task[Any] | Sequence[Task[Any]]]
