@@ -76,6 +76,15 @@ def test_saving_replaces_the_older_folder_whole(folder):
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
+def test_a_linked_folder_is_written_to_where_it_lies(folder, tmp_path):
+    """On a larger disk, say: the older model there could not be removed, and training ended in an OSError."""
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    save_pretrained(tiny_model(seed=1), link)
+    assert link.is_symlink()
+    assert torch.equal(load_pretrained(folder).head_weight, tiny_model(seed=1).head_weight)
+
+
 def test_a_failed_save_leaves_the_older_folder(folder):
     class Broken(FakeTokenizer):
         def save_pretrained(self, folder) -> None:

@@ -59,7 +59,7 @@ def save_pretrained(
     dtype: of the stored weights; None keeps the parameters' own. With a tokenizer, its files are written
     too and the ids at which `transformers.generate` starts, stops and pads. DiskFull when there is no room.
     """
-    folder = Path(folder)
+    folder = Path(folder).resolve()  # where a link leads, not in the link's place
     if model.adapter is not None:
         weights = adapter_weights(model)
     else:

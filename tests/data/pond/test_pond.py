@@ -201,8 +201,10 @@ def test_written_folder(tmp_path):
     row = json.loads((tmp_path / "pond" / "pretrain.jsonl").read_text(encoding="utf-8").splitlines()[0])
     assert set(row) == {"text", "language", "kind"}
     # Written again it replaces the old one and leaves nothing beside it.
-    write_pond(tmp_path / "pond", world, mentions=5, conversation_count=10)
-    assert [path.name for path in tmp_path.iterdir()] == ["pond"]
+    (tmp_path / "link").symlink_to(tmp_path / "pond")  # an older pond behind it could not be removed
+    write_pond(tmp_path / "link", world, mentions=5, conversation_count=10)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "pond"]
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_two_creatures_of_a_document_are_two():

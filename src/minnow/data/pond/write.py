@@ -135,6 +135,7 @@ def write_pond(
     }
     if long_texts:
         files["long.jsonl"] = map(_document_row, long_documents(world, long_texts, long_characters))
+    folder = folder.resolve()  # where a link leads, not in the link's place
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
