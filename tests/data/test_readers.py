@@ -84,7 +84,7 @@ def test_a_json_array_is_read_in_any_blocks(tmp_path_factory, texts, block, inde
 
 
 def test_a_json_array_of_small_rows_is_read_as_fast_as_lines(tmp_path):
-    """Once each row copied the block that it stands in: twelve times the time."""
+    """Once each row copied the block that it stands in: many times the time."""
     rows = [{"text": "x" * 150}] * 10_000
     array, lines = tmp_path / "a.json", tmp_path / "a.jsonl"
     array.write_text(json.dumps(rows))

@@ -134,6 +134,13 @@ def test_the_recipe_names_no_place_of_this_machine_at_any_depth(tmp_path: Path) 
         assert kept in text
 
 
+def test_data_whose_name_is_no_utf8(tmp_path: Path) -> None:
+    """The model was trained, and then its card could not be written."""
+    path = write_model_card(a_run(tmp_path / "read", data="a\udcff.jsonl") / "model")
+    assert path is not None
+    assert "a\ufffd.jsonl" in path.read_text(encoding="utf-8")
+
+
 def test_runs_that_took_turns_end_somewhere(tmp_path: Path) -> None:
     """Each was started from the other and overwritten: the card of the one trained last was an endless recursion."""
     a_run(tmp_path / "one", data="a.jsonl", init_from=str(tmp_path / "three"))

@@ -19,6 +19,7 @@ from minnow.disk import atomic_write
 from minnow.model.reward_model import is_classification
 from minnow.report.lineage import Run, lineage, origin, read_rollouts, run_of
 from minnow.report.plots import figures_of, save_figure
+from minnow.tokenizer.bytelevel import valid_unicode
 
 MARK = "<!-- minnow wrote this card from the run's log and rewrites it; delete this line to keep changes of yours. -->"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -65,7 +66,7 @@ def write_model_card(folder: Path, *, repo: str | None = None) -> Path | None:
         ]
     )
     with atomic_write(path) as temporary:
-        temporary.write_text(text + "\n", encoding="utf-8")
+        temporary.write_text(valid_unicode(text) + "\n", encoding="utf-8")  # data may have a name that is no UTF-8
     return path
 
 
