@@ -25,7 +25,7 @@ def read_parquet(
         groups = range(start, table.num_row_groups if stop is None else stop)
         number = 0
         for batch in table.iter_batches(batch_size=256, row_groups=groups, columns=wanted or None):
-            for row in batch.to_pylist():
+            for row in batch.to_pylist(maps_as_pydicts="lossy"):
                 number += 1
                 yield number, row
 
