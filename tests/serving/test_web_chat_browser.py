@@ -358,6 +358,21 @@ def test_the_keyboard_and_a_screen_reader(page: Any) -> None:
     assert labels == ["You", "Model", "You", "Model", "Result", "Model"]
 
 
+def test_stars_without_end_do_not_stop_the_page(page: Any) -> None:
+    """Drawn for every token; 16,000 of them took three seconds each time."""
+    page.evaluate("import('/chat/markdown.js').then((module) => { window.markdown = module; })")
+    page.wait_for_timeout(300)
+    draw = (
+        "(text) => { const at = performance.now(); markdown.renderMarkdown(text, {}); return performance.now() - at; }"
+    )
+    for text in ("*" * 16_000, "**a " * 4000, "**" * 4000 + "a" + "**" * 4000):
+        assert page.evaluate(draw, text) < 1000
+    script_answers(page, [{"content": "**** ***both*** **bold** *it* `a*b`"}])
+    say(page, "hi")
+    assert page.inner_text(".assistant .text") == "**** both bold it a*b"
+    assert page.inner_text(".assistant strong em") == "both"
+
+
 def test_a_question_outlives_a_reload_in_the_middle_of_its_answer(page: Any) -> None:
     script_answers(page, None, [{"content": "Hello."}])
     page.fill("#input", "hi")

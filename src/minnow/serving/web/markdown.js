@@ -76,8 +76,9 @@ async function copy(text, node) {
   return document.execCommand("copy");
 }
 
-// `code`, **bold**, *italic*, [text](address): the earliest one first.
-const INLINE = /(`+)([^`]|[^`][^]*?[^`])\1(?!`)|\*\*(?=\S)([^]*?\S)\*\*(?!\*)|\*(?=[^\s*])([^*]*[^\s*])\*|\[([^\]\n]*)\]\(([^\s()]*)\)/;
+// `code`, **bold**, *italic*, [text](address): the earliest one first. Their length has a bound, and many stars in a row
+// are text: the end is looked for from each place where one might begin, and a small model may write stars for ever.
+const INLINE = /(`+)([^`]|[^`][^]{0,500}?[^`])\1(?!`)|\*{4,}|\*\*(?=\S)([^]{0,500}?\S)\*\*(?!\*)|\*(?=[^\s*])([^*]*[^\s*])\*|\[([^\]\n]*)\]\(([^\s()]*)\)/;
 
 function inline(text) {
   const nodes = [];
@@ -92,7 +93,7 @@ function inline(text) {
     if (code !== undefined) nodes.push(element("code", { textContent: code }));
     else if (bold !== undefined) nodes.push(element("strong", {}, ...inline(bold)));
     else if (italic !== undefined) nodes.push(element("em", {}, ...inline(italic)));
-    else nodes.push(link(label, address) ?? whole);
+    else nodes.push((label !== undefined && link(label, address)) || whole);
     rest = rest.slice(found.index + whole.length);
   }
   return nodes;
