@@ -70,6 +70,11 @@ class AssistantStream(Generic[T]):
         """Whether the answer is inside its reasoning."""
         return self._state is _State.REASONING
 
+    @property
+    def calling(self) -> bool:
+        """Whether the answer is inside a call."""
+        return self._state is _State.CALL
+
     def push(self, piece: Piece[T]) -> Iterator[Event[T]]:
         """What the next piece tells."""
         if self._state is _State.REASONING:
