@@ -250,9 +250,12 @@ def test_maps_in_parquet_are_objects(tmp_path):
     """Spark writes dicts so."""
     maps = pa.list_(pa.map_(pa.string(), pa.string()))
     messages = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]]
-    pq.write_table(pa.table({"messages": pa.array(messages, maps)}), tmp_path / "a.parquet")
-    ((_, row),) = read_rows([str(tmp_path / "a.parquet")])
-    assert row == {"messages": messages[0]}
+    deep = [{"args": [{"a": [{"b": "1"}, {}]}, None], "n": 1}, None]
+    deep_type = pa.struct([("args", pa.large_list(pa.map_(pa.string(), maps))), ("n", pa.int64())])
+    table = pa.table({"messages": pa.array(messages * 2, maps), "deep": pa.array(deep, deep_type), "text": ["a", "b"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = [row for _, row in read_rows([str(tmp_path / "a.parquet")])]
+    assert rows == [{"messages": messages[0], "deep": deep[i], "text": text} for i, text in enumerate("ab")]
 
 
 def test_prompts_from_parquet_keep_their_answers(tmp_path):
