@@ -67,6 +67,10 @@ def test_json_that_is_really_lines_or_one_object(tmp_path):
     empty = tmp_path / "empty.json"
     empty.write_text("[]")
     assert list(read_rows([str(empty)])) == []
+    empty.write_bytes(b"\xef\xbb\xbf\n")
+    assert list(read_rows([str(empty)])) == []
+    lines.write_bytes(b'\xef\xbb\xbf\n{"text": "%s"}\n{"text": "b"}\n' % (b"a" * readers._BLOCK))
+    assert [row["text"][:1] for _, row in read_rows([str(lines)])] == ["a", "b"]
 
 
 @given(st.lists(st.text(max_size=30), max_size=12), st.integers(1, 40), st.sampled_from([None, 0, 3]))
@@ -131,6 +135,20 @@ def test_folders_globs_and_weights(tmp_path):
     ]
 
 
+def test_links_to_folders_are_followed_and_each_is_read_once(tmp_path):
+    """Large data often lie on another disk: they were left out without a word."""
+    (tmp_path / "disk" / "deep").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    write(tmp_path / "disk" / "deep" / "a.jsonl", ROWS[:1])
+    write(tmp_path / "data" / "b.jsonl", ROWS[:1])
+    (tmp_path / "data" / "link").symlink_to(tmp_path / "disk")
+    (tmp_path / "data" / "again").symlink_to(tmp_path / "disk" / "deep")
+    (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
+    (tmp_path / "data" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    names = [Path(source.name).relative_to(tmp_path) for source in find_sources([str(tmp_path / "data")])]
+    assert [str(name) for name in names] == ["data/again/a.jsonl", "data/b.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
@@ -163,6 +181,8 @@ def test_a_weight_is_refused_where_every_row_is_read_once(tmp_path):
         ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8: byte 10 is 0xff"),
         ("a.jsonl", b"[1]\n", r"a\.jsonl:1: a row must be a JSON object"),
         ("a.json", b'[{"text": "a"},\n{"text": ', r"a\.json:2: the JSON array breaks off"),
+        ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]\n', r"a\.json:1: something follows the JSON array"),
+        ("a.json", b'[{"text": "a"}]\xff', r"a\.json: not UTF-8 after line 1"),
         ("a.txt", b"fine\nbad \xff\n", r"a\.txt:2: not UTF-8"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: cannot be read"),
         ("a.jsonl.zst", b"no zstd", r"a\.jsonl\.zst: cannot be read"),
@@ -224,6 +244,18 @@ def test_the_tokenizer_reads_what_the_template_writes_of_tools(tmp_path):
     )
     assert texts[-3:] == ["q", '{"name": "look_up", "arguments": {"subject": "鱼"}}\n', "r"]
     assert not any("<tool_call>" in text for text in texts)
+
+
+def test_maps_in_parquet_are_objects(tmp_path):
+    """Spark writes dicts so."""
+    maps = pa.list_(pa.map_(pa.string(), pa.string()))
+    messages = [[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]]
+    deep = [{"args": [{"a": [{"b": "1"}, {}]}, None], "n": 1}, None]
+    deep_type = pa.struct([("args", pa.large_list(pa.map_(pa.string(), maps))), ("n", pa.int64())])
+    table = pa.table({"messages": pa.array(messages * 2, maps), "deep": pa.array(deep, deep_type), "text": ["a", "b"]})
+    pq.write_table(table, tmp_path / "a.parquet")
+    rows = [row for _, row in read_rows([str(tmp_path / "a.parquet")])]
+    assert rows == [{"messages": messages[0], "deep": deep[i], "text": text} for i, text in enumerate("ab")]
 
 
 def test_prompts_from_parquet_keep_their_answers(tmp_path):

@@ -37,6 +37,11 @@ ROWS_OF_HELLO = {
             for r, c in (("user", "hi"), ("assistant", "hello"))
         ]
     },
+    "sharegpt and openai put together": {
+        "conversations": [
+            {"role": None, "content": None, "from": f, "value": v} for f, v in (("human", "hi"), ("gpt", "hello"))
+        ]
+    },
     "parts": {
         "messages": [
             {"role": "user", "content": [{"type": "text", "text": "hi"}]},
@@ -86,6 +91,8 @@ def test_tools(as_json, key, place):
     row = chat(("system", {"content": "s"}), ("user", {"content": "u"}), ("assistant", {"content": "a"}))
     (row if place == "row" else row["conversations"][0])[key] = tools
     assert parse_conversation(row).tools == (TOOL,)
+    row["conversations"][0]["role"] = "System"
+    assert parse_conversation(row).tools == (TOOL,)
 
 
 @pytest.mark.parametrize(
@@ -95,10 +102,12 @@ def test_tools(as_json, key, place):
         '[{"name": "add", "arguments": {"a": 1}}]',
         {"name": "add", "arguments": '{"a": 1}'},
         [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}],
+        [{"name": "add", "parameters": {"a": 1}}],
     ],
 )
-def test_tool_calls(calls):
-    call = ("assistant", {"content": None, "tool_calls": calls})
+@pytest.mark.parametrize("key", ["tool_calls", "function_call"])
+def test_tool_calls(calls, key):
+    call = ("assistant", {"content": None, "tool_calls": None, key: calls})
     messages = parse_conversation(chat(("user", {"content": "u"}), call, ("tool", {"content": "2"}))).messages
     assert messages[1] == Message(role="assistant", content="", tool_calls=(CALL,))
     assert messages[2] == Message(role="tool", content="2")

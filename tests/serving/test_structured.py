@@ -224,6 +224,18 @@ def test_a_call_cut_off_after_its_name_ends_for_its_length(client: openai.OpenAI
     assert cut.message.tool_calls
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_call_cut_off_by_a_stop_string_ends_for_that(client: openai.OpenAI, stream: bool) -> None:
+    """finish_reason tool_calls says that the arguments are whole: clients read them as JSON."""
+    request: Any = {"model": "wide", "messages": ASK, "tools": [tool("swim", fast=FLAG)], "tool_choice": "required"}
+    answer = client.chat.completions.create(**request, max_tokens=80, stop=["true", "false"], stream=stream)
+    if stream:
+        assert [choice.finish_reason for chunk in answer for choice in chunk.choices][-1] == "stop"
+    else:
+        assert answer.choices[0].finish_reason == "stop"
+        assert answer.choices[0].message.tool_calls[0].function.arguments == '{"fast": '
+
+
 def test_a_deep_schema_is_refused(client: openai.OpenAI) -> None:
     schema: dict[str, Any] = {"type": "string"}
     for _ in range(400):

@@ -53,8 +53,11 @@ def say(page: Any, text: str) -> None:
     page.wait_for_selector("body:not(.running)")
 
 
-def script_answers(page: Any, *answers: list[dict[str, Any]] | str | None) -> list[dict[str, Any]]:
-    """Answer the page's requests with these deltas, in turn; the bodies it sent. A text: that error; None: nothing."""
+def script_answers(
+    page: Any, *answers: list[dict[str, Any]] | str | None, reason: str | None = ""
+) -> list[dict[str, Any]]:
+    """Answer the page's requests with these deltas, in turn; the bodies it sent. A text: that error; None: nothing.
+    reason: the first answer's finish_reason where it is not the usual one; None where it breaks off before."""
     bodies: list[dict[str, Any]] = []
 
     def fulfil(route: Any) -> None:
@@ -67,10 +70,13 @@ def script_answers(page: Any, *answers: list[dict[str, Any]] | str | None) -> li
                 content_type="text/event-stream", body=f"data: {json.dumps({'error': {'message': deltas}})}\n\n"
             )
             return
-        reason = "tool_calls" if any("tool_calls" in delta for delta in deltas) else "stop"
+        usual = "tool_calls" if any("tool_calls" in delta for delta in deltas) else "stop"
+        finish = usual if reason == "" or len(bodies) > 1 else reason
         chunks = [{"choices": [{"index": 0, "delta": delta, "finish_reason": None}]} for delta in deltas]
-        chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
-        body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n"
+        if finish is not None:
+            chunks.append({"choices": [{"index": 0, "delta": {}, "finish_reason": finish}]})
+        body = "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks)
+        body += "data: [DONE]\n\n" if finish is not None else ""
         route.fulfill(content_type="text/event-stream", body=body)
 
     page.route("**/v1/chat/completions", fulfil)
@@ -242,3 +248,165 @@ def test_a_saved_conversation_is_a_row_for_sft(page: Any, tmp_path: Path) -> Non
     text = export(page, "#markdown", tmp_path).read_text(encoding="utf-8")
     assert text.startswith("## system\n\nBe brief. 简短。\n\n## user\n\none\n\n## user")
     assert "## tools\n\n- calculate: " in text
+
+
+@pytest.mark.parametrize(("reason", "told"), [("length", "longest length"), (None, "connection ended")])
+def test_a_call_that_is_cut_off_is_not_kept(page: Any, reason: str | None, told: str) -> None:
+    """Half its arguments are no JSON: the server refused every further question."""
+    bodies = script_answers(page, CALL[:1], [{"content": "Hello."}], reason=reason)
+    page.check("#tools")
+    say(page, "17 * 3?")
+    assert told in page.inner_text(".stats")
+    say(page, "hi")
+    assert [message["role"] for message in bodies[1]["messages"]] == ["user", "user"]
+    assert page.inner_text(".assistant:last-child .text") == "Hello."
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "for (const name of ['localStorage', 'sessionStorage'])"
+        "  Object.defineProperty(window, name, {get() { throw new DOMException('no', 'SecurityError'); }});",
+        "Storage.prototype.setItem = () => { throw new DOMException('full', 'QuotaExceededError'); };"
+        "Storage.prototype.getItem = () => '{half';",
+        "Storage.prototype.getItem = () => 'null';",
+    ],
+    ids=["forbidden", "full", "null"],
+)
+def test_the_page_works_without_storage(page: Any, broken: str) -> None:
+    page.add_init_script(broken)
+    page.reload()
+    page.wait_for_selector(".hello")
+    page.wait_for_selector("#model option", state="attached")
+    choose(page, "parrot")
+    say(page, "hi")
+    assert page.inner_text(".assistant .text") == "小鱼 swims"
+    page.click("#clear")
+    page.wait_for_selector(".hello")
+
+
+def test_enter_in_an_input_method_sends_nothing(page: Any) -> None:
+    """Safari ends the composition before it tells of the Enter, and marks that by its code alone."""
+    page.fill("#input", "nihao")
+    for init in ("{key: 'Enter', isComposing: true}", "{key: 'Enter', keyCode: 229}"):
+        page.evaluate(f"document.getElementById('input').dispatchEvent(new KeyboardEvent('keydown', {init}))")
+    assert page.locator("article").count() == 0
+    assert page.input_value("#input") == "nihao"
+
+
+@pytest.mark.parametrize("clipboard", [True, False])
+def test_copying_code(page: Any, clipboard: bool) -> None:
+    """A colleague's browser has no navigator.clipboard: the page comes over http and from another machine."""
+    if clipboard:
+        page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
+    else:
+        page.evaluate("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+        page.evaluate("document.addEventListener('copy', () => { window.copied = getSelection().toString(); })")
+    script_answers(page, [{"content": "```python\na = 1\n  b = 2\n```"}])
+    say(page, "code?")
+    page.click(".copy")
+    page.wait_for_selector("text=Copied")
+    assert page.evaluate("window.copied") == "a = 1\n  b = 2"
+
+
+def test_what_was_opened_and_where_was_read_stay_as_they_are(page: Any) -> None:
+    """The page was drawn anew at the end of each answer: the thoughts folded, and it jumped to the end."""
+    long = "\n\n".join(f"line {i}" for i in range(100))
+    script_answers(page, [{"reasoning_content": "hm"}, {"content": long}], [{"content": long}])
+    say(page, "one")
+    page.click("summary")
+    page.evaluate("document.querySelector('.thoughts').before('kept')")
+    page.evaluate(
+        "new MutationObserver(() => { document.getElementById('scroll').scrollTop = 7; })"
+        ".observe(document.body, {attributeFilter: ['class']})"
+    )  # reads further up when the answer ends
+    say(page, "two")
+    page.wait_for_timeout(300)
+    assert page.evaluate("document.getElementById('scroll').scrollTop") == 7
+    assert page.locator("details[open]").count() == 1
+    assert "kept" in page.inner_text("details[open]")
+
+
+def test_the_keyboard_and_a_screen_reader(page: Any) -> None:
+    script_answers(page, [{"content": "one"}], None, CALL, [{"content": "It is 51."}])
+
+    def focused() -> str:
+        return str(page.evaluate("document.activeElement.id || document.activeElement.className"))
+
+    assert page.get_attribute("#toggle", "aria-expanded") == "true"
+    page.click("#toggle")
+    assert page.get_attribute("#toggle", "aria-expanded") == "false"
+    page.click("#toggle")
+    say(page, "hi")
+    page.focus(".edit")
+    page.keyboard.press("Enter")
+    assert page.get_attribute("article textarea", "aria-label") == "Edit"
+    page.keyboard.press("Escape")
+    assert focused() == "edit quiet"
+    page.focus(".regenerate")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("body.running")
+    assert focused() == "stop"
+    assert page.get_attribute("#messages", "aria-busy") == "true"
+    page.keyboard.press("Enter")
+    page.wait_for_selector("body:not(.running)")
+    assert focused() == "input"
+    assert page.get_attribute("#messages", "aria-busy") == "false"
+    page.check("#tools")
+    say(page, "17 * 3?")
+    labels = [article.get_attribute("aria-label") for article in page.locator("article").all()]
+    assert labels == ["You", "Model", "You", "Model", "Result", "Model"]
+
+
+def test_stars_without_end_do_not_stop_the_page(page: Any) -> None:
+    """Drawn for every token; 16,000 of them took three seconds each time."""
+    page.evaluate("import('/chat/markdown.js').then((module) => { window.markdown = module; })")
+    page.wait_for_timeout(300)
+    draw = (
+        "(text) => { const at = performance.now(); markdown.renderMarkdown(text, {}); return performance.now() - at; }"
+    )
+    for text in ("*" * 16_000, "**a " * 4000, "**" * 4000 + "a" + "**" * 4000):
+        assert page.evaluate(draw, text) < 1000
+    script_answers(page, [{"content": "**** ***both*** **bold** *it* `a*b`"}])
+    say(page, "hi")
+    assert page.inner_text(".assistant .text") == "**** both bold it a*b"
+    assert page.inner_text(".assistant strong em") == "both"
+
+
+def test_a_question_outlives_a_reload_in_the_middle_of_its_answer(page: Any) -> None:
+    script_answers(page, None, [{"content": "Hello."}])
+    page.fill("#input", "hi")
+    page.press("#input", "Enter")
+    page.wait_for_selector("body.running")
+    page.fill("#system", "Be brief.")  # what is kept then, too, is no half answer
+    page.reload()
+    page.wait_for_selector(".user")
+    assert page.locator("article").count() == 1
+    page.click(".edit")
+    page.click(".save")
+    page.wait_for_selector("text=Hello.")
+
+
+def test_a_server_that_comes_back_with_another_model(page: Any) -> None:
+    choose(page, "parrot")
+    page.route("**/v1/models", lambda route: route.abort())
+    page.reload()
+    page.wait_for_selector(".error")
+    say(page, "hi")  # there is no model to choose yet
+    page.unroute("**/v1/models")
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [{"id": "noise"}, {"id": "thinker"}]}))
+    page.click(".regenerate")
+    page.wait_for_selector("#model option[value=noise]", state="attached")
+    page.wait_for_selector("body:not(.running)")
+    page.select_option("#model", "thinker")
+    page.click(".regenerate")
+    page.wait_for_selector("text=yes")
+
+
+def test_a_long_model_name_on_a_narrow_screen(page: Any) -> None:
+    page.route("**/v1/models", lambda route: route.fulfill(json={"data": [{"id": "org/" + "long-name" * 9}]}))
+    page.set_viewport_size({"width": 340, "height": 700})
+    page.reload()
+    page.wait_for_selector("#model option", state="attached")
+    assert page.evaluate("document.documentElement.scrollWidth") == 340
+    assert page.get_attribute("#toggle", "aria-expanded") == "false"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from minnow.engine.stop_strings import StopStrings
 from minnow.tokenizer import StreamDecoder, Tokenizer, parse_assistant_ids, train_tokenizer
 from minnow.tokenizer.assistant import AssistantStream, Content, Event, Reasoning
-from minnow.tokenizer.pieces import PieceStream
+from minnow.tokenizer.pieces import Piece, PieceStream
 from minnow.tokenizer.tool_calls import CallArguments, CallBegins
 
 MARKS = ("<think>", "</think>", "<tool_call>", "</tool_call>")
@@ -169,3 +169,12 @@ def test_equals_the_parser_of_whole_answers(thinking: bool, thoughts: list[str],
         assert "".join(content.split()) == "".join(message.content.split())
     else:
         assert content == message.content
+
+
+def test_a_think_tag_behind_a_first_token_that_ends_a_line_is_text() -> None:
+    """The token, held back for its line break, was lost, and the rest taken for thoughts."""
+    assistant: AssistantStream = AssistantStream(thinking=False, tools=True)
+    events: list[Event] = []
+    for text, mark in (("}\n", False), ("<think>", True), ("hm", False)):
+        events += assistant.push(Piece(text, mark, None))
+    assert joined([*events, *assistant.finish()]) == ("", "}\n<think>hm", [])

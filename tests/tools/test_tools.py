@@ -27,6 +27,7 @@ from minnow.tools.sandbox import MAX_OUTPUT, can_isolate, python_tool, run_pytho
         ("17 % 5", "2"),
         ("2 ^ 10", "1024"),
         ("1,000 + 1", "1001"),
+        ("1,234，567.5 - 0.5", "1234567"),
         ("2 ** -2", "0.25"),
         ("（3 − 1）÷ 4", "0.5"),
         ("10 ** 20 / 3", "33333333333333333333.3333333333"),  # a float would make up digits from the 17th on
@@ -44,7 +45,8 @@ def test_calculator(expression, value):
 @pytest.mark.parametrize(
     "expression",
     ["", "1 +", "1 / 0", "9**9**9", "2 ** 1000", "__import__('os')", "a", "(1).real", "[1][0]", "True + 1", "1j",
-     "'a' * 9", "(" * 150 + "1", "1" * 201, "10 ** 60 * 10", "1 if 1 else 2", "x := 3", "1\x00"],
+     "'a' * 9", "(" * 150 + "1", "1" * 201, "10 ** 60 * 10", "1 if 1 else 2", "x := 3", "1\x00",
+     "1,5 + 1", "0,125 * 8", "1,2345"],
 )  # fmt: skip
 def test_what_the_calculator_refuses_quickly(expression):
     start = time.process_time()

@@ -171,14 +171,17 @@ def _jsonl(path: str, start: int = 0, stop: int | None = None) -> Iterator[tuple
 def _json(path: str) -> Iterator[tuple[int, Raw]]:
     """One array of objects, or what is really JSON lines under another name."""
     with open_bytes(path) as file:
-        head = file.read(_BLOCK).removeprefix(codecs.BOM_UTF8).lstrip()
+        block = file.read(_BLOCK)
+    head = block.removeprefix(codecs.BOM_UTF8).lstrip()
+    if not head and len(block) < _BLOCK:
+        return
     if head.startswith(b"["):
         yield from _json_array(path)
         return
     try:
         json.loads(head.split(b"\n", 1)[0])
     except ValueError:
-        if len(head) < _BLOCK:  # a single object over several lines
+        if len(block) < _BLOCK:  # a single object over several lines
             yield 1, head
             return
     yield from _jsonl(path)
@@ -191,6 +194,13 @@ def _json_array(path: str) -> Iterator[tuple[int, Raw]]:
         text = io.TextIOWrapper(file, encoding="utf-8-sig")
         buffer, place, line, opened = "", 0, 1, False
         block = _BLOCK
+
+        def read(size: int) -> str:
+            try:
+                return text.read(size)
+            except UnicodeDecodeError as error:
+                raise UserError(f"{path}: not UTF-8 after line {line}: {error.reason}") from None
+
         while True:
             # Looked for in place: to cut the buffer at each row would copy a megabyte for every one.
             between = (_BETWEEN if opened else _SPACE).match(buffer, place)
@@ -201,6 +211,8 @@ def _json_array(path: str) -> Iterator[tuple[int, Raw]]:
                 place, opened = place + 1, True  # the bracket
                 continue
             if buffer.startswith("]", place):
+                if (buffer[place + 1 :] + read(_BLOCK)).strip():  # another array, say: files put together
+                    raise UserError(f"{path}:{line}: something follows the JSON array, and would not be read")
                 return
             problem: json.JSONDecodeError | None = None
             try:
@@ -213,10 +225,7 @@ def _json_array(path: str) -> Iterator[tuple[int, Raw]]:
                 line += buffer.count("\n", place, end)
                 place, block = end, _BLOCK
                 continue
-            try:
-                more = text.read(block)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}: not UTF-8 after line {line}: {error.reason}") from None
+            more = read(block)
             if not more:
                 raise UserError(f"{path}:{line}: the JSON array breaks off: {problem or 'no closing bracket'}")
             buffer, place = buffer[place:] + more, 0

@@ -2,8 +2,9 @@
 
 Pretraining rows hold `text` or `content`. Conversation rows hold `conversations` or `messages` (a list, or its JSON)
 of `role`/`content` or of ShareGPT's `from`/`value`, or Alpaca's `instruction`/`input`/`output`. Tools stand in `tools`
-(or `functions`) of the row or of the system message, calls in `tool_calls` of the assistant's, each as JSON text or as
-objects, flat or in OpenAI's `function` wrapper. A row that fits none of this raises RowError with what is wrong.
+(or `functions`) of the row or of the system message, calls in `tool_calls` (or OpenAI's older `function_call`) of the
+assistant's, each as JSON text or as objects, flat or in OpenAI's `function` wrapper. A row that fits none of this
+raises RowError with what is wrong.
 """
 
 from __future__ import annotations
@@ -157,15 +158,15 @@ def parse_message(item: Any, number: int) -> Message:
     where = f"message {number}"
     if not isinstance(item, Mapping):
         raise RowError(f"{where} must be an object with `role` and `content`, it is {kind_of(item)}")
-    written = item.get("role", item.get("from"))
+    written = _role(item)
     if not isinstance(written, str) or written.lower() not in _ROLES:
         known = ", ".join(_ROLES)
         raise RowError(f"{where} has role {json.dumps(written, default=str)}; known are {known}")
     role = _ROLES[written.lower()]
-    value = item.get("content", item.get("value"))
+    value = item.get("value") if item.get("content") is None else item["content"]
     if written.lower() == "function_call":  # ShareGPT writes a call as a turn of its own
         return Message(role, "", None, _tool_calls(value, where), _weight(item, where))
-    calls = _tool_calls(item.get("tool_calls"), where) if role == "assistant" else ()
+    calls = _tool_calls(item.get("tool_calls") or item.get("function_call"), where) if role == "assistant" else ()
     if value is None and not calls:
         raise RowError(f"{where} ({role}) has no `content`")
     content = _content(value, f"`content` of {where}")
@@ -177,6 +178,11 @@ def parse_message(item: Any, number: int) -> Message:
     else:
         thought = checked_text(reasoning, f"`reasoning_content` of {where}")
     return Message(role, content, thought or None, calls, _weight(item, where))
+
+
+def _role(item: Mapping[str, Any]) -> Any:
+    """As written; data sets of both forms put together have both keys in every row, one of them null."""
+    return item.get("from") if item.get("role") is None else item["role"]
 
 
 def _weight(item: Mapping[str, Any], where: str) -> float:
@@ -218,7 +224,7 @@ def _tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:
         call = item.get("function", item) if isinstance(item, Mapping) else item
         if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
             raise RowError(f"a tool call of {where} has no `name`")
-        arguments = call.get("arguments")
+        arguments = call.get("arguments") or call.get("parameters")  # Llama's word for them
         arguments = from_json(arguments, f"`arguments` of {call['name']} in {where}") if arguments else {}
         if not isinstance(arguments, dict):
             raise RowError(f"`arguments` of {call['name']} in {where} must be an object, not {kind_of(arguments)}")
@@ -228,7 +234,7 @@ def _tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:
 
 def parse_tools(row: Mapping[str, Any], items: list[Any]) -> tuple[dict, ...]:
     """Read the tools that the row or one of its messages declares. Raises RowError."""
-    holders = [row, *(item for item in items if item.get("role", item.get("from")) in ("system", "developer"))]
+    holders = [row, *(item for item in items if _ROLES[_role(item).lower()] == "system")]
     given = [_tools(holder[key], key) for holder in holders for key in ("tools", "functions") if holder.get(key)]
     given = [tools for tools in given if tools]
     if any(tools != given[0] for tools in given):

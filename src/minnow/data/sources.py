@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,7 +85,7 @@ def _resolve(written: str) -> list[Source]:
     if Path(path).is_file():
         return [_local(path, weight)]
     if Path(path).is_dir():
-        found = [p for p in Path(path).rglob("*") if p.is_file() and _is_data(p.relative_to(path))]
+        found = [p for p in _files_below(path) if p.is_file() and _is_data(p.relative_to(path))]
         if not found:
             raise UserError(f"{path}: this folder holds no data file ({_known()})")
         return [_local(p, weight) for p in sorted(found)]
@@ -97,6 +98,19 @@ def _resolve(written: str) -> list[Source]:
     if _HUB_NAME.fullmatch(name) and (path != name or _suffix(path) not in FORMATS):
         return [Source(f"hub:{name}", "hub", weight)]
     raise UserError(f"{path}: no such file or folder")
+
+
+def _files_below(folder: str) -> Iterator[Path]:
+    """All files of a folder at any depth. Links to folders are followed: large data often lie on another disk. Each
+    folder is read once, wherever links lead."""
+    seen: set[str] = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(place) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(place))
+        folders.sort()
+        yield from (Path(place, name) for name in names)
 
 
 def require_unweighted(sources: Sequence[Source]) -> None:

@@ -54,8 +54,10 @@ class _Choice:
             yield from self._assistant.push(piece)
         if delta.finish_reason is not None:
             yield from self._assistant.finish()
-            # As at OpenAI, a function that was named is called with finish_reason stop.
-            called = self._assistant.calls and delta.finish_reason == "stop" and not self._named
+            # As at OpenAI, a function that was named is called with finish_reason stop. A call that a stop string cut
+            # off is none that a client could make.
+            whole = delta.finish_reason == "stop" and not self._assistant.calling
+            called = self._assistant.calls and whole and not self._named
             self.finish_reason = "tool_calls" if called else delta.finish_reason
 
 

@@ -70,6 +70,11 @@ class AssistantStream(Generic[T]):
         """Whether the answer is inside its reasoning."""
         return self._state is _State.REASONING
 
+    @property
+    def calling(self) -> bool:
+        """Whether the answer is inside a call."""
+        return self._state is _State.CALL
+
     def push(self, piece: Piece[T]) -> Iterator[Event[T]]:
         """What the next piece tells."""
         if self._state is _State.REASONING:
@@ -123,12 +128,12 @@ class AssistantStream(Generic[T]):
             if not text:  # the first part of a character that takes several tokens
                 self._held_notes = notes
                 return
+        self._said[Content] = True
         self._after_call = self._after_call and not text.strip()
         # The template puts a line break before a call and between two calls; it is content only if more follows.
         if (self._tools and text.endswith("\n")) or self._after_call:
             self._held, self._held_notes = text, notes
             return
-        self._said[Content] = True
         yield Content(text, notes)
 
     def _read_call(self, piece: Piece[T]) -> Iterator[Event[T]]:

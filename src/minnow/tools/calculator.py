@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections.abc import Callable
 from fractions import Fraction
 
@@ -23,7 +24,8 @@ _OPERATORS: dict[type[ast.operator], Callable[[Fraction, Fraction], Fraction]] =
     ast.FloorDiv: lambda a, b: Fraction(a // b),
     ast.Mod: operator.mod,
 }
-_TRANSLATION = str.maketrans({"×": "*", "÷": "/", "−": "-", "（": "(", "）": ")", "^": "**", "，": "", ",": ""})
+_TRANSLATION = str.maketrans({"×": "*", "÷": "/", "−": "-", "（": "(", "）": ")", "^": "**"})
+_GROUPS = re.compile(r"(?<=\d)[,，](?=\d{3}(?!\d))")  # 1,000; what 1,5 means nobody knows
 
 
 def calculate(expression: str) -> str:
@@ -35,7 +37,7 @@ def calculate(expression: str) -> str:
     if len(expression) > MAX_CHARACTERS:
         raise ToolError(f"the expression has {len(expression)} characters, at most {MAX_CHARACTERS} are allowed")
     try:
-        tree = ast.parse(expression.translate(_TRANSLATION).strip(), mode="eval")
+        tree = ast.parse(_GROUPS.sub("", expression).translate(_TRANSLATION).strip(), mode="eval")
         value = _value(tree.body)
     except ZeroDivisionError:
         raise ToolError("division by zero") from None

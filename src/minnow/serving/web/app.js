@@ -10,23 +10,44 @@ const NUMBERS = ["temperature", "top_p", "top_k", "repetition_penalty", "max_tok
 const KEPT = ["model", "system", "thinking", "tools", ...NUMBERS]; // fields remembered in this browser
 
 const $ = (id) => document.getElementById(id);
-let language = localStorage.getItem("minnow.language") ?? (navigator.language.startsWith("zh") ? "zh" : "en");
-let messages = JSON.parse(sessionStorage.getItem("minnow.messages") ?? "[]");
+let language = [recall("localStorage", "minnow.language"), navigator.language.slice(0, 2), "en"].find((name) => name in TEXTS);
+let messages = recall("sessionStorage", "minnow.messages") ?? [];
 let tools = [];
+let drawn = null; // the language that the messages are drawn in
 let running = null; // the AbortController of the answer under way
 
 const t = () => TEXTS[language];
 
-function keep() {
-  sessionStorage.setItem("minnow.messages", JSON.stringify(messages));
+// A browser may forbid storage, have none left, or hold what is no JSON: the page then works without a memory.
+function recall(storage, key) {
+  try {
+    return JSON.parse(window[storage].getItem(key));
+  } catch {
+    return null;
+  }
+}
+
+function remember(storage, key, value) {
+  try {
+    window[storage].setItem(key, JSON.stringify(value));
+  } catch {
+    // see recall
+  }
+}
+
+// Never between a call and its results: a reload would find a conversation that cannot go on.
+function keepMessages() {
+  remember("sessionStorage", "minnow.messages", messages);
+}
+
+function keepSettings() {
   const values = KEPT.map((id) => [id, $(id).type === "checkbox" ? $(id).checked : $(id).value]);
-  localStorage.setItem("minnow.settings", JSON.stringify(Object.fromEntries(values)));
+  remember("localStorage", "minnow.settings", Object.fromEntries(values));
 }
 
 function restore() {
-  const settings = JSON.parse(localStorage.getItem("minnow.settings") ?? "{}");
-  for (const id of KEPT.filter((id) => id in settings)) {
-    if (id === "model" && ![...$(id).options].some((option) => option.value === settings[id])) continue;
+  const settings = recall("localStorage", "minnow.settings") ?? {};
+  for (const id of KEPT.filter((id) => id !== "model" && id in settings)) {
     $(id)[$(id).type === "checkbox" ? "checked" : "value"] = settings[id];
   }
 }
@@ -47,23 +68,28 @@ function drawTexts() {
 const actions = {
   edit(message, text) {
     messages = messages.slice(0, messages.indexOf(message));
-    messages.push({ role: "user", content: text });
-    answer();
+    drawMessages();
+    ask(text);
+    $("stop").focus(); // the button that was pressed is gone
   },
   regenerate() {
     messages = messages.slice(0, messages.findLastIndex((message) => message.role === "user") + 1);
+    drawMessages();
     answer();
+    $("stop").focus();
   },
 };
 
 function show(message) {
   const view = messageView(message, t(), actions);
+  for (const node of $("messages").querySelectorAll(":scope > p")) node.remove(); // the greeting, an error before it
   $("messages").append(view.node);
   scrollDown(true);
   return view;
 }
 
 function drawMessages() {
+  drawn = language;
   $("messages").replaceChildren();
   for (const message of messages) show(message);
   if (!messages.length) $("messages").append(element("p", { className: "hello", textContent: t().hello }));
@@ -75,10 +101,13 @@ function scrollDown(always) {
 }
 
 function setRunning(controller) {
+  const focused = [$("send"), $("stop")].includes(document.activeElement);
   running = controller;
   document.body.classList.toggle("running", controller !== null);
+  $("messages").ariaBusy = String(controller !== null); // read out once it is whole
   $("send").hidden = controller !== null;
   $("stop").hidden = controller === null;
+  if (focused) $(controller ? "stop" : "input").focus(); // a hidden button would lose it
 }
 
 // --- answering ---
@@ -97,22 +126,20 @@ async function answer() {
   running?.abort();
   const controller = new AbortController();
   setRunning(controller);
-  drawMessages();
+  keepMessages();
   try {
     for (let round = 1; ; round += 1) {
-      const message = await writeMessage(controller.signal);
+      const { message, view } = await writeMessage(controller.signal);
       if (message.finish === "tool_calls") await answerCalls(message, controller.signal);
+      if (message.finish === "tool_calls" && round === MOST_ROUNDS) message.finish = "rounds";
+      view.update();
       if (message.finish !== "tool_calls") break;
-      if (round === MOST_ROUNDS) {
-        message.finish = "rounds";
-        break;
-      }
     }
   } finally {
     if (running === controller) {
       setRunning(null);
-      keep();
-      drawMessages();
+      keepMessages();
+      if (drawn !== language) drawMessages();
     }
   }
 }
@@ -143,36 +170,40 @@ async function writeMessage(signal) {
         requestAnimationFrame(draw);
       }
     }
+    if (!message.finish) throw new Error(t().broken);
+    if (message.finish !== "tool_calls") delete message.tool_calls; // cut off at the longest length
     const seconds = (performance.now() - first) / 1000;
-    if (message.tokens > 1 && seconds > 0) message.rate = (message.tokens - 1) / seconds;
+    if (first && message.tokens > 1 && seconds > 0) message.rate = (message.tokens - 1) / seconds;
   } catch (error) {
     cutOff(message, error);
-  } finally {
-    message.finish ??= "error";
-    draw();
   }
-  return message;
+  draw();
+  return { message, view };
 }
 
 // The answer ended before its time: the user stopped it, or the server failed.
 function cutOff(message, error) {
   message.finish = error.name === "AbortError" ? "stopped" : "error";
-  if (message.finish === "error") message.error = error.message;
   delete message.tool_calls; // a call without its result is none the model could be shown
+  if (message.finish !== "error") return;
+  message.error = error.message;
+  load().catch(() => {}); // the server may have been started again, with other models
 }
 
 // Have the tools called, and keep either all their results or none.
 async function answerCalls(message, signal) {
   const results = [];
+  const views = [];
   try {
     for (const call of message.tool_calls) {
       const known = tools.some((tool) => tool.function.name === call.function.name);
       const content = known ? await callTool(call, signal) : JSON.stringify({ error: t().unknown });
       results.push({ role: "tool", tool_call_id: call.id, content });
-      show(results.at(-1));
+      views.push(show(results.at(-1)));
     }
     messages.push(...results);
   } catch (error) {
+    for (const view of views) view.node.remove();
     cutOff(message, error);
   }
 }
@@ -191,7 +222,13 @@ function send(event) {
   if (!text.trim() || running) return;
   $("input").value = "";
   grow();
-  messages.push({ role: "user", content: text });
+  ask(text);
+}
+
+function ask(text) {
+  const message = { role: "user", content: text };
+  messages.push(message);
+  show(message);
   answer();
 }
 
@@ -200,46 +237,58 @@ function grow() {
   $("input").style.height = `${Math.min($("input").scrollHeight + 2, 200)}px`;
 }
 
-function togglePanel() {
-  const open = document.body.classList.toggle("panel-changed");
-  $("toggle").ariaExpanded = String(open);
+// Wide screens show the panel until it is closed, narrow ones once it is opened.
+function drawToggle() {
+  $("toggle").ariaExpanded = String(getComputedStyle($("panel")).display !== "none");
+}
+
+// What the server has: its models, the chosen one chosen again, and its tools.
+async function load() {
+  const [models, offered] = await Promise.all([getJson("v1/models"), getJson("chat/tools")]);
+  const chosen = $("model").value || recall("localStorage", "minnow.settings")?.model;
+  $("model").replaceChildren(...models.data.map(({ id }) => element("option", { value: id, textContent: id })));
+  if (models.data.some(({ id }) => id === chosen)) $("model").value = chosen;
+  tools = offered.tools;
+  $("tool-names").textContent = tools.map((tool) => tool.function.name).join(", ");
 }
 
 $("form").addEventListener("submit", send);
 $("input").addEventListener("input", grow);
 $("input").addEventListener("keydown", (event) => {
-  // Enter that picks a word in an input method (Chinese, Japanese) sends nothing.
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) send(event);
+  // Enter that picks a word in an input method (Chinese, Japanese) sends nothing. Safari says that only by the code 229.
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.keyCode !== 229) send(event);
 });
 $("stop").addEventListener("click", () => running?.abort());
 $("clear").addEventListener("click", () => {
   running?.abort();
   setRunning(null);
   messages = [];
-  keep();
+  keepMessages();
   drawMessages();
   $("input").focus();
 });
 $("language").addEventListener("click", () => {
   language = language === "zh" ? "en" : "zh";
-  localStorage.setItem("minnow.language", language);
+  remember("localStorage", "minnow.language", language);
   drawTexts();
   if (!running) drawMessages();
 });
-$("toggle").addEventListener("click", togglePanel);
-$("panel").addEventListener("change", keep);
-$("model").addEventListener("change", keep);
+$("toggle").addEventListener("click", () => {
+  document.body.classList.toggle("panel-changed");
+  drawToggle();
+});
+addEventListener("resize", drawToggle);
+$("panel").addEventListener("change", keepSettings);
+$("model").addEventListener("change", keepSettings);
 $("json").addEventListener("click", () => download("conversation.json", asJson(exported()), "application/json"));
 $("markdown").addEventListener("click", () => download("conversation.md", asMarkdown(exported()), "text/markdown"));
 
 drawTexts();
+drawToggle();
+restore();
+drawMessages();
 try {
-  const [models, offered] = await Promise.all([getJson("v1/models"), getJson("chat/tools")]);
-  $("model").replaceChildren(...models.data.map(({ id }) => element("option", { value: id, textContent: id })));
-  tools = offered.tools;
-  $("tool-names").textContent = tools.map((tool) => tool.function.name).join(", ");
-  restore();
-  drawMessages();
+  await load();
 } catch (error) {
   $("messages").append(element("p", { className: "error", textContent: t().error + error.message }));
 }

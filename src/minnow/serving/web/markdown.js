@@ -10,8 +10,8 @@ const FENCE = /^ {0,3}(```+|~~~+)\s*([^`]*)$/;
 const HEADING = /^(#{1,6})\s+(.*)$/;
 const ITEM = /^\s*(?:[-*+]|(\d{1,9})[.)])\s+(.*)$/;
 
-// A piece of Markdown -> a fragment. copyLabel: what the button of a code block says.
-export function renderMarkdown(text, copyLabel) {
+// A piece of Markdown -> a fragment. t: the texts, for the button of a code block.
+export function renderMarkdown(text, t) {
   const out = document.createDocumentFragment();
   const lines = text.split("\n");
   for (let i = 0; i < lines.length; ) {
@@ -20,7 +20,7 @@ export function renderMarkdown(text, copyLabel) {
       const code = [];
       for (i += 1; i < lines.length && !closes(lines[i], fence[1]); i += 1) code.push(lines[i]);
       i += 1; // the closing fence, or past the end of an answer that is still being written
-      out.append(codeBlock(code.join("\n"), fence[2].trim(), copyLabel));
+      out.append(codeBlock(code.join("\n"), fence[2].trim(), t));
       continue;
     }
     const heading = HEADING.exec(lines[i]);
@@ -58,16 +58,27 @@ function closes(line, fence) {
   return bare.length >= fence.length && bare === fence[0].repeat(bare.length);
 }
 
-function codeBlock(code, language, copyLabel) {
-  const button = element("button", { type: "button", className: "copy", textContent: copyLabel });
-  button.addEventListener("click", () => navigator.clipboard?.writeText(code));
+function codeBlock(code, language, t) {
+  const button = element("button", { type: "button", className: "copy", textContent: t.copy });
+  const block = element("code", { textContent: code });
+  button.addEventListener("click", async () => {
+    if (await copy(code, block)) button.textContent = t.copied;
+  });
   return element("div", { className: "code" },
     element("div", { className: "bar" }, element("span", { textContent: language }), button),
-    element("pre", {}, element("code", { textContent: code })));
+    element("pre", {}, block));
 }
 
-// `code`, **bold**, *italic*, [text](address): the earliest one first.
-const INLINE = /(`+)([^`]|[^`][^]*?[^`])\1(?!`)|\*\*(?=\S)([^]*?\S)\*\*|\*(?=[^\s*])([^*]*[^\s*])\*|\[([^\]\n]*)\]\(([^\s()]*)\)/;
+// Browsers have a clipboard only over https and on the machine itself; elsewhere what `node` shows is selected and copied.
+async function copy(text, node) {
+  if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
+  getSelection().selectAllChildren(node);
+  return document.execCommand("copy");
+}
+
+// `code`, **bold**, *italic*, [text](address): the earliest one first. Their length has a bound, and many stars in a row
+// are text: the end is looked for from each place where one might begin, and a small model may write stars for ever.
+const INLINE = /(`+)([^`]|[^`][^]{0,500}?[^`])\1(?!`)|\*{4,}|\*\*(?=\S)([^]{0,500}?\S)\*\*(?!\*)|\*(?=[^\s*])([^*]*[^\s*])\*|\[([^\]\n]*)\]\(([^\s()]*)\)/;
 
 function inline(text) {
   const nodes = [];
@@ -82,7 +93,7 @@ function inline(text) {
     if (code !== undefined) nodes.push(element("code", { textContent: code }));
     else if (bold !== undefined) nodes.push(element("strong", {}, ...inline(bold)));
     else if (italic !== undefined) nodes.push(element("em", {}, ...inline(italic)));
-    else nodes.push(link(label, address) ?? whole);
+    else nodes.push((label !== undefined && link(label, address)) || whole);
     rest = rest.slice(found.index + whole.length);
   }
   return nodes;

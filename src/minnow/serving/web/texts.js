@@ -9,6 +9,7 @@ export const TEXTS = {
     copied: "Copied", edit: "Edit", regenerate: "Regenerate", save: "Send again", cancel: "Cancel", call: "Call",
     rate: "tokens/s", tokens: "tokens", length: "cut off at the longest length", stopped: "stopped",
     error: "This did not work: ", rounds: "stopped after many tool calls in a row",
+    broken: "the connection ended in the middle of the answer.", result: "Result",
     unknown: "There is no such tool here.", hello: "What shall we talk about?",
   },
   zh: {
@@ -20,6 +21,7 @@ export const TEXTS = {
     copied: "已复制", edit: "编辑", regenerate: "重新生成", save: "重新发送", cancel: "取消", call: "调用",
     rate: "词元/秒", tokens: "词元", length: "达到最大长度，已截断", stopped: "已停止",
     error: "出错了：", rounds: "连续调用工具次数过多，已停止",
+    broken: "回答中途连接断开。", result: "结果",
     unknown: "没有这个工具。", hello: "想聊点什么？",
   },
 };

@@ -3,7 +3,8 @@ import { element, renderMarkdown } from "./markdown.js";
 
 // actions: edit(message, text), regenerate(). Returns {node, update}; update draws what changed.
 export function messageView(message, t, actions) {
-  const node = element("article", { className: message.role });
+  const speaker = { user: t.user, assistant: t.model, tool: t.result }[message.role];
+  const node = element("article", { className: message.role, ariaLabel: speaker });
   if (message.role === "tool") {
     node.append(element("pre", { textContent: message.content }));
     return { node, update() {} };
@@ -33,7 +34,7 @@ function assistantView(node, message, t, actions) {
     folded.hidden = !message.reasoning_content;
     summary.textContent = message.content || message.finish ? t.thoughts : t.thinking;
     thoughts.textContent = message.reasoning_content ?? "";
-    body.replaceChildren(renderMarkdown(message.content, t.copy));
+    body.replaceChildren(renderMarkdown(message.content, t));
     calls.replaceChildren(...(message.tool_calls ?? []).map((call) =>
       element("pre", { className: "call", textContent: `${t.call} ${call.function.name} ${call.function.arguments}` })));
     stats.replaceChildren(...describe(message, t));
@@ -55,11 +56,16 @@ function describe(message, t) {
 
 function editMessage(node, message, t, actions) {
   const before = [...node.childNodes];
-  const area = element("textarea", { value: message.content, rows: 3 });
+  const area = element("textarea", { value: message.content, rows: 3, ariaLabel: t.edit });
   const save = element("button", { type: "button", className: "save main", textContent: t.save });
   const cancel = element("button", { type: "button", textContent: t.cancel });
   save.addEventListener("click", () => area.value.trim() && actions.edit(message, area.value));
-  cancel.addEventListener("click", () => node.replaceChildren(...before));
+  const close = () => {
+    node.replaceChildren(...before);
+    node.querySelector(".edit").focus();
+  };
+  cancel.addEventListener("click", close);
+  area.addEventListener("keydown", (event) => event.key === "Escape" && !event.isComposing && close());
   node.replaceChildren(area, element("footer", {}, save, cancel));
   area.focus();
 }
