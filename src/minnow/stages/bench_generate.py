@@ -154,7 +154,7 @@ def transformers_generate(model: CausalLM, *, compiled: bool = False) -> Generat
     cache: dict[str, Any] = {}
     if compiled:
         how = CompileConfig(dynamic=False)  # code for each size, none for all of them
-        how._compile_all_devices = True  # CPUs too
+        how._compile_all_devices = True  # type: ignore[assignment]  # CPUs too
         cache = {"cache_implementation": "static", "compile_config": how}
 
     def generate(prompts: list[list[int]], new_tokens: int) -> None:
