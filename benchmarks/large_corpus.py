@@ -214,10 +214,13 @@ def main(arguments: list[str] | None = None) -> int:
         make_tokenizer(work)
     results_file = work / "results.json"
     results = json.loads(results_file.read_text()) if results_file.exists() else []
-    for gigabytes in sorted(options.gigabytes):
-        if gigabytes not in [result["gigabytes"] for result in results]:
-            results.append(measure(work, gigabytes))
-            results_file.write_text(json.dumps(results, indent=1))
+    done = [result["gigabytes"] for result in results]
+    missing = sorted(set(options.gigabytes) - set(done))
+    if missing and done and missing[0] < max(done):
+        parser.error(f"{work} holds a corpus of {max(done):g} GB: give another --work for {missing[0]:g} GB")
+    for gigabytes in missing:
+        results.append(measure(work, gigabytes))
+        results_file.write_text(json.dumps(results, indent=1))
     print(*table(results), sep="\n")
     flat = len(results) < 2 or largest(results[-1]) <= ALLOWED_GROWTH * largest(results[-2])
     return 0 if flat else 1

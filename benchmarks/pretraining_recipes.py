@@ -151,6 +151,10 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, text: RealText) ->
     machine = Machine.choose(config)
     flops = options.tokens * training_flops_per_token(shape, SEQUENCE_LENGTH / 4)
     machine.place(model, config, flops, print)
+    optimizers = build_optimizers(model, optim, tokens_per_batch=options.batch_tokens)
+    if arm == "minimind":
+        for group in optimizers[0].param_groups:  # ours leave norms and embeddings alone
+            group["weight_decay"] = optim.weight_decay
     folder = Path(options.work) / f"{arm}-seed{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     trainer = Trainer(
@@ -158,7 +162,7 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, text: RealText) ->
         folder=folder,
         title=f"{arm} seed {seed}",
         model=model,
-        optimizers=build_optimizers(model, optim, tokens_per_batch=options.batch_tokens),
+        optimizers=optimizers,
         schedule=schedule,
         objective=objective,
         source=source,
@@ -183,7 +187,8 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, text: RealText) ->
         if "bits_per_byte" in r
     ]
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    return {"arm": arm, "seed": seed, "parameters": sum(p.numel() for p in model.parameters()), "points": points}
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"arm": arm, "seed": seed, "tokens": options.tokens, "parameters": parameters, "points": points}
 
 
 def shape_of(options: argparse.Namespace) -> ModelConfig:
@@ -201,8 +206,18 @@ def tokens_to_reach(points: Sequence[dict], loss: float, key: str = "tokens") ->
     return None
 
 
+def told_apart(runs: Sequence[dict]) -> list[dict]:
+    """The last run of each arm, seed and number of tokens; an arm with several numbers of tokens becomes several."""
+    last = {(run["arm"], run["seed"], run.get("tokens") or run["points"][-1]["tokens"]): run for run in runs}
+    sizes = {arm: {tokens for other, _, tokens in last if other == arm} for arm, _, _ in last}
+    return [
+        run | {"arm": arm if len(sizes[arm]) == 1 else f"{arm} {tokens / 1e6:.1f}M"}
+        for (arm, _, tokens), run in last.items()
+    ]
+
+
 def summarise(path: Path, picture: Path) -> None:
-    runs = [json.loads(line) for line in path.read_text().splitlines()]
+    runs = told_apart([json.loads(line) for line in path.read_text().splitlines()])
     arms = sorted({run["arm"] for run in runs})
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
@@ -222,20 +237,26 @@ def summarise(path: Path, picture: Path) -> None:
     axes.grid(alpha=0.25, which="both")
     axes.legend(frameon=False)
     save_figure(figure, picture)
-    ours = [run for run in runs if run["arm"] == "minnow"]
     tuned = min((a for a in arms if a.startswith("adamw-")), key=lambda a: _mean_final(runs, a), default=None)
-    for other in filter(None, ["minimind" if "minimind" in arms else None, tuned]) if ours else ():
-        goal = _mean_final(runs, other)
-        total = statistics.mean(run["points"][-1]["tokens"] for run in runs if run["arm"] == other)
-        for key, whole in (("tokens", total), ("seconds", _mean_seconds(runs, other))):
-            shares = [tokens_to_reach(run["points"], goal, key) for run in ours]
-            shown = ", ".join("never" if share is None else f"{share / whole:.0%}" for share in shares)
-            print(f"minnow reaches the final loss of {other} ({goal:.4f}) after this share of its {key}: {shown}")
-        theirs = [run for run in runs if run["arm"] == other]
-        seconds = min(run["points"][-1]["seconds"] for run in (*ours, *theirs))
-        a, b = (statistics.mean(bits_after(run["points"], seconds) for run in those) for those in (ours, theirs))
-        print(f"after the same {seconds:.0f} s of a processor: minnow {a:.4f}, {other} {b:.4f} bits per byte", end=" ")
-        print(f"({1 - a / b:.1%} lower)")
+    others = [arm for arm in arms if arm.startswith("minimind")] + ([tuned] if tuned else [])
+    for mine in (arm for arm in arms if arm.startswith("minnow")):
+        for other in others:
+            compare(runs, mine, other)
+
+
+def compare(runs: Sequence[dict], mine: str, other: str) -> None:
+    """Where one arm passes the other's end, and both after the same time."""
+    ours, theirs = ([run for run in runs if run["arm"] == arm] for arm in (mine, other))
+    goal = _mean_final(runs, other)
+    total = statistics.mean(run["points"][-1]["tokens"] for run in theirs)
+    for key, whole in (("tokens", total), ("seconds", _mean_seconds(runs, other))):
+        shares = [tokens_to_reach(run["points"], goal, key) for run in ours]
+        shown = ", ".join("never" if share is None else f"{share / whole:.0%}" for share in shares)
+        print(f"{mine} reaches the final loss of {other} ({goal:.4f}) after this share of its {key}: {shown}")
+    seconds = min(run["points"][-1]["seconds"] for run in (*ours, *theirs))
+    a, b = (statistics.mean(bits_after(run["points"], seconds) for run in those) for those in (ours, theirs))
+    print(f"after the same {seconds:.0f} s of a processor: {mine} {a:.4f}, {other} {b:.4f} bits per byte", end=" ")
+    print(f"({1 - a / b:.1%} lower)")
 
 
 def bits_after(points: Sequence[dict], seconds: float) -> float:

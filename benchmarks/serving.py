@@ -4,7 +4,8 @@
 
 Starts `minnow serve MODEL` on a free port, or measures what runs at --url (any OpenAI-compatible server; name the model
 with --model_name). Every client sends one request after another to /v1/completions: a prompt of token ids of its own
-(so no prefix cache helps), `ignore_eos`, greedy, streamed. A warm-up comes first. Prints a table; --json writes it.
+(so no prefix cache helps, nor one that remembers an earlier measurement), `ignore_eos`, greedy, streamed. A warm-up
+comes first. Prints a table; --json writes it.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ async def ask(client: httpx.AsyncClient, model: str, prompt: list[int], max_toke
 
 
 async def load(url: str, model: str, clients: int, arguments: argparse.Namespace) -> dict[str, float]:
-    numbers = random.Random(clients)
+    numbers = random.Random()  # with a seed, the server would find the warm-up's prompts in its cache
     waiting = [
         [numbers.randrange(arguments.first_id, arguments.vocab_size) for _ in range(arguments.prompt_tokens)]
         for _ in range(max(arguments.requests, clients))

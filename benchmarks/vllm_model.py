@@ -93,7 +93,7 @@ def main() -> None:
 
 def install(folder: Path) -> None:
     """Make the environment: the wheel alone, and what it asks for but pictures and sound, which this does not need."""
-    if (folder / "bin" / "python").exists():
+    if (folder / "complete").exists():
         return
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip"]
@@ -107,6 +107,7 @@ def install(folder: Path) -> None:
     (folder / "needs.txt").write_text("\n".join(needs), encoding="utf-8")
     subprocess.run([*pip, "install", "--quiet", "-r", str(folder / "needs.txt"), f"torch=={TORCH}"], check=True)
     subprocess.run([*pip, "install", "--quiet", "--no-deps", str(wheel)], check=True)
+    (folder / "complete").touch()  # an interrupted install is done again
 
 
 if __name__ == "__main__":

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import StaticCache
 
 from minnow import cli
 from minnow.config import UserError
 from minnow.engine.sequence import Sequence
 from minnow.model.config import ModelConfig
+from minnow.model.experts_config import ExpertsConfig
 from minnow.model.transformer import CausalLM
 from minnow.stages import bench_generate, bench_train
 
@@ -69,6 +71,57 @@ def test_a_token_reads_all_weights_but_an_untied_embedding(tied: bool) -> None:
     )
     # A layer: q, o 2 x 32x32 + k, v 2 x 32x16 + MLP 3 x 32x64, norms 2 x 32 + 2 x 16; the last norm; one head.
     assert bench_generate.weight_bytes(CausalLM(shape).to(torch.bfloat16)) == 2 * (2 * (9216 + 96) + 32 + 320 * 32)
+
+
+def test_a_token_reads_the_experts_that_it_is_sent_to_and_no_others() -> None:
+    shape = ModelConfig(
+        vocab_size=320,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=16,
+        experts=ExpertsConfig(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16),
+    )
+    # A layer: q, o 2 x 32x32 + k, v 2 x 32x16 + router 8x32 + two experts of 3 x 32x16, norms 96.
+    layer = 2048 + 1024 + 256 + 2 * 1536 + 96
+    assert bench_generate.weight_bytes(CausalLM(shape)) == 4 * (2 * layer + 32 + 320 * 32)
+
+
+def test_beside_the_compiled_engine_stands_a_compiled_rival(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes its turn with answers of the whole length first: its cache is as long, and compiled for that."""
+    asked = []
+
+    def contestant(name: str, compiled: bool) -> bench_generate.Generate:
+        return lambda prompts, new_tokens: asked.append((name, compiled, len(prompts), new_tokens))
+
+    monkeypatch.setattr(bench_generate, "has_cpp_compiler", lambda: True)
+    monkeypatch.setattr(bench_generate, "minnow_generate", lambda model, compiled: contestant("minnow", compiled))
+    monkeypatch.setattr(
+        bench_generate, "transformers_generate", lambda model, compiled=False: contestant("transformers", compiled)
+    )
+    file, sizes = tmp_path / "figures.json", ["--streams", "[3]", "--new_tokens", "[6]"]
+    assert cli.main(["bench", "generate", *TINY, *sizes, "--compile", "true", "--json", str(file)]) == 0
+    turns = [("minnow", True, 3, 6), ("transformers", False, 3, 6), ("transformers", True, 3, 6)]
+    assert asked == turns * 2  # to warm up, and in the only round
+    assert {"minnow", "transformers", "transformers_compiled"} <= set(json.loads(file.read_text()))
+
+
+def test_the_compiled_rival_has_a_static_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled, caches = [], []
+    monkeypatch.setattr(torch, "compile", lambda step, **options: compiled.append(options["dynamic"]) or step)
+    make = StaticCache.__init__
+    monkeypatch.setattr(
+        StaticCache, "__init__", lambda self, *a, **k: caches.append(k["max_cache_len"]) or make(self, *a, **k)
+    )
+    shape = ModelConfig(vocab_size=320, hidden_size=32, intermediate_size=64, num_hidden_layers=1, head_dim=16)
+    model = CausalLM(shape)
+    bench_generate.transformers_generate(model)([[5, 6, 7]], 4)
+    assert not compiled
+    assert not caches
+    bench_generate.transformers_generate(model, compiled=True)([[5, 6, 7]], 4)
+    assert compiled == [False]
+    assert caches == [3 + 4 - 1]  # what the last token adds is never read
 
 
 def test_no_run_finds_the_prompts_of_the_one_before(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,6 +65,29 @@ def test_minnow_step_updates_the_weights(monkeypatch: pytest.MonkeyPatch) -> Non
     assert not torch.equal(before, placed[0].head_weight)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_whatever_minnow_computes_in_its_rival_is_compiled_too(
+    bf16: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And whole, as transformers' Trainer compiles it: head and loss are a good part of a small model."""
+    ours, autocast = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda model: ours.append(type(model).__name__))
+    monkeypatch.setattr(bench_train, "time_in_turns", lambda steps, *rest: {name: [1.0] for name in steps})
+    monkeypatch.setattr(bench_train, "has_cpp_compiler", lambda: True)
+    enabled = torch.autocast.__init__
+
+    def note(self: torch.autocast, *arguments: object, **settings: object) -> None:
+        autocast.append(settings.get("enabled"))
+        enabled(self, *arguments, **settings)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.autocast, "__init__", note)
+    name = "transformers_" + ("bf16" if bf16 else "fp32") + ("_compiled" if compiled else "")
+    bench_train.run(bench_train.Config(model=TINY, rows=1, sequence_length=8, only=(name,), device="cpu"))
+    assert ours == ["Qwen3ForCausalLM"] * compiled
+    assert (True in autocast) is bf16
+
+
 def test_figures_are_written(tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     bench_train.run(

@@ -20,6 +20,7 @@ from minnow.disk import atomic_write
 from minnow.engine import Engine, SamplingParams
 from minnow.model.config import ModelConfig
 from minnow.model.hf_config import to_hf_config
+from minnow.model.size import active_parameter_count
 from minnow.model.transformer import CausalLM
 from minnow.stages.bench_train import time_in_turns
 from minnow.tokenizer.train import train_tokenizer
@@ -48,7 +49,8 @@ class Config:
     rounds: int = 5
     """Timed runs of each contestant; they take turns, so that a slow minute hits all alike."""
     compile: bool = True
-    """Compile minnow's decode step (it takes a minute or two, which is not timed); off without a C++ compiler."""
+    """Compile minnow's decode step, and let transformers compile its own (minutes, which are not timed); off without a
+    C++ compiler."""
     device: DeviceName = "auto"
     """auto takes CUDA, else MPS, else the CPU."""
     precision: Precision = "auto"
@@ -74,17 +76,20 @@ def run(config: Config) -> None:
     shape = replace(config.model, max_position_embeddings=max(config.model.max_position_embeddings, longest))
     device = choose_device(config.device)
     dtype = choose_precision(config.precision, device)
-    compiled = config.compile and device.type == "cpu" and has_cpp_compiler()
+    compiles = config.compile and (device.type == "cuda" or (device.type == "cpu" and has_cpp_compiler()))
+    compiled = compiles and device.type == "cpu"  # on CUDA the engine records its steps
     model = CausalLM(shape).to(device, dtype)
     model.compute_dtype = dtype
     contestants = {"minnow": minnow_generate(model, compiled), "transformers": transformers_generate(model)}
+    if compiles:
+        contestants["transformers_compiled"] = transformers_generate(model, compiled=True)
     speeds: dict[str, dict[str, float]] = {name: {} for name in contestants}
     table = Table("at once", "contestant", "tokens/s (median)", "slowest to fastest", "minnow is")
     for streams, new_tokens in zip(config.streams, config.new_tokens, strict=True):
         prompts = torch.randint(3, shape.vocab_size, (streams, config.prompt_tokens)).tolist()
         for name, generate in contestants.items():
             with console.status(f"warming up {name}, {streams} at once"):
-                generate(prompts, 8)
+                generate(prompts, new_tokens)  # whole: a static cache is as long as the answer, and compiled for that
         steps = {name: partial(generate, prompts, new_tokens) for name, generate in contestants.items()}
         seconds = time_in_turns(steps, config.rounds, device, console)
         tokens = streams * new_tokens
@@ -134,9 +139,10 @@ def minnow_generate(model: CausalLM, compiled: bool) -> Generate:
     return generate
 
 
-def transformers_generate(model: CausalLM) -> Generate:
-    """transformers' class with the same weights, as its documentation runs it: SDPA, a dynamic cache, greedy."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def transformers_generate(model: CausalLM, *, compiled: bool = False) -> Generate:
+    """transformers' class with the same weights, as its documentation runs it: SDPA, greedy, its dynamic cache; or for
+    speed a static one, and the decode step compiled."""
+    from transformers import AutoConfig, AutoModelForCausalLM, CompileConfig
 
     weight = model.head_weight
     settings = to_hf_config(model.config, weight.dtype, {})
@@ -145,6 +151,11 @@ def transformers_generate(model: CausalLM) -> Generate:
     theirs.load_state_dict(model.state_dict(), strict=False)  # a tied head is theirs to tie
     theirs.tie_weights()
     theirs = theirs.to(weight.device).eval()
+    cache: dict[str, Any] = {}
+    if compiled:
+        how = CompileConfig(dynamic=False)  # code for each size, none for all of them
+        how._compile_all_devices = True  # type: ignore[assignment]  # CPUs too
+        cache = {"cache_implementation": "static", "compile_config": how}
 
     def generate(prompts: list[list[int]], new_tokens: int) -> None:
         prompts_BT = torch.tensor(prompts, device=weight.device)
@@ -157,6 +168,7 @@ def transformers_generate(model: CausalLM) -> Generate:
                 max_new_tokens=new_tokens,
                 eos_token_id=None,
                 pad_token_id=0,
+                **cache,
             )
         assert answers.shape[1] == prompts_BT.shape[1] + new_tokens
 
@@ -164,10 +176,11 @@ def transformers_generate(model: CausalLM) -> Generate:
 
 
 def weight_bytes(model: CausalLM) -> int:
-    """Bytes of weights that one token reads: all but an untied embedding, of which it reads one row."""
-    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    """Bytes of weights that one token reads: all but the experts it is not sent to, and an untied embedding, of which
+    it reads one row."""
     embedding = model.model.embed_tokens.weight
-    return total if model.lm_head is None else total - embedding.numel() * embedding.element_size()
+    left_out = 0 if model.lm_head is None else embedding.numel()
+    return (active_parameter_count(model.config) - left_out) * embedding.element_size()
 
 
 def read_seconds(size: int, device: torch.device) -> float:

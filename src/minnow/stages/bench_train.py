@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -42,7 +43,8 @@ class Config:
     rounds: int = 5
     """Timed steps of each contestant, after one to warm up; they take turns, so that a slow minute hits all alike."""
     only: tuple[str, ...] = ()
-    """Contestants to run: minnow, transformers_fp32, transformers_bf16, transformers_bf16_compiled; all by default."""
+    """Contestants to run: minnow, and transformers_fp32, transformers_fp32_compiled, transformers_bf16,
+    transformers_bf16_compiled; all by default."""
     device: DeviceName = "auto"
     """auto takes CUDA, else MPS, else the CPU."""
     precision: Precision = "auto"
@@ -66,15 +68,17 @@ def run(config: Config) -> None:
     )
     machine = Machine.choose(TrainingConfig(device=config.device, precision=config.precision))
     batch = random_batch(shape.vocab_size, config.rows, config.sequence_length).to(machine.device)
+    theirs = partial(transformers_step, shape, batch, machine.device)
     contestants: dict[str, Callable[[], Step]] = {
         "minnow": lambda: minnow_step(shape, batch, machine),
-        "transformers_fp32": lambda: transformers_step(shape, batch, machine.device, bf16=False, compiled=False),
-        "transformers_bf16": lambda: transformers_step(shape, batch, machine.device, bf16=True, compiled=False),
-        "transformers_bf16_compiled": lambda: transformers_step(shape, batch, machine.device, bf16=True, compiled=True),
+        "transformers_fp32": lambda: theirs(bf16=False, compiled=False),
+        "transformers_fp32_compiled": lambda: theirs(bf16=False, compiled=True),
+        "transformers_bf16": lambda: theirs(bf16=True, compiled=False),
+        "transformers_bf16_compiled": lambda: theirs(bf16=True, compiled=True),
     }
     if not has_cpp_compiler() and machine.device.type == "cpu":
-        console.print("no C++ compiler found: nothing is compiled, and transformers_bf16_compiled is left out")
-        del contestants["transformers_bf16_compiled"]
+        console.print("no C++ compiler found: nothing is compiled, and transformers_*_compiled are left out")
+        contestants = {name: make for name, make in contestants.items() if not name.endswith("_compiled")}
     unknown = set(config.only) - set(contestants)
     if unknown:
         raise UserError(f"--only {', '.join(unknown)}: the contestants are {', '.join(contestants)}")
@@ -151,7 +155,7 @@ def transformers_step(shape: ModelConfig, batch: Batch, device: torch.device, *,
     hf_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     model = AutoModelForCausalLM.from_config(hf_config, attn_implementation="sdpa", dtype=torch.float32).to(device)
     if compiled:
-        model.model.compile()
+        model.compile()  # whole, head and loss too
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
