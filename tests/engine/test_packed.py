@@ -152,7 +152,7 @@ def check_live_compiled(lora: bool) -> None:
     live, *others = models
     engine = Engine(live.eval(), tiny_tokenizer(), compile=True)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", "the decode step could not be compiled")  # torch has warnings of its own
         for weights in others:
             live.train()  # as between the phases of reinforcement
             live.load_state_dict(weights.eval().state_dict())
