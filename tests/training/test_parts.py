@@ -318,6 +318,24 @@ def test_a_run_may_go_on_compiled_or_not(tmp_path: Path) -> None:
         folder.open(Config(TrainingConfig(steps=1, seed=1)), overwrite=False)
 
 
+def test_overwrite_is_for_the_first_start_of_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun starts the same words again when a process has died: they deleted what was to be continued."""
+
+    @dataclass(frozen=True)
+    class Config:
+        training: TrainingConfig
+
+    folder = RunFolder(tmp_path / "run")
+    folder.open(Config(TrainingConfig()), overwrite=True)
+    (folder.path / "checkpoints").mkdir()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    folder.open(Config(TrainingConfig()), overwrite=True)
+    assert (folder.path / "checkpoints").exists()
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    folder.open(Config(TrainingConfig()), overwrite=True)
+    assert not (folder.path / "checkpoints").exists()
+
+
 def test_the_operations_of_a_micro_batch_by_hand() -> None:
     """Pieces of 3 and 5 tokens: their queries see 1 + 2 + 3 and 1 + ... + 5 keys, none of the other piece's."""
     matrices = sum(parameter.numel() for parameter in CausalLM(SHAPE).parameters() if parameter.ndim == 2)

@@ -49,6 +49,15 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def started_again() -> bool:
+    """Whether a process of this run has died, and torchrun has started the same command once more. All ask together.
+
+    What the command says about the beginning (--overwrite, which checkpoint to resume from) was for its first start.
+    """
+    # A host whose own processes did not die has counted no restart.
+    return largest_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0
+
+
 @contextmanager
 def process_group(*, cuda: bool) -> Iterator[None]:
     """Join the other processes for the length of the block, if torchrun started this one.

@@ -26,7 +26,7 @@ from minnow.model.quantize import quantize
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
-from minnow.training.distribution import first_goes_first, from_first, is_first
+from minnow.training.distribution import first_goes_first, from_first, is_first, started_again
 from minnow.training.hardware import choose_device, choose_precision, has_cpp_compiler, matmul_peak, precision_name
 from minnow.training.lock import FILE as LOCK
 from minnow.training.lock import FolderLock
@@ -189,6 +189,7 @@ class RunFolder:
 
         How many processes share the work may change from one start to the next: the batches stay the same.
         """
+        overwrite = overwrite and not started_again()
         with first_goes_first():
             if is_first():
                 self._open(config, overwrite)

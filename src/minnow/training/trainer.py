@@ -21,7 +21,15 @@ from minnow.training.balance import ExpertBalance
 from minnow.training.checkpoint import delete_after, list_checkpoints, newest_valid
 from minnow.training.checkpoint_writer import CheckpointWriter
 from minnow.training.config import TrainingConfig
-from minnow.training.distribution import from_first, is_first, largest_over_ranks, rank, sum_over_ranks, world_size
+from minnow.training.distribution import (
+    from_first,
+    is_first,
+    largest_over_ranks,
+    rank,
+    started_again,
+    sum_over_ranks,
+    world_size,
+)
 from minnow.training.hardware import synchronize
 from minnow.training.loss_scale import LossScale
 from minnow.training.non_finite import NonFiniteLossError
@@ -113,7 +121,7 @@ class Trainer(Generic[BatchT]):
         On another number of processes the same global batches follow; sums then differ by rounding, as they do on a
         GPU, whose kernels add in no fixed order.
         """
-        wanted = None if self.config.resume == "auto" else self.config.resume
+        wanted = None if self.config.resume == "auto" or started_again() else self.config.resume
         chosen, self.passed_over = newest_valid(self.checkpoints, wanted)
         if chosen is None and list_checkpoints(self.checkpoints):
             # They were whole once: a disk that is not all there must not cost the run.
