@@ -19,6 +19,7 @@ from minnow.tokenizer import Tokenizer
 from minnow.training.config import NO_Z_LOSS
 from minnow.training.distillation import Distillation, teacher_store
 from minnow.training.distribution import first_goes_first
+from minnow.training.memory import hold_in_memory
 from minnow.training.objective import Rows
 from minnow.training.session import RunFolder
 from minnow.training.validation import LanguageModelValidation
@@ -100,6 +101,7 @@ def load_teacher(teacher: str, tokenizer: Tokenizer, sequence_length: int, *, ch
 
 
 def place_beside(teacher: CausalLM, student: CausalLM) -> None:
-    """Put the teacher on the device of a student that the Trainer has placed, in its compute dtype."""
-    teacher.to(student.head_weight.device, student.compute_dtype)
+    """Put the teacher on the device of a student that the Trainer has placed, held as its frozen weights would be."""
+    hold_in_memory(teacher, student.compute_dtype)
+    teacher.to(student.head_weight.device)
     teacher.compute_dtype = student.compute_dtype
