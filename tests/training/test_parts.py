@@ -270,6 +270,8 @@ def test_settings_that_would_silently_spoil_a_run_are_refused(name: str, value: 
     """A clip_norm of -1 turned every gradient round; patience -1 stopped at the first validation."""
     with pytest.raises(UserError, match=rf"training\.{name} is {value}: "):
         TrainingConfig(**{name: value})  # type: ignore[arg-type]
+    with pytest.raises(UserError, match="patience is 3, but with training.validate_every 0"):
+        TrainingConfig(patience=3, validate_every=0)
     TrainingConfig(clip_norm=0.0, patience=0, validate_every=0, save_every=0, z_loss=0.0, validation_tokens=1)
 
 

@@ -114,6 +114,15 @@ def held_out_batches(rows: Rows[BatchT], config: LanguageModelConfig) -> list[Ba
     return [rows.batch(range(start, min(start + rows_at_once, count))) for start in range(0, count, rows_at_once)]
 
 
+def require_held_out(rows: Rows[Batch], config: LanguageModelConfig) -> None:
+    """UserError where `patience` would wait for validations on no rows."""
+    if config.training.patience and not any(rows.window_rows):
+        raise UserError(
+            f"training.patience is {config.training.patience}, but nothing is held out to validate on: give more data, "
+            "a larger data.validation_fraction, or leave patience out"
+        )
+
+
 def trained_parameters(model: CausalLM) -> str:
     """What is trained, for a person: "5,242,880 parameters", or those of the adapters and of the frozen model."""
     total = parameter_count(model.config)
@@ -177,6 +186,7 @@ def run_lesson(
             console.print(f"note: {warning}")
         if not any(packed.train.window_rows):  # looks no further than to the first row
             raise UserError("the training split is empty: give more data or a smaller data.validation_fraction")
+        require_held_out(packed.validation, config)
         check(packed)
         run.open(config, overwrite=config.overwrite)
         run.claim_data(packed.key)

@@ -60,6 +60,7 @@ NOT_OF_RL = {
     "training.steps": "a run has `phases`, each of algorithm.epochs x algorithm.minibatches updates",
     "training.epochs": "a run has `phases`, each of algorithm.epochs passes over its answers",
     "training.batch_tokens": "a phase is rollout.prompts x rollout.samples answers, in algorithm.minibatches parts",
+    "training.patience": "it counts validation losses, of which there are none; watch.patience ends a collapsed run",
     "training.validation_tokens": "a validation asks all `held_out` prompts",
 }
 

@@ -90,6 +90,11 @@ class TrainingConfig:
                 raise UserError(f"training.{name} is {getattr(self, name)}: give 0 or more")
         if self.z_loss is not None and not self.z_loss >= 0:
             raise UserError(f"training.z_loss is {self.z_loss}: give 0 or more")
+        if self.patience and not self.validate_every:
+            raise UserError(
+                f"training.patience is {self.patience}, but with training.validate_every 0 there is one validation, at "
+                "the end: give updates between validations, or leave patience out"
+            )
         if self.stall_seconds < 0:
             raise UserError(f"training.stall_seconds is {self.stall_seconds}: it must be positive, or 0 for never")
         if self.steps is None and self.epochs <= 0:
