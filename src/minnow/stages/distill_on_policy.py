@@ -108,7 +108,7 @@ def run(config: Config) -> None:
     if folder.finished:
         console.print(f"{folder.path} is finished; --overwrite trains it again")
         return
-    folder.claim_prompts(practice.prompts)
+    folder.claim_prompts([*practice.prompts, *practice.held_out])
     folder.claim_model("teacher", teacher)
     once = math.ceil(len(practice.prompts) / (config.rollout.prompts * config.share))
     steps = config.training.steps or max(1, math.ceil(config.training.epochs * once))

@@ -134,7 +134,9 @@ def run(config: Config) -> None:
     if folder.finished:
         console.print(f"{folder.path} is finished; --overwrite trains it again")
         return
-    folder.claim_prompts(practice.prompts)
+    folder.claim_prompts([*practice.prompts, *practice.held_out])
+    if rewarder.reward_model is not None:
+        folder.claim_model("reward_model", rewarder.reward_model)
     if not config.lora.rank:  # with adapters, their base is claimed
         folder.claim_model("start", model)  # it is the reference that the policy is held to
     steps = config.phases * config.algorithm.updates_per_phase

@@ -146,13 +146,13 @@ class RunFolder:
         self._claim("data", key, "on other data (a file, the tokenizer or an option has changed since)")
 
     def claim_prompts(self, prompts: Sequence[Any]) -> None:
-        """The same of the rows that a run practises on, dataclasses all."""
+        """The same of the rows that a run practises on and is examined on, dataclasses all."""
         text = json.dumps([dataclasses.asdict(prompt) for prompt in prompts], sort_keys=True, default=str)
         self._claim("prompts", hashlib.sha256(text.encode()).hexdigest(), "on other prompts (a file has changed since)")
 
     def claim_model(self, role: str, model: nn.Module, *, frozen: bool = False) -> None:
-        """The same of weights that no checkpoint of the run holds: a teacher's, a reference's, an adapter's base
-        (`frozen`: those of `model` that are not trained)."""
+        """The same of weights that no checkpoint of the run holds: a teacher's, a reference's, a reward model's, an
+        adapter's base (`frozen`: those of `model` that are not trained)."""
         key = weights_fingerprint(model, frozen=frozen)  # by all processes: a model in slices is put together for it
         self._claim(role, key, f"with other weights of its {role} (the folder has changed since)")
 
