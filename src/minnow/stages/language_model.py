@@ -214,7 +214,8 @@ def _train(
     rows_at_once = config.training.rows_at_once(config.sequence_length)
     steps = total_steps(config.training, packed.train, rows_per_batch)
     tokens = steps * rows_per_batch * config.sequence_length
-    flops = tokens * training_flops_per_token(model.config, config.sequence_length / 4)
+    frozen = model.adapter is not None
+    flops = tokens * training_flops_per_token(model.config, config.sequence_length / 4, frozen=frozen)
     console.print(
         f"{title}: {trained_parameters(model)}; {tokens:,} tokens in {steps} updates of "
         f"{config.training.batch_tokens:,}; {flops:.2e} FLOPs; rows {packed.train.window_fill(0):.1%} full; "

@@ -226,12 +226,13 @@ class Trainer(Generic[BatchT]):
         weight tokens unequally.
         """
         batches = self._batches()
+        frozen = self.model.adapter is not None
         count, rows, tokens, flops = sum_over_ranks(
             [
                 sum(self.objective.count(batch) for batch in batches),
                 sum(len(batch.tokens_BT) for batch in batches),
                 sum(batch.num_real_tokens for batch in batches),
-                sum(batch_flops(self.model.config, batch) for batch in batches),
+                sum(batch_flops(self.model.config, batch, frozen=frozen) for batch in batches),
             ]
         )
         if count == 0:
