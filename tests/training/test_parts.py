@@ -329,14 +329,21 @@ def test_overwrite_is_for_the_first_start_of_a_command(tmp_path: Path, monkeypat
         training: TrainingConfig
 
     folder = RunFolder(tmp_path / "run")
-    folder.open(Config(TrainingConfig()), overwrite=True)
-    (folder.path / "checkpoints").mkdir()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    folder.open(Config(TrainingConfig()), overwrite=True)
-    assert (folder.path / "checkpoints").exists()
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
-    folder.open(Config(TrainingConfig()), overwrite=True)
-    assert not (folder.path / "checkpoints").exists()
+
+    def open_for(launch: str, restarts: int) -> bool:
+        """Whether what was trained before is still there."""
+        (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        folder.open(Config(TrainingConfig()), overwrite=True)
+        return (folder.path / "checkpoints").exists()
+
+    folder.open(Config(TrainingConfig()), overwrite=False)
+    assert not open_for("a", 1), "the first start died before it came here: an older run is still to be deleted"
+    assert open_for("a", 1)
+    assert open_for("a", 2)
+    assert not open_for("a", 0), "somebody typed it anew"
+    assert not open_for("b", 1)
 
 
 def test_the_operations_of_a_micro_batch_by_hand() -> None:

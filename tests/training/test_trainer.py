@@ -96,8 +96,12 @@ def test_a_named_checkpoint_is_where_the_first_start_goes_on(tmp_path: Path, mon
     trainer = make_trainer(tmp_path, steps=9, keep_last=9)
     trainer.fit()
     steps = [checkpoint.step for checkpoint in list_checkpoints(trainer.checkpoints)]
+    assert steps[-1] == 9
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    again = make_trainer(tmp_path, steps=9, resume=3)
+    again = make_trainer(tmp_path, steps=9, keep_last=9, resume=3)
+    again.resume()
+    assert again.state.step == 3, "the first start died before it came here"
+    again.fit()
     again.resume()
     assert again.state.step == 9
     assert [checkpoint.step for checkpoint in list_checkpoints(trainer.checkpoints)] == steps

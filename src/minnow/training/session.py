@@ -26,7 +26,7 @@ from minnow.model.quantize import quantize
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
-from minnow.training.distribution import first_goes_first, from_first, is_first, started_again
+from minnow.training.distribution import first_goes_first, from_first, is_first, mark_start, started_again
 from minnow.training.hardware import choose_device, choose_precision, has_cpp_compiler, matmul_peak, precision_name
 from minnow.training.lock import FILE as LOCK
 from minnow.training.lock import FolderLock
@@ -189,7 +189,7 @@ class RunFolder:
 
         How many processes share the work may change from one start to the next: the batches stay the same.
         """
-        overwrite = overwrite and not started_again()
+        overwrite = overwrite and not started_again(self.path / "overwritten.id")
         with first_goes_first():
             if is_first():
                 self._open(config, overwrite)
@@ -212,6 +212,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.config_file) as temporary:
             temporary.write_text(text, encoding="utf-8")
+        if overwrite:
+            mark_start(self.path / "overwritten.id")
 
 
 def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Console) -> None:

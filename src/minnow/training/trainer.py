@@ -25,6 +25,7 @@ from minnow.training.distribution import (
     from_first,
     is_first,
     largest_over_ranks,
+    mark_start,
     rank,
     started_again,
     sum_over_ranks,
@@ -121,7 +122,8 @@ class Trainer(Generic[BatchT]):
         On another number of processes the same global batches follow; sums then differ by rounding, as they do on a
         GPU, whose kernels add in no fixed order.
         """
-        wanted = None if self.config.resume == "auto" or started_again() else self.config.resume
+        mark = self.folder / "resumed.id"
+        wanted = None if self.config.resume == "auto" or started_again(mark) else self.config.resume
         chosen, self.passed_over = newest_valid(self.checkpoints, wanted)
         if chosen is None and list_checkpoints(self.checkpoints):
             # They were whole once: a disk that is not all there must not cost the run.
@@ -131,6 +133,8 @@ class Trainer(Generic[BatchT]):
             )
         if is_first():
             delete_after(self.checkpoints, chosen.step if chosen else -1)
+            if wanted is not None:
+                mark_start(mark)
         if chosen is None:
             if is_first():
                 for log in (METRICS, ROLLOUTS):  # of a run that left no checkpoint
