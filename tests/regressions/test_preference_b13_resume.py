@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tests.regressions.preference_helpers import write_start
+from tests.regressions.preference_helpers import wake, write_start
 
+from minnow.config import UserError
 from minnow.data.prepare import DataConfig
+from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.optim import OptimConfig
 from minnow.stages import dpo
+from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.trainer import Trainer
 
@@ -51,3 +54,28 @@ def test_a_stopped_preference_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatc
     assert steps == [0, 1, 2, 3, 2, 3, 4, 5], "on from the checkpoint of step 2, not from the start"
     for name, tensor in load_file(tmp_path / "whole" / "model" / "model.safetensors").items():
         assert tensor.equal(load_file(tmp_path / "stopped" / "model" / "model.safetensors")[name]), name
+
+
+def test_another_reference_under_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model of --init_from was trained anew meanwhile: the rest of the run would have been held to another."""
+    write_start(tmp_path, pairs=20)
+    config = dpo.Config(
+        run=str(tmp_path / "run"),
+        init_from=str(tmp_path / "start"),
+        data=DataConfig(paths=(str(tmp_path / "pairs.jsonl"),), cache_dir=str(tmp_path), validation_fraction=0.2),
+        sequence_length=64,
+        training=TrainingConfig(steps=2, batch_tokens=256, device="cpu", precision="fp32", compile="off"),
+    )
+
+    def die(trainer: Trainer) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", die)
+        with pytest.raises(KilledError):
+            dpo.run(config)
+    save_pretrained(
+        wake(load_pretrained(tmp_path / "start")), tmp_path / "start", Tokenizer.from_pretrained(tmp_path / "start")
+    )
+    with pytest.raises(UserError, match="other weights of its reference"):
+        dpo.run(config)

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from minnow.cli import PRESETS, main
+from minnow.model.pretrained import save_pretrained
+from minnow.model.reward_model import RewardModel
 from minnow.rl.phases import Phases
 from minnow.rl.value_tracker import ValueTracker
-from tests.rl.helpers import saved, write_prompts
+from tests.rl.helpers import saved, tiny, write_prompts
 
 PRESET_NAMES = sorted(file.stem for file in PRESETS.glob("*.yaml"))
 SMALL = {
@@ -97,11 +99,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(start, tmp_path, preset, monk
     assert figures(tmp_path / "whole", "reward") == figures(tmp_path / "cut", "reward")
 
 
-def test_prompts_or_a_start_changed_under_a_run_are_refused(tmp_path, capsys, monkeypatch):
+def test_files_that_no_checkpoint_holds_may_not_change_under_a_run(tmp_path, capsys, monkeypatch):
     from minnow.training.trainer import Trainer
 
     start = saved(tmp_path / "model"), write_prompts(tmp_path / "prompts.jsonl")
+    held_out = write_prompts(tmp_path / "held-out.jsonl", 2)
+    model, tokenizer = tiny()
+    save_pretrained(RewardModel(model.config, seed=1), tmp_path / "judge", tokenizer=tokenizer)
     more = ["--rewards.functions", f"{__name__}:even_ids", "--phases", "4", "--training.save_every", "1"]
+    more += ["--held_out", str(held_out), "--rewards.reward_model", str(tmp_path / "judge")]
     original = Trainer.train_step
 
     def stopping(self):
@@ -112,9 +118,14 @@ def test_prompts_or_a_start_changed_under_a_run_are_refused(tmp_path, capsys, mo
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", stopping)
         assert rl(start, tmp_path / "run", *more) == 130
-    for file, what in ((start[1], "on other prompts"), (start[0] / "model.safetensors", "other weights of its start")):
+    for file, what in (
+        (start[1], "on other prompts"),
+        (held_out, "on other prompts"),
+        (start[0] / "model.safetensors", "other weights of its start"),
+        (tmp_path / "judge" / "model.safetensors", "other weights of its reward_model"),
+    ):
         kept = file.read_bytes()
-        if file == start[1]:
+        if file.suffix == ".jsonl":
             file.write_bytes(kept.replace(b'"prompt": "', b'"prompt": "x', 1))
         else:
             weights = load_file(file)

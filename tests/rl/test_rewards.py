@@ -294,6 +294,8 @@ def test_a_function_that_hangs_and_a_weight_that_is_none_end_the_run():
 class Marks:
     """A reward model that gives one number."""
 
+    model = None
+
     def __init__(self, number):
         self.number = number
 

@@ -17,6 +17,7 @@ from minnow.model.attention import PackedAttention
 from minnow.model.config import ModelConfig
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.init import InitConfig
+from minnow.model.moe import MoE
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.objectives.distillation import DistillationLossConfig
@@ -147,6 +148,27 @@ def test_a_store_is_known_by_the_teacher_its_precision_k_the_temperature_and_the
     assert found == [2, 3, 4, 5, 6]
 
 
+def test_two_runs_may_ask_one_teacher_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second one to be done found the first one's store in the place of its own, and died of it."""
+    batch = random_batch(SHAPE.vocab_size, 1, 8)
+    rows = SimpleNamespace(num_rows=1, sequence_length=8, batch=lambda rows: batch)
+    really_ask, pids = distillation._ask, iter(range(1, 9))
+    monkeypatch.setattr("os.getpid", lambda: next(pids))
+
+    def store() -> distillation.TaughtRows:
+        config = DistillationLossConfig(top_k=4)
+        return distillation.teacher_store(CausalLM(SHAPE), rows, tmp_path, "", config, vocab_size=320, rows_at_once=1)
+
+    def ask_while_another_does(*arguments: Any) -> None:
+        monkeypatch.setattr(distillation, "_ask", really_ask)
+        store()
+        really_ask(*arguments)
+
+    monkeypatch.setattr(distillation, "_ask", ask_while_another_does)
+    assert store().ids_RTK.shape == (1, 8, 4)
+    assert len(list(tmp_path.iterdir())) == 1, "nothing is left beside the store"
+
+
 @pytest.mark.parametrize(("vocab_size", "size"), [(320, 4), (1 << 16, 4), (70_000, 6)])
 def test_a_store_holds_every_token_of_a_vocabulary(vocab_size: int, size: int, tmp_path: Path) -> None:
     """Bytes a position and token; ids above 65,535 do not fit into two."""
@@ -177,20 +199,21 @@ def test_a_teacher_with_experts_and_a_dense_student(config: distill.Config, tmp_
     assert (Path(config.run) / "model" / "config.json").exists()
 
 
-def test_a_teacher_in_bf16_chooses_experts_by_its_own_routers() -> None:
-    """All of it was rounded, the selection biases (fp32 in every file) and the routers with it."""
-    experts = ExpertsConfig(
-        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_shared_experts=1, scoring="sigmoid"
-    )
-    teacher = CausalLM(dataclasses.replace(SHAPE, experts=experts), seed=5).requires_grad_(False)
-    gate = teacher.model.layers[0].mlp.gate
-    gate.e_score_correction_bias.fill_(0.1)
-    expected = {name: tensor.clone() for name, tensor in gate.state_dict().items()}
-    student = CausalLM(SHAPE, seed=1)
+def test_a_teacher_chooses_its_experts_in_fp32() -> None:
+    """Beside a student in bf16 its routers and their biases were rounded too, so it chose other experts than alone."""
+    sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_shared_experts": 1}
+    shape = dataclasses.replace(SHAPE, experts=ExpertsConfig(**sizes, scoring="sigmoid"))
+    teacher, student = CausalLM(shape, seed=1).requires_grad_(False), CausalLM(SHAPE)
+    layer = teacher.model.layers[0].mlp
+    assert isinstance(layer, MoE)
+    bias_E = torch.tensor([1.0, 1.001, 1.002, 1.003])
+    layer.gate.e_score_correction_bias = bias_E.clone()
+    weight = layer.gate.weight.clone()
     student.compute_dtype = torch.bfloat16
     distill.place_beside(teacher, student)
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in gate.state_dict().items())
-    assert teacher.head_weight.dtype == teacher.compute_dtype == torch.bfloat16
+    assert torch.equal(layer.gate.e_score_correction_bias, bias_E)
+    assert torch.equal(layer.gate.weight, weight)
+    assert teacher.head_weight.dtype == layer.experts.up_proj.dtype == teacher.compute_dtype == torch.bfloat16
 
 
 def test_heads_that_are_padded_to_different_sizes(config: distill.Config, tmp_path: Path) -> None:

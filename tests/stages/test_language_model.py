@@ -81,6 +81,14 @@ def test_the_best_model_is_what_patience_leaves(config: pretrain.Config, monkeyp
     assert not torch.equal(saved, seen[-1])
 
 
+def test_patience_without_anything_to_validate_on_is_refused(config: pretrain.Config) -> None:
+    """It was left unread, and the last weights passed for the best."""
+    data = replace(config.data, validation_fraction=0.0)
+    with pytest.raises(UserError, match="patience is 2, but nothing is held out"):
+        pretrain.run(replace(config, data=data, training=replace(config.training, patience=2)))
+    assert not Path(config.run).exists()
+
+
 def test_an_epoch_ends_with_the_last_row_and_validation_where_it_may(config: pretrain.Config) -> None:
     rows: Any = SimpleNamespace(num_rows=10, window_rows=[3, 3])
     # 10 rows are two batches of 4 and a part.

@@ -15,6 +15,7 @@ from minnow.data.batches import Batch
 from minnow.data.prepare import DataConfig
 from minnow.model.config import ModelConfig
 from minnow.model.experts_config import ExpertsConfig
+from minnow.model.lora import LoraConfig
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, build_optimizers
@@ -242,6 +243,19 @@ def test_times_in_words(seconds: float, shown: str) -> None:
 def test_init_from_gives_the_shape(tmp_path: Path) -> None:
     save_pretrained(CausalLM(SHAPE), tmp_path / "model")
     assert plan(model=ModelConfig(), init_from=str(tmp_path / "model")).parameters == plan().parameters
+
+
+def test_adapters_and_new_experts_are_planned_as_they_will_be_trained(tmp_path: Path) -> None:
+    """The plan was that of the whole dense model."""
+    save_pretrained(CausalLM(SHAPE), tmp_path / "model")
+    start = {"model": ModelConfig(), "init_from": str(tmp_path / "model")}
+    trained = 3 * 2 * 2 * (32 + 32) + 3 * 2 * 2 * (32 + 16)  # of 3 layers: q and o, k and v; A and B of rank 2
+    memory = plan(**start, lora=LoraConfig(rank=2, targets=("q_proj", "k_proj", "v_proj", "o_proj"))).memory
+    assert memory.gradients == 4 * trained
+    assert memory.weights == plan(**start).memory.weights + 4 * trained
+    experts = ExpertsConfig(num_experts=3, num_experts_per_tok=2, moe_intermediate_size=64)
+    more = 3 * (2 * 3 * 32 * 64 + 3 * 32)  # of 3 layers: two more MLPs and a router
+    assert plan(**start | {"model": ModelConfig(experts=experts)}).parameters == plan(**start).parameters + more
 
 
 def test_the_tokenizer_gives_the_vocabulary(tmp_path: Path) -> None:

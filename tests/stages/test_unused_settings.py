@@ -14,6 +14,7 @@ from minnow.tokenizer import train_tokenizer
 from minnow.training.config import TrainingConfig
 
 NEEDED = {
+    "quickstart": "",
     "dpo": "--init_from m --data.paths d",
     "reward": "--init_from m --data.paths d",
     "distill": "--teacher m --data.paths d",
@@ -41,6 +42,10 @@ def parse(command: str, words: str) -> object:
         ("rl", "--training.epochs 2", "training.epochs", "phases"),
         ("rl", "--training.batch_tokens 1024", "training.batch_tokens", "rollout.prompts"),
         ("rl", "--training.validation_tokens 1024", "training.validation_tokens", "held_out"),
+        ("quickstart", "--pretrain.nproc 2", "pretrain.nproc", "one process"),
+        ("quickstart", "--sft.epochs 2", "sft.epochs", "steps"),
+        ("rl", "--training.patience 3", "training.patience", "watch.patience"),
+        ("distill on-policy", "--training.patience 3", "training.patience", "`data`"),
         ("dpo", "--loss.simpo_gamma 2", "loss.simpo_gamma", "simpo"),
         ("dpo", "--loss.name simpo --loss.desirable_weight 2", "loss.desirable_weight", "kto"),
         ("dpo", "--loss.undesirable_weight 0.5", "loss.undesirable_weight", "kto"),

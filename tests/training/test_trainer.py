@@ -91,6 +91,42 @@ class StopAt(RandomSource):
         return super().micro_batches(step, share)
 
 
+def test_a_named_checkpoint_is_where_the_first_start_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Started again by torchrun, the same words went back to it once more, and deleted what had been trained since."""
+    trainer = make_trainer(tmp_path, steps=9, keep_last=9)
+    trainer.fit()
+    steps = [checkpoint.step for checkpoint in list_checkpoints(trainer.checkpoints)]
+    assert steps[-1] == 9
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    again = make_trainer(tmp_path, steps=9, keep_last=9, resume=3)
+    again.resume()
+    assert again.state.step == 3, "the first start died before it came here"
+    again.fit()
+    again.resume()
+    assert again.state.step == 9
+    assert [checkpoint.step for checkpoint in list_checkpoints(trainer.checkpoints)] == steps
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    again.resume()
+    assert again.state.step == 3
+
+
+def test_what_a_source_remembers_is_read_onto_the_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PPO's critic was saved from the first process's GPU, and every process then read it onto that one."""
+
+    class Remembers(RandomSource):
+        def state_dict(self) -> dict[str, object]:
+            return {"weight": torch.ones(3)}
+
+        def load_state_dict(self, state: dict[str, object]) -> None:
+            self.loaded = state["weight"]
+
+    monkeypatch.setattr("torch.serialization.location_tag", lambda storage: "cuda:0")
+    make_trainer(tmp_path, steps=3, source=Remembers()).fit()
+    source = Remembers()
+    make_trainer(tmp_path, steps=3, source=source).resume()
+    assert torch.equal(source.loaded, torch.ones(3))
+
+
 def test_the_loss_scale_is_resumed(tmp_path: Path) -> None:
     first, second = (make_trainer(tmp_path) for _ in range(2))
     for trainer in (first, second):

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from jinja2 import TemplateError
 from safetensors import SafetensorError
+from torch import nn
 
 from minnow.config import UserError
 from minnow.data.openai_form import openai_messages, openai_tools
@@ -33,6 +34,11 @@ BATCH_TOKENS = 16_384
 
 class Judge(Protocol):
     """Gives a conversation one number: the greater, the better its last answer."""
+
+    @property
+    def model(self) -> nn.Module:
+        """What judges."""
+        ...
 
     def __call__(self, conversations: Sequence[Conversation]) -> list[float]:
         """Judge each conversation."""

@@ -34,16 +34,20 @@ def forward_flops_per_token(config: ModelConfig, mean_context: float) -> float:
     Looking up the embedding is free; the head is not. Attention costs 2 products of 2 * head_dim operations
     per key and head.
     """
-    matrices = sum(_active_matrix_parameters(config, layer) for layer in range(config.num_hidden_layers))
-    matrices += config.vocab_size * config.hidden_size
     attention = config.num_hidden_layers * 4 * config.num_attention_heads * config.head_dim * mean_context
-    return 2 * matrices + attention
+    return _matrix_flops_per_token(config) + attention
 
 
-def training_flops_per_token(config: ModelConfig, mean_context: float) -> float:
+def training_flops_per_token(config: ModelConfig, mean_context: float, *, frozen: bool = False) -> float:
     """Operations of forward and backward: the backward pass costs twice the forward (recomputation not
-    counted)."""
-    return 3 * forward_flops_per_token(config, mean_context)
+    counted). Of a `frozen` model beside adapters, which hardly count, one of its two products a matrix is not made."""
+    spared = _matrix_flops_per_token(config) if frozen else 0
+    return 3 * forward_flops_per_token(config, mean_context) - spared
+
+
+def _matrix_flops_per_token(config: ModelConfig) -> int:
+    matrices = sum(_active_matrix_parameters(config, layer) for layer in range(config.num_hidden_layers))
+    return 2 * (matrices + config.vocab_size * config.hidden_size)
 
 
 def _active_matrix_parameters(config: ModelConfig, layer: int) -> int:

@@ -12,8 +12,10 @@ from minnow.model.transformer import CausalLM
 from minnow.rl.environment import Environment
 from minnow.rl.figures import pass_figures
 from minnow.rl.left_out import left_out_figures, settle
+from minnow.rl.phase_experience import told_to_all
 from minnow.rl.rewards import Rewarder
 from minnow.rl.rollouts import RolloutConfig, RolloutEngine, Trajectory, play
+from minnow.training.distribution import rank, world_size
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,16 @@ class HeldOut:
         return figures
 
     def _answers(self, samples: int, *, greedy: bool) -> list[Trajectory]:
-        """Judged answers, those to one prompt together; drawn with the same random numbers at every validation."""
-        environments = [self.make_environment(prompt) for prompt in self.prompts for _ in range(samples)]
-        places = range(len(environments))
-        played = play(self.engine, environments, places, self.rollout, seed=0, longest=self.longest, greedy=greedy)
-        self.rewarder.score(played)
+        """Judged answers, those to one prompt together; drawn with the same random numbers at every validation.
+
+        Each process plays and judges its share, so that a judge is asked once about an answer.
+        """
+        total = len(self.prompts) * samples
+        places = range(rank(), total, world_size())
+        environments = [self.make_environment(self.prompts[place // samples]) for place in places]
+        mine = play(self.engine, environments, places, self.rollout, seed=0, longest=self.longest, greedy=greedy)
+        self.rewarder.score(mine)
+        everyone = told_to_all(dict(zip(places, mine, strict=True)))
+        played = [everyone[place] for place in range(total)]
         settle(played, samples, len(played))
         return played

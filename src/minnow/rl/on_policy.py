@@ -24,7 +24,7 @@ from minnow.rl.experience import pack_trajectories
 from minnow.rl.phase_rollouts import MakeEnvironment
 from minnow.rl.rollouts import RolloutConfig, RolloutEngine, Trajectory, play
 from minnow.training.distillation import Distillation
-from minnow.training.distribution import gather, is_first
+from minnow.training.distribution import gather, is_first, rank, sum_over_ranks, world_size
 from minnow.training.objective import BatchSource
 from minnow.training.run_folder import MetricsLog
 
@@ -104,7 +104,7 @@ class OnPolicyBatches:
         return self.student.rows(answers)
 
     def _log(self, step: int, answers: Sequence[Trajectory], seconds: float) -> None:
-        everyone = [figures for part in gather(answer_figures(answers)) for figures in part]
+        everyone = _of_everyone(answers)
         if is_first():
             text = self.student.engine.tokenizer.decode(answers[0].ids)
             self.log.append({"step": step + 1, **_means(everyone), "seconds_writing": seconds, "sample": text})
@@ -121,20 +121,27 @@ class Agreement:
 
     @torch.no_grad()
     def __call__(self, model: CausalLM) -> dict[str, float]:
-        """Mean over all tokens that the student wrote, and what its answers look like."""
+        """Mean over all tokens that the student wrote, and what its answers look like. Each process takes its share."""
         model.eval()
-        answers = self.student.answer(self.prompts, range(len(self.prompts) * self.student.rollout.samples), seed=0)
+        places = range(rank(), len(self.prompts) * self.student.rollout.samples, world_size())
+        answers = self.student.answer(self.prompts, places, seed=0)
         total = count = 0.0
         for batch in self.student.rows(answers):
             total += float(self.objective(model, batch.to(model.head_weight.device)).metrics["divergence"])
             count += self.objective.count(batch)
-        figures = {"divergence": total / count, **_means(answer_figures(answers))}
+        total, count = sum_over_ranks([total, count])
+        figures = {"divergence": total / count, **_means(_of_everyone(answers))}
         return {f"held_out/{name}": value for name, value in figures.items()}
 
 
 def answer_figures(answers: Sequence[Trajectory]) -> list[dict[str, float]]:
     """Of every answer: its length in tokens that the student wrote, and 1 if it was cut off."""
     return [{"length": float(a.num_trained), "truncated": float(a.ending == "length")} for a in answers]
+
+
+def _of_everyone(answers: Sequence[Trajectory]) -> list[dict[str, float]]:
+    """The figures of all processes' answers."""
+    return [figures for part in gather(answer_figures(answers)) for figures in part]
 
 
 def _means(figures: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from minnow.config import UserError
 from minnow.evaluation.judge import Judge, load_judge
@@ -123,9 +124,10 @@ class Rewarder:
             self._rewards[name] = (weight, _in_time(name, function, config.functions_seconds))
         if config.judge.url is not None and config.judge.weight:
             self._rewards["judge"] = (config.judge.weight, lambda items: judge_reward(config.judge, items))
+        self.reward_model: nn.Module | None = None
         if config.reward_model is not None:
             judge = load_judge(config.reward_model, torch.device(device))
-            squash = config.reward_model_squash
+            self.reward_model, squash = judge.model, config.reward_model_squash
             self._rewards["reward_model"] = (config.reward_model_weight, lambda items: _marks(items, judge, squash))
         if not self._rewards:
             raise UserError("every reward has weight 0: give at least one, such as rewards.answer")

@@ -19,7 +19,13 @@ from minnow.report.run_report import write_report
 from minnow.rl.on_policy import Agreement, OnPolicyBatches, Student
 from minnow.rl.rollouts import RolloutConfig, live_engine
 from minnow.stages.distill import load_teacher, place_beside
-from minnow.stages.language_model import LanguageModelConfig, PackedData, held_out_batches, pack_data
+from minnow.stages.language_model import (
+    LanguageModelConfig,
+    PackedData,
+    held_out_batches,
+    pack_data,
+    require_held_out,
+)
 from minnow.stages.practice import PracticeConfig, longest_batch, practice_flops, practice_rows, read_practice
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import NO_Z_LOSS, TrainingConfig
@@ -71,6 +77,8 @@ class Config(PracticeConfig, LanguageModelConfig):
             )
         if (self.share < 1) != bool(self.data.paths):
             raise UserError("share below 1 and data.paths go together: data is what the other updates learn from")
+        if not self.data.paths:
+            refuse_unused(self, {"training.patience": "it counts validations on the held-out part of `data`"})
         if self.stream:
             raise UserError("--stream: the data beside own answers is prepared before training; leave it out")
         if self.training.parallel in ("fsdp", "hsdp"):
@@ -100,7 +108,7 @@ def run(config: Config) -> None:
     if folder.finished:
         console.print(f"{folder.path} is finished; --overwrite trains it again")
         return
-    folder.claim_prompts(practice.prompts)
+    folder.claim_prompts([*practice.prompts, *practice.held_out])
     folder.claim_model("teacher", teacher)
     once = math.ceil(len(practice.prompts) / (config.rollout.prompts * config.share))
     steps = config.training.steps or max(1, math.ceil(config.training.epochs * once))
@@ -166,6 +174,7 @@ def _pack(config: Config, tokenizer: Tokenizer) -> PackedData:
         packed = pack_data(config, tokenizer, "sft", lambda text: None)
     if not packed.train.num_rows:
         raise UserError("the training split is empty: give more data or a smaller data.validation_fraction")
+    require_held_out(packed.validation, config)
     return packed
 
 

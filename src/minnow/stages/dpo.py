@@ -29,7 +29,7 @@ from minnow.training.reference import (
     row_batches,
     unrelated_batch,
 )
-from minnow.training.session import load_chat_start
+from minnow.training.session import RunFolder, load_chat_start
 from minnow.training.validation import ObjectiveValidation
 
 PAIRS_AT_ONCE = 32
@@ -90,6 +90,8 @@ def run(config: Config) -> None:
         repeated = repeated_prompts(packed.train.shards, PAIRS_LOOKED_AT)
         console.print(f"{repeated:.1%} of the tokens are prompts read a second time")
         key = packed.key
+        if config.loss.needs_reference and not config.lora.rank:  # with adapters, their base is claimed
+            RunFolder(config.run).claim_model("reference", model)
         objective = PreferenceOptimization(config.loss)
         scored_rows = num_held_out_rows(packed.validation, config)
         held_out = held_out_batches(with_reference(packed.validation, f"{key}/held-out", scored_rows), config)

@@ -114,6 +114,15 @@ def held_out_batches(rows: Rows[BatchT], config: LanguageModelConfig) -> list[Ba
     return [rows.batch(range(start, min(start + rows_at_once, count))) for start in range(0, count, rows_at_once)]
 
 
+def require_held_out(rows: Rows[Batch], config: LanguageModelConfig) -> None:
+    """UserError where `patience` would wait for validations on no rows."""
+    if config.training.patience and not any(rows.window_rows):
+        raise UserError(
+            f"training.patience is {config.training.patience}, but nothing is held out to validate on: give more data, "
+            "a larger data.validation_fraction, or leave patience out"
+        )
+
+
 def trained_parameters(model: CausalLM) -> str:
     """What is trained, for a person: "5,242,880 parameters", or those of the adapters and of the frozen model."""
     total = parameter_count(model.config)
@@ -177,6 +186,7 @@ def run_lesson(
             console.print(f"note: {warning}")
         if not any(packed.train.window_rows):  # looks no further than to the first row
             raise UserError("the training split is empty: give more data or a smaller data.validation_fraction")
+        require_held_out(packed.validation, config)
         check(packed)
         run.open(config, overwrite=config.overwrite)
         run.claim_data(packed.key)
@@ -204,7 +214,8 @@ def _train(
     rows_at_once = config.training.rows_at_once(config.sequence_length)
     steps = total_steps(config.training, packed.train, rows_per_batch)
     tokens = steps * rows_per_batch * config.sequence_length
-    flops = tokens * training_flops_per_token(model.config, config.sequence_length / 4)
+    frozen = model.adapter is not None
+    flops = tokens * training_flops_per_token(model.config, config.sequence_length / 4, frozen=frozen)
     console.print(
         f"{title}: {trained_parameters(model)}; {tokens:,} tokens in {steps} updates of "
         f"{config.training.batch_tokens:,}; {flops:.2e} FLOPs; rows {packed.train.window_fill(0):.1%} full; "

@@ -123,7 +123,9 @@ def make_plan(config: Config) -> Plan:
         steps=math.ceil(tokens / config.training.batch_tokens),
         flops_per_token=flops_per_token,
         flops=tokens * flops_per_token,
-        memory=training_memory(shape, config.training, config.optim, config.sequence_length, machine.dtype),
+        memory=training_memory(
+            shape, config.training, config.optim, config.sequence_length, machine.dtype, config.lora
+        ),
         device=machine.device.type,
         precision=precision_name(machine.dtype),
         matmul_peak=peak,
@@ -141,6 +143,8 @@ def _shape(config: Config) -> ModelConfig:
         shape = read_config(resolve_model_folder(config.init_from))
     except UserError as error:
         raise UserError(f"{error} (give --init_from null and a shape with --model.* instead)") from None
+    if config.model.experts is not None:  # the dense model becomes a mixture first
+        shape = dataclasses.replace(shape, experts=config.model.experts)
     return config.extend_for(shape, config.sequence_length)
 
 

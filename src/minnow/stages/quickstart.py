@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from minnow.config import UserError
+from minnow.config import UserError, refuse_unused
 from minnow.console import plain_console, program
 from minnow.data.pond.world import World
 from minnow.data.pond.write import write_pond
@@ -121,6 +121,10 @@ class Config:
             raise UserError(f"minutes is {self.minutes}: give the time to spend, more than 0")
         _steps(self.pretrain)
         _steps(self.sft)
+        unused = dict.fromkeys(("nproc", "restarts", "parallel"), "the quickstart trains in this one process")
+        unused["epochs"] = "the plan is made from steps"
+        for section in ("pretrain", "sft"):
+            refuse_unused(self, {f"{section}.{key}": owner for key, owner in unused.items()})
 
 
 def run(config: Config) -> None:

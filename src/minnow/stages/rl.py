@@ -60,6 +60,7 @@ NOT_OF_RL = {
     "training.steps": "a run has `phases`, each of algorithm.epochs x algorithm.minibatches updates",
     "training.epochs": "a run has `phases`, each of algorithm.epochs passes over its answers",
     "training.batch_tokens": "a phase is rollout.prompts x rollout.samples answers, in algorithm.minibatches parts",
+    "training.patience": "it counts validation losses, of which there are none; watch.patience ends a collapsed run",
     "training.validation_tokens": "a validation asks all `held_out` prompts",
 }
 
@@ -133,7 +134,9 @@ def run(config: Config) -> None:
     if folder.finished:
         console.print(f"{folder.path} is finished; --overwrite trains it again")
         return
-    folder.claim_prompts(practice.prompts)
+    folder.claim_prompts([*practice.prompts, *practice.held_out])
+    if rewarder.reward_model is not None:
+        folder.claim_model("reward_model", rewarder.reward_model)
     if not config.lora.rank:  # with adapters, their base is claimed
         folder.claim_model("start", model)  # it is the reference that the policy is held to
     steps = config.phases * config.algorithm.updates_per_phase

@@ -55,8 +55,8 @@ class Checkpoint:
         return state
 
     def source_state(self) -> dict[str, Any]:
-        """Return what the source of batches wanted remembered."""
-        state: dict[str, Any] = torch.load(self.folder / SOURCE, weights_only=True)
+        """Return what the source of batches wanted remembered, on the host: the first one's GPU is not another's."""
+        state: dict[str, Any] = torch.load(self.folder / SOURCE, map_location="cpu", weights_only=True)
         return state
 
     def problem(self) -> str | None:

@@ -56,7 +56,8 @@ class TrainingConfig:
     """Several processes: ddp keeps the whole model on each, fsdp a slice of it, hsdp a sliced copy on each host; auto
     is ddp where half of the memory holds weights, gradients and averages."""
     restarts: int = 0
-    """With nproc: how often all processes start again, from the last checkpoint, when one has died."""
+    """How often all processes start again, from the last checkpoint, when one has died. Under torchrun: ignored, its
+    --max-restarts says."""
     log_every: int = 1
     """Updates between lines in metrics.jsonl."""
     track: tuple[TrackerName, ...] = ()
@@ -85,11 +86,16 @@ class TrainingConfig:
             if getattr(self, name) != "auto" and getattr(self, name) < 1:
                 raise UserError(f"training.{name} is {getattr(self, name)}: it must be at least 1")
         # A negative clip_norm would turn every gradient round, and training would silently go uphill.
-        for name in ("clip_norm", "patience", "validate_every", "save_every", "seed"):
+        for name in ("clip_norm", "patience", "validate_every", "save_every", "seed", "restarts"):
             if not getattr(self, name) >= 0:
                 raise UserError(f"training.{name} is {getattr(self, name)}: give 0 or more")
         if self.z_loss is not None and not self.z_loss >= 0:
             raise UserError(f"training.z_loss is {self.z_loss}: give 0 or more")
+        if self.patience and not self.validate_every:
+            raise UserError(
+                f"training.patience is {self.patience}, but with training.validate_every 0 there is one validation, at "
+                "the end: give updates between validations, or leave patience out"
+            )
         if self.stall_seconds < 0:
             raise UserError(f"training.stall_seconds is {self.stall_seconds}: it must be positive, or 0 for never")
         if self.steps is None and self.epochs <= 0:

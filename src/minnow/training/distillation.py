@@ -131,7 +131,11 @@ def teacher_store(
         temporary.mkdir(parents=True)
         try:
             _ask(teacher, dataset, temporary, config, vocab_size, rows_at_once)
-            os.replace(temporary, folder)
+            try:
+                os.replace(temporary, folder)
+            except OSError:
+                if not folder.exists():  # else another run has asked the same teacher meanwhile, and was quicker
+                    raise
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     ids, logprobs = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "logprobs"))

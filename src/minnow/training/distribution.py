@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -47,6 +48,26 @@ def local_world_size() -> int:
 def is_first() -> bool:
     """Whether this process prints, logs and writes what is written once."""
     return rank() == 0
+
+
+def started_again(mark: Path) -> bool:
+    """Whether a process of this run has died since `mark_start(mark)`, and torchrun started the command once more.
+
+    What the command says about the beginning (--overwrite, which checkpoint to resume from) was for its first start.
+    All ask together.
+    """
+    # A host whose own processes did not die has counted no restart.
+    again = largest_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0
+    return from_first(again and mark.exists() and mark.read_text(encoding="utf-8") == _launch_id())
+
+
+def mark_start(mark: Path) -> None:
+    """Note in the file `mark` that this launch has made its beginning."""
+    mark.write_text(_launch_id(), encoding="utf-8")
+
+
+def _launch_id() -> str:
+    return os.environ.get("TORCHELASTIC_RUN_ID", "")
 
 
 @contextmanager

@@ -34,11 +34,12 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def run_stage(work: Callable[[], None], words: Sequence[str], training: TrainingConfig) -> int:
     """Do `work` here, or in `training.nproc` processes that read the same `words`; return the exit code.
 
-    Under torchrun this process is one of those: it joins the others, and only the first one prints.
+    A single one that is to be started again when it dies has a launcher too. Under torchrun this process is one of
+    those: it joins the others, and only the first one prints.
     """
     require_trackers(training.track)
     if not in_torchrun():
-        if training.nproc > 1:
+        if training.nproc > 1 or training.restarts:
             _require_gpus(training, training.nproc, f"--nproc {training.nproc}")
             return launch(words, training.nproc, training.restarts)
         work()

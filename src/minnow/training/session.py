@@ -26,7 +26,7 @@ from minnow.model.quantize import quantize
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
-from minnow.training.distribution import first_goes_first, from_first, is_first
+from minnow.training.distribution import first_goes_first, from_first, is_first, mark_start, started_again
 from minnow.training.hardware import choose_device, choose_precision, has_cpp_compiler, matmul_peak, precision_name
 from minnow.training.lock import FILE as LOCK
 from minnow.training.lock import FolderLock
@@ -146,13 +146,13 @@ class RunFolder:
         self._claim("data", key, "on other data (a file, the tokenizer or an option has changed since)")
 
     def claim_prompts(self, prompts: Sequence[Any]) -> None:
-        """The same of the rows that a run practises on, dataclasses all."""
+        """The same of the rows that a run practises on and is examined on, dataclasses all."""
         text = json.dumps([dataclasses.asdict(prompt) for prompt in prompts], sort_keys=True, default=str)
         self._claim("prompts", hashlib.sha256(text.encode()).hexdigest(), "on other prompts (a file has changed since)")
 
     def claim_model(self, role: str, model: nn.Module, *, frozen: bool = False) -> None:
-        """The same of weights that no checkpoint of the run holds: a teacher's, a reference's, an adapter's base
-        (`frozen`: those of `model` that are not trained)."""
+        """The same of weights that no checkpoint of the run holds: a teacher's, a reference's, a reward model's, an
+        adapter's base (`frozen`: those of `model` that are not trained)."""
         key = weights_fingerprint(model, frozen=frozen)  # by all processes: a model in slices is put together for it
         self._claim(role, key, f"with other weights of its {role} (the folder has changed since)")
 
@@ -189,6 +189,7 @@ class RunFolder:
 
         How many processes share the work may change from one start to the next: the batches stay the same.
         """
+        overwrite = overwrite and not started_again(self.path / "overwritten.id")
         with first_goes_first():
             if is_first():
                 self._open(config, overwrite)
@@ -211,6 +212,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.config_file) as temporary:
             temporary.write_text(text, encoding="utf-8")
+        if overwrite:
+            mark_start(self.path / "overwritten.id")
 
 
 def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Console) -> None:

@@ -37,8 +37,11 @@ class Speedometer:
         }
 
 
-def batch_flops(config: ModelConfig, batch: Batch) -> float:
-    """Return the operations of training on one micro-batch, with attention inside its pieces only."""
+def batch_flops(config: ModelConfig, batch: Batch, *, frozen: bool = False) -> float:
+    """Return the operations of training on one micro-batch, with attention inside its pieces only.
+
+    frozen: adapters are trained, and the model is not.
+    """
     lengths = batch.cu_seqlens.diff().double()
     mean_context = float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
-    return training_flops_per_token(config, mean_context) * float(lengths.sum())
+    return training_flops_per_token(config, mean_context, frozen=frozen) * float(lengths.sum())

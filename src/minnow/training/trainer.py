@@ -21,7 +21,16 @@ from minnow.training.balance import ExpertBalance
 from minnow.training.checkpoint import delete_after, list_checkpoints, newest_valid
 from minnow.training.checkpoint_writer import CheckpointWriter
 from minnow.training.config import TrainingConfig
-from minnow.training.distribution import from_first, is_first, largest_over_ranks, rank, sum_over_ranks, world_size
+from minnow.training.distribution import (
+    from_first,
+    is_first,
+    largest_over_ranks,
+    mark_start,
+    rank,
+    started_again,
+    sum_over_ranks,
+    world_size,
+)
 from minnow.training.hardware import synchronize
 from minnow.training.loss_scale import LossScale
 from minnow.training.non_finite import NonFiniteLossError
@@ -113,7 +122,8 @@ class Trainer(Generic[BatchT]):
         On another number of processes the same global batches follow; sums then differ by rounding, as they do on a
         GPU, whose kernels add in no fixed order.
         """
-        wanted = None if self.config.resume == "auto" else self.config.resume
+        mark = self.folder / "resumed.id"
+        wanted = None if self.config.resume == "auto" or started_again(mark) else self.config.resume
         chosen, self.passed_over = newest_valid(self.checkpoints, wanted)
         if chosen is None and list_checkpoints(self.checkpoints):
             # They were whole once: a disk that is not all there must not cost the run.
@@ -123,6 +133,8 @@ class Trainer(Generic[BatchT]):
             )
         if is_first():
             delete_after(self.checkpoints, chosen.step if chosen else -1)
+            if wanted is not None:
+                mark_start(mark)
         if chosen is None:
             if is_first():
                 for log in (METRICS, ROLLOUTS):  # of a run that left no checkpoint
@@ -218,12 +230,13 @@ class Trainer(Generic[BatchT]):
         weight tokens unequally.
         """
         batches = self._batches()
+        frozen = self.model.adapter is not None
         count, rows, tokens, flops = sum_over_ranks(
             [
                 sum(self.objective.count(batch) for batch in batches),
                 sum(len(batch.tokens_BT) for batch in batches),
                 sum(batch.num_real_tokens for batch in batches),
-                sum(batch_flops(self.model.config, batch) for batch in batches),
+                sum(batch_flops(self.model.config, batch, frozen=frozen) for batch in batches),
             ]
         )
         if count == 0:

@@ -89,7 +89,9 @@ class ObjectiveValidation(Generic[BatchT]):
         sums: dict[str, float] = {}
         with examined(model):
             if isinstance(self.objective, LooksAhead):
-                self.objective.look_ahead(model, self.batches[rank() :: world_size()] or self.batches[-1:])
+                # With fewer batches than processes each sees them all: nobody may see nothing, and none counts oftener.
+                shared_out = len(self.batches) >= world_size()
+                self.objective.look_ahead(model, self.batches[rank() :: world_size()] if shared_out else self.batches)
             for batch, is_mine in _my_part(self.batches):
                 output = self.objective(model, batch.to(self.device))
                 for name, value in {"loss": output.loss_sum, **output.metrics}.items():

@@ -71,7 +71,7 @@ def train_stage(name: str, mode: str, world: Path, run: Path) -> None:
     if command in FILES:
         places |= {"data.paths": world / f"{FILES[command]}.jsonl", "data.cache_dir": run.parent / "cache"}
     else:
-        places |= {"prompts": world / "prompts.jsonl"}
+        places |= {"prompts": world / "prompts.jsonl", "held_out": world / "prompts.jsonl"}
     if any(key in settings for key in NEW):
         del places["init_from"]
         places["tokenizer"] = world / "start"

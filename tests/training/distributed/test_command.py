@@ -166,6 +166,13 @@ def test_a_batch_that_cannot_be_shared_is_refused_before_the_run_folder_is_made(
     assert not (world / "never").exists()
 
 
+def test_one_process_too_is_started_again_if_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its `restarts` was left unread."""
+    monkeypatch.setattr(launch, "launch", lambda words, processes, restarts: 10 * processes + restarts)
+    assert launch.run_stage(lambda: None, ["pretrain"], TrainingConfig(steps=1, device="cpu", restarts=3)) == 13
+    assert launch.run_stage(lambda: None, ["pretrain"], TrainingConfig(steps=1, device="cpu")) == 0
+
+
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """NCCL said "Duplicate GPU detected", or CUDA "invalid device ordinal", from every process."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -86,9 +86,13 @@ def assert_same_end(world: Path, run: Path) -> None:
     assert difference(world / "straight", run) < 1e-5
 
 
-def test_a_worker_that_dies_is_started_again_from_the_last_checkpoint(world: Path, start: Start) -> None:
-    run, log = world / "restarted", world / "restarted.log"
-    settings = LONG | {"nproc": 2, "restarts": 1, "parallel": "fsdp"}
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_worker_that_dies_is_started_again_from_the_last_checkpoint(
+    world: Path, start: Start, processes: int
+) -> None:
+    """`--overwrite` is for the first start: the second one deleted the run that it was to continue."""
+    run, log = world / f"restarted-{processes}", world / f"restarted-{processes}.log"
+    settings = LONG | {"nproc": processes, "restarts": 1, "parallel": "fsdp", "overwrite": "true"}
     process = start([sys.executable, "-m", "minnow", *words(world, "pretrain", run, **settings)], log)
     wait_until(lambda: saved(run), process, log)
     os.kill(workers(process)[-1], signal.SIGKILL)
