@@ -33,6 +33,7 @@ def not_a_number(conversations: list[object]) -> list[float]:
 
 @pytest.mark.parametrize("model", [failing, not_a_number])
 def test_a_reward_model_that_fails_ends_the_run(monkeypatch, model) -> None:
+    model.model = None  # what a judge judges by
     monkeypatch.setattr("minnow.rl.rewards.load_judge", lambda path, device: model)
     items = [episode("4"), episode("5")]
     with pytest.raises(UserError, match="the reward 'reward_model' (failed: RuntimeError: CUDA|gave nan)"):
