@@ -84,7 +84,8 @@ def run(config: Config) -> None:
     if compiles:
         contestants["transformers_compiled"] = transformers_generate(model, compiled=True)
     speeds: dict[str, dict[str, float]] = {name: {} for name in contestants}
-    table = Table("at once", "contestant", "tokens/s (median)", "slowest to fastest", "minnow is")
+    columns = ("at once", "contestant", "tokens/s", "slowest to fastest", "minnow is")
+    table = Table(*columns, caption=f"medians of {config.rounds} rounds, in turns")
     for streams, new_tokens in zip(config.streams, config.new_tokens, strict=True):
         prompts = torch.randint(3, shape.vocab_size, (streams, config.prompt_tokens)).tolist()
         for name, generate in contestants.items():

@@ -94,7 +94,8 @@ def run(config: Config) -> None:
     peak = matmul_peak(machine.device, machine.dtype)
     flops = training_flops_per_token(shape, (config.sequence_length + 1) / 2)
     figures: dict[str, float] = dict(speeds)
-    table = Table("contestant", "tokens/s (median)", "slowest to fastest", "minnow is")
+    columns = ("contestant", "tokens/s", "slowest to fastest", "minnow is")
+    table = Table(*columns, caption=f"medians of {config.rounds} rounds, in turns")
     for name, speed in speeds.items():
         spread = f"{tokens / max(seconds[name]):,.0f} to {tokens / min(seconds[name]):,.0f}"
         ratio = f"{speeds['minnow'] / speed:.2f}x" if "minnow" in speeds and name != "minnow" else ""
