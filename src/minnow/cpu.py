@@ -59,9 +59,9 @@ def keep_freed_memory() -> None:
     """Have the C library keep the memory of tensors up to 32 MB when they are freed, until the process ends.
 
     By default it gives most of it back to the system, and a training step, which takes and frees the same gigabytes as
-    the one before, has the system clear and map each page again. That was measured at up to 13% of a small model's step
-    (docs/experiments.md), and the most memory in use at the same but for a few percent. glibc only; elsewhere, and
-    where the environment sets glibc's malloc otherwise, nothing happens.
+    the one before, has the system clear and map each page again. That was measured at between nothing and 13% of a
+    small model's step (docs/experiments.md), and the most memory in use at the same but for a few percent. glibc only;
+    elsewhere, and where the environment sets glibc's malloc otherwise, nothing happens.
     """
     set_otherwise = any(name.startswith("MALLOC_") for name in os.environ)
     if sys.platform != "linux" or set_otherwise or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):

@@ -23,18 +23,22 @@ class KilledError(Exception):
     pass
 
 
-def test_a_stopped_preference_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_start(tmp_path, pairs=20)
-    config = dpo.Config(
-        run=str(tmp_path / "whole"),
-        init_from=str(tmp_path / "start"),
-        data=DataConfig(paths=(str(tmp_path / "pairs.jsonl"),), cache_dir=str(tmp_path), validation_fraction=0.2),
+def config_of(folder: Path, run: str) -> dpo.Config:
+    return dpo.Config(
+        run=str(folder / run),
+        init_from=str(folder / "start"),
+        data=DataConfig(paths=(str(folder / "pairs.jsonl"),), cache_dir=str(folder), validation_fraction=0.2),
         sequence_length=64,
         training=TrainingConfig(
             steps=6, batch_tokens=256, device="cpu", precision="fp32", compile="off", save_every=2, validate_every=0
         ),
         optim=OptimConfig(optimizer="adamw", matrix_lr=3e-3),
     )
+
+
+def test_a_stopped_preference_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_start(tmp_path, pairs=20)
+    config = config_of(tmp_path, "whole")
     dpo.run(config)
 
     stopped = replace(config, run=str(tmp_path / "stopped"))
@@ -59,13 +63,7 @@ def test_a_stopped_preference_run_goes_on_bit_for_bit(tmp_path: Path, monkeypatc
 def test_another_reference_under_a_run_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model of --init_from was trained anew meanwhile: the rest of the run would have been held to another."""
     write_start(tmp_path, pairs=20)
-    config = dpo.Config(
-        run=str(tmp_path / "run"),
-        init_from=str(tmp_path / "start"),
-        data=DataConfig(paths=(str(tmp_path / "pairs.jsonl"),), cache_dir=str(tmp_path), validation_fraction=0.2),
-        sequence_length=64,
-        training=TrainingConfig(steps=2, batch_tokens=256, device="cpu", precision="fp32", compile="off"),
-    )
+    config = config_of(tmp_path, "run")
 
     def die(trainer: Trainer) -> None:
         raise KilledError
