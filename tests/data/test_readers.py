@@ -93,12 +93,12 @@ def test_a_json_array_of_small_rows_is_read_as_fast_as_lines(tmp_path):
     array, lines = tmp_path / "a.json", tmp_path / "a.jsonl"
     array.write_text(json.dumps(rows))
     lines.write_text("\n".join(map(json.dumps, rows)))
-    seconds = {}
-    for path in (lines, array):
+    seconds: dict[Path, list[float]] = {lines: [], array: []}
+    for path in (lines, array) * 3:
         start = time.process_time()
         assert sum(1 for _ in read_rows([str(path)])) == len(rows)
-        seconds[path] = time.process_time() - start
-    assert seconds[array] < 4 * seconds[lines]
+        seconds[path].append(time.process_time() - start)
+    assert min(seconds[array]) < 4 * min(seconds[lines])
 
 
 def test_a_long_text_is_cut_at_blank_lines(tmp_path):

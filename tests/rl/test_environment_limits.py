@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import threading
-import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -69,7 +68,7 @@ class Moody:
 
     def _maybe_hang(self, call):
         if call == self.hangs_in:
-            threading.Event().wait(30)
+            threading.Event().wait()  # for ever: whoever waits for it never ends
 
 
 def test_an_episode_that_hangs_is_left_out_and_the_others_are_what_they_were(engine, caplog):
@@ -78,9 +77,7 @@ def test_an_episode_that_hangs_is_left_out_and_the_others_are_what_they_were(eng
     expected = play(engine, calm, range(12), CONFIG, seed=0, longest=128)
     assert all((t.ending, t.reward) == ("stop", 1.0) for t in expected)
     with caplog.at_level(logging.WARNING):
-        start = time.monotonic()
         found = play(engine, moody, range(12), CONFIG, seed=0, longest=128)
-    assert time.monotonic() - start < 20
     assert [n for n, t in enumerate(found) if t.left_out == "environment"] == [2, 5, 7]
     for n, (a, b) in enumerate(zip(found, expected, strict=True)):
         if n in (2, 5, 7):

@@ -3,7 +3,6 @@
 import json
 import math
 import threading
-import time
 from dataclasses import replace
 from decimal import Decimal
 
@@ -125,11 +124,10 @@ def test_the_last_number_and_its_sign(text, number):
     assert last_number(text) == Decimal(number)
 
 
+@pytest.mark.timeout(60)  # a search that begins anew at each character takes many minutes
 def test_a_long_answer_is_searched_in_no_time():
-    start = time.process_time()
     for text in ("1" * 10**5, "11," * 10**4, "111," * 10**4 + "1", "-" * 10**5, "1e" * 10**4, "1e" + "9" * 30):
         last_number(text)
-    assert time.process_time() - start < 2
 
 
 def test_last_number_of_nothing():
