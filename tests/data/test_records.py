@@ -132,6 +132,9 @@ def test_sharegpt_calls_are_turns():
         ({"content": "They write <think>x</think>."}, None, "They write <think>x</think>."),
         ({"content": "<think>kept</think>4", "reasoning_content": "r"}, "r", "<think>kept</think>4"),
         ({"content": "4", "reasoning_content": ""}, None, "4"),
+        ({"content": "4", "reasoning": "2+2"}, "2+2", "4"),
+        ({"content": "4", "reasoning_content": None, "thinking": "2+2"}, "2+2", "4"),
+        ({"content": "4", "reasoning": "2+2", "thinking": "2+2"}, "2+2", "4"),
     ],
 )
 def test_reasoning_is_split_once_and_only_at_the_start(message, reasoning, content):
@@ -156,6 +159,10 @@ BAD_CONVERSATIONS = [
     (chat(U, ("assistant", {})), r"message 2 \(assistant\) has no `content`"),
     (chat(U, ("assistant", {"content": 3})), "`content` of message 2 must be text, it is a number"),
     (chat(U, ("narrator", {"content": "a"})), 'message 2 has role "narrator"; known are system'),
+    (
+        chat(U, ("assistant", {"content": "a", "reasoning": "r", "thinking": "t"})),
+        "`reasoning` and `thinking` of message 2 are different thoughts",
+    ),
     ({"conversations": "[{"}, "`conversations` is not valid JSON"),
     ({"conversations": {"a": 1}}, "must be a list of messages, it is an object"),
     ({"conversations": ["hi"]}, "message 1 must be an object with `role` and `content`, it is text"),
@@ -222,7 +229,8 @@ def test_bad_documents_are_explained(row, message):
 
 
 KEYS = ["text", "content", "conversations", "messages", "role", "from", "value", "tools", "tool_calls", "function"]
-KEYS += ["name", "arguments", "instruction", "input", "output", "history", "system", "reasoning_content", "type"]
+KEYS += ["name", "arguments", "instruction", "input", "output", "history", "system", "type"]
+KEYS += ["reasoning_content", "thinking"]
 WORDS = st.sampled_from(["user", "assistant", "gpt", "human", "system", "tool", "function_call", "[]", "{}", "text"])
 LEAVES = st.none() | st.booleans() | st.integers() | WORDS | st.text(max_size=5)
 MESSAGES = st.fixed_dictionaries({"role": WORDS, "content": LEAVES | st.lists(LEAVES, max_size=2)})

@@ -38,6 +38,7 @@ _ROLES = {
     "tool_response": "tool",
 }
 # R1 text: the reasoning stands in the content, before the answer; only at its very start, never searched for.
+_REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 _R1 = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _ANSWER = re.compile(r"\s*<answer>\n?(.*?)\n?</answer>\s*", re.DOTALL)
 
@@ -170,13 +171,11 @@ def parse_message(item: Any, number: int) -> Message:
     if value is None and not calls:
         raise RowError(f"{where} ({role}) has no `content`")
     content = _content(value, f"`content` of {where}")
-    reasoning = item.get("reasoning_content")
     if role != "assistant":
         return Message(role=role, content=content)
-    if reasoning is None or reasoning == "":
+    thought = _reasoning(item, where)
+    if not thought:
         thought, content = _split_reasoning(content)
-    else:
-        thought = checked_text(reasoning, f"`reasoning_content` of {where}")
     return Message(role, content, thought or None, calls, _weight(item, where))
 
 
@@ -192,6 +191,14 @@ def _weight(item: Mapping[str, Any], where: str) -> float:
             f"`weight` of {where} must be 0 (not to be learnt) or 1, it is {json.dumps(weight, default=str)}"
         )
     return float(weight)
+
+
+def _reasoning(item: Mapping[str, Any], where: str) -> str:
+    given = {key: item[key] for key in _REASONING_KEYS if item.get(key) not in (None, "")}
+    texts = {checked_text(value, f"`{key}` of {where}") for key, value in given.items()}
+    if len(texts) > 1:
+        raise RowError(f"{' and '.join(f'`{key}`' for key in given)} of {where} are different thoughts")
+    return texts.pop() if texts else ""
 
 
 def _split_reasoning(content: str) -> tuple[str, str]:
