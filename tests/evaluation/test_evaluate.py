@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 
 import pytest
 from rich.console import Console
@@ -90,8 +91,13 @@ def test_shares_are_shown_as_percentages_and_other_units_as_they_are() -> None:
     results = [TaskResult(unit, unit, {"x/en": bar}, {"x/en": 1234}, 1.0, []) for unit in ("share", "bits per byte")]
     console = Console(width=120, file=io.StringIO())
     show(results, console)
-    share, bits = (
-        [cell.strip() for cell in line.split("│")[1:-1]] for line in console.file.getvalue().splitlines()[3:5]
-    )
+    share, bits = (re.split(r"  +", line.strip()) for line in console.file.getvalue().splitlines()[1:])
     assert share == ["share", "x/en", "25.0%", "12.5% to 75.0%", "1,234"]
     assert bits == ["bits per byte", "x/en", "0.2500", "0.1250 to 0.7500", "1,234"]
+
+
+def test_the_longest_line_fits_an_ordinary_terminal() -> None:
+    name = "exact_match_unseen_wording/en"
+    console = Console(width=80, file=io.StringIO())
+    show([TaskResult("long-context", "share", {name: Interval(0.98, 0.975, 1)}, {name: 12345}, 1.0, [])], console)
+    assert re.split(r"  +", console.file.getvalue().splitlines()[1].strip())[1:3] == [name, "98.0%"]

@@ -86,7 +86,7 @@ def _run(task: Task[Any], subject: Subject, max_rows: int | None) -> TaskResult:
 
 def show(results: Sequence[TaskResult], console: Console) -> None:
     """Print the figures with their intervals as a table."""
-    table = Table("task", "figure", "value", "95% interval", "rows")
+    table = Table("task", "figure", "value", "95% interval", "rows", box=None, pad_edge=False)
     table.columns[1].overflow = "fold"  # a narrow terminal must not cut the language off a figure's name
     for result in results:
         for name, bar in result.figures.items():
