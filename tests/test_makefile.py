@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -87,12 +88,16 @@ def test_without_a_compiler_a_note_says_so(clone: Path, tmp_path: Path) -> None:
     assert "note" not in make(clone, "compiler", PATH=str(tmp_path / "bin")).stdout
 
 
-def test_an_old_python_is_refused_in_words(clone: Path) -> None:
-    (clone / "python").write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1\nexit 1\n')
+@pytest.mark.parametrize(("minor", "is_too_old"), [(10, True), (11, False), (14, False)])
+def test_an_old_python_is_refused_in_words(clone: Path, minor: int, is_too_old: bool) -> None:
+    check = f'"{sys.executable}" -c "import sys; sys.version_info = (3, {minor}, 1); exec(sys.argv[1])"'
+    python = f'case $1 in --version) echo Python 3.{minor}.1;; -c) {check} "$2";; *) mkdir -p .venv/bin;; esac'
+    (clone / "python").write_text(f"#!/bin/sh\n{python}\n")
     (clone / "python").chmod(0o755)
-    refused = make(clone, ".venv/bin/python", "PYTHON=./python")
-    assert refused.returncode != 0
-    assert "minnow needs Python 3.11 or newer; ./python is Python 3.9.1" in refused.stderr
+    done = make(clone, ".venv/bin/python", "PYTHON=./python")
+    assert (clone / ".venv").exists() is not is_too_old
+    told = "minnow needs Python 3.11 or newer; ./python is Python 3.10.1. Name a newer one: make PYTHON=python3.12"
+    assert (done.returncode != 0, told in done.stderr) == (is_too_old, is_too_old)
 
 
 def test_continuous_integration_lints_and_tests() -> None:
