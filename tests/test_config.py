@@ -230,6 +230,30 @@ def test_a_value_that_its_section_refuses_is_named_with_its_place(
     assert str(error.value).startswith(message.format(file=file))
 
 
+@dataclass(frozen=True, kw_only=True)
+class TwoLoops:
+    """One after the other."""
+
+    first: Loop = field(default_factory=Loop)
+    """The first."""
+    second: Loop = field(default_factory=Loop)
+    """The second."""
+
+    def __post_init__(self) -> None:
+        if self.first.steps == 0:
+            raise UserError("first.steps is 0, and second.steps need not be")
+
+
+def test_of_settings_with_the_same_name_the_one_that_is_refused_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("second:\n  steps: 2\nfirst:\n  steps: 0\n")
+    with pytest.raises(UserError, match=r"c\.yaml:4: first\.steps is 0"):
+        parse_config(TwoLoops, ["--config", str(file)], program="p")
+    file.write_text("first:\n  steps: 0\nsecond:\n  steps: 2\n")
+    with pytest.raises(UserError, match=r"c\.yaml:2: first\.steps is 0"):
+        parse_config(TwoLoops, ["--config", str(file)], program="p")
+
+
 def test_what_a_section_needs_must_be_given_once_it_is_used() -> None:
     assert parse_config(Stage, [], program="p").extra is None
     with pytest.raises(UserError, match="p: --extra.path must be given"):

@@ -359,10 +359,13 @@ def _build(
 
 def _place(problem: str, prefix: str, places: dict[str, str]) -> str | None:
     """Where the first of the settings that `problem` names was given: it begins with one, others have their section."""
-    words = re.findall(r"[\w.]+", problem)
-    named = [word.rpartition(".")[2] for number, word in enumerate(words) if number == 0 or "." in word]
-    given = {key.rpartition(".")[2]: place for key, place in places.items() if key.startswith(prefix)}
-    return next((given[name] for name in named if name in given), None)
+    for number, word in enumerate(re.findall(r"[\w.]+", problem)):
+        if number == 0 or "." in word:
+            name = word.rpartition(".")[2]
+            alike = [key for key in places if key.startswith(prefix) and key.rpartition(".")[2] == name]
+            if alike:
+                return places[max(alike, key=lambda key: key.endswith(word))]
+    return None
 
 
 def _tree(settings: Iterable[Setting], values: dict[str, Any]) -> dict[str, Any]:
