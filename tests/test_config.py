@@ -33,6 +33,8 @@ class Optim:
     def __post_init__(self) -> None:
         if self.learning_rate <= 0:
             raise UserError("learning_rate must be above 0")
+        if self.learning_rate == 13 and self.schedule.warmup_steps == 13:
+            raise UserError("optim.learning_rate is 13, as optim.schedule.warmup_steps is")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,14 @@ class Loop:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Data:
+    """Rows."""
+
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """What becomes of bad ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Extra:
     """May be absent, but not half there."""
 
@@ -91,6 +101,8 @@ class Stage(Common):
 
     training: Loop = field(default_factory=Loop)
     """The loop."""
+    data: Data = field(default_factory=Data)
+    """The data."""
     extra: Extra | None = None
     """Something more."""
 
@@ -187,9 +199,59 @@ def test_a_quoted_null_is_a_word(tmp_path: Path) -> None:
     assert parse("--config", str(tmp_path / "c.yaml")) == Config(model="null")
 
 
-def test_the_settings_of_training_go_by_their_own_names() -> None:
+def test_the_settings_of_training_and_data_go_by_their_own_names() -> None:
     """Where the command has none of that name itself."""
-    assert parse_config(Stage, ["--seed", "3", "--steps", "5"], program="p") == Stage(seed=3, training=Loop(steps=5))
+    words = ["--seed", "3", "--steps", "5", "--on-bad-row", "skip"]
+    expected = Stage(seed=3, training=Loop(steps=5), data=Data(on_bad_row="skip"))
+    assert parse_config(Stage, words, program="p") == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("model: m\noptim:\n  learning_rate: -1\n", "", "{file}:3: optim: learning_rate must be above 0"),
+        ("model: m\noptim:\n  learning_rate: -1\n", "--optim.learning_rate -2", "minnow train: optim: learning_rate"),
+        ("model: m\noptim:\n  schedule:\n    warmup_steps: 13\n", "--optim.learning_rate 13", "minnow train: optim.l"),
+        (
+            "model: m\noptim:\n  learning_rate: 13\n",
+            "--optim.schedule.warmup_steps 13",
+            "{file}:3: optim.learning_rate",
+        ),
+    ],
+)
+def test_a_value_that_its_section_refuses_is_named_with_its_place(
+    tmp_path: Path, text: str, words: str, message: str
+) -> None:
+    """Of several files nobody knew which one to open."""
+    file = tmp_path / "c.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        parse("--config", str(file), *words.split())
+    assert str(error.value).startswith(message.format(file=file))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TwoLoops:
+    """One after the other."""
+
+    first: Loop = field(default_factory=Loop)
+    """The first."""
+    second: Loop = field(default_factory=Loop)
+    """The second."""
+
+    def __post_init__(self) -> None:
+        if self.first.steps == 0:
+            raise UserError("first.steps is 0, and second.steps need not be")
+
+
+def test_of_settings_with_the_same_name_the_one_that_is_refused_is_found(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text("second:\n  steps: 2\nfirst:\n  steps: 0\n")
+    with pytest.raises(UserError, match=r"c\.yaml:4: first\.steps is 0"):
+        parse_config(TwoLoops, ["--config", str(file)], program="p")
+    file.write_text("first:\n  steps: 0\nsecond:\n  steps: 2\n")
+    with pytest.raises(UserError, match=r"c\.yaml:2: first\.steps is 0"):
+        parse_config(TwoLoops, ["--config", str(file)], program="p")
 
 
 def test_what_a_section_needs_must_be_given_once_it_is_used() -> None:

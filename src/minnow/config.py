@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import re
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,9 @@ from minnow.settings import (
 )
 
 T = TypeVar("T")
+
+SHORT_SECTIONS = ("training", "data")
+"""Sections whose name may be left out on the command line."""
 
 
 class UserError(ValueError):
@@ -85,7 +89,7 @@ def parse_config(config_class: type[T], argv: Sequence[str], *, program: str) ->
     missing = [setting.flag for setting in settings.values() if _is_missing(setting, values)]
     if missing:
         raise UserError(f"{program}: {', '.join(missing)} must be given; {program} --help tells more")
-    return _build(config_class, values, "", program)
+    return _build(config_class, values, "", {key: item.where for key, item in given.items()}, program)
 
 
 def config_from_yaml(config_class: type[T], path: str | Path) -> T:
@@ -164,8 +168,8 @@ class _CommandLine:
     def _read_option(self, word: str, words: list[str]) -> None:
         flag, has_value, value = word.partition("=")
         key = "help" if flag == "-h" else flag.removeprefix("--").replace("-", "_")
-        if key not in self.settings and f"training.{key}" in self.settings:
-            key = f"training.{key}"  # --nproc 2, --steps 100: the loop's settings go by their own names
+        if key not in self.settings:  # --steps 100, --on-bad-row skip: these settings go by their own names too
+            key = next((f"{name}.{key}" for name in SHORT_SECTIONS if f"{name}.{key}" in self.settings), key)
         if key in ("help", "print_config") and not has_value:
             setattr(self, key, True)
         elif key == "config":
@@ -325,8 +329,13 @@ def _is_used(section: str, values: dict[str, Any]) -> bool:
     return any(key.startswith(f"{section}.") for key in values)
 
 
-def _build(cls: type[T], values: dict[str, Any], prefix: str, program: str, default: Any = None) -> T:
-    """Make a `cls`; a field that was not given keeps the value in `default`, or the class's own default."""
+def _build(
+    cls: type[T], values: dict[str, Any], prefix: str, places: dict[str, str], program: str, default: Any = None
+) -> T:
+    """Make a `cls`; a field that was not given keeps the value in `default`, or the class's own default.
+
+    places: where each key of `values` was given.
+    """
     hints = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
@@ -338,14 +347,25 @@ def _build(cls: type[T], values: dict[str, Any], prefix: str, program: str, defa
             arguments[field.name] = values[key]
         elif section is not None and (_is_used(key, values) or start is dataclasses.MISSING):
             instance = start if dataclasses.is_dataclass(start) else None
-            arguments[field.name] = _build(section, values, f"{key}.", program, instance)
+            arguments[field.name] = _build(section, values, f"{key}.", places, program, instance)
         elif start is not dataclasses.MISSING:
             arguments[field.name] = start
     try:
         return cls(**arguments)
     except ValueError as error:
         label = "" if prefix[:-1] in str(error) else f"{prefix[:-1]}: "
-        raise UserError(f"{program}: {label}{error}") from None
+        raise UserError(f"{_place(str(error), prefix, places) or program}: {label}{error}") from None
+
+
+def _place(problem: str, prefix: str, places: dict[str, str]) -> str | None:
+    """Where the first of the settings that `problem` names was given: it begins with one, others have their section."""
+    for number, word in enumerate(re.findall(r"[\w.]+", problem)):
+        if number == 0 or "." in word:
+            name = word.rpartition(".")[2]
+            alike = [key for key in places if key.startswith(prefix) and key.rpartition(".")[2] == name]
+            if alike:
+                return places[max(alike, key=lambda key: key.endswith(word))]
+    return None
 
 
 def _tree(settings: Iterable[Setting], values: dict[str, Any]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import sys
 import textwrap
 import time
 import types
+import weakref
 
 import numpy as np
 import pytest
@@ -432,6 +433,29 @@ def test_hub_sets_are_streamed_into_shards(run, monkeypatch, tokenizer):
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: iter([{"text": "a"}, {"body": "b"}]))
     with pytest.raises(UserError, match="hub:org/other:2: no `text`"):
         run("org/other")
+
+
+def test_a_hub_set_is_never_held_whole(run, monkeypatch):
+    import datasets
+    import huggingface_hub
+
+    class Row(dict):
+        """Unlike a dict it can be watched."""
+
+    alive, most = weakref.WeakValueDictionary(), []
+
+    def stream(*arguments, **settings):
+        for number, text in enumerate(documents(300)):
+            row = alive[number] = Row(text=text)
+            most.append(len(alive))
+            yield row
+
+    small_shards(monkeypatch)
+    monkeypatch.setattr(datasets, "load_dataset", stream)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", lambda self, name: types.SimpleNamespace(sha="abc"))
+    data = run("org/name")
+    assert data.train.num_documents + data.validation.num_documents == 300
+    assert max(most) < 30, "a batch of 500 bytes is six rows"
 
 
 def test_options_out_of_range_are_refused(run, tmp_path):

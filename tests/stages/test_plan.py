@@ -288,6 +288,17 @@ def test_prints_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert figures["seconds"] is None
 
 
+def test_it_starts_nothing_and_reads_no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The probe included: afterwards there is the file that was asked for, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))  # the cache of tokenised data lies below it
+    shape = "--model.hidden_size 32 --model.intermediate_size 64 --model.num_hidden_layers 1 --model.vocab_size 300"
+    words = f"{shape} --sequence_length 64 --batch_tokens 512 --device cpu --compile off --paths nowhere.jsonl"
+    assert cli.main(["plan", *words.split(), "--probe_seconds", "0.05", "--json", "plan.json"]) == 0
+    assert [path.name for path in tmp_path.rglob("*")] == ["plan.json"]
+    assert json.loads(Path("plan.json").read_text())["seconds"] > 0
+
+
 def test_takes_sft_recipes_and_says_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -254,6 +254,11 @@ def test_minutes_scale_the_training(
     assert (planned.pretrain.steps, planned.sft.steps) == steps
     assert (planned.pretrain.device, planned.sft.device) == ("cpu", "cpu")
     shown = dict(re.findall(r"│ (.*?) +│ (.*?) +│", console.file.getvalue()))  # type: ignore[attr-defined]
+    # 400 x 32 in the embedding; q and o 2 x 32 x 32, k and v 2 x 32 x 16, MLP 3 x 32 x 48, norms 3 x 32 and 2 x 16.
+    assert shown["parameters"] == f"{12_800 + 2_048 + 1_024 + 4_608 + 96 + 32:,}"
+    # Of those the matrices and the head, twice forwards and four times backwards, and attention to 64 tokens.
+    flops = int(tokens.replace(",", "")) * 3 * (2 * (12_800 + 2_048 + 1_024 + 4_608) + 4 * 2 * 16 * 64)
+    assert shown["floating-point operations"] == f"{flops:.2e}"
     assert shown["training tokens"] == tokens
     assert shown["expected time"] == f"{quickstart.OTHER_MINUTES + expected:.1f} minutes"
     assert shown["machine"].endswith(f"{speed:,} tokens/s in a probe")
@@ -284,6 +289,15 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("_make_data", "_train", "_copy_model", "_examine"):
         monkeypatch.setattr(quickstart, name, lambda *arguments: None)
     monkeypatch.setattr(quickstart, "_fit_into_minutes", lambda config, console: config)
+
+
+def test_the_plan_comes_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    monkeypatch.setattr(quickstart, "_fit_into_minutes", lambda config, console: done.append("plan") or config)
+    for name in ("_make_data", "_train", "_copy_model", "_examine"):
+        monkeypatch.setattr(quickstart, name, lambda *arguments, name=name: done.append(name))
+    quickstart.run(replace(TINY, run=str(tmp_path / "run"), chat=False))
+    assert done == ["plan", "_make_data", "_train", "_copy_model", "_examine"]
 
 
 @pytest.mark.usefixtures("no_work")

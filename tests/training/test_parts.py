@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from minnow.config import UserError
 from minnow.data.batches import Share
 from minnow.model.transformer import CausalLM
-from minnow.training import parallel
+from minnow.training import parallel, session
 from minnow.training.checkpoint import random_state, set_random_state
 from minnow.training.config import TrainingConfig
 from minnow.training.hardware import _cpu_matmul_peak, _matmul_peak, choose_device, choose_precision, matmul_peak
@@ -26,7 +26,7 @@ from minnow.training.lock import FolderLock
 from minnow.training.loss_scale import LossScale
 from minnow.training.parallel import choose_parallel
 from minnow.training.run_folder import LogFollower, MetricsLog
-from minnow.training.session import RunFolder
+from minnow.training.session import COMPILE_PAYS_AFTER_SECONDS, Machine, RunFolder
 from minnow.training.signals import Interrupted, stop_requests
 from minnow.training.speed import batch_flops
 from minnow.training.validation import validate
@@ -355,3 +355,37 @@ def test_the_operations_of_a_micro_batch_by_hand() -> None:
     assert batch_flops(SHAPE, batch) == pytest.approx(3 * (2 * matrices * 8 + attention))
     # Beside adapters the matrices have no gradient: the utilisation of such a run was up to half as much again.
     assert batch_flops(SHAPE, batch, frozen=True) == pytest.approx(2 * 2 * matrices * 8 + 3 * attention)
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "compiler", "seconds", "expected", "said"),
+    [
+        ("auto", "cpu", True, COMPILE_PAYS_AFTER_SECONDS * 1.1, True, 0),
+        ("auto", "cpu", True, COMPILE_PAYS_AFTER_SECONDS * 0.9, False, 0),
+        ("on", "cpu", True, 1.0, True, 0),
+        ("off", "cpu", True, 1e9, False, 0),
+        ("on", "mps", True, 1e9, False, 0),
+        ("auto", "cpu", False, 1e9, False, 1),
+        ("on", "cpu", False, 1e9, False, 1),
+        ("off", "cpu", False, 1e9, False, 0),
+        ("on", "cuda", False, 1.0, True, 0),  # its kernels need none
+    ],
+)
+def test_what_is_compiled(
+    setting: str,
+    device: str,
+    compiler: bool,
+    seconds: float,
+    expected: bool,
+    said: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is long enough, where there is a compiler; without one a note says so, and the run goes on."""
+    monkeypatch.setattr(session, "has_cpp_compiler", lambda: compiler)
+    monkeypatch.setattr(session, "matmul_peak", lambda *machine: 1e9)
+    notes: list[str] = []
+    config = TrainingConfig(compile=setting)  # type: ignore[arg-type]
+    operations = seconds * 1e9 * session.ASSUMED_FLOP_UTILISATION
+    machine = Machine(torch.device(device), torch.float32)
+    assert machine.compiles(config, operations, notes.append) == expected
+    assert ["no C++ compiler found" in note for note in notes] == [True] * said
