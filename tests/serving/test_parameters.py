@@ -85,6 +85,16 @@ def test_what_has_no_effect_and_what_is_refused(client: openai.OpenAI) -> None:
         assert raised.value.param == name
 
 
+def test_an_empty_suffix_asks_for_nothing(client: openai.OpenAI) -> None:
+    plain: dict[str, Any] = {"model": "noise", "prompt": "x", "seed": 1, "max_tokens": 5}
+    choices = client.completions.create(**plain).choices
+    assert client.completions.create(**plain, suffix="").choices == choices
+    assert client.completions.create(**plain, suffix=None).choices == choices
+    with pytest.raises(openai.BadRequestError, match="not supported") as raised:
+        client.completions.create(**plain, suffix=" the end")
+    assert raised.value.param == "suffix"
+
+
 def test_every_sampling_option_reaches_the_engine(running: Running) -> None:
     model = running.app.state.minnow.models.get("noise")
     options = {
