@@ -203,7 +203,7 @@ def test_completions(client: openai.OpenAI, running: Running) -> None:
     assert answer.usage is not None
     read = len(engine.prompt_ids("the pond")) + len(engine.prompt_ids("小鱼"))  # each once, for both of its answers
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (read, 2 * 2 * 5)
-    for choice in answer.choices:
+    for prompt, choice in zip(["the pond"] * 2 + ["小鱼"] * 2, answer.choices, strict=True):
         assert len(choice.token_ids) == 5
         assert choice.finish_reason == "length"
         logprobs = choice.logprobs
@@ -212,9 +212,10 @@ def test_completions(client: openai.OpenAI, running: Running) -> None:
         assert logprobs.top_logprobs is not None
         assert logprobs.text_offset is not None
         assert len(logprobs.tokens) == len(logprobs.top_logprobs) == len(logprobs.text_offset) == 5
+        assert logprobs.text_offset[0] == len(prompt)  # counted from the prompt's start, as at OpenAI
         for token, offset in zip(logprobs.tokens, logprobs.text_offset, strict=True):
             shown = not token.startswith(("bytes:", "<"))
-            assert not shown or choice.text[offset:].startswith(token)
+            assert not shown or (prompt + choice.text)[offset:].startswith(token)
     streamed = client.completions.create(
         model="noise", prompt=ids, max_tokens=5, temperature=0, stream=True, stream_options={"include_usage": True},
         extra_body={"return_token_ids": True, "ignore_eos": True},
@@ -243,6 +244,21 @@ def test_completions(client: openai.OpenAI, running: Running) -> None:
     assert len(short.choices) == 1
     assert short.usage is not None
     assert short.usage.completion_tokens == 16  # OpenAI's default
+
+
+def test_text_offsets_count_from_the_start_of_a_prompt_of_tokens(client: openai.OpenAI, running: Running) -> None:
+    ids = running.engines["noise"].engine.prompt_ids("小鱼 swims")  # a control token, which is no text, and the words
+    options: dict[str, Any] = {"model": "noise", "prompt": ids, "max_tokens": 4, "logprobs": 0, "temperature": 0}
+    options["extra_body"] = {"ignore_eos": True}
+    whole = client.completions.create(**options).choices[0].logprobs
+    assert whole is not None
+    assert whole.text_offset is not None
+    assert whole.text_offset[0] == len("小鱼 swims")
+    streamed: list[int] = []
+    for chunk in client.completions.create(**options, stream=True):
+        if chunk.choices[0].logprobs is not None:
+            streamed += chunk.choices[0].logprobs.text_offset or []
+    assert streamed == whole.text_offset
 
 
 def test_models(client: openai.OpenAI) -> None:

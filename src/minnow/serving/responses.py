@@ -177,6 +177,7 @@ class CompletionLogprobs(TypedDict):
     top_logprobs: list[dict[str, float]] | None
     """The likeliest ones, and the token that came."""
     text_offset: list[int]
+    """Characters before each token, from the prompt's start."""
 
 
 class CompletionChoice(TypedDict):
