@@ -60,7 +60,12 @@ def test_a_stream_is_openais_event_by_event(running: Running) -> None:
         assert len({chunk[field] for chunk in chunks}) == 1
     first, *middle, last, counts = chunks
     assert first["choices"] == [
-        {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        {
+            "index": 0,
+            "delta": {"role": "assistant", "content": "", "refusal": None},
+            "logprobs": None,
+            "finish_reason": None,
+        }
     ]
     for chunk in middle:
         (choice,) = chunk["choices"]

@@ -120,6 +120,7 @@ def test_bad_requests_are_400_in_openais_schema(running: Running, changes: dict[
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "'response_format.json_schema.name': Field"),
         ({"tool_choice": {"type": "function"}}, "Invalid value for 'tool_choice.function': Field required"),
         ({"tool_choice": "auto"}, "Invalid value for 'tool_choice': only allowed when tools are given"),
+        ({"tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "'custom' found using 'type' does not match"),
         ({"tool_choice": "always"}, "Invalid value for 'tool_choice': Input should be 'none', 'auto' or 'required'"),
         (
             {"messages": [*ASK, CALLED, RESULT, RESULT | {"tool_call_id": "b"}]},

@@ -113,6 +113,7 @@ def test_streamed_calls_are_the_whole_ones(client: openai.OpenAI) -> None:
     reasons: dict[int, str] = {}
     for chunk in client.chat.completions.create(**options, stream=True):
         (choice,) = chunk.choices
+        assert choice.delta.content is None  # there is none, as in the whole message
         if choice.finish_reason:
             reasons[choice.index] = choice.finish_reason
         for delta in choice.delta.tool_calls or ():

@@ -128,8 +128,8 @@ class AllowedToolsChoice(Part):
     allowed_tools: AllowedTools
 
 
-ToolChoice = (
-    Literal["none", "auto", "required"] | Annotated[NamedToolChoice | AllowedToolsChoice, Field(discriminator="type")]
+ToolChoice = (  # the objects first: of an object that is wrong, the error is theirs
+    Annotated[NamedToolChoice | AllowedToolsChoice, Field(discriminator="type")] | Literal["none", "auto", "required"]
 )
 
 
@@ -261,7 +261,7 @@ class CompletionBody(GenerationBody):
     prompt: Texts
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = Field(None, ge=1, description="only equal to n")
-    echo: Literal[False] | None = None
+    echo: Annotated[Literal[False] | None, refused("the prompt is not repeated before the answer", False)] = None
     suffix: Annotated[Literal[""] | None, refused("text before a given end is not supported", "")] = None
 
     @model_validator(mode="after")

@@ -140,7 +140,8 @@ class ChatDelta(TypedDict, total=False):
     """What is new of an answer."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    """Null at the beginning of an answer that can only be calls."""
     refusal: None
     reasoning_content: str
     tool_calls: list[ToolCallDelta]
