@@ -21,7 +21,8 @@ from minnow.model.attention import CausalAttention
 from minnow.rl.remote_engine import RemoteEngine, RemoteEngineConfig
 from minnow.serving.connection import EventStream
 
-from .serving_helpers import Running
+from ..stages.stage_helpers import save_random_model
+from .serving_helpers import Running, serving
 
 ASK: list[Any] = [{"role": "user", "content": "你好"}]
 
@@ -52,6 +53,8 @@ def test_a_stream_is_openais_event_by_event(running: Running) -> None:
     }
     answer = httpx.post(f"{running.url}/v1/chat/completions", json=body)
     assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["x-accel-buffering"] == "no"  # or a proxy may hold the events back
+    assert answer.headers["cache-control"] == "no-cache"
     events = answer.text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
@@ -272,6 +275,14 @@ def test_models(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="does not exist") as raised:
         client.chat.completions.create(model="gpt-5", messages=ASK)
     assert raised.value.code == "model_not_found"
+
+
+def test_a_hub_id_is_a_name_like_any_other(tmp_path: Path) -> None:
+    """`minnow serve ORG/NAME` is called so, and the client asks for /v1/models/ORG%2FNAME."""
+    with serving({"org/name": save_random_model(tmp_path / "m")}) as running:
+        client = running.client()
+        assert client.models.retrieve("org/name").id == "org/name"
+        assert client.completions.create(model="org/name", prompt="x", max_tokens=1).model == "org/name"
 
 
 def test_embeddings_are_mean_hidden_states(client: openai.OpenAI, running: Running) -> None:
