@@ -69,15 +69,16 @@ def test_slashes_of_a_regex_may_be_escaped(pattern: str) -> None:
 def test_tool_calls_are_real_control_tokens_around_valid_arguments() -> None:
     tokenizer = tiny_tokenizer()
     nothing = {"type": "object", "properties": {}, "additionalProperties": False}
-    tools = [{"name": 'weigh "it"', "parameters": SCHEMA}, {"name": "look", "parameters": nothing}]
+    tools = [{"name": '称 "it"', "parameters": SCHEMA}, {"name": "look", "parameters": nothing}]
     soon = {tokenizer.im_end_id: 6.0}
     for completion in answer(tool_call_grammar(tokenizer, tools), logit_bias=soon):
         assert completion.finish_reason == "stop"
         message = parse_assistant_ids(tokenizer, completion.ids)
         assert message.tool_calls
+        assert "\\u" not in completion.text  # written as the template writes
         assert not message.content
         for call in message.tool_calls:
-            assert call.name in ('weigh "it"', "look")
+            assert call.name in ('称 "it"', "look")
             assert set(call.arguments) == ({"name", "size"} if call.name != "look" else set())
 
 

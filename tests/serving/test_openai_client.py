@@ -21,7 +21,8 @@ from minnow.model.attention import CausalAttention
 from minnow.rl.remote_engine import RemoteEngine, RemoteEngineConfig
 from minnow.serving.connection import EventStream
 
-from .serving_helpers import Running
+from ..stages.stage_helpers import save_random_model
+from .serving_helpers import Running, serving
 
 ASK: list[Any] = [{"role": "user", "content": "你好"}]
 
@@ -52,6 +53,8 @@ def test_a_stream_is_openais_event_by_event(running: Running) -> None:
     }
     answer = httpx.post(f"{running.url}/v1/chat/completions", json=body)
     assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.headers["x-accel-buffering"] == "no"  # or a proxy may hold the events back
+    assert answer.headers["cache-control"] == "no-cache"
     events = answer.text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     chunks = [json.loads(event.removeprefix("data: ")) for event in events[:-2]]
@@ -60,7 +63,12 @@ def test_a_stream_is_openais_event_by_event(running: Running) -> None:
         assert len({chunk[field] for chunk in chunks}) == 1
     first, *middle, last, counts = chunks
     assert first["choices"] == [
-        {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+        {
+            "index": 0,
+            "delta": {"role": "assistant", "content": "", "refusal": None},
+            "logprobs": None,
+            "finish_reason": None,
+        }
     ]
     for chunk in middle:
         (choice,) = chunk["choices"]
@@ -203,7 +211,7 @@ def test_completions(client: openai.OpenAI, running: Running) -> None:
     assert answer.usage is not None
     read = len(engine.prompt_ids("the pond")) + len(engine.prompt_ids("小鱼"))  # each once, for both of its answers
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (read, 2 * 2 * 5)
-    for choice in answer.choices:
+    for prompt, choice in zip(["the pond"] * 2 + ["小鱼"] * 2, answer.choices, strict=True):
         assert len(choice.token_ids) == 5
         assert choice.finish_reason == "length"
         logprobs = choice.logprobs
@@ -212,9 +220,10 @@ def test_completions(client: openai.OpenAI, running: Running) -> None:
         assert logprobs.top_logprobs is not None
         assert logprobs.text_offset is not None
         assert len(logprobs.tokens) == len(logprobs.top_logprobs) == len(logprobs.text_offset) == 5
+        assert logprobs.text_offset[0] == len(prompt)  # counted from the prompt's start, as at OpenAI
         for token, offset in zip(logprobs.tokens, logprobs.text_offset, strict=True):
             shown = not token.startswith(("bytes:", "<"))
-            assert not shown or choice.text[offset:].startswith(token)
+            assert not shown or (prompt + choice.text)[offset:].startswith(token)
     streamed = client.completions.create(
         model="noise", prompt=ids, max_tokens=5, temperature=0, stream=True, stream_options={"include_usage": True},
         extra_body={"return_token_ids": True, "ignore_eos": True},
@@ -245,12 +254,35 @@ def test_completions(client: openai.OpenAI, running: Running) -> None:
     assert short.usage.completion_tokens == 16  # OpenAI's default
 
 
+def test_text_offsets_count_from_the_start_of_a_prompt_of_tokens(client: openai.OpenAI, running: Running) -> None:
+    ids = running.engines["noise"].engine.prompt_ids("小鱼 swims")  # a control token, which is no text, and the words
+    options: dict[str, Any] = {"model": "noise", "prompt": ids, "max_tokens": 4, "logprobs": 0, "temperature": 0}
+    options["extra_body"] = {"ignore_eos": True}
+    whole = client.completions.create(**options).choices[0].logprobs
+    assert whole is not None
+    assert whole.text_offset is not None
+    assert whole.text_offset[0] == len("小鱼 swims")
+    streamed: list[int] = []
+    for chunk in client.completions.create(**options, stream=True):
+        if chunk.choices[0].logprobs is not None:
+            streamed += chunk.choices[0].logprobs.text_offset or []
+    assert streamed == whole.text_offset
+
+
 def test_models(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list()] == ["parrot", "thinker", "noise", "wide"]
     assert client.models.retrieve("noise").max_model_len == 256
     with pytest.raises(openai.NotFoundError, match="does not exist") as raised:
         client.chat.completions.create(model="gpt-5", messages=ASK)
     assert raised.value.code == "model_not_found"
+
+
+def test_a_hub_id_is_a_name_like_any_other(tmp_path: Path) -> None:
+    """`minnow serve ORG/NAME` is called so, and the client asks for /v1/models/ORG%2FNAME."""
+    with serving({"org/name": save_random_model(tmp_path / "m")}) as running:
+        client = running.client()
+        assert client.models.retrieve("org/name").id == "org/name"
+        assert client.completions.create(model="org/name", prompt="x", max_tokens=1).model == "org/name"
 
 
 def test_embeddings_are_mean_hidden_states(client: openai.OpenAI, running: Running) -> None:

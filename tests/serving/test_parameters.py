@@ -25,6 +25,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "functions": ([{"name": "f"}], "use tools"),
     "web_search_options": ({}, "does not search the web"),
     "suffix": ("the end", "not supported"),
+    "echo": (True, "the prompt is not repeated"),
     "dimensions": (8, "not supported"),
 }
 # What makes no difference here: the answer is the one without it.
@@ -83,6 +84,16 @@ def test_what_has_no_effect_and_what_is_refused(client: openai.OpenAI) -> None:
         with pytest.raises(openai.BadRequestError, match=reason) as raised:
             client.chat.completions.create(**plain, extra_body={name: value})
         assert raised.value.param == name
+
+
+def test_an_empty_suffix_asks_for_nothing(client: openai.OpenAI) -> None:
+    plain: dict[str, Any] = {"model": "noise", "prompt": "x", "seed": 1, "max_tokens": 5}
+    choices = client.completions.create(**plain).choices
+    assert client.completions.create(**plain, suffix="").choices == choices
+    assert client.completions.create(**plain, suffix=None).choices == choices
+    with pytest.raises(openai.BadRequestError, match="not supported") as raised:
+        client.completions.create(**plain, suffix=" the end")
+    assert raised.value.param == "suffix"
 
 
 def test_every_sampling_option_reaches_the_engine(running: Running) -> None:

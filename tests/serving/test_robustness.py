@@ -119,10 +119,23 @@ def test_bad_requests_are_400_in_openais_schema(running: Running, changes: dict[
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "'response_format.json_schema.name': Field"),
         ({"tool_choice": {"type": "function"}}, "Invalid value for 'tool_choice.function': Field required"),
         ({"tool_choice": "auto"}, "Invalid value for 'tool_choice': only allowed when tools are given"),
+        ({"tool_choice": {"type": "custom", "custom": {"name": "f"}}}, "'custom' found using 'type' does not match"),
         ({"tool_choice": "always"}, "Invalid value for 'tool_choice': Input should be 'none', 'auto' or 'required'"),
         (
             {"messages": [*ASK, CALLED, RESULT, RESULT | {"tool_call_id": "b"}]},
             "'messages.3.tool_call_id': the assista",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "function_call": {"name": "f", "arguments": "{}"}}]},
+            "Invalid value for 'messages.0.function_call': use tool_calls",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "", "audio": {"id": "a"}}]},
+            "Invalid value for 'messages.0.audio': this server reads text only",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}]},
+            "Invalid value for 'messages.0.content.0.type': Input should be 'text'",
         ),
         ({"messages": [{"role": "assistant"}]}, "'messages.0': an assistant's message needs content or tool_calls"),
         ({"stop": [""]}, "Invalid value for 'stop.0': String should have at least 1 character"),
@@ -426,6 +439,11 @@ def test_all_that_was_said_is_in_the_prompt() -> None:
             {"role": "user", "content": [{"type": "text", "text": "how "}, {"type": "text", "text": "deep?"}]},
             {"role": "assistant", "content": None, "refusal": "no"},
             {"role": "user", "content": "please"},
+            {
+                "role": "assistant",
+                "content": [{"type": "text", "text": "still "}, {"type": "refusal", "refusal": "no"}],
+            },
+            {"role": "user", "content": "pretty please"},
             {"role": "assistant", "content": "wait", "reasoning_content": "hm", "tool_calls": CALLED["tool_calls"]},
             RESULT,
         ],
@@ -436,6 +454,8 @@ def test_all_that_was_said_is_in_the_prompt() -> None:
         Message("user", "how deep?"),
         Message("assistant", "no"),
         Message("user", "please"),
+        Message("assistant", "still no"),
+        Message("user", "pretty please"),
         Message("assistant", "wait", "hm", (ToolCall("f", {}),)),
         Message("tool", "3"),
     )

@@ -113,6 +113,7 @@ def test_streamed_calls_are_the_whole_ones(client: openai.OpenAI) -> None:
     reasons: dict[int, str] = {}
     for chunk in client.chat.completions.create(**options, stream=True):
         (choice,) = chunk.choices
+        assert choice.delta.content is None  # there is none, as in the whole message
         if choice.finish_reason:
             reasons[choice.index] = choice.finish_reason
         for delta in choice.delta.tool_calls or ():
@@ -150,6 +151,34 @@ def test_auto_leaves_the_choice_and_none_hides_the_tools(client: openai.OpenAI) 
     plain = client.chat.completions.create(model="parrot", messages=ASK, temperature=0, extra_body=extra)
     assert hidden.prompt_token_ids == plain.prompt_token_ids
     assert len(answer.prompt_token_ids) > len(plain.prompt_token_ids)
+
+
+def test_only_allowed_tools_are_called(client: openai.OpenAI) -> None:
+    """The model reads of all of them, and its grammar holds the allowed ones."""
+    swim = {"type": "function", "function": {"name": "swim"}}
+
+    def allowed(mode: str, *names: Any) -> Any:
+        return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": list(names)}}
+
+    for seed in range(3):
+        answer = client.chat.completions.create(
+            **OPTIONS, tools=TOOLS, tool_choice=allowed("required", swim), seed=seed, parallel_tool_calls=False
+        )
+        (call,) = answer.choices[0].message.tool_calls or ()
+        assert call.type == "function"
+        check("swim", json.loads(call.function.arguments))
+        assert call.function.name == "swim"
+        assert answer.choices[0].finish_reason == "tool_calls"
+    options: dict[str, Any] = {"model": "parrot", "messages": ASK, "temperature": 0, "tools": TOOLS}
+    ids = {"extra_body": {"return_token_ids": True}}
+    free = client.chat.completions.create(**options, tool_choice=allowed("auto", swim), **ids)
+    assert free.choices[0].message.content == "小鱼 swims"
+    assert free.prompt_token_ids == client.chat.completions.create(**options, **ids).prompt_token_ids
+    fly = {"type": "function", "function": {"name": "fly"}}
+    for names, reason in (([swim, fly], "'fly' is not among the tools"), ([], "at least 1 item")):
+        with pytest.raises(openai.BadRequestError, match=reason) as raised:
+            client.chat.completions.create(**options, tool_choice=allowed("auto", *names))
+        assert raised.value.param == "tool_choice"
 
 
 def test_a_tool_loop(client: openai.OpenAI) -> None:
@@ -269,4 +298,11 @@ def test_the_grammar_with_tools_and_a_schema(running: Running) -> None:
     grammar = answer_grammar(tokenizer, body)
     assert grammar is not None
     assert 'answer: content | call ("\\n" call)*' in grammar
+    both = body.model_dump() | {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto"}}}
+    both["response_format"] = None
+    for names in (["swim"], ["grow-up"], ["grow-up", "swim"]):
+        both["tool_choice"]["allowed_tools"]["tools"] = [{"type": "function", "function": {"name": n}} for n in names]
+        some = answer_grammar(tokenizer, ChatBody.model_validate(both)) or ""
+        assert 'answer: content (call ("\\n" call)*)?' in some
+        assert [name for name in ("grow-up", "swim") if name in some] == names
     assert answer_grammar(tokenizer, ChatBody(model="m", messages=ASK)) is None

@@ -24,9 +24,13 @@ def test_the_page_and_its_files_forbid_foreign_code(running: Running) -> None:
         assert answer.status_code == 200
         policy = answer.headers["content-security-policy"]
         assert "default-src 'none'" in policy
+        assert "connect-src 'self'" in policy  # what the page knows can be sent nowhere else
+        for never in ("base-uri", "form-action", "frame-ancestors"):  # which default-src does not speak of
+            assert f"{never} 'none'" in policy
         assert "unsafe" not in policy
         assert answer.headers["x-content-type-options"] == "nosniff"
-    assert httpx.get(f"{running.url}/chat/nothing.js").status_code == 404
+    for path in ("/chat/nothing.js", "/docs", "/redoc"):  # FastAPI's own pages load scripts from elsewhere
+        assert httpx.get(running.url + path).status_code == 404
     assert httpx.get(f"{running.url}/chat/..%2Fapp.py").status_code == 404
 
 

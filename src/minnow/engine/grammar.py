@@ -40,15 +40,20 @@ def regex_grammar(pattern: str) -> str:
 
 
 def tool_call_grammar(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> str:
-    """One call of one of the tools or more, as the chat template writes them.
+    """One call of one of the tools or more, as the chat template writes them (`call_rules`)."""
+    return 'start: call ("\\n" call)*\n' + call_rules(tokenizer, tools)
+
+
+def call_rules(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> str:
+    """The rule `call` and what it needs: a call of one of the tools.
 
     tools: {"name": ..., "parameters": JSON schema of the arguments} each.
     """
     begin, end = (f"<[{tokenizer.special_ids[mark]}]>" for mark in (TOOL_CALL, END_TOOL_CALL))
     names = " | ".join(f"tool_{number}" for number in range(len(tools)))
-    lines = ['start: call ("\\n" call)*', f'call: {begin} "\\n" ({names}) "\\n" {end}']
+    lines = [f'call: {begin} "\\n" ({names}) "\\n" {end}']
     for number, tool in enumerate(tools):
-        head = json.dumps(f'{{"name": {json.dumps(tool["name"])}, "arguments": ')
+        head = json.dumps(f'{{"name": {json.dumps(tool["name"], ensure_ascii=False)}, "arguments": ')
         lines.append(f'tool_{number}: {head} %json {schema_text(tool.get("parameters") or {"type": "object"})} "}}"')
     return "\n".join(lines) + "\n"
 

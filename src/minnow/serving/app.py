@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from minnow import __version__
 from minnow.serving import admin, chat, completions, embeddings, web_chat
 from minnow.serving.config import ServingConfig
-from minnow.serving.errors import install_handlers
+from minnow.serving.errors import as_api_error, install_handlers
 from minnow.serving.metrics import Metrics
 from minnow.serving.models import Models, ServedModel
 from minnow.serving.security import Guard
@@ -54,6 +54,7 @@ def create_app(
     for module in (chat, completions, embeddings, admin, web_chat):
         app.include_router(module.router)
     app.add_middleware(Guard, api_key=config.api_key, hosts=hosts, max_body_bytes=int(config.max_body_mib * 2**20))
+    app.add_middleware(_AnswerFailures)  # within CORS, or a browser would hide the reason from its page
     if config.cors_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -65,6 +66,28 @@ def create_app(
     app.add_middleware(_CountRequests, metrics=metrics, paths=frozenset(_paths(app)))
     _describe_errors_as_they_are(app)
     return app
+
+
+class _AnswerFailures:
+    """Makes an error that nothing else has answered one of OpenAI's schema."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        answered = False
+
+        async def noted(message: Message) -> None:
+            nonlocal answered
+            answered = answered or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        except Exception as error:
+            if answered or scope["type"] != "http":
+                raise
+            await as_api_error(error).response()(scope, receive, send)
 
 
 class _CountRequests:
@@ -81,21 +104,12 @@ class _CountRequests:
             return
         path = scope["path"] if scope["path"] in self._paths else "other"
 
-        answered = False
-
         async def counted(message: Message) -> None:
-            nonlocal answered
             if message["type"] == "http.response.start":
-                answered = True
                 self._metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 
-        try:
-            await self._app(scope, receive, counted)
-        except Exception:  # becomes a 500 further out, where nothing is counted
-            if not answered:
-                self._metrics.requests.labels(path, 500).inc()
-            raise
+        await self._app(scope, receive, counted)
 
 
 def _paths(app: FastAPI) -> list[str]:

@@ -102,7 +102,8 @@ class ChatAnswer:
         """The events of the stream, those of one token together."""
         options = self._body.stream_options
         with_usage = options is not None and options.include_usage
-        first = [self._chunk([_chunk_choice(i.index, {"role": "assistant", "content": ""})]) for i in self._choices]
+        begins: ChatDelta = {"role": "assistant", "content": None if self._body.must_call else "", "refusal": None}
+        first = [self._chunk([_chunk_choice(choice.index, begins)]) for choice in self._choices]
         if self._body.return_token_ids:
             first[0]["prompt_token_ids"] = self._prompt_ids
         counts: Usage | None = None

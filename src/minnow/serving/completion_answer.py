@@ -26,13 +26,13 @@ from minnow.tokenizer import StreamDecoder
 class _Choice:
     """One continuation."""
 
-    def __init__(self, model: ServedModel, body: CompletionBody, index: int, prompt_ids: list[int]) -> None:
+    def __init__(self, model: ServedModel, body: CompletionBody, index: int, prompt_ids: list[int], start: int) -> None:
         self._tokenizer = model.tokenizer
         self._decoder = StreamDecoder(model.tokenizer, skip_special_tokens=True)
         self._index = index
         self._body = body
         self._prompt_ids: list[int] | None = prompt_ids if body.return_token_ids else None
-        self._length = 0  # characters of the tokens so far
+        self._length = start  # characters of the prompt and of the tokens so far
         self._clear()
 
     def _clear(self) -> None:
@@ -89,13 +89,17 @@ def _no_logprobs(body: CompletionBody) -> CompletionLogprobs:
 
 
 class CompletionAnswer:
-    """The answer to one request: choice `prompt number x n + sample` continues that prompt."""
+    """The answer to one request: choice `prompt number x n + sample` continues that prompt.
+
+    starts: where each answer begins, in characters from its prompt's start.
+    """
 
     def __init__(
         self,
         model: ServedModel,
         body: CompletionBody,
         prompts: Sequence[list[int]],
+        starts: Sequence[int],
         deltas: AsyncGenerator[tuple[int, Delta], None],
         close: Callable[[], None],
     ) -> None:
@@ -103,7 +107,9 @@ class CompletionAnswer:
         self._n = body.n or 1
         self._deltas = deltas
         self._close = close
-        self._choices = [_Choice(model, body, i, prompts[i // self._n]) for i in range(len(prompts) * self._n)]
+        self._choices = [
+            _Choice(model, body, i, prompts[i // self._n], starts[i // self._n]) for i in range(len(prompts) * self._n)
+        ]
         self._read = self._written = self._cached = 0
         self._id = new_id("cmpl-")
         self._created = now()

@@ -20,6 +20,7 @@ from minnow.serving.requests import CompletionBody, Texts
 from minnow.serving.responses import Completion
 from minnow.serving.sampling import sampling_params
 from minnow.serving.state import documented, state_of
+from minnow.tokenizer import Tokenizer
 
 router = APIRouter(prefix="/v1", tags=["completions"])
 
@@ -33,6 +34,7 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     state = state_of(request)
     model = state.models.get(body.model)
     prompts = await asyncio.to_thread(prompt_ids, model, body.prompt, "prompt")
+    starts = await asyncio.to_thread(_lengths, model.tokenizer, body.prompt)
     params = sampling_params(
         body,
         state.config,
@@ -54,7 +56,7 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     except BaseException:
         close()
         raise
-    answer = CompletionAnswer(model, body, prompts, _merged(generations), close)
+    answer = CompletionAnswer(model, body, prompts, starts, _merged(generations), close)
     if body.stream:
         return EventStream(answer.chunks(), close)
     return JSONResponse(await unless_client_leaves(request, answer.whole()))
@@ -63,9 +65,7 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
 def prompt_ids(model: ServedModel, given: Texts, param: str, *, answered: bool = True) -> list[list[int]]:
     """Token ids of every text of a request. APIError 400 for one that does not fit the vocabulary or the context,
     which is the answer's too if they are `answered`."""
-    several = isinstance(given, list) and not isinstance(given[0], int)
-    texts: Sequence[Any] = given if several else [given]
-    prompts = [model.engine.engine.prompt_ids(text) for text in texts]
+    prompts = [model.engine.engine.prompt_ids(text) for text in _texts(given)]
     for prompt in prompts:
         require_fit(prompt, model.context, param, answered=answered)
         if max(prompt) >= model.vocab_size:
@@ -73,6 +73,19 @@ def prompt_ids(model: ServedModel, given: Texts, param: str, *, answered: bool =
                 400, f"Token {max(prompt)} is not in the vocabulary, 0 to {model.vocab_size - 1}", param=param
             )
     return prompts
+
+
+def _texts(given: Texts) -> Sequence[Any]:
+    several = isinstance(given, list) and not isinstance(given[0], int)
+    return given if several else [given]
+
+
+def _lengths(tokenizer: Tokenizer, given: Texts) -> list[int]:
+    """Characters of every text of a request; token ids count as the text they stand for."""
+    texts = (
+        text if isinstance(text, str) else tokenizer.decode(text, skip_special_tokens=True) for text in _texts(given)
+    )
+    return list(map(len, texts))
 
 
 async def _merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:

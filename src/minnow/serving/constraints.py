@@ -6,12 +6,11 @@ The grammar is Lark text in llguidance's dialect, and JSON is written as the cha
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from llguidance import LLMatcher
 
-from minnow.engine.grammar import schema_text
+from minnow.engine.grammar import call_rules, schema_text
 from minnow.serving.errors import APIError
 from minnow.serving.requests import (
     ChatBody,
@@ -22,7 +21,7 @@ from minnow.serving.requests import (
     Tool,
 )
 from minnow.tokenizer import Tokenizer
-from minnow.tokenizer.special import END_THINK, END_TOOL_CALL, TOOL_CALL
+from minnow.tokenizer.special import END_THINK
 
 
 def answer_grammar(tokenizer: Tokenizer, body: ChatBody) -> str | None:
@@ -52,34 +51,33 @@ def constraining_field(body: ChatBody) -> str:
 
 
 def _rules(tokenizer: Tokenizer, body: ChatBody, tools: list[Tool], schema: dict[str, Any] | None) -> str:
-    token = {mark: f"<[{tokenizer.special_ids[mark]}]>" for mark in (END_THINK, TOOL_CALL, END_TOOL_CALL)}
+    thought = f'TEXT <[{tokenizer.special_ids[END_THINK]}]> "\\n\\n" ' if body.thinking else ""
     content = "TEXT" if schema is None else f"%json {schema_text(schema)}"
-    choice = body.tool_choice
-    if isinstance(choice, NamedToolChoice):
-        tools = [tool for tool in tools if tool.function.name == choice.function.name]
-    one_only = body.parallel_tool_calls is False or isinstance(choice, NamedToolChoice)
+    one_only = body.parallel_tool_calls is False or isinstance(body.tool_choice, NamedToolChoice)
     calls = "call" if one_only else 'call ("\\n" call)*'
     if not tools:
         answer = "content"
-    elif choice == "required" or isinstance(choice, NamedToolChoice):
+    elif body.must_call:
         answer = calls
     elif schema is None:
         answer = f"content ({calls})?"
     else:
         answer = f"content | {calls}"
     lines = [
-        f'start: TEXT {token[END_THINK]} "\\n\\n" answer' if body.thinking else "start: answer",
+        f"start: {thought}answer",
         f"answer: {answer}",
         f"content: {content}",
         "TEXT: /(.|\\n)*/",
     ]
-    if tools:
-        names = " | ".join(f"tool_{i}" for i in range(len(tools)))
-        lines.append(f'call: {token[TOOL_CALL]} "\\n" ({names}) "\\n" {token[END_TOOL_CALL]}')
-        for i, tool in enumerate(tools):
-            head = json.dumps(f'{{"name": "{tool.function.name}", "arguments": ')
-            lines.append(f'tool_{i}: {head} %json {schema_text(_arguments(tool))} "}}"')
-    return "\n".join(lines) + "\n"
+    rules = "\n".join(lines) + "\n"
+    if not tools:
+        return rules
+    callable_tools = [
+        {"name": tool.function.name, "parameters": _arguments(tool)}
+        for tool in tools
+        if body.chosen_names is None or tool.function.name in body.chosen_names
+    ]
+    return rules + call_rules(tokenizer, callable_tools)
 
 
 def _schema(response_format: ResponseFormat | None) -> dict[str, Any] | None:

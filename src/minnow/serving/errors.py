@@ -83,7 +83,7 @@ def as_api_error(error: Exception) -> APIError:
 
 
 def install_handlers(app: FastAPI) -> None:
-    """Make every failure inside `app` an error of OpenAI's schema."""
+    """Make what the endpoints refuse, and FastAPI itself, an error of OpenAI's schema."""
 
     @app.exception_handler(APIError)
     async def api_error(_: Request, error: APIError) -> JSONResponse:
@@ -104,10 +104,6 @@ def install_handlers(app: FastAPI) -> None:
             message = f"{message}: {request.method} {request.url.path}"
         body = error_body(error.status_code, message)
         return JSONResponse(body, error.status_code, headers=dict(error.headers or {}))
-
-    @app.exception_handler(Exception)
-    async def failure(_: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response()
 
 
 def validation_error(errors: Any, body: Any) -> APIError:

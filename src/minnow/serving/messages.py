@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from minnow.serving.validation import Items, Part, at_fault
+from minnow.serving.validation import Items, Part, at_fault, refused
 
 
 class TextPart(Part):
@@ -15,6 +15,13 @@ class TextPart(Part):
 
     type: Literal["text"]
     text: str
+
+
+class RefusalPart(Part):
+    """A piece of an assistant's content with which it declined."""
+
+    type: Literal["refusal"]
+    refusal: str
 
 
 class CalledFunction(Part):
@@ -51,11 +58,14 @@ class AssistantMessage(Part):
     """What the assistant said or called."""
 
     role: Literal["assistant"]
-    content: str | Items[TextPart] | None = None
+    content: str | Items[Annotated[TextPart | RefusalPart, Field(discriminator="type")]] | None = None
     refusal: str | None = None
     """What OpenAI's models say in place of the content."""
     reasoning_content: str | None = None
     tool_calls: Items[MessageToolCall] | None = None
+    function_call: Annotated[None, refused("use tool_calls")] = None
+    """Refused, or a call would be missing from what the model reads."""
+    audio: Annotated[None, refused("this server reads text only")] = None
 
     @model_validator(mode="after")
     def _is_not_empty(self) -> AssistantMessage:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from minnow.serving.errors import APIError
-from minnow.serving.messages import AssistantMessage, ChatMessage, MessageToolCall
+from minnow.serving.messages import AssistantMessage, ChatMessage, MessageToolCall, RefusalPart, TextPart
 from minnow.serving.requests import ChatBody, Tool
 from minnow.tokenizer import Conversation, Message, Tokenizer, ToolCall, render
 
@@ -42,7 +42,7 @@ def _message(message: ChatMessage, where: str) -> Message:
     content = message.content or ""
     if isinstance(message, AssistantMessage):
         content = content or message.refusal or ""
-    text = content if isinstance(content, str) else "".join(part.text for part in content)
+    text = content if isinstance(content, str) else "".join(map(_part_text, content))
     if not isinstance(message, AssistantMessage):
         return Message("system" if message.role == "developer" else message.role, text)
     calls = enumerate(message.tool_calls or ())
@@ -52,6 +52,10 @@ def _message(message: ChatMessage, where: str) -> Message:
         message.reasoning_content,
         tuple(_tool_call(call, f"{where}.tool_calls.{i}") for i, call in calls),
     )
+
+
+def _part_text(part: TextPart | RefusalPart) -> str:
+    return part.text if isinstance(part, TextPart) else part.refusal
 
 
 def _tool_call(call: MessageToolCall, where: str) -> ToolCall:

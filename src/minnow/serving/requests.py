@@ -114,6 +114,25 @@ class NamedToolChoice(Part):
     function: FunctionName
 
 
+class AllowedTools(Part):
+    """Some of `tools`, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: Items[NamedToolChoice] = Field(min_length=1)
+
+
+class AllowedToolsChoice(Part):
+    """The model reads of all tools and may call these only."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+ToolChoice = (  # the objects first: of an object that is wrong, the error is theirs
+    Annotated[NamedToolChoice | AllowedToolsChoice, Field(discriminator="type")] | Literal["none", "auto", "required"]
+)
+
+
 class TextFormat(Part):
     """No constraint."""
 
@@ -169,7 +188,7 @@ class ChatBody(GenerationBody):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     tools: Items[Tool] | None = Field(None, max_length=128)
-    tool_choice: Literal["none", "auto", "required"] | NamedToolChoice | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     """Anything but none lets the model reason; `chat_template_kwargs` wins."""
@@ -196,8 +215,9 @@ class ChatBody(GenerationBody):
             raise at_fault("tools", "two functions have the same name")
         if self.tool_choice in ("auto", "required") and not names:
             raise at_fault("tool_choice", "only allowed when tools are given")
-        if isinstance(self.tool_choice, NamedToolChoice) and self.tool_choice.function.name not in names:
-            raise at_fault("tool_choice", f"the function {self.tool_choice.function.name!r} is not among the tools")
+        for name in self.chosen_names or ():
+            if name not in names:
+                raise at_fault("tool_choice", f"the function {name!r} is not among the tools")
         return self
 
     @property
@@ -209,8 +229,24 @@ class ChatBody(GenerationBody):
 
     @property
     def usable_tools(self) -> list[Tool]:
-        """The tools that may be called: none of them with tool_choice none."""
+        """The tools that the model reads of: none of them with tool_choice none."""
         return [] if self.tool_choice == "none" else self.tools or []
+
+    @property
+    def chosen_names(self) -> list[str] | None:
+        """The functions that tool_choice names: no other may be called. None where it names none."""
+        if isinstance(self.tool_choice, NamedToolChoice):
+            return [self.tool_choice.function.name]
+        if isinstance(self.tool_choice, AllowedToolsChoice):
+            return [tool.function.name for tool in self.tool_choice.allowed_tools.tools]
+        return None
+
+    @property
+    def must_call(self) -> bool:
+        """Whether the answer is one call or more."""
+        if isinstance(self.tool_choice, AllowedToolsChoice):
+            return self.tool_choice.allowed_tools.mode == "required"
+        return self.tool_choice == "required" or isinstance(self.tool_choice, NamedToolChoice)
 
 
 # --- The other endpoints --------------------------------------------------------------------------
@@ -225,8 +261,8 @@ class CompletionBody(GenerationBody):
     prompt: Texts
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = Field(None, ge=1, description="only equal to n")
-    echo: Literal[False] | None = None
-    suffix: Annotated[None, refused("text before a given end is not supported")] = None
+    echo: Annotated[Literal[False] | None, refused("the prompt is not repeated before the answer", False)] = None
+    suffix: Annotated[Literal[""] | None, refused("text before a given end is not supported", "")] = None
 
     @model_validator(mode="after")
     def _no_best_of(self) -> CompletionBody:

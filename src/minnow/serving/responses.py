@@ -140,7 +140,8 @@ class ChatDelta(TypedDict, total=False):
     """What is new of an answer."""
 
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    """Null at the beginning of an answer that can only be calls."""
     refusal: None
     reasoning_content: str
     tool_calls: list[ToolCallDelta]
@@ -177,6 +178,7 @@ class CompletionLogprobs(TypedDict):
     top_logprobs: list[dict[str, float]] | None
     """The likeliest ones, and the token that came."""
     text_offset: list[int]
+    """Characters before each token, from the prompt's start."""
 
 
 class CompletionChoice(TypedDict):
