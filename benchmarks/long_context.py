@@ -3,9 +3,9 @@
     python benchmarks/long_context.py --data BOOKS.jsonl TEXTBOOKS.jsonl ...
 
 Trains a model of about a million parameters on rows of 128 tokens, then stretches it with YaRN and trains it a tenth as
-long on rows of 512; and a third one as long again on rows of 128, for what the updates alone bring. Long documents only;
-every fiftieth is held out. Measures bits per byte of the held-out ones by position: read in pieces of 128, whole without
-scaling, whole with each scaling and no training, whole after training.
+long on rows of 512; and a third one as long again on rows of 128, for what the updates alone bring. Long documents
+only; every fiftieth is held out. Measures bits per byte of the held-out ones by position: read in pieces of 128, whole
+without scaling, whole with each scaling and no training, whole after training.
 Writes results.json and curve.svg, and ends with code 1 where a bar is missed:
 
 - YaRN without training recovers at least half of the bits per byte that reading on without scaling loses;
@@ -63,7 +63,7 @@ def prepare_texts(paths: list[str], work: Path) -> None:
 
 
 def train(work: Path, steps: int) -> None:
-    """The model of the trained length, the stretched one, and the one that trained as long without being stretched."""
+    """The model of the trained length, the stretched one, and one that trained as long without being stretched."""
     training = TrainingConfig(
         steps=steps, batch_tokens=4096, micro_batch_tokens=4096, validate_every=0, device="cpu", precision="fp32"
     )
@@ -134,7 +134,9 @@ def main() -> int:
     figures = examine(options.work)
     bars = {name: {"value": bar.value, "low": bar.low, "high": bar.high} for name, bar in figures.items()}
     (options.work / "results.json").write_text(json.dumps(bars, indent=2) + "\n", encoding="utf-8")
-    curves = {name: bar for name, bar in bars.items() if name.partition("/")[0] not in ("ntk", "linear", "pieces as long")}
+    curves = {
+        name: bar for name, bar in bars.items() if name.partition("/")[0] not in ("ntk", "linear", "pieces as long")
+    }
     save_figure(
         long_context_figure(curves, {}, TRAINED, f"trained on {TRAINED} tokens, read up to {TRAINED * FACTOR}"),
         options.work / "curve.svg",

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import torch
 import uvicorn
 from fastapi import FastAPI
 
@@ -37,13 +38,13 @@ class Running:
         return openai.AsyncOpenAI(**({"base_url": f"{self.url}/v1", "api_key": "none", "max_retries": 0} | options))
 
 
-def served(folders: Mapping[str, Path], max_answers: int = 256) -> list[ServedModel]:
+def served(folders: Mapping[str, Path], max_answers: int = 256, dtype: torch.dtype | None = None) -> list[ServedModel]:
     """The models as `minnow serve` runs them: packed copies of their weights."""
     return [
         ServedModel(
             name=name,
             folder=folder,
-            engine=AsyncEngine(Engine.from_pretrained(folder, frozen=True), max_answers=max_answers),
+            engine=AsyncEngine(Engine.from_pretrained(folder, dtype=dtype, frozen=True), max_answers=max_answers),
         )
         for name, folder in folders.items()
     ]
@@ -51,11 +52,14 @@ def served(folders: Mapping[str, Path], max_answers: int = 256) -> list[ServedMo
 
 @contextmanager
 def serving(
-    folders: Mapping[str, Path], config: ServingConfig | None = None, hosts: frozenset[str] | None = None
+    folders: Mapping[str, Path],
+    config: ServingConfig | None = None,
+    hosts: frozenset[str] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[Running]:
     """Serve the models at a free port until the block ends."""
     config = config or ServingConfig()
-    app = create_app(served(folders, config.max_answers), config, hosts=hosts)
+    app = create_app(served(folders, config.max_answers, dtype), config, hosts=hosts)
     with running_app(app) as running:
         yield running
 

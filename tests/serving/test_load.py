@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from minnow.engine.packed import PackedModel
+from minnow.model.pretrained import resolve_model_folder
 
 from ..stages.stage_helpers import save_random_model
 from .serving_helpers import Running, serving
@@ -70,19 +72,27 @@ async def load(running: Running, seconds: float) -> tuple[dict[int, str], list[f
     return answers, memory
 
 
-def check(folder: Path, seconds: float, streams_alone: int) -> None:
+def same_answers(
+    folder: Path, seconds: float, streams_alone: int, dtype: torch.dtype = torch.float32
+) -> tuple[float, list[float]]:
+    """Percent of the answers under load that a quiet server gives too, and the memory as in `load`."""
     let_threads_share_their_heap()
-    with serving({"m": folder}) as running:
+    with serving({"m": folder}, dtype=dtype) as running:
         assert isinstance(running.engines["m"].engine._decoder(), PackedModel)  # what `minnow serve` runs
         answers, memory = asyncio.run(load(running, seconds))
         assert len(answers) >= STREAMS
         assert running.engines["m"].in_flight == 0
 
-        async def alone() -> int:
+        async def alone() -> float:
             seeds = range(0, len(answers), max(len(answers) // streams_alone, 1))
-            return sum([await answer(running, seed) == answers[seed] for seed in seeds]) * 100 // len(seeds)
+            return sum([await answer(running, seed) == answers[seed] for seed in seeds]) * 100 / len(seeds)
 
-        assert asyncio.run(alone()) >= 99
+        return asyncio.run(alone()), memory
+
+
+def check(folder: Path, seconds: float, streams_alone: int) -> None:
+    same, memory = same_answers(folder, seconds, streams_alone)
+    assert same >= 99
     # What comes after the first round (caches, pools) must not grow.
     settled = memory[len(memory) // 4 :]
     assert max(settled) - min(settled) < 64, f"memory in MiB: {memory}"
@@ -95,6 +105,19 @@ def test_two_hundred_streams_of_a_tiny_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_two_hundred_streams_for_two_minutes(tmp_path: Path) -> None:
-    """On the quickstart's model where MINNOW_MODEL names it, else on a random one."""
+    check(quickstart(tmp_path), seconds=120.0, streams_alone=100)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_how_many_answers_stay_in_bf16(tmp_path: Path) -> None:
+    """A report and no promise (`pytest -s` shows it): kernels differ with the batch, and bf16 has three digits."""
+    for dtype in (torch.float32, torch.bfloat16):
+        same, _ = same_answers(quickstart(tmp_path), seconds=0.0, streams_alone=100, dtype=dtype)
+        print(f"{dtype}: {same:.0f}% of the answers among {STREAMS} others are those of a quiet server")
+
+
+def quickstart(folder: Path) -> Path:
+    """The quickstart's model where MINNOW_MODEL names it, else a random one."""
     model = os.environ.get("MINNOW_MODEL")
-    check(Path(model) if model else save_random_model(tmp_path / "m", context=512), seconds=120.0, streams_alone=100)
+    return resolve_model_folder(model) if model else save_random_model(folder / "m", context=512)
