@@ -18,7 +18,7 @@ from minnow.training.objective import PackedBatches
 from minnow.training.probe import random_batch
 from minnow.training.trainer import NonFiniteLossError, Trainer
 
-from .helpers import SHAPE, RandomSource, make_trainer
+from .helpers import SHAPE, RandomSource, make_trainer, started_by
 
 VOLATILE = {"tokens_per_second", "mfu", "memory_gb", "eta_seconds", "seconds"}
 
@@ -97,7 +97,7 @@ def test_a_named_checkpoint_is_where_the_first_start_goes_on(tmp_path: Path, mon
     trainer.fit()
     steps = [checkpoint.step for checkpoint in list_checkpoints(trainer.checkpoints)]
     assert steps[-1] == 9
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    started_by(monkeypatch, "a", 1)
     again = make_trainer(tmp_path, steps=9, keep_last=9, resume=3)
     again.resume()
     assert again.state.step == 3, "the first start died before it came here"
@@ -105,7 +105,7 @@ def test_a_named_checkpoint_is_where_the_first_start_goes_on(tmp_path: Path, mon
     again.resume()
     assert again.state.step == 9
     assert [checkpoint.step for checkpoint in list_checkpoints(trainer.checkpoints)] == steps
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    started_by(monkeypatch, "b", 0)
     again.resume()
     assert again.state.step == 3
 
