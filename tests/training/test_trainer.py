@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from minnow.data.batches import Batch, Share
 from minnow.training.checkpoint import list_checkpoints
@@ -325,3 +328,52 @@ def test_checkpoints_are_pruned(tmp_path: Path) -> None:
     assert {path.name for path in newest.iterdir()} == {*sealed, "complete.json"}
     assert json.loads((newest / "complete.json").read_text())["files"].keys() == sealed
     assert (newest / "config.yaml").read_text() == "sequence_length: 32\n"
+
+
+def test_a_step_is_made_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop does not wait for the disk, and what is written is the moment of saving all the same."""
+    may_write = threading.Event()
+    write = HuggingFaceStorageWriter.write_data
+
+    def write_late(*arguments: Any) -> Any:
+        assert may_write.wait(60), "the loop waited for the checkpoint"
+        return write(*arguments)
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", write_late)
+    trainer = make_trainer(tmp_path)
+    trainer.train_step()
+    at_saving = weights(trainer)
+    trainer._save()
+    trainer.train_step()
+    assert not list_checkpoints(trainer.checkpoints)
+    may_write.set()
+    trainer.writer.wait()
+    again = make_trainer(tmp_path)
+    assert again.resume()
+    assert again.state.step == 1
+    assert all(torch.equal(weight, at_saving[name]) for name, weight in weights(again).items())
+
+
+def test_gradients_travel_with_the_last_micro_batch_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In slices the result would be the same, at several times the messages."""
+    trainer = make_trainer(tmp_path, source=RandomSource(4))
+    said: list[bool] = []
+    trainer.model.set_requires_gradient_sync = said.append  # type: ignore[assignment]
+    monkeypatch.setattr("minnow.training.parallel.world_size", lambda: 2)
+    trainer.train_step()
+    assert said == [False, False, False, True]
+
+
+def test_a_process_goes_on_in_its_random_numbers_beside_others(tmp_path: Path) -> None:
+    """With another number of processes all began again with the masks of the first updates."""
+    trainer = make_trainer(tmp_path)
+    trainer._save()
+    trainer.writer.wait()
+    (checkpoint,) = list_checkpoints(trainer.checkpoints)
+    file = checkpoint.folder / "state.json"
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps(state | {"rng": state["rng"] * 2}))  # as two processes write it
+    before = torch.get_rng_state()
+    torch.manual_seed(7)
+    checkpoint.load(trainer.model, trainer.optimizers)
+    assert torch.equal(torch.get_rng_state(), before)
