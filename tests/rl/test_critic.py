@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+from minnow.config import UserError
 from minnow.data.batches import Share
 from minnow.model.attention import PackedAttention
 from minnow.model.reward_model import RewardModel
 from minnow.rl.algorithm import AlgorithmConfig, CriticConfig
 from minnow.rl.critic import Critic
 from minnow.rl.experience import pack_trajectories
+from minnow.training.loss_scale import LossScale
 from tests.rl.phase_helpers import phases, settings, stirred, trajectory
 
 EPISODE = trajectory([5, 9, 13, 21, 7, 4, 30], wrote=4)
@@ -112,3 +114,42 @@ def test_the_critic_learns_before_the_policy_does(monkeypatch: pytest.MonkeyPatc
     assert not torch.equal(heads[1], heads[2])
     kept = start.state_dict()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in policy.state_dict().items())
+
+
+def test_in_fp16_small_gradients_do_not_vanish() -> None:
+    """The loss had no scale: shared out over many tokens, its gradients were zeros below the head."""
+    single, half = critic(), critic()
+    half.model.compute_dtype = torch.float16
+    half.loss_scale = LossScale(torch.float16)
+    packed = pack_trajectories([EPISODE], [0], 8, 1)
+    values = [np.zeros(4, np.float32)]
+    for it in (single, half):
+        it.update(packed, values, [np.full(4, 0.1, np.float32)], tokens=1_000_000)
+    for (name, weight), other in zip(single.model.named_parameters(), half.model.parameters(), strict=True):
+        expected, got = (it.optimizer.state[p]["exp_avg"] for it, p in ((single, weight), (half, other)))
+        assert float((got - expected).norm()) < 0.05 * float(expected.norm()) + 1e-20, name
+
+
+def test_an_update_that_overflows_is_left_out() -> None:
+    it = critic()
+    it.model.compute_dtype = torch.float16
+    it.loss_scale = LossScale(torch.float16)
+    it.loss_scale.scale = 2.0**40
+    before = copy.deepcopy(it.model.state_dict())
+    update(it)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in it.model.state_dict().items())
+    assert not it.optimizer.state
+    assert it.loss_scale.scale == 2.0**39
+    again = critic()
+    again.load_state_dict(it.state_dict())
+    assert again.loss_scale.scale == 2.0**39
+
+
+def test_a_gradient_that_is_not_a_number_ends_the_run_before_the_weights_change() -> None:
+    """They all became NaN without a word; the policy said so a phase later."""
+    it = critic()
+    before = copy.deepcopy(it.model.state_dict())
+    packed = pack_trajectories([EPISODE], [0], 8, 1)
+    with pytest.raises(UserError, match="critic's gradient norm is nan"):
+        it.update(packed, [np.zeros(4, np.float32)], [np.full(4, np.nan, np.float32)], tokens=4)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in it.model.state_dict().items())

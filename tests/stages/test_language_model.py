@@ -325,3 +325,26 @@ def test_rows_longer_than_the_model_reads_are_refused_with_what_to_do(
     assert "--sequence-length 256: " in said
     assert "at most 128 tokens; give 128 or less" in said
     assert "minnow pretrain --init-from MODEL --rope-scaling yarn" in said
+
+
+def test_a_run_that_was_killed_before_its_report_gets_it(
+    config: pretrain.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model was there, so the run passed for finished, and had neither report nor card for good."""
+
+    def killed(*words: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("minnow.report.run_report.write_model_card", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain.run(config)
+    monkeypatch.undo()
+    run = Path(config.run)
+    weights = (run / "model" / "model.safetensors").stat().st_mtime_ns
+    pretrain.run(config)
+    assert (run / "report.html").exists()
+    assert (run / "model" / "README.md").exists()
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns == weights
+    report = (run / "report.html").stat().st_mtime_ns
+    pretrain.run(config)
+    assert (run / "report.html").stat().st_mtime_ns == report, "a finished run is left alone"

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from minnow.data.batches import Batch, Share
@@ -96,3 +97,13 @@ def make_trainer(
             torch.device("cpu"),
         ),
     )
+
+
+def started_by(monkeypatch: pytest.MonkeyPatch, launcher: str, start: int) -> str:
+    """Make this process one that the torchrun of that name started, for the `start`-th time again; its folder."""
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.setenv(name, "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    folder = f"/logs/none_{launcher}"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"{folder}/attempt_{start}/0/error.json")
+    return folder

@@ -32,7 +32,7 @@ from minnow.training.speed import batch_flops
 from minnow.training.validation import validate
 from tests.without_float64 import WithoutFloat64
 
-from .helpers import SHAPE, RandomSource, make_trainer, masked_batch
+from .helpers import SHAPE, RandomSource, make_trainer, masked_batch, started_by
 
 
 def test_loss_scale_halves_on_overflow_and_doubles_after_a_calm_stretch() -> None:
@@ -330,20 +330,25 @@ def test_overwrite_is_for_the_first_start_of_a_command(tmp_path: Path, monkeypat
 
     folder = RunFolder(tmp_path / "run")
 
-    def open_for(launch: str, restarts: int) -> bool:
+    def open_for(start: int, *launchers: str) -> bool:
         """Whether what was trained before is still there."""
         (folder.path / "checkpoints").mkdir(parents=True, exist_ok=True)
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", launch)
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
+        files = [started_by(monkeypatch, launcher, start) for launcher in launchers]
+        monkeypatch.setattr(
+            "minnow.training.distribution.gather", lambda mine: [mine.replace(files[-1], f) for f in files]
+        )
         folder.open(Config(TrainingConfig()), overwrite=True)
         return (folder.path / "checkpoints").exists()
 
     folder.open(Config(TrainingConfig()), overwrite=False)
-    assert not open_for("a", 1), "the first start died before it came here: an older run is still to be deleted"
-    assert open_for("a", 1)
-    assert open_for("a", 2)
-    assert not open_for("a", 0), "somebody typed it anew"
-    assert not open_for("b", 1)
+    assert not open_for(1, "a"), "the first start died before it came here: an older run is still to be deleted"
+    assert open_for(2, "a")
+    assert not open_for(0, "b"), "somebody typed it anew"
+    # Two hosts. torchrun counts no restart where one was lost silently and the other only makes room for the next.
+    assert not open_for(0, "c", "d")
+    assert open_for(0, "c", "e")
+    assert open_for(0, "f", "e")
+    assert not open_for(0, "c", "d"), "the same words typed on both"
 
 
 def test_the_operations_of_a_micro_batch_by_hand() -> None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from minnow.data.batches import Batch, Share
 from minnow.training.checkpoint import list_checkpoints
@@ -18,7 +21,7 @@ from minnow.training.objective import PackedBatches
 from minnow.training.probe import random_batch
 from minnow.training.trainer import NonFiniteLossError, Trainer
 
-from .helpers import SHAPE, RandomSource, make_trainer
+from .helpers import SHAPE, RandomSource, make_trainer, started_by
 
 VOLATILE = {"tokens_per_second", "mfu", "memory_gb", "eta_seconds", "seconds"}
 
@@ -97,7 +100,7 @@ def test_a_named_checkpoint_is_where_the_first_start_goes_on(tmp_path: Path, mon
     trainer.fit()
     steps = [checkpoint.step for checkpoint in list_checkpoints(trainer.checkpoints)]
     assert steps[-1] == 9
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    started_by(monkeypatch, "a", 1)
     again = make_trainer(tmp_path, steps=9, keep_last=9, resume=3)
     again.resume()
     assert again.state.step == 3, "the first start died before it came here"
@@ -105,7 +108,7 @@ def test_a_named_checkpoint_is_where_the_first_start_goes_on(tmp_path: Path, mon
     again.resume()
     assert again.state.step == 9
     assert [checkpoint.step for checkpoint in list_checkpoints(trainer.checkpoints)] == steps
-    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    started_by(monkeypatch, "b", 0)
     again.resume()
     assert again.state.step == 3
 
@@ -325,3 +328,52 @@ def test_checkpoints_are_pruned(tmp_path: Path) -> None:
     assert {path.name for path in newest.iterdir()} == {*sealed, "complete.json"}
     assert json.loads((newest / "complete.json").read_text())["files"].keys() == sealed
     assert (newest / "config.yaml").read_text() == "sequence_length: 32\n"
+
+
+def test_a_step_is_made_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop does not wait for the disk, and what is written is the moment of saving all the same."""
+    may_write = threading.Event()
+    write = HuggingFaceStorageWriter.write_data
+
+    def write_late(*arguments: Any) -> Any:
+        assert may_write.wait(60), "the loop waited for the checkpoint"
+        return write(*arguments)
+
+    monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", write_late)
+    trainer = make_trainer(tmp_path)
+    trainer.train_step()
+    at_saving = weights(trainer)
+    trainer._save()
+    trainer.train_step()
+    assert not list_checkpoints(trainer.checkpoints)
+    may_write.set()
+    trainer.writer.wait()
+    again = make_trainer(tmp_path)
+    assert again.resume()
+    assert again.state.step == 1
+    assert all(torch.equal(weight, at_saving[name]) for name, weight in weights(again).items())
+
+
+def test_gradients_travel_with_the_last_micro_batch_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In slices the result would be the same, at several times the messages."""
+    trainer = make_trainer(tmp_path, source=RandomSource(4))
+    said: list[bool] = []
+    trainer.model.set_requires_gradient_sync = said.append  # type: ignore[assignment]
+    monkeypatch.setattr("minnow.training.parallel.world_size", lambda: 2)
+    trainer.train_step()
+    assert said == [False, False, False, True]
+
+
+def test_a_process_goes_on_in_its_random_numbers_beside_others(tmp_path: Path) -> None:
+    """With another number of processes all began again with the masks of the first updates."""
+    trainer = make_trainer(tmp_path)
+    trainer._save()
+    trainer.writer.wait()
+    (checkpoint,) = list_checkpoints(trainer.checkpoints)
+    file = checkpoint.folder / "state.json"
+    state = json.loads(file.read_text())
+    file.write_text(json.dumps(state | {"rng": state["rng"] * 2}))  # as two processes write it
+    before = torch.get_rng_state()
+    torch.manual_seed(7)
+    checkpoint.load(trainer.model, trainer.optimizers)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -22,6 +22,7 @@ from minnow.stages.distill import load_teacher, place_beside
 from minnow.stages.language_model import (
     LanguageModelConfig,
     PackedData,
+    conclude_finished,
     held_out_batches,
     pack_data,
     require_held_out,
@@ -106,7 +107,7 @@ def run(config: Config) -> None:
     if packed is not None:
         folder.claim_data(packed.key)
     if folder.finished:
-        console.print(f"{folder.path} is finished; --overwrite trains it again")
+        conclude_finished(folder, console)
         return
     folder.claim_prompts([*practice.prompts, *practice.held_out])
     folder.claim_model("teacher", teacher)

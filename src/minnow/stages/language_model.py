@@ -22,7 +22,7 @@ from minnow.model.lora import LoraConfig
 from minnow.model.size import parameter_count, training_flops_per_token
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
-from minnow.report.run_report import write_report
+from minnow.report.run_report import REPORT, write_report
 from minnow.stages.advice import advised
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
@@ -133,6 +133,13 @@ def trained_parameters(model: CausalLM) -> str:
     return f"{trained:,} parameters in adapters{where} beside {total:,} frozen ones"
 
 
+def conclude_finished(run: RunFolder, console: Console) -> None:
+    """Say that there is nothing left to train; a run that was killed before its report was written gets it now."""
+    console.print(f"{run.path} is finished; --overwrite trains it again")
+    if is_first() and not (run.path / REPORT).exists():
+        write_report(run.path)
+
+
 def total_steps(config: TrainingConfig, rows: PackedRows, rows_per_batch: int) -> int:
     """Return the number of updates: `steps`, or enough for `epochs` passes over `rows`."""
     return config.steps or max(1, math.ceil(config.epochs * rows.num_rows / rows_per_batch))
@@ -191,7 +198,7 @@ def run_lesson(
         run.open(config, overwrite=config.overwrite)
         run.claim_data(packed.key)
         if run.finished:
-            console.print(f"{run.path} is finished; --overwrite trains it again")
+            conclude_finished(run, console)
         else:
             _train(config, run, machine, tokenizer, model, title, packed, console, make_lesson)
     finally:

@@ -37,6 +37,7 @@ from minnow.rl.phases import Phases
 from minnow.rl.remote_engine import RemoteEngine, RemoteEngineConfig
 from minnow.rl.rewards import RewardConfig, Rewarder
 from minnow.rl.rollouts import RolloutEngine, live_engine
+from minnow.stages.language_model import conclude_finished
 from minnow.stages.practice import Practice, PracticeConfig, longest_batch, practice_flops, practice_rows, read_practice
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import NO_Z_LOSS, TrainingConfig
@@ -132,7 +133,7 @@ def run(config: Config) -> None:
     folder = RunFolder(config.run)
     folder.open(config, overwrite=config.overwrite)
     if folder.finished:
-        console.print(f"{folder.path} is finished; --overwrite trains it again")
+        conclude_finished(folder, console)
         return
     folder.claim_prompts([*practice.prompts, *practice.held_out])
     if rewarder.reward_model is not None:

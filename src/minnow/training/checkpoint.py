@@ -91,7 +91,7 @@ class Checkpoint:
                 by_parameter.setdefault(name, {})[entry] = tensor.squeeze(0) if entry == "step" else tensor
         load_named_state(optimizers, by_parameter)
         state = self.state()
-        if len(state["rng"]) == world_size():  # other processes have other random numbers
+        if rank() < len(state["rng"]):  # more processes than before: the new ones have their own from the start
             set_random_state(state["rng"][rank()])
         return state
 

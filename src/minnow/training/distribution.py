@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,6 +18,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from minnow.disk import atomic_write
 
 T = TypeVar("T")
 
@@ -51,23 +54,42 @@ def is_first() -> bool:
 
 
 def started_again(mark: Path) -> bool:
-    """Whether a process of this run has died since `mark_start(mark)`, and torchrun started the command once more.
+    """Whether torchrun has started this command once more since `mark_start(mark)`, on processes or hosts that were
+    lost.
 
     What the command says about the beginning (--overwrite, which checkpoint to resume from) was for its first start.
-    All ask together.
+    All ask together. A host that comes in the place of a lost one has a torchrun of its own, and where the others only
+    made room for it no restart is counted: it is enough that one torchrun is left of those that have begun.
     """
-    # A host whose own processes did not die has counted no restart.
-    again = largest_over_ranks(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))) > 0
-    return from_first(again and mark.exists() and mark.read_text(encoding="utf-8") == _launch_id())
+    agents = _agents()
+    began = from_first(mark.read_text(encoding="utf-8").split("\n") if is_first() and mark.exists() else [])
+    again = not set(agents).isdisjoint(began)
+    if again and is_first():
+        _write_agents(mark, agents)  # the newcomers have begun too, and the old ones may be lost next
+    return again
 
 
 def mark_start(mark: Path) -> None:
-    """Note in the file `mark` that this launch has made its beginning."""
-    mark.write_text(_launch_id(), encoding="utf-8")
+    """Note in the file `mark` that this launch has made its beginning. All call it."""
+    agents = _agents()
+    if is_first():
+        _write_agents(mark, agents)
 
 
-def _launch_id() -> str:
-    return os.environ.get("TORCHELASTIC_RUN_ID", "")
+def _agents() -> list[str]:
+    """The torchrun of each process: its host and its folder of logs there, RUN_LOGS/attempt_0/0/error.json's.
+
+    torchrun draws a new name for that folder whenever it is started, and keeps it when it starts processes again.
+    """
+    if not in_torchrun():
+        return []
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # empty with --log-dir /dev/null
+    return sorted(set(gather(f"{socket.gethostname()} {Path(file).parents[2] if file else os.getppid()}")))
+
+
+def _write_agents(mark: Path, agents: Sequence[str]) -> None:
+    with atomic_write(mark) as temporary:
+        temporary.write_text("\n".join(agents), encoding="utf-8")
 
 
 @contextmanager

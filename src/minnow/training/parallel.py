@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from minnow.config import UserError
+from minnow.model.moe import MoE
 from minnow.model.quantize import is_quantized
 from minnow.model.transformer import CausalLM
 from minnow.training.config import Parallel
@@ -96,8 +97,9 @@ def _sum_bucket(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
 def _shard(model: CausalLM, mode: Literal["fsdp", "hsdp"], device: torch.device) -> None:
     """Slice every layer, and the rest (embedding, norm, head: tied weights stay together) as one group.
 
-    Layers stay whole between the forward and the backward pass (ZeRO-2): at sizes up to 2B the weights are the
-    smaller part, and each is gathered once a micro-batch instead of twice.
+    Weights are gathered in the compute dtype, those of routers in fp32. Layers stay whole between the forward and the
+    backward pass (ZeRO-2): at sizes up to 2B the weights are the smaller part, and each is gathered once a micro-batch
+    instead of twice.
     """
     weights = model.state_dict() if is_first() else {}
     model.to("meta")
@@ -111,6 +113,8 @@ def _shard(model: CausalLM, mode: Literal["fsdp", "hsdp"], device: torch.device)
         "reshard_after_forward": False,
     }
     for layer in model.model.layers:
+        if isinstance(layer.mlp, MoE):  # a router is read in fp32 whatever it is: rounding would change its choices
+            fully_shard(layer.mlp.gate, **options | {"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)})
         fully_shard(layer, **options)
     fully_shard(model, **options)
     for module in model.modules():

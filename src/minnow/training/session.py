@@ -26,7 +26,7 @@ from minnow.model.quantize import quantize
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
-from minnow.training.distribution import first_goes_first, from_first, is_first, mark_start, started_again
+from minnow.training.distribution import first_goes_first, from_first, is_first, mark_start, rank, started_again
 from minnow.training.hardware import choose_device, choose_precision, has_cpp_compiler, matmul_peak, precision_name
 from minnow.training.lock import FILE as LOCK
 from minnow.training.lock import FolderLock
@@ -42,6 +42,9 @@ Say = Callable[[str], None]
 # torch.compile costs about a minute on a CPU and gives about a third more speed: it pays after some minutes.
 COMPILE_PAYS_AFTER_SECONDS = 240.0
 ASSUMED_FLOP_UTILISATION = 0.25
+
+# Between the seeds of two processes: the runs of seeds 0, 1, 2 ... shall not share their masks either.
+SEEDS_BETWEEN_PROCESSES = 1_000_003
 
 # Settings that do not change what is learnt: a run may be continued with other ones.
 MAY_CHANGE = {
@@ -193,6 +196,8 @@ class RunFolder:
         with first_goes_first():
             if is_first():
                 self._open(config, overwrite)
+        if overwrite:
+            mark_start(self.path / "overwritten.id")
 
     def _open(self, config: Any, overwrite: bool) -> None:
         self.lock.take()
@@ -212,15 +217,14 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with atomic_write(self.config_file) as temporary:
             temporary.write_text(text, encoding="utf-8")
-        if overwrite:
-            mark_start(self.path / "overwritten.id")
 
 
 def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Console) -> None:
     """Resume if there is something to resume, train, and write the final model (the best one under `patience`)."""
     if trainer.model.adapter is not None:
         run.claim_model("base", trainer.model, frozen=True)
-    torch.manual_seed(trainer.config.seed)  # dropout draws from it; a checkpoint puts it back where it was
+    # Dropout draws from it, on each process other masks; a checkpoint puts it back where it was.
+    torch.manual_seed(trainer.config.seed + SEEDS_BETWEEN_PROCESSES * rank())
     resumed = trainer.resume()
     for why in trainer.passed_over:
         console.print(f"not resumed from {why}")

@@ -133,8 +133,8 @@ class Trainer(Generic[BatchT]):
             )
         if is_first():
             delete_after(self.checkpoints, chosen.step if chosen else -1)
-            if wanted is not None:
-                mark_start(mark)
+        if wanted is not None:
+            mark_start(mark)
         if chosen is None:
             if is_first():
                 for log in (METRICS, ROLLOUTS):  # of a run that left no checkpoint
