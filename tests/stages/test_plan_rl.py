@@ -161,6 +161,7 @@ def test_activations_are_about_what_autograd_keeps_of_the_policy_s_loss(start: P
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_a_process_holds_what_was_planned(tmp_path: Path) -> None:
     """Resident memory of PPO on two sizes of model: their difference is the models', without Python and torch."""
     _, tokenizer = tiny()

@@ -58,6 +58,9 @@ class TrainingConfig:
     restarts: int = 0
     """How often all processes start again, from the last checkpoint, when one has died. Under torchrun: ignored, its
     --max-restarts says."""
+    ddp_timeout: float = 1800.0
+    """Seconds after which a process that waits for the others' gradients takes them for lost and ends, for `restarts`
+    to start all again: more than the slowest update takes."""
     log_every: int = 1
     """Updates between lines in metrics.jsonl."""
     track: tuple[TrackerName, ...] = ()
@@ -95,6 +98,11 @@ class TrainingConfig:
             raise UserError(
                 f"training.patience is {self.patience}, but with training.validate_every 0 there is one validation, at "
                 "the end: give updates between validations, or leave patience out"
+            )
+        if not 0 < self.ddp_timeout <= 604_800:
+            raise UserError(
+                f"training.ddp_timeout is {self.ddp_timeout:g}: it is a time in seconds, above 0 and at most a week "
+                "(604800)"
             )
         if self.stall_seconds < 0:
             raise UserError(f"training.stall_seconds is {self.stall_seconds}: it must be positive, or 0 for never")

@@ -11,6 +11,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -47,7 +48,8 @@ def run_stage(work: Callable[[], None], words: Sequence[str], training: Training
     _require_gpus(training, int(os.environ["LOCAL_RANK"]) + 1, "torchrun --nproc-per-node")
     _stop_without_launcher()
     device = choose_device(training.device)
-    with only_first_speaks(), process_group(cuda=device.type == "cuda"):
+    timeout = timedelta(seconds=training.ddp_timeout)
+    with only_first_speaks(), process_group(cuda=device.type == "cuda", timeout=timeout):
         _note_failure(None)
         try:
             work()

@@ -7,6 +7,7 @@ mistake. Gradients are summed, not averaged, as the Trainer has already divided 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from datetime import timedelta
 from typing import Any, Literal
 
 import torch
@@ -29,10 +30,11 @@ _BYTES_A_PARAMETER = 16
 _SHARE_OF_MEMORY = 0.5
 
 
-def parallelise(model: CausalLM, mode: Parallel, device: torch.device) -> None:
+def parallelise(model: CausalLM, mode: Parallel, device: torch.device, timeout: timedelta | None = None) -> None:
     """Put `model` on `device`, over all processes of the run, in place; its compute dtype is already chosen.
 
-    The weights are the first process's: the others may come with `meta` parameters, that is without memory.
+    The weights are the first process's: the others may come with `meta` parameters, that is without memory. timeout:
+    `process_group`'s, for the groups that are made here.
     """
     if world_size() == 1:
         model.to(device)
@@ -45,7 +47,7 @@ def parallelise(model: CausalLM, mode: Parallel, device: torch.device) -> None:
     if mode == "ddp":
         _replicate(model, device)
     else:
-        _shard(model, mode, device)
+        _shard(model, _mesh(mode, device, timeout), device)
 
 
 def choose_parallel(mode: Parallel, model: CausalLM, device: torch.device) -> Literal["ddp", "fsdp", "hsdp"]:
@@ -94,7 +96,7 @@ def _sum_bucket(bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     return work.get_future().then(lambda done: done.value()[0])
 
 
-def _shard(model: CausalLM, mode: Literal["fsdp", "hsdp"], device: torch.device) -> None:
+def _shard(model: CausalLM, mesh: DeviceMesh, device: torch.device) -> None:
     """Slice every layer, and the rest (embedding, norm, head: tied weights stay together) as one group.
 
     Weights are gathered in the compute dtype, those of routers in fp32. Layers stay whole between the forward and the
@@ -104,7 +106,7 @@ def _shard(model: CausalLM, mode: Literal["fsdp", "hsdp"], device: torch.device)
     weights = model.state_dict() if is_first() else {}
     model.to("meta")
     options: dict[str, Any] = {
-        "mesh": _mesh(mode, device),
+        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(
             param_dtype=model.compute_dtype,
             reduce_dtype=torch.promote_types(model.compute_dtype, torch.float32),
@@ -125,8 +127,12 @@ def _shard(model: CausalLM, mode: Literal["fsdp", "hsdp"], device: torch.device)
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
-def _mesh(mode: Literal["fsdp", "hsdp"], device: torch.device) -> DeviceMesh:
+def _mesh(mode: Literal["fsdp", "hsdp"], device: torch.device, timeout: timedelta | None) -> DeviceMesh:
     if mode == "fsdp":
         return init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
     hosts, here = divmod(world_size(), local_world_size())[0], local_world_size()
-    return init_device_mesh(device.type, (hosts, here), mesh_dim_names=("replicate", "shard"))
+    mesh = init_device_mesh(device.type, (hosts, here), mesh_dim_names=("replicate", "shard"))
+    if timeout is not None:
+        for group in mesh.get_all_groups():
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
+    return mesh

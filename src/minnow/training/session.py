@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,6 +56,7 @@ MAY_CHANGE = {
     "training.parallel",
     "training.restarts",
     "training.resume",
+    "training.ddp_timeout",
     # What memory suffices for. Sums differ by rounding, as with another number of processes.
     "training.micro_batch_tokens",
     "training.gradient_checkpointing",
@@ -95,7 +97,7 @@ class Machine:
             keep_freed_memory()
         hold_in_memory(model, self.dtype)
         model.compute_dtype = self.dtype
-        parallelise(model, config.parallel, self.device)
+        parallelise(model, config.parallel, self.device, timedelta(seconds=config.ddp_timeout))
         model.gradient_checkpointing = config.gradient_checkpointing
         if self.compiles(config, total_flops, say):
             model.compile_backbone()

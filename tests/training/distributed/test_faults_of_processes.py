@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -27,6 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 # eps, as in the matrix: AdamW must not lift the rounding of a sum over processes to visible size.
 LONG = {"steps": 20, "batch_tokens": 4096, "save_every": 4, "optim.eps": 1e-6}
 LAST = 20
+SILENCE = 20  # seconds that hosts wait for each other: more than a step takes
 
 Start = Callable[[list[str], Path], subprocess.Popen[bytes]]
 
@@ -177,7 +179,10 @@ class Host:
         ]
         settings = [f"GLOO_SOCKET_IFNAME={self.cable}", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"]  # see docs/scaling.md
         command = ["env", *settings, sys.executable, "-m", *torchrun]
-        return ["ip", "netns", "exec", self.name, *command, *words(world, "pretrain", run, **LONG)]
+        return ["ip", "netns", "exec", self.name, *command, *words(world, "pretrain", run, **LONG, ddp_timeout=SILENCE)]
+
+    def set_cable(self, state: Literal["up", "down"]) -> None:
+        ip("-n", self.name, "link", "set", self.cable, state)
 
     def lose_power(self) -> None:
         """SIGKILL for every process in the namespace."""
@@ -199,8 +204,8 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
         for host in hosts:
             ip("link", "set", host.cable, "netns", host.name)
             ip("-n", host.name, "address", "add", f"{host.address}/24", "dev", host.cable)
-            for device in ("lo", host.cable):
-                ip("-n", host.name, "link", "set", device, "up")
+            ip("-n", host.name, "link", "set", "lo", "up")
+            host.set_cable("up")
         yield hosts
     finally:
         for host in hosts:
@@ -231,6 +236,28 @@ def test_a_host_is_lost_and_comes_back(world: Path, start: Start) -> None:
         assert list_checkpoints(run / "checkpoints")[-1].step < LAST, "the run was over before the host was lost"
         again = start(commands[1], logs[1])
         codes = nodes[0].wait(timeout=400), again.wait(timeout=100)
+    said = "".join(log.read_text() for log in logs)
+    assert codes == (0, 0), said
+    assert f"continuing {run} from step" in said
+    assert_same_end(world, run)
+
+
+def test_a_cable_is_cut_and_plugged_in_again(world: Path, start: Start) -> None:
+    """No connection is closed: each host only hears nothing of the other any more."""
+    if (why := cannot_make_hosts()) is not None:
+        pytest.skip(why)
+    run = world / "cut-off"
+    with two_hosts() as (first, second):
+        logs = world / "first-end.log", world / "second-end.log"
+        commands = [host.torchrun(world, run, rendezvous=first) for host in (first, second)]
+        nodes = [start(command, log) for command, log in zip(commands, logs, strict=True)]
+        wait_until(lambda: saved(run), nodes[0], logs[0])
+        before = workers(nodes[0])
+        second.set_cable("down")
+        wait_until(lambda: not any(runs(pid) for pid in before), nodes[0], logs[0])
+        assert list_checkpoints(run / "checkpoints")[-1].step < LAST, "the run was over before the cable was cut"
+        second.set_cable("up")
+        codes = nodes[0].wait(timeout=400), nodes[1].wait(timeout=100)
     said = "".join(log.read_text() for log in logs)
     assert codes == (0, 0), said
     assert f"continuing {run} from step" in said
