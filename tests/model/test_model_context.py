@@ -169,7 +169,9 @@ def test_training_speaks_of_the_length_that_was_given():
     assert ContextConfig(rope_scaling="yarn", factor=4).extend_for(config, 16).max_position_embeddings == 64
     with pytest.raises(UserError, match=r"^--sequence-length 48: .* 16 or less, or teach .* --rope-scaling yarn\)$"):
         ContextConfig().extend_for(config, 48)
-    with pytest.raises(UserError, match=r"^--sequence-length 48: .* 32 or less \(rope_scaling yarn by 2 is counted in\)$"):
+    with pytest.raises(
+        UserError, match=r"^--sequence-length 48: .* 32 or less \(rope_scaling yarn by 2 is counted in\)$"
+    ):
         ContextConfig(rope_scaling="yarn", factor=2).extend_for(config, 48)
 
 

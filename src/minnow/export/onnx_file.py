@@ -92,8 +92,8 @@ def quantise(graph: Path, path: Path, *, external: bool = False) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(graph)
-    # onnxruntime makes a router's Gemm a MatMul with a name behind it. The matrix is turned round under its old name, and
-    # then onnxruntime stumbles over what was said of its shape.
+    # onnxruntime makes a router's Gemm a MatMul of this name. It turns the matrix round under its old name, and then
+    # stumbles over what was said of its shape.
     routers = [f"{node.name}_MatMul" for node in model.graph.node if node.op_type == "Gemm"]
     weights = {weight.name for weight in model.graph.initializer}
     said = [value for value in model.graph.value_info if value.name not in weights]
