@@ -90,8 +90,10 @@ def test_int8_is_smaller_and_close(exported: tuple[Path, Path], tmp_path: Path) 
     folder, path = exported
     small = tmp_path / "int8.onnx"
     quantise(path, small)
-    weights = {i.data_type for i in onnx.load(small).graph.initializer if len(i.dims) == 2 and i.dims[0] > 16}
-    assert weights == {onnx.TensorProto.UINT8}
+    matrices = {i.name: i.data_type for i in onnx.load(small).graph.initializer if len(i.dims) > 1}
+    # A choice of experts that rounding turns round costs more than the bits of so small a matrix.
+    assert matrices.pop("model.model.layers.1.mlp.gate.weight") == onnx.TensorProto.FLOAT
+    assert set(matrices.values()) == {onnx.TensorProto.UINT8}
     assert small.stat().st_size < 0.7 * path.stat().st_size  # the graph itself weighs something here
     divergence = mean_divergence(reference_logits(folder, IDS), OnnxModel(small).logits(IDS))
     assert 0 < divergence < 0.02

@@ -157,6 +157,24 @@ def test_the_factor_is_the_users_or_the_stages():
     assert ContextConfig(rope_scaling="yarn", factor=2).extend(config, factor=3).max_position_embeddings == 32
 
 
+def test_training_speaks_of_the_length_that_was_given():
+    """It said "--factor 0.5" to a user who gave none, and told to stretch what cannot be stretched twice."""
+    config = tiny_config(max_position_embeddings=16)
+    yarn = ContextConfig(rope_scaling="yarn")
+    assert yarn.extend_for(config, 48).rope_scaling.factor == 3
+    for length in (8, 16):
+        with pytest.raises(UserError, match=f"^--sequence-length {length}: the model reads 16 tokens as it is; "):
+            yarn.extend_for(config, length)
+    # A factor of the user's own may leave the rows of this run behind.
+    assert ContextConfig(rope_scaling="yarn", factor=4).extend_for(config, 16).max_position_embeddings == 64
+    with pytest.raises(UserError, match=r"^--sequence-length 48: .* 16 or less, or teach .* --rope-scaling yarn\)$"):
+        ContextConfig().extend_for(config, 48)
+    with pytest.raises(
+        UserError, match=r"^--sequence-length 48: .* 32 or less \(rope_scaling yarn by 2 is counted in\)$"
+    ):
+        ContextConfig(rope_scaling="yarn", factor=2).extend_for(config, 48)
+
+
 def test_an_examination_may_look_beyond_the_trained_length():
     model = tiny_model(max_position_embeddings=16)
     tokens, positions = torch.zeros(1, 20, dtype=torch.int64), torch.arange(20)[None]

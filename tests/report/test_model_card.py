@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib
 import json
 import shutil
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from minnow.model.config import ModelConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.report.lineage import lineage
-from minnow.report.model_card import MARK, write_model_card
+from minnow.report.model_card import _PLACES, MARK, write_model_card
 from minnow.report.run_report import write_report
 from minnow.tokenizer import train_tokenizer
 
@@ -132,6 +135,87 @@ def test_the_recipe_names_no_place_of_this_machine_at_any_depth(tmp_path: Path) 
     assert "secret" not in text
     for kept in ("format: 0.5", "mine:marks@0.5", "advantage: gae", "lr: 0.01", "server: minnow"):
         assert kept in text
+    # Without a slash too, as they are written where a command stands beside them.
+    run = a_run(
+        tmp_path / "beside",
+        data="x.jsonl",
+        rope_scaling="yarn",
+        tokenizer="secret",
+        pond="secret",
+        held_out=["secret.jsonl"],
+        rewards={"reward_model": "secret", "answer_kind": "number"},
+        algorithm={"critic": {"init_from": "secret"}},
+        rollout_engine={"url": "secret", "folder": "secret"},
+    )
+    text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+    assert "secret" not in text
+    assert "rope_scaling: yarn" in text  # a setting of the recipe, though it stands in no section
+    assert "answer_kind: number" in text
+
+
+STAGES = ("pretrain", "sft", "lora", "dpo", "reward", "distill", "distill_on_policy", "rl")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_every_setting_that_may_hold_any_text_is_known_to_the_card(stage: str) -> None:
+    """A new one is a place, or it is none: a path without a slash looks like any other word."""
+    no_places = {"environment", "targets", "functions", "instruction", "model"}
+
+    def free_text(config: type) -> set[str]:
+        names = set()
+        hints = typing.get_type_hints(config)
+        for field in dataclasses.fields(config):
+            parts = [hints[field.name], *typing.get_args(hints[field.name])]
+            names |= {name for part in parts if dataclasses.is_dataclass(part) for name in free_text(part)}
+            names |= {field.name} if str in parts else set()
+        return names
+
+    config = importlib.import_module(f"minnow.stages.{stage}").Config
+    in_data = {"paths", "validation_paths", "cache_dir"}  # the card leaves the whole section out
+    assert free_text(config) - in_data <= {*_PLACES, *no_places}
+
+
+def test_every_stage_tells_what_it_learnt_from(tmp_path: Path) -> None:
+    """A distilled model's teacher and the prompts of one that practised were left out, and the latter's updates were
+    said to be of `training.batch_tokens`, which nothing there reads."""
+    base = a_run(tmp_path / "base", data="texts.jsonl")
+    taught = a_run(tmp_path / "taught", data="talk.jsonl", init_from=str(base), teacher="/secret/wise", kind="sft")
+    text = write_model_card(taught / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+    assert "| teacher |  | wise |" in text
+    assert "kind: sft" in text
+    practised = a_run(
+        tmp_path / "practised",
+        data="",
+        init_from=str(taught),
+        prompts=["/secret/sums.jsonl"],
+        environment="question",
+        rollout={"prompts": 16, "samples": 8},
+    )
+    settings = yaml.safe_load((practised / "config.yaml").read_text(encoding="utf-8"))
+    del settings["data"]
+    (practised / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    with (practised / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "held_out/reward": 0.625, "validation_accuracy": 0.75}\n')
+    text = write_model_card(practised / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+    assert "| data | texts.jsonl | talk.jsonl | sums.jsonl |" in text
+    assert "| rollouts |  |  | 16 prompts x 8 |" in text
+    assert "| tokens an update | 4,096 | 4,096 |  |" in text
+    assert "| held-out reward |  |  | 0.6250 |" in text
+    assert "| held-out accuracy |  |  | 0.7500 |" in text
+    assert "environment: question" in text
+    assert "secret" not in text
+
+
+def test_an_adapter_is_not_what_it_stands_beside(tmp_path: Path) -> None:
+    """Its card said "from scratch", and counted the tokens that the base had learnt from."""
+    base = a_run(tmp_path / "base", data="texts.jsonl")
+    run = a_run(tmp_path / "adapter", data="talk.jsonl", init_from=str(base))
+    (run / "model" / "config.json").unlink()
+    (run / "model" / "adapter_config.json").write_text("{}")
+    text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+    assert "An adapter of a language model, trained on 8,096 tokens with minnow" in text
+    assert ", starting from base." in text
+    assert "|  | base | adapter |" in text
 
 
 def test_data_whose_name_is_no_utf8(tmp_path: Path) -> None:
@@ -271,7 +355,7 @@ def test_a_reward_model_judges_and_does_not_chat(tmp_path: Path) -> None:
     adapter = (run / "model" / "README.md").read_text(encoding="utf-8")
     for text in (whole, adapter):
         assert ModelCard(text).data.to_dict()["pipeline_tag"] == "text-classification"
-        assert "minnow eval MODEL --judge ." in text
+        assert "minnow eval MODEL --judge . --tasks judge --pairs PAIRS.jsonl" in text  # without a pond, too
         assert "minnow chat" not in text
         assert "ollama" not in text
         assert "language model" not in text

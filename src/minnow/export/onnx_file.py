@@ -20,7 +20,8 @@ from minnow.model.pretrained import load_pretrained
 
 OnnxType = Literal["f32", "int8"]
 ONNX_TYPES: tuple[OnnxType, ...] = get_args(OnnxType)
-"""f32: as in minnow. int8: matrices as 8-bit integers with one scale each, inputs quantised as they come."""
+"""f32: as in minnow. int8: matrices but the routers' as 8-bit integers with one scale each, inputs quantised as they
+come."""
 
 _OPSET = 18
 
@@ -83,7 +84,7 @@ def _example(config: ModelConfig) -> tuple[Any, ...]:
 
 
 def quantise(graph: Path, path: Path, *, external: bool = False) -> None:
-    """Write the graph in the file `graph` to `path` with 8-bit matrices, the embedding included.
+    """Write the graph in the file `graph` to `path` with 8-bit matrices, the embedding included; routers stay fp32.
 
     external: keep the weights in a file of their own, which graphs beyond 2 GB must.
     """
@@ -91,7 +92,9 @@ def quantise(graph: Path, path: Path, *, external: bool = False) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     model = onnx.load(graph)
-    # onnxruntime turns a router's matrix round under its old name, and then stumbles over what was said of its shape.
+    # onnxruntime makes a router's Gemm a MatMul of this name. It turns the matrix round under its old name, and then
+    # stumbles over what was said of its shape.
+    routers = [f"{node.name}_MatMul" for node in model.graph.node if node.op_type == "Gemm"]
     weights = {weight.name for weight in model.graph.initializer}
     said = [value for value in model.graph.value_info if value.name not in weights]
     del model.graph.value_info[:]
@@ -102,7 +105,8 @@ def quantise(graph: Path, path: Path, *, external: bool = False) -> None:
             model,
             path,
             weight_type=QuantType.QUInt8,
-            op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+            op_types_to_quantize=["MatMul", "Gather"],
+            nodes_to_exclude=routers,
             use_external_data_format=external,
         )
 

@@ -172,9 +172,12 @@ class ModelConfig:
 
     def check_training_rows(self, sequence_length: int, *, whose: str = "the model") -> None:
         """Refuse rows to train on that are longer than what the model was trained (or scaled) for."""
-        if sequence_length > self.max_position_embeddings:
-            raise UserError(
-                f"--sequence-length {sequence_length}: {whose} reads at most {self.max_position_embeddings} tokens; "
-                f"give {self.max_position_embeddings} or less, or teach it longer texts first "
-                "(minnow pretrain --init-from MODEL --rope-scaling yarn)"
-            )
+        if sequence_length <= self.max_position_embeddings:
+            return
+        advice = ", or teach it longer texts first (minnow pretrain --init-from MODEL --rope-scaling yarn)"
+        if self.rope_scaling is not None:  # it cannot be stretched twice
+            advice = f" (rope_scaling {self.rope_scaling.type} by {self.rope_scaling.factor:g} is counted in)"
+        raise UserError(
+            f"--sequence-length {sequence_length}: {whose} reads at most {self.max_position_embeddings} tokens; "
+            f"give {self.max_position_embeddings} or less{advice}"
+        )

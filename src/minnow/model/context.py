@@ -31,9 +31,16 @@ class ContextConfig:
         return extend_context(config, self.rope_scaling, factor if self.factor is None else self.factor)
 
     def extend_for(self, config: ModelConfig, sequence_length: int) -> ModelConfig:
-        """The shape for training on rows of `sequence_length`; UserError where they are too long for it."""
-        extended = self.extend(config, factor=sequence_length / config.max_position_embeddings)
-        extended.check_sequence_length(sequence_length)
+        """The shape for training on rows of `sequence_length`; UserError where they are too long for it, or too short
+        to say how far to stretch."""
+        trained = config.max_position_embeddings
+        if self.rope_scaling is not None and self.factor is None and sequence_length <= trained:
+            raise UserError(
+                f"--sequence-length {sequence_length}: the model reads {trained} tokens as it is; give the greater "
+                "length that it is to learn, or leave --rope-scaling out"
+            )
+        extended = self.extend(config, factor=sequence_length / trained)
+        extended.check_training_rows(sequence_length)
         return extended
 
 

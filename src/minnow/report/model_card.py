@@ -24,6 +24,8 @@ from minnow.tokenizer.bytelevel import valid_unicode
 MARK = "<!-- minnow wrote this card from the run's log and rewrites it; delete this line to keep changes of yours. -->"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CURVES = "curves.png"
+_PLACES = ("run", "init_from", "tokenizer", "teacher", "pond", "prompts", "held_out", "reward_model", "folder", "url")
+"""Settings that name a file, a folder or an address, with or without a slash in it."""
 _JUDGE = """\
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -100,8 +102,9 @@ def _metadata(folder: Path, name: str, runs: Sequence[Run], results: dict[str, A
 
 def _summary(folder: Path, runs: Sequence[Run], *, ours: bool) -> str:
     config = _config(folder)
-    tokens = sum(run.last("tokens") or 0 for run in runs)
-    start = runs[0].init_from if runs else None
+    learnt = runs if config else runs[-1:]  # an adapter's folder holds none of what it stands beside
+    tokens = sum(run.last("tokens") or 0 for run in learnt)
+    start = learnt[0].init_from if learnt else None
     kind = "reward model" if _is_reward_model(folder) else "language model"
     text = f"A {kind} ({config['architectures'][0]})" if config else f"An adapter of a {kind}"
     if runs:
@@ -124,13 +127,15 @@ def _use(folder: Path, repo: str | None, name: str) -> list[str]:
     heading = "## Use" if repo else "## Use\n\nIn this folder:"
     judges = _is_reward_model(folder)
     if not (folder / "config.json").is_file():
-        try_it = f"minnow eval MODEL --judge {where}" if judges else f"minnow chat {where}"
+        try_it = (
+            f"minnow eval MODEL --judge {where} --tasks judge --pairs PAIRS.jsonl" if judges else f"minnow chat {where}"
+        )
         return [heading, f"```\n{try_it}\nminnow merge-lora {where} --out merged\n```"]
     if judges:
         return [
             heading,
             f"```python\n{_JUDGE.format(where=where)}\n```",
-            f"```\nminnow eval MODEL --judge {where}\n```",
+            f"```\nminnow eval MODEL --judge {where} --tasks judge --pairs PAIRS.jsonl\n```",
         ]
     chat = (folder / "chat_template.jinja").is_file()
     ask = (
@@ -183,11 +188,16 @@ def _stage(run: Run) -> dict[str, str]:
     """One row of the table of runs."""
     training = run.config.get("training", {})
     optim = run.config.get("optim", {})
+    rollout = run.config.get("rollout", {})
+    teacher = run.config.get("teacher")
     rows = {
         "data": ", ".join(name for name, _ in _data(run)),
+        "teacher": _public(teacher) if teacher else "",
         "updates": f"{run.last('step') or 0:,}",
         "tokens": f"{run.last('tokens') or 0:,}",
-        "tokens an update": f"{training['batch_tokens']:,}" if "batch_tokens" in training else "",
+        # Where the model plays, what it wrote is what it learns from.
+        "rollouts": f"{rollout['prompts']:,} prompts x {rollout['samples']:,}" if rollout else "",
+        "tokens an update": f"{training['batch_tokens']:,}" if "batch_tokens" in training and not rollout else "",
         "sequence length": f"{run.config['sequence_length']:,}" if "sequence_length" in run.config else "",
         "optimizer": str(optim.get("optimizer", "")),
         "machine": ", ".join(str(training[key]) for key in ("device", "precision") if key in training),
@@ -195,6 +205,8 @@ def _stage(run: Run) -> dict[str, str]:
         "training loss": _number(run.last("loss")),
         "held-out loss": _number(run.last("validation_loss")),
         "held-out bits per byte": _number(run.last("bits_per_byte")),
+        "held-out accuracy": _number(run.last("validation_accuracy")),
+        "held-out reward": _number(run.last("held_out/reward")),
     }
     return {key: value for key, value in rows.items() if value}
 
@@ -221,9 +233,9 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _data(run: Run) -> list[tuple[str, bool]]:
-    """(name, whether it is a data set on the Hub) of what a run learnt from."""
+    """(name, whether it is a data set on the Hub) of what a run learnt from: data, or prompts to answer."""
     paths = (run.config.get("data") or {}).get("paths") or []
-    return [_source(written) for written in paths]
+    return [_source(written) for written in [*paths, *(run.config.get("prompts") or [])]]
 
 
 def _source(written: str) -> tuple[str, bool]:
@@ -243,22 +255,22 @@ def _public(model: str) -> str:
 
 def _recipe(run: Run) -> str:
     """The settings that make the recipe, as YAML; files, folders and addresses left out, at any depth."""
-    sections = {
-        key: _without_places(value) for key, value in run.config.items() if isinstance(value, dict) and key != "data"
-    }
-    plain = {key: value for key, value in run.config.items() if isinstance(value, int | float)}
-    return str(yaml.safe_dump({**plain, **sections}, sort_keys=False, allow_unicode=True))
+    config = {key: value for key, value in run.config.items() if key != "data" and value is not None}
+    plain = {key: value for key, value in config.items() if not isinstance(value, dict)}
+    return str(yaml.safe_dump(_without_places({**plain, **config}), sort_keys=False, allow_unicode=True))
 
 
 def _without_places(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _without_places(item) for key, item in value.items() if not _is_place(item)}
+        return {key: _without_places(item) for key, item in value.items() if not _is_place(item, key)}
     return [item for item in value if not _is_place(item)] if isinstance(value, list) else value
 
 
-def _is_place(value: Any) -> bool:
-    """Whether a setting may name a file, a folder or an address: a slash tells, but in what the Hub has."""
-    return isinstance(value, str) and ("/" in value or "\\" in value) and not _from_hub(value)
+def _is_place(value: Any, setting: str = "") -> bool:
+    """Whether a value may be a file, a folder or an address: its setting tells, or a slash. The Hub's are none."""
+    if isinstance(value, list):
+        return setting in _PLACES
+    return isinstance(value, str) and (setting in _PLACES or "/" in value or "\\" in value) and not _from_hub(value)
 
 
 def _number(value: float | None) -> str:
