@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import pytest
-from export_models import tiny_model
+from export_models import small_tokenizer, tiny_model
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 
 from minnow import cli
 from minnow.export import hub
+from minnow.model.lora import LoraConfig, add_lora
+from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.stages import export
 
 
@@ -101,6 +104,26 @@ def test_every_export_brings_the_card_up_to_date_and_the_hub_s_names_the_reposit
     assert "somebody/fish" not in (folder / "README.md").read_text(encoding="utf-8")
     assert cli.main(["export", str(folder), "--to", "hub", "somebody/fish"]) == 0
     assert "somebody/fish" in (folder / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_adapter_goes_where_its_base_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stub: type[StubApi]
+) -> None:
+    """It was sent with the path of its base on this machine, which tells strangers much and loads for nobody."""
+    base = tiny_model(tmp_path)
+    model = load_pretrained(base)
+    add_lora(model, LoraConfig(rank=2), base=str(base))
+    folder = tmp_path / "adapter"
+    save_pretrained(model, folder, small_tokenizer())
+    assert cli.main(["export", str(folder), "--to", "hub", "somebody/fin"]) == 2
+    said = capsys.readouterr().err
+    assert f"an adapter of {base}, a folder of this machine" in said
+    assert f"minnow merge-lora {folder}" in said
+    assert not stub.calls
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace(json.dumps(str(base)), '"somebody/fish"'))
+    assert cli.main(["export", str(folder), "--to", "hub", "somebody/fin"]) == 0
+    assert {"adapter_config.json", "adapter_model.safetensors"} <= set(stub.calls[1][1]["files"])
 
 
 @pytest.mark.parametrize(

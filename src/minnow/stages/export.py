@@ -11,6 +11,7 @@ from rich.console import Console
 from minnow.config import UserError
 from minnow.console import plain_console
 from minnow.disk import told_when_full
+from minnow.model.adapter import base_of, is_adapter
 from minnow.model.context import ContextConfig
 from minnow.model.pretrained import resolve_model_folder
 from minnow.report.model_card import write_model_card
@@ -121,6 +122,13 @@ def _hub(config: Config, folder: Path, home: Path, console: Console) -> None:
     from minnow.export.hub import push
 
     assert config.repo is not None
+    base = base_of(folder) if is_adapter(folder) else ""
+    if Path(base).is_absolute():
+        raise UserError(
+            f"{folder}: an adapter of {base}, a folder of this machine: nobody else could load it. Push a whole model "
+            f"(minnow merge-lora {config.model} --out FOLDER, and push that), or push the base, and write its OWNER/NAME "
+            "for base_model_name_or_path into adapter_config.json"
+        )
     write_model_card(folder, repo=config.repo)
     console.print(push(folder, config.repo, private=config.private))
 
