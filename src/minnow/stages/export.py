@@ -126,8 +126,8 @@ def _hub(config: Config, folder: Path, home: Path, console: Console) -> None:
     if Path(base).is_absolute():
         raise UserError(
             f"{folder}: an adapter of {base}, a folder of this machine: nobody else could load it. Push a whole model "
-            f"(minnow merge-lora {config.model} --out FOLDER, and push that), or push the base, and write its OWNER/NAME "
-            "for base_model_name_or_path into adapter_config.json"
+            f"(minnow merge-lora {config.model} --out FOLDER, and push that), or push the base and put its OWNER/NAME "
+            "into adapter_config.json as base_model_name_or_path"
         )
     write_model_card(folder, repo=config.repo)
     console.print(push(folder, config.repo, private=config.private))
