@@ -42,8 +42,9 @@ def regex_grammar(pattern: str) -> str:
 def tool_call_grammar(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> str:
     """One call of one of the tools or more, as the chat template writes them.
 
-    tools: {"name": ..., "parameters": JSON schema of the arguments} each.
+    tools: {"name": ..., "parameters": JSON schema of the arguments} each. UserError where the tokenizer cannot chat.
     """
+    tokenizer.require_chat_tokens()
     begin, end = (f"<[{tokenizer.special_ids[mark]}]>" for mark in (TOOL_CALL, END_TOOL_CALL))
     names = " | ".join(f"tool_{number}" for number in range(len(tools)))
     lines = ['start: call ("\\n" call)*', f'call: {begin} "\\n" ({names}) "\\n" {end}']
