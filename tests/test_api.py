@@ -15,6 +15,7 @@ import minnow
 from minnow.api import Model
 from minnow.config import UserError
 from minnow.engine import SamplingParams
+from minnow.engine.grammar import regex_grammar
 from minnow.engine.sampler import Sampled
 from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
@@ -173,6 +174,13 @@ def test_bad_input_is_named(model: Model, tmp_path: Path) -> None:
             model.chat("q", n=2, stream=stream)
         with pytest.raises(UserError, match="n is 2"):
             model.generate("q", n=2, stream=stream)
+    for stream in (False, True):
+        # Unrefused, all of the answer is taken for thoughts, and what a stop string cut off is let through.
+        with pytest.raises(UserError, match="grammar would begin in the thoughts"):
+            model.chat("q", grammar=regex_grammar("[ab]{3}"), thinking=True, stream=stream)
+        with pytest.raises(UserError, match="skip_special_tokens=False"):
+            model.chat("q", skip_special_tokens=False, stream=stream)
+    assert re.fullmatch("[ab]{3}", model.chat("q", grammar=regex_grammar("[ab]{3}")).content)
     with pytest.raises(TypeError, match="temprature"):
         model.generate("x", temprature=1.0)
 

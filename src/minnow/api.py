@@ -78,6 +78,7 @@ class Model:
         The answer is a `Message` with content, reasoning_content and tool_calls; with `stream`, the pieces of its
         content alone as they come, without thoughts and calls. What looks like a call and is none is content, and
         comes once that is known. thinking: let the model reason first. tools: JSON schemas of functions it may call.
+        UserError for a grammar with thinking, which it would bind too, and for control tokens in the text.
         """
         items = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         if not items:
@@ -85,8 +86,17 @@ class Model:
         conversation = Conversation(
             messages=tuple(parse_message(item, number) for number, item in enumerate(items, 1)), tools=tuple(tools)
         )
+        params = _one_answer(options)
+        if thinking and params.grammar is not None:
+            raise UserError(
+                "with thinking the grammar would begin in the thoughts, and no answer follow: leave out one of the two"
+            )
+        if not params.skip_special_tokens:
+            raise UserError(
+                "skip_special_tokens=False: a message holds no control tokens; `engine.generate` gives text with them"
+            )
         rendered = render(self.tokenizer, conversation, add_generation_prompt=True, enable_thinking=thinking)
-        events = self._events(self.engine.stream(rendered.ids.tolist(), _one_answer(options)), thinking)
+        events = self._events(self.engine.stream(rendered.ids.tolist(), params), thinking)
         if stream:
             return (event.text for event in events if isinstance(event, Content))
         return _message(events)

@@ -15,6 +15,7 @@ from minnow.config import UserError
 from minnow.engine import Completion, Engine, SamplingParams
 from minnow.engine.grammar import json_grammar, regex_grammar, tool_call_grammar
 from minnow.tokenizer.parse import parse_assistant_ids
+from minnow.tokenizer.train import train_tokenizer
 
 SCHEMA = {
     "type": "object",
@@ -140,6 +141,10 @@ def test_generate_and_stream_raise_what_fails_on_the_way() -> None:
 def test_what_cannot_go_with_a_grammar() -> None:
     with pytest.raises(UserError, match="min_tokens"):
         SamplingParams(grammar="start: TEXT", min_tokens=2)
+    tokenizer = train_tokenizer(["the little minnow"] * 3, 320)
+    tokenizer.special_ids.pop("<tool_call>")
+    with pytest.raises(UserError, match="cannot chat: its special tokens lack <tool_call>"):
+        tool_call_grammar(tokenizer, [{"name": "look"}])
 
 
 def test_the_extra_is_named_where_llguidance_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

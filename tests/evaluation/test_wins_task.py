@@ -62,6 +62,15 @@ def test_without_an_opponent_it_says_what_to_do() -> None:
         make_tasks("wins", TaskOptions())
 
 
+def test_an_opponent_that_cannot_chat_is_named_before_anything_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = Subject(load_pretrained(save_lively_model(tmp_path / "mine")), TOKENIZER)
+    monkeypatch.setattr("minnow.tokenizer.tokenizer.CHAT_TOKENS", ("<|im_start|>", "<|im_middle|>"))
+    with pytest.raises(UserError, match=r"--against .*mine: this tokenizer cannot chat: .* lack <\|im_middle\|>"):
+        make_tasks("wins", TaskOptions(subject=mine, against=str(tmp_path / "mine")))
+
+
 def test_the_opponent_is_the_model_that_is_named(tmp_path: Path) -> None:
     """And the prompts are about creatures and visitors that no training pair is about."""
     for name, seed in (("mine", 0), ("theirs", 1)):

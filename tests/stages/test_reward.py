@@ -39,7 +39,7 @@ from minnow.stages import reward
 from minnow.tokenizer import Conversation, Message, Tokenizer, ToolCall, train_tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.reward import RewardLossConfig, RewardModeling, reward_margins
-from tests.stages.stage_helpers import save_parrot_model
+from tests.stages.stage_helpers import save_parrot_model, save_random_model
 
 CPU = torch.device("cpu")
 TALKS = [
@@ -403,6 +403,17 @@ def test_answers_to_be_judged_are_the_likeliest_ones_and_long_enough() -> None:
     assert [score.value for score in task.score_rows(subject, [row])] == [0.5]  # type: ignore[arg-type]
     assert [(params.temperature, params.max_tokens) for params in asked] == [(0.0, 256)]
     assert "look" in read[0], "with the tools that both answers of the pair had"
+
+
+def test_a_conversation_too_long_for_the_judge_is_told_as_the_judge_s(tmp_path: Path) -> None:
+    """Else it reads as the examined or trained model's, and the advice is about that one's options."""
+    folder = save_random_model(tmp_path / "m", context=64)
+    reward_model = RewardModel.from_language_model(load_pretrained(folder))
+    judge = RewardModelJudge(reward_model, Tokenizer.from_pretrained(folder))
+    short, long = (Conversation((Message("user", text), Message("assistant", "yes"))) for text in ("a", "a" * 90))
+    assert judge([short]) == [0.0]
+    with pytest.raises(UserError, match=r"the reward model reads 64 tokens at most, .* to judge has 1\d\d:"):
+        judge([short, long])
 
 
 def test_a_classifier_of_several_labels_is_no_judge(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -47,8 +47,9 @@ def tool_call_grammar(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) 
 def call_rules(tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> str:
     """The rule `call` and what it needs: a call of one of the tools.
 
-    tools: {"name": ..., "parameters": JSON schema of the arguments} each.
+    tools: {"name": ..., "parameters": JSON schema of the arguments} each. UserError where the tokenizer cannot chat.
     """
+    tokenizer.require_chat_tokens()
     begin, end = (f"<[{tokenizer.special_ids[mark]}]>" for mark in (TOOL_CALL, END_TOOL_CALL))
     names = " | ".join(f"tool_{number}" for number in range(len(tools)))
     lines = [f'call: {begin} "\\n" ({names}) "\\n" {end}']

@@ -53,10 +53,16 @@ class RewardModelJudge:
 
     @torch.no_grad()
     def __call__(self, conversations: Sequence[Conversation]) -> list[float]:
-        """The reward at each conversation's last token."""
+        """The reward at each conversation's last token. UserError for one that is longer than the model's context."""
         rewards: list[float] = []
         for group in groups(conversations):
             texts = [render(self.tokenizer, conversation).ids.tolist() for conversation in group]
+            longest, context = max(map(len, texts)), self.model.config.max_position_embeddings
+            if longest > context:
+                raise UserError(
+                    f"the reward model reads {context} tokens at most, and a conversation to judge has {longest}: take "
+                    "one of a longer context, or shorter prompts and answers"
+                )
             hidden_ND = packed_hidden(self.model, texts)
             last = torch.tensor([len(text) for text in texts], device=hidden_ND.device).cumsum(0) - 1
             rewards += self.model.rewards(hidden_ND[last]).tolist()

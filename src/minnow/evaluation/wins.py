@@ -86,6 +86,11 @@ def make(options: TaskOptions) -> Task[Comparison]:
     if options.against is None or options.subject is None:
         raise UserError("--tasks wins: say which model it is compared with, with --against")
     folder = resolve_model_folder(options.against)
+    tokenizer = Tokenizer.from_pretrained(folder)
+    try:
+        tokenizer.require_chat_tokens()
+    except UserError as error:
+        raise UserError(f"--against {options.against}: {error}") from None
     opponent = load_pretrained(folder, device=options.subject.model.head_weight.device)
     pairs = list(preference_pairs(find_world(options), "held_out", POND_PAIRS))
-    return WinsTask(pairs, Subject(opponent, Tokenizer.from_pretrained(folder)))
+    return WinsTask(pairs, Subject(opponent, tokenizer))
