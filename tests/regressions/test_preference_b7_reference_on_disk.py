@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import string
 from pathlib import Path
 
 import pytest
@@ -47,3 +48,34 @@ def test_the_loss_falls_and_the_reference_is_asked_before_training_only(
     assert held_out["validation_accuracy"] == 1.0
     times = {"kto": 4, "simpo": 0, "orpo": 0}.get(name, 2)
     assert len(asked) == times, "once for each split (kto: and its unrelated answers), where it is needed"
+
+
+def test_another_seed_validates_on_other_pairs_and_asks_the_reference_about_those(tmp_path: Path) -> None:
+    """The seed packs the pairs: where not all held-out rows are scored, the first ones hold other pairs. What the first
+    run kept on disk said nothing of them, and the second stopped at its first validation."""
+    write_start(tmp_path, pairs=0)
+    pairs = [{"prompt": letter, "chosen": "yes", "rejected": "no"} for letter in string.ascii_letters]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    for seed in (0, 2):  # of ten rows the first is one of two other pairs
+        dpo.run(
+            dpo.Config(
+                run=str(tmp_path / f"run-{seed}"),
+                init_from=str(tmp_path / "start"),
+                data=DataConfig(
+                    paths=(str(tmp_path / "pairs.jsonl"),), cache_dir=str(tmp_path), validation_fraction=0.3
+                ),
+                sequence_length=64,
+                training=TrainingConfig(
+                    steps=1,
+                    batch_tokens=64,
+                    validation_tokens=64,
+                    seed=seed,
+                    device="cpu",
+                    precision="fp32",
+                    compile="off",
+                ),
+                optim=OptimConfig(optimizer="adamw", matrix_lr=1e-12),
+            )
+        )
+        lines = [json.loads(line) for line in (tmp_path / f"run-{seed}" / "metrics.jsonl").read_text().splitlines()]
+        assert lines[-1]["validation_loss"] == pytest.approx(math.log(2), abs=1e-6), "the model is its reference"

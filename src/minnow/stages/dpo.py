@@ -94,7 +94,9 @@ def run(config: Config) -> None:
             RunFolder(config.run).claim_model("reference", model)
         objective = PreferenceOptimization(config.loss)
         scored_rows = num_held_out_rows(packed.validation, config)
-        held_out = held_out_batches(with_reference(packed.validation, f"{key}/held-out", scored_rows), config)
+        # The seed packs the pairs into rows: under another one the first rows hold other pairs.
+        held_out_key = f"{key}/held-out/{config.training.seed}"
+        held_out = held_out_batches(with_reference(packed.validation, held_out_key, scored_rows), config)
         device = next(model.parameters()).device
         validation = ObjectiveValidation(objective, held_out, device) if held_out else None
         return Lesson(with_reference(packed.train, f"{key}/training", packed.train.num_rows), objective, validation)
