@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from minnow.config import UserError
 from minnow.data.batches import Share
+from minnow.model.quantize import quantize
 from minnow.model.transformer import CausalLM
 from minnow.training import parallel, session
 from minnow.training.checkpoint import random_state, set_random_state
@@ -251,6 +252,12 @@ def test_auto_slices_a_model_whose_training_needs_half_of_a_device(monkeypatch: 
     assert [chosen(2 * needed, here) for here in (4, 2)] == ["fsdp", "hsdp"]
     assert choose_parallel("auto", model, torch.device("cpu")) == "ddp"
     assert choose_parallel("hsdp", model, torch.device("cpu")) == "hsdp"
+    with pytest.raises(UserError, match="--device mps: one process can use it"):
+        choose_parallel("auto", model, torch.device("mps"))
+    quantize(model)
+    assert chosen(2 * needed, 4) == "ddp", "int8 weights are not sliced"
+    with pytest.raises(UserError, match="--training.parallel hsdp: int8 weights are not sliced"):
+        choose_parallel("hsdp", model, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import torch
 from minnow.engine import Engine
 from minnow.model.slices import whole
 from minnow.model.transformer import CausalLM
+from minnow.optim import kind_of
 from minnow.tokenizer import Tokenizer
 from minnow.training.checkpoint import trained_tensors
 
@@ -35,7 +36,8 @@ class GatheredEngine(Engine):
 def as_computed(model: CausalLM, device: torch.device, dtype: torch.dtype) -> CausalLM:
     """Freeze `model` with its parameters as FSDP2 gathers them: in the compute dtype, norms too. Returns it."""
     model.requires_grad_(False).eval().to(device)
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)  # buffers (the routers' biases) stay fp32
+    for name, parameter in model.named_parameters():
+        if kind_of(name, parameter) != "router":  # these stay fp32, and so do buffers (their biases)
+            parameter.data = parameter.data.to(dtype)
     model.compute_dtype = dtype
     return model

@@ -33,6 +33,7 @@ from minnow.training.config import NO_Z_LOSS, TrainingConfig
 from minnow.training.distillation import Distillation
 from minnow.training.distribution import first_goes_first, is_first, rank, world_size
 from minnow.training.objective import PackedBatches
+from minnow.training.parallel import require_parallel
 from minnow.training.run_folder import MetricsLog
 from minnow.training.session import Machine, RunFolder, load_chat_start, train, with_machine
 from minnow.training.trainer import Trainer
@@ -92,6 +93,7 @@ def run(config: Config) -> None:
     machine = Machine.choose(config.training)
     config = with_machine(config, machine)
     student, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
+    require_parallel("ddp", student, machine.device)
     student.config.check_training_rows(config.sequence_length)
     teacher = load_teacher(config.teacher, tokenizer, config.sequence_length, chats=True)
     _require_readable(config, student, teacher)

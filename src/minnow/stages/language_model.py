@@ -30,6 +30,7 @@ from minnow.training.distribution import first_goes_first, is_first, rank, world
 from minnow.training.hardware import device_name
 from minnow.training.micro_batch import find_micro_batch
 from minnow.training.objective import BatchT, LanguageModeling, Objective, PackedBatches, Rows, StreamedBatches
+from minnow.training.parallel import require_parallel
 from minnow.training.session import Machine, RunFolder, train, with_machine, with_micro_batch
 from minnow.training.trainer import Trainer
 from minnow.training.validation import Evaluation, LanguageModelValidation
@@ -179,6 +180,7 @@ def run_lesson(
     lesson cannot use, before the run folder is touched.
     """
     run, machine = RunFolder(config.run), Machine.choose(config.training)
+    require_parallel(config.training.parallel, model, machine.device)
     config = with_machine(config, machine)
     # Everything a user may have got wrong comes before the run folder is touched.
     rows_per_batch = config.training.rows_per_batch(config.sequence_length)

@@ -42,7 +42,7 @@ from minnow.stages.practice import Practice, PracticeConfig, longest_batch, prac
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import NO_Z_LOSS, TrainingConfig
 from minnow.training.distribution import is_first, world_size
-from minnow.training.parallel import choose_parallel
+from minnow.training.parallel import choose_parallel, require_parallel
 from minnow.training.run_folder import METRICS, ROLLOUTS, MetricsLog
 from minnow.training.session import Machine, RunFolder, load_chat_start, train, with_machine
 from minnow.training.trainer import Trainer
@@ -120,6 +120,7 @@ def run(config: Config) -> None:
     config = with_machine(config, machine)
     config.algorithm.check_samples(config.rollout.samples)
     model, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
+    require_parallel(config.training.parallel, model, machine.device)
     model.config.check_training_rows(config.sequence_length)
     rows_per_micro_batch = practice_rows(config.training, config.sequence_length)
     practice = read_practice(config, tokenizer, console.print)

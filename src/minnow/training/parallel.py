@@ -39,11 +39,7 @@ def parallelise(model: CausalLM, mode: Parallel, device: torch.device, timeout: 
     if world_size() == 1:
         model.to(device)
         return
-    if device.type == "mps":
-        raise UserError("--device mps: one process can use it, not several; give --nproc 1 or --device cpu")
     mode = choose_parallel(mode, model, device)
-    if mode != "ddp" and is_quantized(model):
-        raise UserError(f"--training.parallel {mode}: int8 weights are not sliced; give ddp, or --lora.quantize none")
     if mode == "ddp":
         _replicate(model, device)
     else:
@@ -51,7 +47,18 @@ def parallelise(model: CausalLM, mode: Parallel, device: torch.device, timeout: 
 
 
 def choose_parallel(mode: Parallel, model: CausalLM, device: torch.device) -> Literal["ddp", "fsdp", "hsdp"]:
-    """Resolve `auto`: ddp while half of a device's memory holds the training state, else slices of it."""
+    """Resolve `auto`: ddp while half of a device's memory holds the training state, else slices of it.
+
+    UserError where several processes cannot train `model` so.
+    """
+    if device.type == "mps":
+        raise UserError("--device mps: one process can use it, not several; give --nproc 1 or --device cpu")
+    if is_quantized(model):
+        if mode not in ("auto", "ddp"):
+            raise UserError(
+                f"--training.parallel {mode}: int8 weights are not sliced; give ddp, or --lora.quantize none"
+            )
+        return "ddp"
     if mode != "auto":
         return mode
     if device.type != "cuda":
@@ -60,6 +67,12 @@ def choose_parallel(mode: Parallel, model: CausalLM, device: torch.device) -> Li
     if state < _SHARE_OF_MEMORY * torch.cuda.get_device_properties(device).total_memory:
         return "ddp"
     return "fsdp" if local_world_size() == world_size() else "hsdp"
+
+
+def require_parallel(mode: Parallel, model: CausalLM, device: torch.device) -> None:
+    """UserError, before any work, where the processes of this run cannot train `model` together."""
+    if world_size() > 1:
+        choose_parallel(mode, model, device)
 
 
 def sync_gradients(model: CausalLM, last: bool) -> None:
@@ -105,20 +118,18 @@ def _shard(model: CausalLM, mesh: DeviceMesh, device: torch.device) -> None:
     """
     weights = model.state_dict() if is_first() else {}
     model.to("meta")
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": MixedPrecisionPolicy(
-            param_dtype=model.compute_dtype,
-            reduce_dtype=torch.promote_types(model.compute_dtype, torch.float32),
-            cast_forward_inputs=False,
-        ),
-        "reshard_after_forward": False,
-    }
+    options: dict[str, Any] = {"mesh": mesh, "reshard_after_forward": False}
+    in_compute_dtype = MixedPrecisionPolicy(
+        param_dtype=model.compute_dtype,
+        reduce_dtype=torch.promote_types(model.compute_dtype, torch.float32),
+        cast_forward_inputs=False,
+    )
+    as_held = MixedPrecisionPolicy(cast_forward_inputs=False)
     for layer in model.model.layers:
         if isinstance(layer.mlp, MoE):  # a router is read in fp32 whatever it is: rounding would change its choices
-            fully_shard(layer.mlp.gate, **options | {"mp_policy": MixedPrecisionPolicy(cast_forward_inputs=False)})
-        fully_shard(layer, **options)
-    fully_shard(model, **options)
+            fully_shard(layer.mlp.gate, mp_policy=as_held, **options)
+        fully_shard(layer, mp_policy=in_compute_dtype, **options)
+    fully_shard(model, mp_policy=in_compute_dtype, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
