@@ -135,10 +135,11 @@ def trained_parameters(model: CausalLM) -> str:
 
 
 def conclude_finished(run: RunFolder, console: Console) -> None:
-    """Say that there is nothing left to train; a run that was killed before its report was written gets it now."""
+    """Say that there is nothing left to train, and leave the folder; a run without a report gets it before."""
     console.print(f"{run.path} is finished; --overwrite trains it again")
     if is_first() and not (run.path / REPORT).exists():
         write_report(run.path)
+    run.lock.release()
 
 
 def total_steps(config: TrainingConfig, rows: PackedRows, rows_per_batch: int) -> int:
