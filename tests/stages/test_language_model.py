@@ -340,9 +340,10 @@ def test_a_run_that_was_killed_before_its_report_gets_it(
         pretrain.run(config)
     monkeypatch.undo()
     run = Path(config.run)
+    report = (run / "report.html").stat().st_mtime_ns  # as one that `minnow report` wrote half-way
     weights = (run / "model" / "model.safetensors").stat().st_mtime_ns
     pretrain.run(config)
-    assert (run / "report.html").exists()
+    assert (run / "report.html").stat().st_mtime_ns > report
     assert (run / "model" / "README.md").exists()
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns == weights
     report = (run / "report.html").stat().st_mtime_ns

@@ -37,8 +37,8 @@ _ROLES = {
     "observation": "tool",
     "tool_response": "tool",
 }
-# R1 text: the reasoning stands in the content, before the answer; only at its very start, never searched for.
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# R1 text: the reasoning stands in the content, before the answer; only at its very start, never searched for.
 _R1 = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _ANSWER = re.compile(r"\s*<answer>\n?(.*?)\n?</answer>\s*", re.DOTALL)
 

@@ -22,6 +22,7 @@ from minnow.report.plots import figures_of, save_figure
 from minnow.tokenizer.bytelevel import valid_unicode
 
 MARK = "<!-- minnow wrote this card from the run's log and rewrites it; delete this line to keep changes of yours. -->"
+CARD = "README.md"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CURVES = "curves.png"
 _PLACES = ("run", "init_from", "tokenizer", "teacher", "pond", "prompts", "held_out", "reward_model", "folder", "url")
@@ -43,7 +44,7 @@ def write_model_card(folder: Path, *, repo: str | None = None) -> Path | None:
     Hub, where it is going.
     Evaluation results come from `evaluation.json` in the run folder (`minnow eval RUN --json RUN/evaluation.json`).
     """
-    path = folder / "README.md"
+    path = folder / CARD
     if path.is_file() and MARK not in path.read_text(encoding="utf-8"):
         return None
     here = folder.resolve()
@@ -256,8 +257,8 @@ def _public(model: str) -> str:
 def _recipe(run: Run) -> str:
     """The settings that make the recipe, as YAML; files, folders and addresses left out, at any depth."""
     config = {key: value for key, value in run.config.items() if key != "data" and value is not None}
-    plain = {key: value for key, value in config.items() if not isinstance(value, dict)}
-    return str(yaml.safe_dump(_without_places({**plain, **config}), sort_keys=False, allow_unicode=True))
+    sections_last = dict(sorted(config.items(), key=lambda item: isinstance(item[1], dict)))
+    return str(yaml.safe_dump(_without_places(sections_last), sort_keys=False, allow_unicode=True))
 
 
 def _without_places(value: Any) -> Any:

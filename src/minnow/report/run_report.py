@@ -19,7 +19,6 @@ from minnow.report.model_card import write_model_card
 from minnow.report.plots import figures_of, learns_from_pairs
 
 REPORT = "report.html"
-"""The last thing that a run writes."""
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2b33; }
 h1 { font-size: 1.5rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
@@ -63,10 +62,10 @@ def write_report(
         body.append(f"<details><summary>configuration</summary><pre>{html.escape(config)}</pre></details>")
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title or run.name)}</title>'
     page += f"<style>{STYLE}</style>{''.join(body)}</html>"
-    if (run / "model").is_dir():
-        write_model_card(run / "model")
     with atomic_write(run / REPORT) as temporary:
         temporary.write_text(page, encoding="utf-8")
+    if (run / "model").is_dir():
+        write_model_card(run / "model")
     return run / REPORT
 
 

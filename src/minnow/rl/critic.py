@@ -78,7 +78,7 @@ class Critic:
         torch._foreach_mul_(grads, 1 / self.loss_scale.scale)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
         finite = math.isfinite(norm)
-        if not finite and (not self.loss_scale.enabled or self.loss_scale.scale < 1):
+        if not finite and not self.loss_scale.helps:
             raise UserError(
                 f"the critic's gradient norm is {norm}; its weights were left as they were before this update. Look at "
                 "the rewards in rollouts.jsonl, or lower algorithm.critic.learning_rate"

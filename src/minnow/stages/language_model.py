@@ -22,6 +22,7 @@ from minnow.model.lora import LoraConfig
 from minnow.model.size import parameter_count, training_flops_per_token
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
+from minnow.report.model_card import CARD
 from minnow.report.run_report import REPORT, write_report
 from minnow.stages.advice import advised
 from minnow.tokenizer import Tokenizer
@@ -137,7 +138,8 @@ def trained_parameters(model: CausalLM) -> str:
 def conclude_finished(run: RunFolder, console: Console) -> None:
     """Say that there is nothing left to train, and leave the folder; a run without a report gets it before."""
     console.print(f"{run.path} is finished; --overwrite trains it again")
-    if is_first() and not (run.path / REPORT).exists():
+    # The card comes last. A report alone may be one that was asked for (`minnow report`) while the run went on.
+    if is_first() and not ((run.path / REPORT).exists() and (run.model_folder / CARD).exists()):
         write_report(run.path)
     run.lock.release()
 

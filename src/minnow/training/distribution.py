@@ -93,18 +93,17 @@ def _write_agents(mark: Path, agents: Sequence[str]) -> None:
 
 
 @contextmanager
-def process_group(*, cuda: bool, timeout: timedelta | None = None) -> Iterator[None]:
+def process_group(*, cuda: bool) -> Iterator[None]:
     """Join the other processes for the length of the block, if torchrun started this one.
 
-    Gradients go over NCCL on CUDA; what is agreed on between host programs goes over gloo, so that no GPU waits. A
-    process whose message takes longer than `timeout` (None: torch's own) ends in an error, and a restart may follow.
+    Gradients go over NCCL on CUDA; what is agreed on between host programs goes over gloo, so that no GPU waits.
     """
     if not in_torchrun():
         yield
         return
     if cuda:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timeout)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     for name in ("host", "checkpoint"):  # checkpoints are written by a thread, which must not meet the loop's messages
         _groups[name] = dist.new_group(backend="gloo", timeout=_PATIENCE)
     try:

@@ -11,7 +11,6 @@ import tempfile
 import uuid
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -48,8 +47,7 @@ def run_stage(work: Callable[[], None], words: Sequence[str], training: Training
     _require_gpus(training, int(os.environ["LOCAL_RANK"]) + 1, "torchrun --nproc-per-node")
     _stop_without_launcher()
     device = choose_device(training.device)
-    timeout = timedelta(seconds=training.ddp_timeout)
-    with only_first_speaks(), process_group(cuda=device.type == "cuda", timeout=timeout):
+    with only_first_speaks(), process_group(cuda=device.type == "cuda"):
         _note_failure(None)
         try:
             work()

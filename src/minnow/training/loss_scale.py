@@ -20,6 +20,11 @@ class LossScale:
         self.scale = 2.0**15 if self.enabled else 1.0
         self.calm_steps = 0
 
+    @property
+    def helps(self) -> bool:
+        """Whether a smaller scale may make finite what is not; else the weights or the data are the cause."""
+        return self.enabled and self.scale >= 1
+
     def update(self, *, overflow: bool) -> None:
         """Learn from one step whether the scaled gradients overflowed."""
         if not self.enabled:

@@ -33,17 +33,24 @@ _SHARE_OF_MEMORY = 0.5
 def parallelise(model: CausalLM, mode: Parallel, device: torch.device, timeout: timedelta | None = None) -> None:
     """Put `model` on `device`, over all processes of the run, in place; its compute dtype is already chosen.
 
-    The weights are the first process's: the others may come with `meta` parameters, that is without memory. timeout:
-    `process_group`'s, for the groups that are made here.
+    The weights are the first process's: the others may come with `meta` parameters, that is without memory. From then
+    on a process whose message takes longer than `timeout` (None: torch's own) ends in an error. Not before: one may
+    come later than another, or take longer to make or read its model, than an update takes.
     """
     if world_size() == 1:
         model.to(device)
         return
     mode = choose_parallel(mode, model, device)
+    groups = [dist.group.WORLD]
     if mode == "ddp":
         _replicate(model, device)
     else:
-        _shard(model, _mesh(mode, device, timeout), device)
+        mesh = _mesh(mode, device)
+        _shard(model, mesh, device)
+        groups += mesh.get_all_groups()
+    if timeout is not None:
+        for group in groups:
+            dist.distributed_c10d._set_pg_timeout(timeout, group)
 
 
 def choose_parallel(mode: Parallel, model: CausalLM, device: torch.device) -> Literal["ddp", "fsdp", "hsdp"]:
@@ -138,12 +145,8 @@ def _shard(model: CausalLM, mesh: DeviceMesh, device: torch.device) -> None:
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True, broadcast_from_rank0=True))
 
 
-def _mesh(mode: Literal["fsdp", "hsdp"], device: torch.device, timeout: timedelta | None) -> DeviceMesh:
+def _mesh(mode: Literal["fsdp", "hsdp"], device: torch.device) -> DeviceMesh:
     if mode == "fsdp":
         return init_device_mesh(device.type, (world_size(),), mesh_dim_names=("shard",))
     hosts, here = divmod(world_size(), local_world_size())[0], local_world_size()
-    mesh = init_device_mesh(device.type, (hosts, here), mesh_dim_names=("replicate", "shard"))
-    if timeout is not None:
-        for group in mesh.get_all_groups():
-            dist.distributed_c10d._set_pg_timeout(timeout, group)
-    return mesh
+    return init_device_mesh(device.type, (hosts, here), mesh_dim_names=("replicate", "shard"))

@@ -266,7 +266,7 @@ class Trainer(Generic[BatchT]):
             raise NonFiniteLossError.of("loss", figures["loss"], self.state.step, batches)
         figures["grad_norm"] = self._clip_gradients(grads, norm)
         finite = math.isfinite(figures["grad_norm"])
-        if not finite and (not self.loss_scale.enabled or self.loss_scale.scale < 1):
+        if not finite and not self.loss_scale.helps:
             raise NonFiniteLossError.of("gradient norm", figures["grad_norm"], self.state.step, batches)
         factor = learning_rate_factor(self.schedule, self.state.step, self.total_steps)
         set_learning_rates(self.optimizers, factor)

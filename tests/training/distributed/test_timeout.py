@@ -17,8 +17,9 @@ from .processes import run_processes
     [("ddp", 2), pytest.param("hsdp", 4, marks=pytest.mark.slow)],  # two hosts of two: groups that hsdp makes itself
 )
 def test_a_silent_process_is_given_up(mode: str, processes: int, tmp_path: Path) -> None:
+    """And not sooner than while they train: the first one is longer about its model than they then wait."""
     words = (mode, str(tmp_path))
-    run_processes("tests.training.distributed.silent", *words, world_size=processes, local_world_size=2, timeout=120)
+    run_processes("tests.training.distributed.silent", *words, world_size=processes, local_world_size=2)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan"), float("inf"), 604_801])
