@@ -107,7 +107,7 @@ def test_every_export_brings_the_card_up_to_date_and_the_hub_s_names_the_reposit
 
 
 def test_an_adapter_goes_where_its_base_is(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], stub: type[StubApi]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], stub: type[StubApi], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was sent with the path of its base on this machine, which tells strangers much and loads for nobody."""
     base = tiny_model(tmp_path)
@@ -120,9 +120,12 @@ def test_an_adapter_goes_where_its_base_is(
     assert f"an adapter of {base}, a folder of this machine" in said
     assert f"minnow merge-lora {folder}" in said
     assert not stub.calls
+    monkeypatch.chdir(tmp_path)
     config = folder / "adapter_config.json"
-    config.write_text(config.read_text().replace(json.dumps(str(base)), '"somebody/fish"'))
-    assert cli.main(["export", str(folder), "--to", "hub", "somebody/fin"]) == 0
+    written = config.read_text()
+    for named, code in (("run/model", 2), ("somebody/fish", 0)):
+        config.write_text(written.replace(json.dumps(str(base)), json.dumps(named)))
+        assert cli.main(["export", str(folder), "--to", "hub", "somebody/fin"]) == code
     assert {"adapter_config.json", "adapter_model.safetensors"} <= set(stub.calls[1][1]["files"])
 
 

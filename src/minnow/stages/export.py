@@ -122,8 +122,8 @@ def _hub(config: Config, folder: Path, home: Path, console: Console) -> None:
     from minnow.export.hub import push
 
     assert config.repo is not None
-    base = base_of(folder) if is_adapter(folder) else ""
-    if Path(base).is_absolute():
+    base = Path(base_of(folder)) if is_adapter(folder) else None
+    if base is not None and (base.is_absolute() or base.exists()):
         raise UserError(
             f"{folder}: an adapter of {base}, a folder of this machine: nobody else could load it. Push a whole model "
             f"(minnow merge-lora {config.model} --out FOLDER, and push that), or push the base and put its OWNER/NAME "
