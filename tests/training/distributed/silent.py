@@ -17,7 +17,7 @@ from minnow.training.parallel import parallelise
 
 from ..helpers import SHAPE, make_trainer, masked_batch
 
-TIMEOUT = timedelta(seconds=10)
+TIMEOUT = timedelta(seconds=5)
 
 
 def main(mode: str, folder: Path) -> None:
@@ -29,7 +29,7 @@ def main(mode: str, folder: Path) -> None:
     trainer = make_trainer(folder / os.environ["RANK"], model=model)
     trainer.train_step()
     if is_first():
-        with pytest.raises(RuntimeError, match="Timed out waiting 10000ms"):
+        with pytest.raises(RuntimeError, match="Timed out waiting 5000ms"):
             trainer.objective(model, masked_batch(1)).loss_sum.backward()
         (folder / "given-up").touch()
     while not (folder / "given-up").exists():
