@@ -194,6 +194,7 @@ def _weight(item: Mapping[str, Any], where: str) -> float:
 
 
 def _reasoning(item: Mapping[str, Any], where: str) -> str:
+    """What stands under one of the usual names; several are given where data sets were put together."""
     given = {key: item[key] for key in _REASONING_KEYS if item.get(key) not in (None, "")}
     texts = {checked_text(value, f"`{key}` of {where}") for key, value in given.items()}
     if len(texts) > 1:
