@@ -10,7 +10,8 @@ where that drops all but the first 340 tokens; and everybody is judged on held-o
 trained at. The same tokenizer and the same validation rows throughout.
 Tokens are real ones: padding and filler do not count. Writes one JSON line a run (every validation, with tokens and
 seconds of processor time, validations included) and the model itself, and draws the curves; `--summarise` prints the
-table from the file. For two arms side by side on two cores: OMP_NUM_THREADS=1 and one process an arm.
+table from the file. A run that was stopped goes on when the same command is given again; one that ended begins anew.
+For two arms side by side on two cores: OMP_NUM_THREADS=1 and one process an arm.
 """
 
 from __future__ import annotations
@@ -155,8 +156,8 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, text: RealText) ->
     if arm == "minimind":
         for group in optimizers[0].param_groups:  # ours leave norms and embeddings alone
             group["weight_decay"] = optim.weight_decay
-    folder = Path(options.work) / f"{arm}-seed{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
+    folder = run_folder(arm, seed, options)
+    clock = ProcessorClock()
     trainer = Trainer(
         config,
         folder=folder,
@@ -168,10 +169,11 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, text: RealText) ->
         source=source,
         total_steps=steps,
         validation=text.validation(machine.device),
+        evaluations=[clock],
     )
-    begin = time.process_time()
+    if trainer.resume():
+        clock.go_on_from(trainer.metrics.read(), trainer.state.step)
     trainer.fit()
-    seconds_per_step = (time.process_time() - begin) / steps
     save_pretrained(model, folder / "model", text.tokenizer)
     records = trainer.metrics.read()
     training = [r for r in records if "loss" in r]
@@ -179,7 +181,7 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, text: RealText) ->
     points = [
         {
             "tokens": round(r["step"] * per_step),
-            "seconds": r["step"] * seconds_per_step,
+            "seconds": r["processor_seconds"],
             "bpb": r["bits_per_byte"],
             "loss": r["validation_loss"],
         }
@@ -189,6 +191,35 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, text: RealText) ->
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     parameters = sum(p.numel() for p in model.parameters())
     return {"arm": arm, "seed": seed, "tokens": options.tokens, "parameters": parameters, "points": points}
+
+
+class ProcessorClock:
+    """Seconds of processor time since the run began, for each validation's line."""
+
+    def __init__(self) -> None:
+        self.zero = time.process_time()
+
+    def go_on_from(self, records: Sequence[dict], step: int) -> None:
+        """After a restart: the steps since the last reading are taken to have been as slow as those before it."""
+        readings = [r for r in records if "processor_seconds" in r and r["step"]]
+        if readings:
+            self.zero = time.process_time() - readings[-1]["processor_seconds"] * step / readings[-1]["step"]
+
+    def __call__(self, model: CausalLM) -> dict[str, float]:
+        return {"processor_seconds": time.process_time() - self.zero}
+
+
+def run_folder(arm: str, seed: int, options: argparse.Namespace) -> Path:
+    """The run's folder: with its checkpoints if the same run was stopped, else empty."""
+    folder = Path(options.work) / f"{arm}-seed{seed}"
+    elsewhere = ("arms", "seeds", "work", "out", "figure", "summarise")
+    settings = json.dumps({key: value for key, value in vars(options).items() if key not in elsewhere})
+    said = folder / "settings.json"
+    if not said.exists() or said.read_text() != settings or (folder / "model").exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        said.write_text(settings)
+    return folder
 
 
 def shape_of(options: argparse.Namespace) -> ModelConfig:
