@@ -3,7 +3,8 @@
     python benchmarks/pretraining_recipes.py --data $MINNOW_DATA/pretrain/*.zst --tokens 8000000 --seeds 0 1 2
 
 Arms: `minnow` (Muon, WSD, packed rows), `adamw-LR` (AdamW + cosine with our packing and batch, one arm a rate; with our
-initialisation, or as `adamw-LR-normal` with N(0, 0.02) on every matrix) and `minimind` (AdamW 5e-4, cosine to 10%, no
+initialisation, or as `adamw-LR-normal` with N(0, 0.02) on every matrix; as `adamw-LR-split` with that rate on the
+matrices and --embedding-lr on embeddings and norms) and `minimind` (AdamW 5e-4, cosine to 10%, no
 warm-up, default betas and decay on everything, rows of at most 340 tokens padded to that length, mean of micro-batch
 means, N(0, 0.02) initialisation). Two things are kinder to it than its own code: a long document becomes several rows,
 where that drops all but the first 340 tokens; and everybody is judged on held-out rows of 340 tokens, the length it was
@@ -34,6 +35,7 @@ from minnow.data.batches import Batch, PackedDataset, Share
 from minnow.data.shards import Shards
 from minnow.data.shuffle import permutation
 from minnow.model.config import ModelConfig
+from minnow.model.init import InitConfig
 from minnow.model.presets import PRESETS
 from minnow.model.pretrained import save_pretrained
 from minnow.model.size import training_flops_per_token
@@ -47,6 +49,16 @@ from minnow.training.trainer import Trainer
 
 SEQUENCE_LENGTH = 512
 MINIMIND_LENGTH = 340
+SHAPES = PRESETS | {  # one small enough to sweep on a CPU, with --vocab-size 2048 and --batch-tokens 8192
+    "1m": replace(
+        PRESETS["5m"],
+        hidden_size=128,
+        intermediate_size=320,
+        num_hidden_layers=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+    )
+}
 
 
 class PaddedRows:
@@ -121,12 +133,14 @@ def run_arm(arm: str, seed: int, options: argparse.Namespace, text: RealText) ->
     packed = PackedDataset(text.train, SEQUENCE_LENGTH, split_documents=True, seed=seed)
     source = PackedBatches(packed, seed, rows, max(1, options.micro_batch_tokens // SEQUENCE_LENGTH))
     steps = round(options.tokens / options.batch_tokens)
-    model = CausalLM(shape, seed=seed)
+    model = CausalLM(shape, InitConfig(embedding_std=options.embedding_std), seed=seed)
     if arm == "minnow":
         optim, schedule = ours, ScheduleConfig(warmup_steps=options.warmup)
     elif arm.startswith("adamw-"):
         rate = float(arm.split("-")[1])
         optim = OptimConfig(optimizer="adamw", matrix_lr=rate, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+        if arm.endswith("-split"):
+            optim = replace(optim, embedding_lr=options.embedding_lr, norm_lr=options.embedding_lr)
         schedule = ScheduleConfig(shape="cosine", warmup_steps=options.warmup, final_fraction=0.1)
     elif arm == "minimind":
         optim = OptimConfig(optimizer="adamw", matrix_lr=5e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
@@ -223,7 +237,7 @@ def run_folder(arm: str, seed: int, options: argparse.Namespace) -> Path:
 
 
 def shape_of(options: argparse.Namespace) -> ModelConfig:
-    return replace(PRESETS[options.shape], vocab_size=options.vocab_size)
+    return replace(SHAPES[options.shape], vocab_size=options.vocab_size)
 
 
 def tokens_to_reach(points: Sequence[dict], loss: float, key: str = "tokens") -> float | None:
@@ -313,13 +327,14 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", default=["minnow", "adamw-0.002", "minimind"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--tokens", type=float, default=8e6)
-    parser.add_argument("--shape", default="5m", choices=PRESETS)
+    parser.add_argument("--shape", default="5m", choices=SHAPES)
     parser.add_argument("--vocab-size", type=int, default=6400)
     parser.add_argument("--batch-tokens", type=int, default=32_768)
     parser.add_argument("--micro-batch-tokens", type=int, default=8192)
     parser.add_argument("--warmup", type=int, default=20)
     parser.add_argument("--muon-lr", type=float, default=0.01)
     parser.add_argument("--embedding-lr", type=float, default=0.004)
+    parser.add_argument("--embedding-std", type=float, default=InitConfig.embedding_std)
     parser.add_argument("--validation-tokens", type=int, default=131_072)
     parser.add_argument("--points", type=int, default=16)
     parser.add_argument("--work", default="runs/recipes")
