@@ -190,6 +190,13 @@ def test_pickles_and_broken_files_are_refused(folder):
         load_pretrained(folder)
 
 
+@pytest.mark.parametrize("name", ["../model", "runs/小鱼", "runs/a--b", "runs/-1", "runs/b."])
+def test_a_folder_whose_name_is_no_hub_id_is_told_in_a_line(name):
+    """One slash, as a Hub id has one: the Hub's client refused it in an error of its own, with a traceback."""
+    with pytest.raises(UserError, match=r"no such folder \(and not a Hugging Face id"):
+        resolve_model_folder(name)
+
+
 def test_resolving_model(folder, tmp_path):
     assert resolve_model_folder(folder) == folder
     assert resolve_model_folder(tmp_path) == folder  # a run folder
