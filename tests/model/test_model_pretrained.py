@@ -108,6 +108,9 @@ def test_shards_are_read(folder):
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="names model-00002-of-00002.safetensors, which is not there"):
         load_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": ["x"]}}')
+    with pytest.raises(UserError, match=r"names \['x'\], which is not there"):
+        load_pretrained(folder)
 
 
 def test_a_whole_file_goes_before_an_index(folder):
@@ -129,6 +132,8 @@ def test_a_whole_file_goes_before_an_index(folder):
         (b"[]", "not a JSON object, list"),
         (b"{bad", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
+        (b'{"weight_map": {"a": "../other.safetensors"}}', "it names ../other.safetensors, which is no file of this"),
+        (b'{"weight_map": {"a": "/other.safetensors"}}', "it names /other.safetensors, which is no file of this"),
     ],
 )
 def test_a_broken_index_is_refused_by_name(folder, index, message):

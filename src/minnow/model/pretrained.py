@@ -289,7 +289,9 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f"{folder / _INDEX}: no weight_map in it, which names each tensor's file: fetch it again")
-        files = sorted(set(weight_map.values()))
+        files = sorted(set(map(str, weight_map.values())))
+        if outside := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
+            raise UserError(f"{folder / _INDEX}: it names {outside[0]}, which is no file of this folder")
     else:
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pth", ".pt"))
         also = f" ({pickled[0]} is a pickle, never read: convert it to safetensors)" if pickled else ""
