@@ -358,7 +358,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _replace_folder(temporary: Path, folder: Path) -> None:
     """Put `temporary` in the place of `folder`: the old one stands aside until the new one is there."""
     for path in temporary.iterdir():
-        with open(path, "rb") as file:
+        with open(path, "rb+") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
     if not folder.exists():
         os.rename(temporary, folder)
