@@ -150,6 +150,15 @@ def test_files_of_the_user_are_out_of_reach(tmp_path):
 
 
 @closed_room
+def test_the_temporary_folder_may_have_any_name(tmp_path, monkeypatch):
+    folder = tmp_path / "池 塘\udcff"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    assert run_python("print(1)", seconds=1, megabytes=200) == "1"
+    assert list(folder.iterdir()) == []
+
+
+@closed_room
 def test_nobody_outside_can_be_talked_to(tmp_path):
     """A socket beside files belongs to no network: a program could ask a desktop's D-Bus, or Docker, to run another."""
     with socket.socket(socket.AF_UNIX) as listening:

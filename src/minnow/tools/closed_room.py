@@ -35,12 +35,12 @@ def leave_the_world(room: str, readable: list[str]) -> None:
         if getattr(LIBC, name)(*arguments) != 0:
             raise OSError(ctypes.get_errno(), f"{name} was refused")
 
-    call("mount", b"room", room.encode(), b"tmpfs", ctypes.c_ulong(0), None)
+    call("mount", b"room", os.fsencode(room), b"tmpfs", ctypes.c_ulong(0), None)
     for path in filter(os.path.isdir, readable):
         os.makedirs(room + path, exist_ok=True)
-        call("mount", path.encode(), (room + path).encode(), None, ctypes.c_ulong(BIND | RECURSIVE), None)
+        call("mount", os.fsencode(path), os.fsencode(room + path), None, ctypes.c_ulong(BIND | RECURSIVE), None)
     read_only = struct.pack("=4Q", READ_ONLY, 0, 0, 0)
-    call("syscall", MOUNT_SETATTR, -1, room.encode(), WHOLE_TREE, read_only, ctypes.c_size_t(len(read_only)))
+    call("syscall", MOUNT_SETATTR, -1, os.fsencode(room), WHOLE_TREE, read_only, ctypes.c_size_t(len(read_only)))
     os.chroot(room)
     os.chdir("/")
     call("capset", struct.pack("=2I", CAPABILITIES_VERSION, 0), bytes(24))  # or it could leave the folder again
