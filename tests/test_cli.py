@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import importlib
 import importlib.util
+import io
 import subprocess
 import sys
 import types
@@ -26,6 +27,8 @@ class Config:
 def run(config: Config) -> None:
     if config.word == "mend":
         raise UserError("the word is wrong; say go")
+    if config.word == "command":
+        raise UserError("row 1 says \x1b]0;owned\x07")
     if config.word == "stop":
         raise KeyboardInterrupt
     if config.word.startswith("open "):
@@ -55,6 +58,19 @@ def test_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["act", "mend"]) == 2
     assert capsys.readouterr().err == "error: the word is wrong; say go\n"
     assert cli.main(["act", "stop"]) == 130
+
+
+def test_a_terminal_of_another_encoding_shows_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the locale is no UTF-8, or Windows sends the output to a file: it ended in a UnicodeEncodeError."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="latin-1", write_through=True))
+    assert cli.main(["act", "über 鱼"]) == 0
+    assert written.getvalue() == "ran über ?\n".encode("latin-1")
+
+
+def test_what_an_error_quotes_does_not_command_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["act", "command"]) == 2
+    assert capsys.readouterr().err == "error: row 1 says \\x1b]0;owned\\x07\n"
 
 
 def test_mistakes_with_files_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -35,6 +35,20 @@ def test_atomic_write_gives_the_whole_file_or_none(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["file.txt"]
 
 
+def test_files_are_flushed_as_windows_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It flushes no file that is open for reading only: nothing could be written there."""
+    flushed = []
+
+    def fsync(descriptor: int) -> None:
+        flushed.append(os.write(descriptor, b""))  # EBADF where it is open for reading only, as fsync gives it there
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with atomic_write(tmp_path / "file") as temporary:
+        temporary.write_text("one")
+    save_pretrained(CausalLM(ModelConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1)), tmp_path / "model")
+    assert len(flushed) >= 3, "the file, and the model's"
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077])
 def test_what_is_opened_to_others_has_the_rights_of_any_file_or_folder(tmp_path: Path, mask: int) -> None:
     before = os.umask(mask)

@@ -28,6 +28,8 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[tuple[in
             came.append({"body": body, "key": self.headers["Authorization"]})
             status, text = replies.pop(0)
             self.send_response(status)
+            if 300 <= status < 400:
+                self.send_header("Location", text)
             self.send_header("Content-Length", str(len(text)))
             self.end_headers()
             self.wfile.write(text.encode())
@@ -70,6 +72,17 @@ def test_a_refusal_is_final_and_patience_ends(server) -> None:
     with pytest.raises(UserError, match="replied without an answer"):
         post_json(url, {}, said, key=None, seconds=5, attempts=3)
     assert len(pauses) == 2
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_no_redirection_takes_the_key_elsewhere(server, status: int) -> None:
+    """urllib follows 301 to 303 with all headers, to any host, and asks there without the body."""
+    url, replies, came, _ = server
+    elsewhere = url.replace("127.0.0.1", "localhost")
+    replies += [(status, f"{elsewhere}/v1")]
+    with pytest.raises(UserError, match=rf"\(HTTP {status}: it sends on to {elsewhere}/v1"):
+        post_json(url, {}, said, key="k", seconds=5)
+    assert len(came) == 1
 
 
 def test_an_empty_reply_is_none(server) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import pkgutil
 import re
@@ -21,6 +22,19 @@ MODULES = sorted(
 @pytest.mark.parametrize("name", MODULES)
 def test_imports(name: str) -> None:
     importlib.import_module(name)
+
+
+def test_what_only_unix_has_is_imported_where_it_is_used() -> None:
+    """`import resource` at the head of two modules kept every command that computes from starting on Windows."""
+    only_unix = {"fcntl", "grp", "posix", "pty", "pwd", "readline", "resource", "syslog", "termios", "tty"}
+    package = Path(minnow.__path__[0])
+    for file in sorted(package.rglob("*.py")):
+        if file.name == "closed_room.py":  # a program for Linux, which nothing imports
+            continue
+        for statement in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                names = {alias.name for alias in statement.names} | {getattr(statement, "module", None)}
+                assert not names & only_unix, f"{file.relative_to(package)}:{statement.lineno}"
 
 
 def _tracked_text_files() -> list[Path]:

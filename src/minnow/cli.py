@@ -16,6 +16,7 @@ from pathlib import Path
 
 from minnow import __version__
 from minnow.config import UserError, parse_config
+from minnow.console import escaped, tolerate_any_text
 from minnow.settings import nearest
 
 
@@ -75,10 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     SIGTERM exits 143 by itself, once it has saved.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    tolerate_any_text()
     try:
         return _dispatch(words)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {escaped(str(error))}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         extra = _extra_with(error.name)

@@ -72,7 +72,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
-            with open(temporary, "rb") as file:
+            with open(temporary, "rb+") as file:  # Windows flushes only what may be written
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         finally:

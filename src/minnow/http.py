@@ -17,6 +17,16 @@ ATTEMPTS = 4
 T = TypeVar("T")
 
 
+class _StayHere(urllib.request.HTTPRedirectHandler):
+    """Follows nowhere: urllib would hand the key to whatever host is named, and ask it without the question."""
+
+    def redirect_request(self, *_: Any) -> None:
+        """Make a redirection an HTTPError."""
+
+
+_OPENER = urllib.request.build_opener(_StayHere)
+
+
 def post_json(
     url: str,
     body: dict[str, Any],
@@ -44,9 +54,12 @@ def post_json(
             time.sleep(pause * 2 ** (attempt - 1))
         before()
         try:
-            with urllib.request.urlopen(request, timeout=seconds) as response:
+            with _OPENER.open(request, timeout=seconds) as response:
                 reply = json.loads(response.read() or b"null")
         except urllib.error.HTTPError as error:
+            if 300 <= error.code < 400:
+                problem = f"HTTP {error.code}: it sends on to {error.headers['Location']}: name that address"
+                break
             problem = f"HTTP {error.code}: {error.read(500).decode('utf-8', 'replace')}"
             if error.code < 500 and error.code != 429:
                 break

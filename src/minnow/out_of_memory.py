@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-import resource
-import sys
 from collections.abc import Sequence
 
 import torch
 
 from minnow.config import UserError
-from minnow.host import host_memory
+from minnow.host import host_memory, peak_memory
 
 _GIB = 2**30
 # What torch says where it raises no exception of its own kind: a CPU's allocator (Linux, then Windows and macOS),
@@ -55,8 +53,7 @@ def _amounts(error: BaseException) -> str:
         if others > _GIB:
             parts.append(f"{_gib(others)} are taken by other programs or by torch itself")
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-        parts.append(f"this process held up to {_gib(peak)} of this machine's {_gib(host_memory())}")
+        parts.append(f"this process held up to {_gib(peak_memory())} of this machine's {_gib(host_memory())}")
     return ", ".join(parts)
 
 

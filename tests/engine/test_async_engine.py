@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, aclosing
@@ -13,6 +14,7 @@ from engine_helpers import LATE, WIDE, random_prompts, tiny_model, tiny_tokenize
 from minnow.config import UserError
 from minnow.engine import Engine, SamplingParams
 from minnow.engine.async_engine import AsyncEngine, ClosedError, QueueFullError
+from minnow.engine.grammar import Constraint, regex_grammar
 
 LONG = SamplingParams(max_tokens=100, ignore_eos=True)
 
@@ -46,6 +48,33 @@ def test_streams_together_equal_generate(engine: AsyncEngine) -> None:
 
     answers = asyncio.run(all_of_them())
     assert answers == [[completion.ids for completion in output.completions] for output in expected]
+    assert engine.in_flight == 0
+
+
+def test_a_grammar_is_compiled_beside_the_answers_under_way(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A schema of 50,000 words takes most of a second, in which every stream stood still."""
+    began, go_on = threading.Event(), threading.Event()
+    compile = engine.engine.constraint
+
+    def held(params: SamplingParams) -> Constraint | None:
+        began.set()
+        assert go_on.wait(60), "the other answer waits for it"
+        return compile(params)
+
+    async def talk() -> str:
+        async with aclosing(engine.stream([5], LONG)) as deltas:
+            await anext(deltas)
+            monkeypatch.setattr(engine.engine, "constraint", held)
+            params = SamplingParams(grammar=regex_grammar("[ab]{3}"))
+            asked = asyncio.create_task(engine.submit([6], params))
+            assert await asyncio.to_thread(began.wait, 60)
+            assert len([delta async for delta in deltas]) == LONG.max_tokens - 1
+        go_on.set()
+        return "".join([delta.text async for delta in await asked])
+
+    assert re.fullmatch("[ab]{3}", asyncio.run(talk()))
     assert engine.in_flight == 0
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -444,6 +446,21 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(tmp_path: Path) -> Non
     folder = tiny_model(tmp_path, vocab_size=small_tokenizer().vocab_size - 1)
     with pytest.raises(UserError, match="do not belong together"):
         write_gguf(folder, tmp_path / "x.gguf")
+
+
+def test_a_model_that_may_only_be_read_is_exported_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As one that an administrator has put there: its card could not be renewed, and nothing was written."""
+
+    def refused(path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    monkeypatch.setattr("minnow.report.model_card.atomic_write", refused)
+    folder = tiny_model(tmp_path)
+    assert cli.main(["export", str(folder), "--to", "gguf", "--out", str(tmp_path / "x.gguf")]) == 0
+    assert (tmp_path / "x.gguf").is_file()
+    assert "may only be read: its card stays as it is" in capsys.readouterr().out
 
 
 def test_wrong_requests_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

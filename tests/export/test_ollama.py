@@ -175,3 +175,9 @@ def test_a_base_model_continues_its_prompt(tmp_path: Path) -> None:
     (folder / "chat_template.jinja").unlink()
     write_ollama(folder, tmp_path / "out")
     assert 'TEMPLATE """{{ .Prompt }}"""' in (tmp_path / "out" / "Modelfile").read_text(encoding="utf-8")
+
+
+def test_the_command_of_a_folder_with_a_blank_can_be_typed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tiny_model(tmp_path / "my ponds")
+    assert cli.main(["export", str(folder), "--to", "ollama"]) == 0
+    assert f"-f '{folder}/Modelfile'\n" in capsys.readouterr().out

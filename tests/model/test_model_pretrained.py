@@ -108,6 +108,9 @@ def test_shards_are_read(folder):
     (folder / "model-00002-of-00002.safetensors").unlink()
     with pytest.raises(UserError, match="names model-00002-of-00002.safetensors, which is not there"):
         load_pretrained(folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": ["x"]}}')
+    with pytest.raises(UserError, match=r"names \['x'\], which is not there"):
+        load_pretrained(folder)
 
 
 def test_a_whole_file_goes_before_an_index(folder):
@@ -129,6 +132,8 @@ def test_a_whole_file_goes_before_an_index(folder):
         (b"[]", "not a JSON object, list"),
         (b"{bad", "not valid JSON"),
         (b"\xff\xfe", "not valid JSON"),
+        (b'{"weight_map": {"a": "../other.safetensors"}}', "it names ../other.safetensors, which is no file of this"),
+        (b'{"weight_map": {"a": "/other.safetensors"}}', "it names /other.safetensors, which is no file of this"),
     ],
 )
 def test_a_broken_index_is_refused_by_name(folder, index, message):
@@ -188,6 +193,13 @@ def test_pickles_and_broken_files_are_refused(folder):
     (folder / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
         load_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["../model", "runs/小鱼", "runs/a--b", "runs/-1", "runs/b."])
+def test_a_folder_whose_name_is_no_hub_id_is_told_in_a_line(name):
+    """One slash, as a Hub id has one: the Hub's client refused it in an error of its own, with a traceback."""
+    with pytest.raises(UserError, match=r"no such folder \(and not a Hugging Face id"):
+        resolve_model_folder(name)
 
 
 def test_resolving_model(folder, tmp_path):

@@ -248,6 +248,32 @@ def test_folders_of_this_machine_are_named_by_their_last_part(tmp_path: Path, mo
     assert "| data | old |" in text
 
 
+@pytest.mark.parametrize("name", ["../base", "runs/小鱼", "runs/a--b", "runs/-1"])
+def test_folders_that_read_like_a_hub_id_but_for_the_hubs_rules(name: str, tmp_path: Path) -> None:
+    """The Hub's client raised an error of its own, and the run ended in it after its last step."""
+    run = a_run(tmp_path / "tuned", data=name, init_from=name, run=name, cleaned=name)
+    text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+    assert f"starting from {Path(name).name}: 1 layers" in text
+    assert ModelCard(text).data.datasets is None
+    assert name not in text
+
+
+def test_the_commands_of_a_name_with_a_blank_can_be_typed(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "my run", data="x.jsonl")
+    text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+    assert "# my run\n" in text
+    assert "--type q8_0 --out 'my run'.gguf\n" in text
+    assert "ollama create 'my run' -f 'my run'-ollama/Modelfile" in text
+
+
+def test_the_query_of_a_web_address_stays_at_home(tmp_path: Path) -> None:
+    """Of a signed address it is a key, and the card is published."""
+    run = a_run(tmp_path / "tuned", data="https://texts.example/poems.jsonl.gz?X-Amz-Signature=secret@2")
+    text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+    assert "| data | poems.jsonl.gz |" in text
+    assert "secret" not in text
+
+
 def test_on_the_hub_commands_name_the_repository(tmp_path: Path) -> None:
     run = a_run(tmp_path / "tuned", data="x.jsonl")
     write_model_card(run / "model", repo="somebody/fish")

@@ -41,7 +41,7 @@ def test_python_runs_what_the_model_writes():
     assert environment.reset().tools[0]["function"]["name"] == "python"
     reply = environment.step(calls(("python", {"code": "print(6 * 7)"}), ("python", {"code": "open('/etc/passwd')"})))
     assert reply.messages[0].content == "42"
-    assert "PermissionError" in json.loads(reply.messages[1].content)["error"]
+    assert "FileNotFoundError" in json.loads(reply.messages[1].content)["error"]
     assert environment.step(Message("assistant", "It is 42.")).done
 
 

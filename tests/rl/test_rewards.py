@@ -5,6 +5,8 @@ import math
 import threading
 from dataclasses import replace
 from decimal import Decimal
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 
 import pytest
 import torch
@@ -203,6 +205,30 @@ def test_json_schema():
     assert [item.reward for item in items] == [1, 0, 0, 0]
     with pytest.raises(UserError, match="needs a `schema`"):
         Rewarder(RewardConfig(answer=0, json_schema=1.0), enable_thinking=False).score([episode("4")])
+
+
+def test_a_schema_fetches_nothing():
+    """Rows come from anywhere: one could have the trainer ask addresses of its own network, or open files."""
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_error(404)
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        schema = {"$ref": f"http://127.0.0.1:{server.server_port}/inside"}
+        with pytest.raises(UserError, match="a schema may refer to its own parts only"):
+            Rewarder(RewardConfig(answer=0, json_schema=1.0), enable_thinking=False).score(
+                [episode("4", row={"schema": schema})]
+            )
+        server.shutdown()
+    assert asked == []
+    schema = {"$ref": "#/$defs/four", "$defs": {"four": {"const": 4}}}
+    item = episode("4", row={"schema": schema})
+    Rewarder(RewardConfig(answer=0, json_schema=1.0), enable_thinking=False).score([item])
+    assert item.reward == 1
 
 
 def broken(trajectories):

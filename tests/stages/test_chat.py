@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -19,14 +20,12 @@ from rich.console import Console
 from minnow.config import UserError
 from minnow.data.records import parse_conversation
 from minnow.engine import Engine, SamplingParams
-from minnow.stages.chat import Config, run, show_answer
+from minnow.stages.chat import Config, run, show_answer, talk
 from minnow.stages.chat_commands import run_command
 from minnow.stages.chat_session import ChatSession
 from minnow.tokenizer.chat import Message
 
 from .stage_helpers import save_parrot_model, save_random_model, tiny_tokenizer
-
-PROGRAM = "import sys; from minnow.stages.chat import Config, run; run(Config(model=sys.argv[1], temperature=0.0, {}))"
 
 
 def open_session(folder: Path, max_tokens: int | None = 50, **options: object) -> ChatSession:
@@ -228,9 +227,9 @@ def test_a_model_that_cannot_chat_is_refused(tmp_path: Path) -> None:
         ChatSession(engine, SamplingParams())
 
 
-def start(model: Path, options: str = "device='cpu'", **streams: object) -> subprocess.Popen[bytes]:
+def start(model: Path, *options: str, **streams: object) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TERM": "xterm", "LC_ALL": "C.UTF-8"}
-    command = [sys.executable, "-c", PROGRAM.format(options), str(model)]
+    command = [sys.executable, "-m", "minnow", "chat", str(model), "--temperature=0", "--device=cpu", *options]
     return subprocess.Popen(command, env=environment, **streams)
 
 
@@ -245,6 +244,24 @@ def test_piped_input_and_bad_bytes(tmp_path: Path) -> None:
     assert text.count("minnow> 小鱼\n\n") == 2
     assert "/nonsense: no such command" in text
     assert "you>" not in text
+
+
+@pytest.mark.parametrize(("no_color", "prompt"), [(True, "you> "), (False, "\001\033[1;36m\002you>\001\033[0m\002 ")])
+def test_the_prompt_is_coloured_where_colours_are_wanted(
+    no_color: bool, prompt: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever sets NO_COLOR, or a terminal without colours, got a coloured one all the same."""
+    prompts = []
+
+    def no_more(shown: str) -> str:
+        prompts.append(shown)
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", no_more)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    console = Console(file=io.StringIO(), force_terminal=True, color_system="standard", no_color=no_color)
+    talk(open_session(save_parrot_model(tmp_path / "m", "ok§<|im_end|>§")), console)
+    assert prompts == [prompt]
 
 
 class Screen:
@@ -285,7 +302,7 @@ def test_ctrl_c_stops_the_answer_and_then_the_program(tmp_path: Path) -> None:
     model = save_parrot_model(tmp_path / "m", "ab鱼", context=100_000)
     master, slave = pty.openpty()
     process = start(
-        model, "device='cpu', max_tokens=None", stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+        model, "--max_tokens=null", stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
         preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
     )  # fmt: skip
     os.close(slave)

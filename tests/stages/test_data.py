@@ -75,6 +75,14 @@ def test_the_mask_is_in_colour_on_a_terminal(words, tmp_path):
     assert render_sample(console, data.train, tokenizer, 0, 5).plain.endswith("more tokens")
 
 
+def test_a_row_that_would_command_the_terminal_is_shown_and_not_obeyed(words, tmp_path, capsys):
+    """Data from elsewhere could set the window's title, or hide what stands before it."""
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "\x1b]0;owned\x07\x9b2J"}]}
+    (tmp_path / "chats.jsonl").write_text("\n".join([json.dumps(row)] * 20))
+    assert main(["data", "inspect", *words]) == 0
+    assert "«\\x1b]0;owned\\x07\\x9b2J<|im_end|>»" in capsys.readouterr().out
+
+
 def test_histogram_by_hand():
     assert length_histogram(np.array([1, 2, 3, 4, 5, 8, 9])) == [(1, 1, 1), (2, 2, 1), (3, 4, 2), (5, 8, 2), (9, 16, 1)]
     assert length_histogram(np.array([], dtype=np.int64)) == []

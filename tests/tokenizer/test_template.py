@@ -25,6 +25,8 @@ def test_templates_are_compared_by_what_they_write() -> None:
     assert differences(silent) == ["thoughts"]
     assert differences("{{ raise_exception('no tools') if tools }}" + chat_template()) == ["tools"]
     assert differences("{% if %}") == list(PROBES)
+    endless = "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}"
+    assert differences(endless) == list(PROBES)
 
 
 @pytest.mark.parametrize("where", ["file", "config", "named"])

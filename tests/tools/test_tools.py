@@ -4,6 +4,7 @@ import json
 import os
 import re
 import resource
+import socket
 import subprocess
 import threading
 import time
@@ -105,9 +106,10 @@ def test_python_in_a_closed_room():
         ("import socket; socket.create_connection(('1.1.1.1', 80), 1)", "unreachable"),
         ("import urllib.request; urllib.request.urlopen('http://127.0.0.1:1')", "URLError"),
         ("import time; time.sleep(60)", "stopped after 3 seconds"),
-        ("open('x', 'w')", "PermissionError"),  # of small files as well, a program could fill the disk
-        ("import os; os.mkdir('x')", "PermissionError"),
-        ("open('../minnow', 'w')", "PermissionError"),
+        ("open('x', 'w')", "Read-only"),  # of small files as well, a program could fill the disk
+        ("import os; os.mkdir('x')", "Read-only"),
+        ("open('../minnow', 'w')", "Read-only"),
+        ("import os; os.chroot('/usr')", "Operation not permitted"),  # a way out of the root folder
         ("import tempfile; tempfile.TemporaryFile()", "FileNotFoundError"),
         ("import os; print(os.environ['HOME'])", "KeyError"),
         ("import torch", "No module named"),
@@ -134,11 +136,37 @@ def test_files_of_the_user_are_out_of_reach(tmp_path):
     for code in (
         f"print(open({str(secret)!r}).read())",
         f"import os; os.remove({str(secret)!r})",
+        f"import os; os.chmod({str(secret)!r}, 0o777)",  # Landlock allows it to the file's owner
+        f"import os; os.utime({str(secret)!r})",
+        f"import os; os.stat({str(secret)!r})",
         "open('/etc/passwd')",
     ):
-        with pytest.raises(ToolError, match="PermissionError"):
+        with pytest.raises(ToolError, match="FileNotFoundError"):
             run_python(code, seconds=1, megabytes=200)
     assert secret.read_text() == "mine"
+    # Pythons in a user's home are the user's own files.
+    with pytest.raises(ToolError, match="Read-only file system"):
+        run_python("import os; os.utime(os.__file__)", seconds=1, megabytes=200)
+
+
+@closed_room
+def test_the_temporary_folder_may_have_any_name(tmp_path, monkeypatch):
+    folder = tmp_path / "池 塘\udcff"
+    folder.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    assert run_python("print(1)", seconds=1, megabytes=200) == "1"
+    assert list(folder.iterdir()) == []
+
+
+@closed_room
+def test_nobody_outside_can_be_talked_to(tmp_path):
+    """A socket beside files belongs to no network: a program could ask a desktop's D-Bus, or Docker, to run another."""
+    with socket.socket(socket.AF_UNIX) as listening:
+        listening.bind(str(tmp_path / "s"))
+        listening.listen()
+        code = f"import socket; socket.socket(socket.AF_UNIX).connect({str(tmp_path / 's')!r})"
+        with pytest.raises(ToolError, match="FileNotFoundError"):
+            run_python(code, seconds=1, megabytes=200)
 
 
 @closed_room

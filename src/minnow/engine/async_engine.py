@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from minnow.config import UserError
 from minnow.engine.engine import Engine, Prompt
+from minnow.engine.grammar import Constraint
 from minnow.engine.outputs import Delta
 from minnow.engine.sampling import SamplingParams
 from minnow.out_of_memory import explained, is_out_of_memory
@@ -114,12 +115,15 @@ class AsyncEngine:
             prompt = await asyncio.to_thread(self.engine.prompt_ids, prompt)
         self._admit(params.n)
         answer = Answer(self, params.n)
+        constraint: Constraint | None = None
 
         def add(engine: Engine) -> None:
-            answer.id = engine.add(prompt, params)
+            answer.id = engine.add(prompt, params, constraint)
             self._answers[answer.id] = answer
 
         try:
+            if params.grammar is not None:  # it may take a second to compile, and answers under way would wait for it
+                constraint = await asyncio.to_thread(self.engine.constraint, params)
             await self.call(add)
         except BaseException:  # cancelled while it waited, too
             answer.close()

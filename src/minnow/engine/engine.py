@@ -18,7 +18,7 @@ from minnow.engine.attention import VARLEN_BLOCK_SIZE, varlen_attention
 from minnow.engine.blocks import BlockManager
 from minnow.engine.cache import PagedCache, Window, bytes_per_token
 from minnow.engine.compiled import CompiledDecode
-from minnow.engine.grammar import Grammars
+from minnow.engine.grammar import Constraint, Grammars
 from minnow.engine.graphs import CudaGraphs
 from minnow.engine.outputs import Completions, Delta
 from minnow.engine.packed import PackedModel, can_pack
@@ -154,12 +154,17 @@ class Engine:
         """
         return self._stream(self._request(prompt, params or SamplingParams()))
 
-    def add(self, prompt: Prompt, params: SamplingParams | None = None) -> int:
+    def add(self, prompt: Prompt, params: SamplingParams | None = None, constraint: Constraint | None = None) -> int:
         """Put a request into the waiting line; its id, with which `step` marks its deltas.
 
-        UserError as in `generate`; nothing is added then.
+        constraint: what `constraint` makes of `params`, where that has been done already. UserError as in `generate`;
+        nothing is added then.
         """
-        return self._submit(self._request(prompt, params or SamplingParams())).id
+        return self._submit(self._request(prompt, params or SamplingParams(), constraint)).id
+
+    def constraint(self, params: SamplingParams) -> Constraint | None:
+        """The grammar of `params`, compiled; any thread may do it. It may take a second. UserError as in `generate`."""
+        return None if params.grammar is None else self._grammars.constraint(params.grammar)
 
     def step(self) -> list[tuple[int, Delta | UserError]]:
         """One forward pass over what waits and lives; (request id, delta) for every token that came of it.
@@ -207,7 +212,7 @@ class Engine:
             return [self.tokenizer.start_id, *self.tokenizer.encode(prompt)]
         return [int(token) for token in prompt]
 
-    def _request(self, prompt: Prompt, params: SamplingParams) -> Request:
+    def _request(self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None = None) -> Request:
         ids = self.prompt_ids(prompt)
         context = self.model.config.max_position_embeddings
         if not ids:
@@ -240,7 +245,7 @@ class Engine:
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
             end_ids=end_ids,
         )
-        constraint = None if params.grammar is None else self._grammars.constraint(params.grammar)
+        constraint = constraint or self.constraint(params)
         request.samples.extend(
             Sequence(request, index, self.tokenizer, constraint and constraint.copy()) for index in range(params.n)
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,7 +41,6 @@ _KEPT_IN_FP32 = "e_score_correction_bias"  # small steps add up in it; transform
 TRAINING_ONLY = "gate.noise_weight"
 """Parameters whose names end so are left out of model folders: no class has a place for them."""
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def save_pretrained(
@@ -228,7 +226,7 @@ def resolve_model_folder(model: str | Path) -> Path:
             return candidate
     if path.exists():
         raise UserError(f"{path}: neither a model folder (it has no config.json) nor a run folder with model/ in it")
-    if not _HUB_ID.fullmatch(str(model)):
+    if not is_hub_id(str(model)):
         raise UserError(f"{model}: no such folder (and not a Hugging Face id, which reads OWNER/NAME)")
     # Imported here: a local folder needs no Hub client.
     from huggingface_hub import snapshot_download
@@ -244,6 +242,18 @@ def resolve_model_folder(model: str | Path) -> Path:
     if not is_model_folder(folder):
         raise UserError(f"{model}: the Hub has it, but without a config.json")
     return folder
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether `name` reads OWNER/NAME as the Hugging Face Hub's ids do: ../model and runs/小鱼 are folders."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return "/" in name
 
 
 def is_model_folder(folder: Path) -> bool:
@@ -279,7 +289,9 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         weight_map = read_json(folder / _INDEX).get("weight_map")
         if not isinstance(weight_map, dict):
             raise UserError(f"{folder / _INDEX}: no weight_map in it, which names each tensor's file: fetch it again")
-        files = sorted(set(weight_map.values()))
+        files = sorted(set(map(str, weight_map.values())))
+        if outside := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
+            raise UserError(f"{folder / _INDEX}: it names {outside[0]}, which is no file of this folder")
     else:
         pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pth", ".pt"))
         also = f" ({pickled[0]} is a pickle, never read: convert it to safetensors)" if pickled else ""
@@ -346,7 +358,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 def _replace_folder(temporary: Path, folder: Path) -> None:
     """Put `temporary` in the place of `folder`: the old one stands aside until the new one is there."""
     for path in temporary.iterdir():
-        with open(path, "rb") as file:
+        with open(path, "rb+") as file:  # Windows flushes only what may be written
             os.fsync(file.fileno())
     if not folder.exists():
         os.rename(temporary, folder)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 
 from minnow import __version__
+from minnow.data.files import without_query
 from minnow.disk import atomic_write
+from minnow.model.pretrained import is_hub_id
 from minnow.model.reward_model import is_classification
 from minnow.report.lineage import Run, lineage, origin, read_rollouts, run_of
 from minnow.report.plots import figures_of, save_figure
@@ -23,7 +26,6 @@ from minnow.tokenizer.bytelevel import valid_unicode
 
 MARK = "<!-- minnow wrote this card from the run's log and rewrites it; delete this line to keep changes of yours. -->"
 CARD = "README.md"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _CURVES = "curves.png"
 _PLACES = ("run", "init_from", "tokenizer", "teacher", "pond", "prompts", "held_out", "reward_model", "folder", "url")
 """Settings that name a file, a folder or an address, with or without a slash in it."""
@@ -152,6 +154,7 @@ def _use(folder: Path, repo: str | None, name: str) -> list[str]:
         f"{ask}\n"
         "print(tokenizer.decode(model.generate(**ids, max_new_tokens=64)[0]))"
     )
+    name = shlex.quote(name)
     shell = (
         f"vllm serve {where}\n\n"
         f"minnow export {where} --to gguf --type q8_0 --out {name}.gguf\n"
@@ -241,13 +244,13 @@ def _data(run: Run) -> list[tuple[str, bool]]:
 
 def _source(written: str) -> tuple[str, bool]:
     path = re.sub(r"@[\d.]+$", "", written)
-    hub = _HUB_ID.fullmatch(path.partition(":")[0]) and not Path(path).suffix and not Path(path).exists()
-    # Folders of this machine are nobody's business.
-    return (path.partition(":")[0], True) if hub else (Path(path).name, False)
+    hub = is_hub_id(path.partition(":")[0]) and not Path(path).suffix and not Path(path).exists()
+    # Folders of this machine are nobody's business, and the query of a web address may hold a key.
+    return (path.partition(":")[0], True) if hub else (Path(without_query(path)).name, False)
 
 
 def _from_hub(model: str) -> bool:
-    return bool(_HUB_ID.fullmatch(model)) and isinstance(try_to_load_from_cache(model, "config.json"), str)
+    return is_hub_id(model) and isinstance(try_to_load_from_cache(model, "config.json"), str)
 
 
 def _public(model: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from minnow.config import UserError
+from minnow.config import UserError, first_line
 from minnow.evaluation.judge import Judge, load_judge
 from minnow.rl.answers import AnswerKind, final_answer, is_right
 from minnow.rl.environment_calls import shown
@@ -234,15 +234,19 @@ def _fits_schema(trajectory: Trajectory) -> float:
     if not isinstance(schema, dict):
         raise UserError("the reward json_schema needs a `schema` object in every row of the prompts")
     try:
-        validator = jsonschema_rs.validator_for(schema)
+        validator = jsonschema_rs.validator_for(schema, retriever=_refuse)  # or it would fetch any address of a row
     except ValueError as error:
-        asked = shown(trajectory.environment.prompt)
-        raise UserError(f"the reward json_schema: the `schema` of the prompt {asked} is none: {error}") from None
+        asked, problem = shown(trajectory.environment.prompt), first_line(error)
+        raise UserError(f"the reward json_schema: the `schema` of the prompt {asked} is none: {problem}") from None
     try:
         value = json.loads(_said(trajectory))
         return float(validator.is_valid(value))
     except (ValueError, RecursionError):  # no JSON, half a character, or brackets without end
         return 0.0
+
+
+def _refuse(uri: str) -> Any:
+    raise ValueError("a schema may refer to its own parts only")
 
 
 def _in_time(name: str, function: RewardFunction, seconds: float) -> RewardFunction:

@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.text import Text
 
 from minnow.config import UserError
-from minnow.console import plain_console
+from minnow.console import plain_console, printable
 from minnow.stages.chat_commands import run_command
 from minnow.stages.chat_session import Answer, ChatSession
-from minnow.stages.terminal import TalkingConfig, printable, tolerate_any_text
+from minnow.stages.terminal import TalkingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,6 @@ class Config(TalkingConfig):
 
 def run(config: Config) -> None:
     """Chat until /exit, the end of the input or Ctrl-C at the prompt."""
-    tolerate_any_text()
     engine = config.load_engine()
     session = ChatSession(engine, config.sampling_params(), system=config.system, thinking=config.think)
     console = plain_console()
@@ -50,7 +49,7 @@ def talk(session: ChatSession, console: Console) -> None:
     """The loop: read a line, obey or answer it."""
     # A second Ctrl-C while the first is still being handled lands here too: leaving is always polite.
     with contextlib.suppress(KeyboardInterrupt, EOFError):
-        for line in read_lines():
+        for line in read_lines(colour=console.color_system is not None and not console.no_color):
             try:
                 if line.startswith("/"):
                     if not run_command(session, line, console):
@@ -63,7 +62,7 @@ def talk(session: ChatSession, console: Console) -> None:
         console.print("\nBye.", style="dim")
 
 
-def read_lines() -> Iterator[str]:
+def read_lines(*, colour: bool) -> Iterator[str]:
     """The user's lines, stripped: edited with readline in a terminal, else standard input's."""
     if not sys.stdin.isatty():
         for line in sys.stdin:
@@ -75,7 +74,8 @@ def read_lines() -> Iterator[str]:
     except ImportError:
         pass
     else:
-        prompt = "\001\033[1;36m\002you>\001\033[0m\002 "  # \001 and \002: characters of no width, for readline
+        if colour:
+            prompt = "\001\033[1;36m\002you>\001\033[0m\002 "  # \001 and \002: characters of no width, for readline
     while True:
         yield input(prompt).strip()
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from minnow.config import UserError
-from minnow.console import plain_console
+from minnow.console import escaped, plain_console
 from minnow.data.encoding import Kind
 from minnow.data.prepare import DataConfig, prepare
 from minnow.data.shards import Shards
@@ -79,7 +79,7 @@ def render_sample(console: Console, shards: Shards, tokenizer: Tokenizer, docume
     """Decode a document, each token shown with its loss weight; control tokens show as they are written."""
     text = Text()
     for ids, weight in loss_runs(shards, document, limit):
-        part = tokenizer.decode(ids)
+        part = escaped(tokenizer.decode(ids))
         if not _has_colour(console):
             text.append(f"«{part}»" if weight else part)
         else:

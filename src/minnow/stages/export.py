@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -64,10 +66,19 @@ def run(config: Config) -> None:
     # Where the folder is a copy that the Hub's client keeps, nothing is written into it.
     home = folder if Path(config.model).exists() else Path(config.model.rpartition("/")[2])
     if home == folder and config.to != "hub":
-        write_model_card(folder)
+        _renew_card(folder, console)
     ways = {"gguf": _gguf, "ollama": _ollama, "onnx": _onnx, "hub": _hub}
     with told_when_full(config.out or home):
         ways[config.to](config, folder, home, console)
+
+
+def _renew_card(folder: Path, console: Console) -> None:
+    try:
+        write_model_card(folder)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        console.print(f"note: {folder} may only be read: its card stays as it is")  # --out may lie elsewhere
 
 
 def _refuse_unread(config: Config) -> None:
@@ -103,7 +114,8 @@ def _ollama(config: Config, folder: Path, home: Path, console: Console) -> None:
 
     out = Path(config.out or home)
     _tell(write_ollama(folder, out, _gguf_type(config), thinking=config.thinking, context=config), console)
-    console.print(f"{out / 'Modelfile'}: ollama create {model_name(folder)} -f {out / 'Modelfile'}")
+    file = out / "Modelfile"
+    console.print(f"{file}: ollama create {shlex.quote(model_name(folder))} -f {shlex.quote(str(file))}")
 
 
 def _onnx(config: Config, folder: Path, home: Path, console: Console) -> None:

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.text import Text
 
 from minnow.config import UserError
-from minnow.console import plain_console
+from minnow.console import plain_console, printable
 from minnow.disk import atomic_write
 from minnow.engine import Engine, SamplingParams
 from minnow.json_file import json_text
-from minnow.stages.terminal import TalkingConfig, printable, tolerate_any_text
+from minnow.stages.terminal import TalkingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,6 @@ class Config(TalkingConfig):
 def run(config: Config) -> None:
     """Print the prompt with its continuation as it comes, or several continuations one after another."""
     params = config.sampling_params(n=config.n, stop=config.stop, ignore_eos=config.ignore_eos)
-    tolerate_any_text()
     if config.prompt is None and sys.stdin.isatty():
         raise UserError('no text to continue: give --prompt "Once upon a time", or pipe one in')
     prompt = sys.stdin.read() if config.prompt is None else config.prompt

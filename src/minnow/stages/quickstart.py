@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from minnow.config import UserError, refuse_unused
-from minnow.console import plain_console, program
+from minnow.console import plain_console, printable, program
 from minnow.data.pond.world import World
 from minnow.data.pond.write import write_pond
 from minnow.data.prepare import DataConfig
@@ -268,7 +268,7 @@ def _examine(config: Config, folder: Path, clock: _Clock, console: Console) -> N
         for message in messages:
             colour = "cyan" if message["role"] == "user" else "green"
             console.print(f"{message['role']:>9}  ", style=colour, end="")
-            console.print(message["content"])
+            console.print(printable(message["content"]))
     console.print(f"\n{summary['minutes']:.1f} minutes. The report is {report}. Next:")
     minnow, run, base_run = program(), shlex.quote(config.run), shlex.quote(str(folder / "pretrain"))
     for command in (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import sys
 from dataclasses import dataclass, field
 
 from minnow.console import plain_console
@@ -15,9 +13,6 @@ from minnow.model.pretrained import resolve_model_folder
 from minnow.model.quantize import QuantizeConfig
 from minnow.tokenizer.tokenizer import Tokenizer
 from minnow.training.hardware import DeviceName, Precision, choose_device, choose_precision
-
-# All C0 and C1 controls but tab and newline: a model (or a pasted text) must not move the cursor or set the title.
-_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,15 +57,3 @@ def note_foreign_template(tokenizer: Tokenizer, model: str) -> None:
     """Say so where MODEL was taught to converse in another form than minnow will ask it in."""
     if tokenizer.has_chat_tokens and (foreign := tokenizer.foreign_template) is not None:
         plain_console(stderr=True).print(f"note: {model} came with {foreign}: expect worse answers than elsewhere")
-
-
-def printable(text: str) -> str:
-    """The text without characters that command a terminal."""
-    return _CONTROLS.sub("", text)
-
-
-def tolerate_any_text() -> None:
-    """Read bytes that are no text as U+FFFD and write what the terminal cannot show as `?`, instead of failing."""
-    for stream in (sys.stdin, sys.stdout):
-        if hasattr(stream, "reconfigure"):  # not where a test or a notebook put its own
-            stream.reconfigure(errors="replace")

@@ -70,5 +70,5 @@ def _render(template: str, probe: dict[str, Any]) -> str | None:
     environment.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
     try:
         return environment.from_string(template).render(bos_token="<s>", eos_token="<|im_end|>", **probe)
-    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError):
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError, RecursionError):
         return None

@@ -23,6 +23,8 @@ from minnow.tokenizer.bytelevel import is_control, token_byte_strings, valid_uni
 from minnow.tokenizer.roles import Roles
 from minnow.tokenizer.special import CHAT_TOKENS, IM_END, IM_START
 
+_STARTS = ("", "a", " ", "\n")
+
 
 class Tokenizer:
     """Wraps a `tokenizers.Tokenizer`; build one with `from_pretrained` or
@@ -64,7 +66,8 @@ class Tokenizer:
         }
         self._ordinary = tokenizers.Tokenizer.from_str(json.dumps(ordinary))
         self._core = fast.build(self._definition)
-        forged = [t for t, i in self.special_ids.items() if i in self.encode(t)]
+        # Behind other text too: at a text's start some tokenizers set a blank, which a first merge may take.
+        forged = [t for t, i in self.special_ids.items() if any(i in self.encode(start + t) for start in _STARTS)]
         if forged:
             raise UserError(
                 f"the tokenizer reads the text {forged[0]!r} as that control token: any text could forge it"

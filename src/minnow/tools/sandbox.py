@@ -1,10 +1,10 @@
 """Python in a closed room: another process without network, without your files, with little memory and little time.
 
 For models that write programs. The code never runs in this process. Linux only: user, network and process namespaces
-(`unshare`) cut every connection, Landlock (see `closed_room.py`) every file but Python's own library, and resource
-limits stand on top. They bound each process: eight at once have as much memory each, and System V's shared memory is
-bounded by the processor's time alone, and gone with the room. Where the kernel does not give all of it the tool
-refuses to exist; it never runs code outside the room.
+(`unshare`) cut every connection, a root folder of its own and Landlock (see `closed_room.py`) every file but Python's
+own library, and resource limits stand on top. They bound each process: eight at once have as much memory each, and
+System V's shared memory is bounded by the processor's time alone, and gone with the room. Where the kernel does not
+give all of it the tool refuses to exist; it never runs code outside the room.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def python_tool(*, seconds: int = 2, megabytes: int = 256) -> Tool:
     """A tool that runs a program and returns what it printed; UserError where no closed room can be had."""
     if not can_isolate():
         raise UserError(
-            "the python tool needs Linux 5.13 or newer with Landlock and user namespaces (unshare --user --net): "
-            "it does not run code without them"
+            "the python tool needs Linux 5.13 or newer with Landlock and user namespaces that may mount "
+            "(unshare --user --map-root-user --mount; Ubuntu from 24.04 on wants "
+            "sysctl kernel.apparmor_restrict_unprivileged_userns=0): it does not run code without them"
         )
 
     def python(code: str) -> str:
@@ -57,7 +58,7 @@ def can_isolate() -> bool:
     return True
 
 
-_ROOM = ["unshare", "--user", "--net", "--ipc", "--pid", "--fork", "--kill-child"]
+_ROOM = ["unshare", "--user", "--map-root-user", "--mount", "--net", "--ipc", "--pid", "--fork", "--kill-child"]
 _FREE_CORES = threading.BoundedSemaphore(os.cpu_count() or 1)
 """Episodes step side by side; more programs than cores would each run out of a time that they never had."""
 _PROGRAM = str(Path(__file__).with_name("closed_room.py"))
@@ -75,11 +76,12 @@ def run_python(code: str, *, seconds: int, megabytes: int) -> str:
     with (
         tempfile.TemporaryFile() as printed,
         tempfile.TemporaryFile() as complaints,
+        tempfile.TemporaryDirectory(prefix="minnow-") as room,
         _FREE_CORES,
     ):
         try:
             result = subprocess.run(
-                [*_ROOM, sys.executable, "-I", "-S", _PROGRAM, str(seconds), str(megabytes)],
+                [*_ROOM, sys.executable, "-I", "-S", _PROGRAM, str(seconds), str(megabytes), room],
                 stdout=printed,
                 stderr=complaints,
                 input=code.encode("utf-8", "replace"),

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
-import sys
 import time
 from functools import cache
 from typing import Literal
@@ -14,6 +12,7 @@ from torch import Tensor
 
 from minnow.config import UserError
 from minnow.cpu import cpu_multiplies_bf16_faster
+from minnow.host import peak_memory
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
@@ -164,5 +163,4 @@ def peak_memory_bytes(device: torch.device) -> int:
     """Return the most memory this process has held: on the CUDA device, else resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_memory()
