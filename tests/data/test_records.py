@@ -257,4 +257,4 @@ def test_a_developers_message_may_declare_the_tools():
     tool = {"name": "look_up"}
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The owl."}]
     row = {"messages": [{"role": "developer", "content": "Be brief.", "tools": [tool]}, *turns]}
-    assert parse_conversation(row).tools == (tool,)
+    assert parse_conversation(row).tools == ({"type": "function", "function": tool},)
