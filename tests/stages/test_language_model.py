@@ -233,6 +233,27 @@ def test_new_experts_are_not_trained_by_adapters(config: pretrain.Config, tmp_pa
         pretrain.run(both)
 
 
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_experts_of_a_dense_model_are_chosen_by_what_the_text_teaches(
+    config: pretrain.Config, tmp_path: Path, scoring: str
+) -> None:
+    """B1 by another way: a new mixture with one expert a token of weight 1 was refused, one made of a dense model was
+    trained, with a router that learnt nothing from the text."""
+    pretrain.run(config)
+    experts = ExpertsConfig(
+        num_experts=4,
+        num_experts_per_tok=1,
+        norm_topk_prob=True,
+        moe_intermediate_size=32,
+        scoring=scoring,
+        n_shared_experts=int(scoring == "sigmoid"),
+    )
+    shape = replace(config.model, experts=experts)
+    for start in (None, config.run):
+        with pytest.raises(UserError, match="the router would learn nothing from the text"):
+            pretrain.run(replace(config, run=str(tmp_path / "moe"), init_from=start, model=shape))
+
+
 def test_a_context_is_stretched_in_training(config: pretrain.Config, tmp_path: Path) -> None:
     pretrain.run(config)
     longer = replace(
