@@ -172,7 +172,10 @@ def parse_message(item: Any, number: int) -> Message:
     role = _ROLES[written.lower()]
     value = item.get("value") if item.get("content") is None else item["content"]
     if written.lower() == "function_call":  # ShareGPT writes a call as a turn of its own
-        return Message(role, "", None, _tool_calls(value, where), _weight(item, where))
+        thought = _reasoning(item, where)
+        if not thought and isinstance(value, str):
+            thought, value = _split_reasoning(value)
+        return Message(role, "", thought or None, _tool_calls(value, where), _weight(item, where))
     calls = _tool_calls(item.get("tool_calls") or item.get("function_call"), where) if role == "assistant" else ()
     if value is None and not calls:
         raise RowError(f"{where} ({role}) has no `content`")
