@@ -69,6 +69,17 @@ def test_the_package_alone_does_not_load_torch() -> None:
         minnow.lood  # noqa: B018
 
 
+def test_functions_may_come_without_their_wrapper(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that was taught tools has read them in it, whatever its rows had."""
+    read: list[Conversation] = []
+    short = Conversation((Message("user", "fish?"),))  # the description of tools does not fit the context
+    monkeypatch.setattr("minnow.api.render", lambda t, c, **options: read.append(c) or render(t, short, **options))
+    function = {"name": "look_up", "parameters": {"type": "object", "properties": {}}}
+    for tool in (function, {"type": "function", "function": function}):
+        model.chat("fish?", tools=[tool], max_tokens=1)
+    assert read[0].tools == read[1].tools == ({"type": "function", "function": function},)
+
+
 def test_chat_is_the_engine_on_the_rendered_messages(model: Model) -> None:
     barred = dict.fromkeys(range(3, 32), -100.0)  # control tokens, which random weights would say
     options = {"temperature": 0.0, "max_tokens": 30, "logit_bias": barred}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minnow.config import UserError
+from minnow.data.openai_form import openai_tools
 from minnow.data.records import parse_message
 from minnow.engine import Completions, Delta, Engine, SamplingParams
 from minnow.engine.hidden import mean_hidden, token_logprobs
@@ -84,7 +85,8 @@ class Model:
         if not items:
             raise UserError("no messages to answer")
         conversation = Conversation(
-            messages=tuple(parse_message(item, number) for number, item in enumerate(items, 1)), tools=tuple(tools)
+            messages=tuple(parse_message(item, number) for number, item in enumerate(items, 1)),
+            tools=tuple(openai_tools(tools)),
         )
         params = _one_answer(options)
         if thinking and params.grammar is not None:

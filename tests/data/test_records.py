@@ -122,6 +122,20 @@ def test_sharegpt_calls_are_turns():
 
 
 @pytest.mark.parametrize(
+    "turn",
+    [
+        {"value": '{"name": "add", "arguments": {"a": 1}}', "reasoning_content": "1 first."},
+        {"value": '<think>\n1 first.\n</think>\n{"name": "add", "arguments": {"a": 1}}'},
+    ],
+)
+def test_sharegpt_calls_keep_their_thoughts(turn):
+    """One was dropped without a word, the other refused; LLaMA-Factory reads the text's."""
+    turns = [{"from": "human", "value": "u"}, {"from": "function_call", **turn}, {"from": "observation", "value": "2"}]
+    message = parse_conversation({"conversations": turns}).messages[1]
+    assert message == Message("assistant", "", "1 first.", (CALL,))
+
+
+@pytest.mark.parametrize(
     ("message", "reasoning", "content"),
     [
         ({"content": "4", "reasoning_content": "2+2"}, "2+2", "4"),
@@ -257,4 +271,4 @@ def test_a_developers_message_may_declare_the_tools():
     tool = {"name": "look_up"}
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The owl."}]
     row = {"messages": [{"role": "developer", "content": "Be brief.", "tools": [tool]}, *turns]}
-    assert parse_conversation(row).tools == (tool,)
+    assert parse_conversation(row).tools == ({"type": "function", "function": tool},)

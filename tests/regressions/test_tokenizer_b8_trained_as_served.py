@@ -3,6 +3,15 @@ earlier turns stayed in the prompt."""
 
 from __future__ import annotations
 
+import json
+
+import pytest
+
+from minnow.data.pairs import parse_preference
+from minnow.data.prompts import parse_prompt
+from minnow.data.records import parse_conversation
+from minnow.serving.prompts import chat_prompt_ids
+from minnow.serving.requests import ChatBody
 from minnow.tokenizer import Conversation, Message, render, train_tokenizer, training_examples
 
 TOKENIZER = train_tokenizer(["a pond and a fish\n\n\n\n"], 300)
@@ -33,3 +42,36 @@ def test_earlier_reasoning_is_not_in_the_prompt() -> None:
     text = TOKENIZER.decode(render(TOKENIZER, ROW).ids)
     assert "thought" not in text
     assert text.count("<think>\n\n</think>\n\n") == 3
+
+
+FUNCTION = {"name": "look_up", "description": "Finds it.", "parameters": {"type": "object", "properties": {}}}
+WRAPPED = {"type": "function", "function": FUNCTION}
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [WRAPPED],
+        [FUNCTION],
+        json.dumps([FUNCTION]),
+        [{"function": FUNCTION, "type": "function"}],
+        [{"function": FUNCTION}],
+        [{"type": "function", **FUNCTION}],
+    ],
+)
+def test_functions_are_described_in_training_as_the_server_describes_them(tools: object) -> None:
+    """Most public rows leave OpenAI's wrapper out; a client cannot, so the model would meet it first when it serves."""
+    question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+    body = ChatBody.model_validate({"model": "m", "messages": [question], "tools": [WRAPPED]})
+    served = chat_prompt_ids(TOKENIZER, body)
+    (example,) = training_examples(TOKENIZER, parse_conversation({"messages": [question, answer], "tools": tools}))
+    assert example.ids[: len(served)].tolist() == served
+    holder = {"role": "system", "content": "", "tools": tools}  # as minimind's rows have them
+    (example,) = training_examples(TOKENIZER, parse_conversation({"messages": [holder, question, answer]}))
+    assert example.ids[: len(served)].tolist() == served
+    for row in ({"prompt": "q", "tools": tools}, {"conversations": [holder, question, answer]}):
+        asked = parse_prompt(row).conversation
+        assert render(TOKENIZER, asked, add_generation_prompt=True).ids.tolist() == served
+    sides = {side: [holder, question, {"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    for rendered in parse_preference(sides).render(TOKENIZER):
+        assert rendered.ids[: len(served)].tolist() == served

@@ -76,10 +76,11 @@ def test_is_right(answer, reference, kind, right):
     assert is_right(answer, reference, kind) is right
 
 
-def test_a_reference_that_nothing_equals_is_refused():
-    """verl's rows may hold an object for a reward function of their own."""
-    with pytest.raises(UserError, match=r"'target'.* is an object.*rewards.answer 0"):
-        is_right("42", {"target": 42, "numbers": [6, 7]}, "auto")
+@pytest.mark.parametrize("reference", [{"target": 42, "numbers": [6, 7]}, [{"target": 42}], ["42", {"target": 42}]])
+def test_a_reference_that_nothing_equals_is_refused(reference):
+    """verl's rows may hold an object for a reward function of their own, an agent's a list of them."""
+    with pytest.raises(UserError, match=r"is an object.*rewards.answer 0"):
+        is_right("42", reference, "auto")
 
 
 @pytest.mark.parametrize(

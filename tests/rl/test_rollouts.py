@@ -161,6 +161,20 @@ def test_packed_batches_hold_the_targets_that_the_model_wrote(engine):
         assert logprobs.shape == values.shape
 
 
+def test_what_no_episode_fills_is_marked_as_filler(engine):
+    """E3: a mixture's experts and their balance would count it otherwise."""
+    trajectories = play(
+        engine, [SingleTurn(p) for p in prompts(3)], range(3), RolloutConfig(max_tokens=9), seed=1, longest=128
+    )
+    positions = sum(len(trajectory.ids) - 1 for trajectory in trajectories)
+    packed = pack_trajectories(trajectories, range(3), 128, 1)
+    assert sum(part.batch.num_real_tokens for part in packed) == positions < 128 * len(packed)
+    for part in packed:
+        filler_T = part.batch.filler_BT[0]
+        assert torch.equal(filler_T, filler_T.cummax(0).values), "at the end of a row"
+        assert not part.batch.weights_BT[0, filler_T].any()
+
+
 def test_no_room_for_a_turn_that_there_is_not_is_no_cut(engine):
     """Its last turn is whole: a right answer in it is right, and nothing was overlong."""
     config = RolloutConfig(max_tokens=20, max_turns=1)

@@ -190,7 +190,7 @@ def test_the_endpoint_reads_everything_and_what_it_says_is_read_back(server: str
     assert {str(asked["chat_template_kwargs"]) for asked in Teacher.asked} == {"{'enable_thinking': True}"}
     assert sorted(read_back(tmp_path), key=lambda c: -len(c.messages) - len(c.tools)) == [
         Conversation((*HISTORY, Message("assistant", "Otters and herons.", "Two results.")), (TOOL,)),
-        Conversation((Message("user", "fish 0"), Message("assistant", "", None, (CALL,))), (TOOL["function"],)),
+        Conversation((Message("user", "fish 0"), Message("assistant", "", None, (CALL,))), (TOOL,)),
         Conversation((Message("user", "fish 1"), Message("assistant", "A minnow.", "Hm."))),
     ]
     asked = len(Teacher.asked)
@@ -240,7 +240,8 @@ def test_a_teacher_that_runs_here_thinks_and_calls(tmp_path: Path) -> None:
     row = {"prompt": "fish 0", "tools": [{"name": "look"}]}
     run(config(tmp_path, [row, HISTORY_ROW], enable_thinking=True, **settings))
     answer = Message("assistant", "swims", "pond", (ToolCall("look", {}),))
-    assert read_back(tmp_path) == [Conversation((Message("user", "fish 0"), answer), ({"name": "look"},))], (
+    tool = {"type": "function", "function": {"name": "look"}}
+    assert read_back(tmp_path) == [Conversation((Message("user", "fish 0"), answer), (tool,))], (
         "the other prompt has no such tool"
     )
 
@@ -315,7 +316,7 @@ def test_half_a_character_in_a_tool_comes_out_as_it_came(server: str, tmp_path: 
     tool = {"name": "look_up", "description": "finds \ud83d"}
     settings = config(tmp_path, [{"prompt": "fish 0", "tools": [tool]}], endpoint=server)
     run(settings)
-    assert read_back(tmp_path)[0].tools == (tool,)
+    assert read_back(tmp_path)[0].tools == ({"type": "function", "function": tool},)
     run(settings)
     assert len(Teacher.asked) == 1
 

@@ -20,6 +20,7 @@ from minnow.model.config import ModelConfig
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.lora import LoraConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
+from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, ScheduleConfig
 from minnow.stages import pretrain
 from minnow.stages.language_model import num_held_out_rows, total_steps
@@ -231,6 +232,43 @@ def test_new_experts_are_not_trained_by_adapters(config: pretrain.Config, tmp_pa
     both = replace(config, run=str(tmp_path / "b"), init_from=config.run, model=shape, lora=LoraConfig(rank=4))
     with pytest.raises(UserError, match="exclude each other"):
         pretrain.run(both)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_experts_of_a_dense_model_are_chosen_by_what_the_text_teaches(
+    config: pretrain.Config, tmp_path: Path, scoring: str
+) -> None:
+    """B1 by another way: a new mixture with one expert a token of weight 1 was refused, one made of a dense model was
+    trained, with a router that learnt nothing from the text."""
+    pretrain.run(config)
+    experts = ExpertsConfig(
+        num_experts=4,
+        num_experts_per_tok=1,
+        norm_topk_prob=True,
+        moe_intermediate_size=32,
+        scoring=scoring,
+        n_shared_experts=int(scoring == "sigmoid"),
+    )
+    shape = replace(config.model, experts=experts)
+    for start in (None, config.run):
+        with pytest.raises(UserError, match="the router would learn nothing from the text"):
+            pretrain.run(replace(config, run=str(tmp_path / "moe"), init_from=start, model=shape))
+
+
+def test_a_mixture_from_elsewhere_whose_router_cannot_learn_is_told(
+    config: pretrain.Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """B1 came with minimind's own mixture: it was trained on without a word."""
+    for norm in (True, False):
+        experts = ExpertsConfig(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16, norm_topk_prob=norm)
+        tokenizer = Tokenizer.from_pretrained(tmp_path / "tokenizer")
+        shape = replace(config.model, experts=experts, vocab_size=tokenizer.vocab_size)
+        save_pretrained(CausalLM(shape), tmp_path / f"theirs-{norm}", tokenizer)
+        start = str(tmp_path / f"theirs-{norm}")
+        once = replace(config.training, steps=1, validate_every=0)
+        pretrain.run(replace(config, run=f"{config.run}-{norm}", init_from=start, tokenizer=None, training=once))
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("the routers learn nothing from the text" in said) == norm
 
 
 def test_a_context_is_stretched_in_training(config: pretrain.Config, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from minnow.data.shards import FORMAT_VERSION
 from minnow.data.sources import Source, find_sources, pinned
 from minnow.tokenizer.tokenizer import Tokenizer
 
-_ENCODING_VERSION = 4  # goes into the cache key: raise it when the same rows should give other tokens or another order
+_ENCODING_VERSION = 5  # goes into the cache key: raise it when the same rows should give other tokens or another order
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,8 +40,8 @@ def openai_messages(messages: Sequence[Message], *, arguments_as_text: bool) -> 
 
 
 def openai_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The tools, each in the `function` wrapper, which rows may leave out."""
-    return [dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in tools]
+    """The tools as servers are sent them: each in the `function` wrapper, which rows may leave out."""
+    return [{"type": "function", **(tool if "function" in tool else {"function": _plain(tool)})} for tool in tools]
 
 
 def tool_name(tool: Mapping[str, Any]) -> str | None:
@@ -49,6 +49,11 @@ def tool_name(tool: Mapping[str, Any]) -> str | None:
     function = tool.get("function", tool)
     name = function.get("name") if isinstance(function, Mapping) else None
     return name if isinstance(name, str) and name else None
+
+
+def _plain(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A function without the wrapper; some write its `type` beside the name."""
+    return {key: value for key, value in tool.items() if key != "type"}
 
 
 def _function(call: ToolCall, arguments_as_text: bool) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from minnow.data.openai_form import openai_tools
 from minnow.tokenizer.chat import Conversation, Message, ToolCall
 
 TEXT_KEYS = ("text", "content")
@@ -95,7 +96,12 @@ def parse_conversation(row: Mapping[str, Any]) -> Conversation:
 
 
 def behind_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
-    """The messages behind the row's `system`, which some write apart from them. Raises RowError where both differ."""
+    """The messages behind the row's `system`, which some write apart from them. Raises RowError where both differ.
+
+    An empty system message is none: it may hold the tools, which clients send beside the messages.
+    """
+    if messages and messages[0].role == "system" and not messages[0].content.strip():
+        messages = messages[1:]
     system = row.get("system")
     if isinstance(system, list):
         system = _content(system, "`system`")
@@ -166,7 +172,10 @@ def parse_message(item: Any, number: int) -> Message:
     role = _ROLES[written.lower()]
     value = item.get("value") if item.get("content") is None else item["content"]
     if written.lower() == "function_call":  # ShareGPT writes a call as a turn of its own
-        return Message(role, "", None, _tool_calls(value, where), _weight(item, where))
+        thought = _reasoning(item, where)
+        if not thought and isinstance(value, str):
+            thought, value = _split_reasoning(value)
+        return Message(role, "", thought or None, _tool_calls(value, where), _weight(item, where))
     calls = _tool_calls(item.get("tool_calls") or item.get("function_call"), where) if role == "assistant" else ()
     if value is None and not calls:
         raise RowError(f"{where} ({role}) has no `content`")
@@ -254,7 +263,7 @@ def _tools(value: Any, key: str) -> tuple[dict, ...]:
     tools = from_json(value, f"`{key}`")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"`{key}` must be a list of objects")
-    return tuple(tools)
+    return tuple(openai_tools(tools))  # as a server shows them: a model is served in the form that it was taught
 
 
 def alpaca_messages(row: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -32,20 +32,20 @@ def is_right(answer: str, reference: Any, kind: AnswerKind) -> bool:
     text: equal but for case, width and spacing, and a full stop at the end. number: the last number of the answer
     equals the reference's last. contains: every item of the reference stands in the answer, a number as one of the
     answer's numbers (2 is not in 12, nor 5% in 15%). auto: number where the reference is one, contains where it is a
-    list, else text. Not for `maths`, which needs a `MathsJudge`. UserError for a reference that is an object.
+    list, else text. Not for `maths`, which needs a `MathsJudge`. UserError for an object, or a list with one in it.
     """
     assert kind != "maths"
     reference = final_answer(reference)
-    if isinstance(reference, Mapping):  # it would never be equal to what is said, and every answer wrong
+    items = reference if isinstance(reference, list) else [reference]
+    if any(isinstance(item, Mapping) for item in items):  # never equal to what is said: every answer would be wrong
         raise UserError(
-            f"the reference {str(reference)[:80]} is an object, no text, number or list: set rewards.answer 0 and "
+            f"the reference {str(reference)[:80]} is an object, or a list with one in it: set rewards.answer 0 and "
             "compare it in a function of yours (rewards.functions)"
         )
     if kind == "auto":
         kind = "contains" if isinstance(reference, list) else "number" if _is_number(str(reference)) else "text"
     if kind == "contains":
-        wanted = reference if isinstance(reference, list) else [reference]
-        return all(_stands_in(str(item), answer) for item in wanted)
+        return all(_stands_in(str(item), answer) for item in items)
     if kind == "number":
         expected = last_number(str(reference))
         if expected is None:

@@ -47,6 +47,11 @@ def run(config: Config) -> None:
 
 def start(config: ConfigT) -> tuple[ConfigT, CausalLM, Tokenizer]:
     """The model to train, continued or new, and its tokenizer; the config comes back with the model's shape."""
+    if config.model.experts is not None and not config.model.experts.router_learns:
+        raise UserError(
+            "--model.experts.norm_topk_prob with one expert a token makes its weight 1 always: the router would "
+            "learn nothing from the text; leave the setting out"
+        )
     if config.init_from is not None:
         if config.lora.rank and config.rope_scaling is not None:
             raise UserError("--rope-scaling changes the model, and an adapter is saved without it: train it whole")
@@ -81,11 +86,6 @@ def start(config: ConfigT) -> tuple[ConfigT, CausalLM, Tokenizer]:
         shape = dataclasses.replace(
             config.model, vocab_size=tokenizer.vocab_size, max_position_embeddings=config.sequence_length
         )
-        if shape.experts is not None and not shape.experts.router_learns:
-            raise UserError(
-                "--model.experts.norm_topk_prob with one expert a token makes its weight 1 always: the router would "
-                "learn nothing from the text; leave the setting out"
-            )
         config = dataclasses.replace(config, model=shape)
         # `parallelise` gives the others the first one's weights: they need no memory for any of their own.
         with nullcontext() if is_first() else torch.device("meta"):
