@@ -72,3 +72,12 @@ def test_a_single_answer_has_no_group_to_be_dropped_with() -> None:
     with pytest.raises(UserError, match="rollout.samples is 1, but algorithm.drop_equal_groups"):
         spo.check_samples(1)
     spo.check_samples(2)
+
+
+def test_the_policy_that_plays_and_the_one_that_learns_drop_nothing() -> None:
+    """The first ratio of a phase was not 1: GSPO's narrow clip took the gradient of half of the tokens."""
+    words = ["--init_from", "x", "--prompts", "y", "--lora.rank", "4"]
+    parse_config(Config, words, program="minnow rl")
+    for wrong, sign in ((["--lora.dropout", "0.1"], "lora.dropout is 0.1"), (["--phases", "0"], "phases is 0")):
+        with pytest.raises(UserError, match=sign):
+            parse_config(Config, [*words, *wrong], program="minnow rl")

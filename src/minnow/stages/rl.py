@@ -108,6 +108,11 @@ class Config(PracticeConfig):
     def __post_init__(self) -> None:
         if self.phases < 1:
             raise UserError(f"phases is {self.phases}: it must be at least 1")
+        if self.lora.dropout:
+            raise UserError(
+                f"lora.dropout is {self.lora.dropout}: an update compares the policy with itself as it played, and "
+                "would take what is dropped for a step away from it; leave it out"
+            )
         if self.held_out_samples < 0:
             raise UserError(f"held_out_samples is {self.held_out_samples}: it must be 0 or more")
         if self.held_out_samples and not self.held_out:
