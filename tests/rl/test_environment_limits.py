@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from minnow.config import UserError
+from minnow.config import UserError, parse_config
 from minnow.data.prompts import Prompt
 from minnow.engine import Engine
 from minnow.rl.advantages import PhaseScores, advantages_of
@@ -20,7 +20,9 @@ from minnow.rl.left_out import left_out_figures, settle
 from minnow.rl.rewards import RewardConfig, Rewarder
 from minnow.rl.rollouts import RolloutConfig, Trajectory, play
 from minnow.stages import practice
+from minnow.stages.rl import Config
 from minnow.tokenizer.chat import Conversation, Message
+from minnow.training.session import RunFolder
 from tests.rl.helpers import saved, tiny, write_prompts
 from tests.rl.test_phases import figures, rl
 from tests.rl.test_rollouts import prompts
@@ -326,3 +328,28 @@ def test_an_opening_that_has_grown_beyond_a_row_is_named(start, tmp_path, capsys
     assert re.search(
         r"environment for the prompt 'say \d' opens with \d+ tokens.*does not fit", capsys.readouterr().err
     )
+
+
+def test_what_a_stopped_run_advises_to_raise_may_be_raised(tmp_path):
+    """A run that a hanging function had ended could not go on: it was "a run with another configuration"."""
+    words = ["--init_from", "m", "--prompts", "p", "--run", str(tmp_path / "run")]
+
+    def start(*more):
+        folder = RunFolder(tmp_path / "run")
+        folder.open(parse_config(Config, [*words, *more], program="minnow rl"), overwrite=False)
+        folder.lock.release()
+
+    start()
+    for setting, value in {
+        "rewards.functions_seconds": "900",
+        "rewards.maths_seconds": "9",
+        "rewards.judge.seconds": "90",
+        "rewards.judge.url": "http://127.0.0.1:8001/v1",
+        "rollout.environment_seconds": "90",
+        "rollout.environment_threads": "1",
+        "rollout_engine.url": "http://127.0.0.1:8001/v1",
+        "rollout_engine.seconds": "900",
+    }.items():
+        start(f"--{setting}", value)
+    with pytest.raises(UserError, match="another configuration"):
+        start("--rollout.temperature", "0.5")

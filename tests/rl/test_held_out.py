@@ -1,6 +1,7 @@
 """The examination during a run, shared out among the processes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,3 +45,27 @@ def test_every_answer_is_played_and_judged_by_one_process(tmp_path: Path, monkey
         monkeypatch.setattr("minnow.rl.held_out.told_to_all", lambda mine, whole=whole: next(whole) | mine)
         assert held_out(model) == pytest.approx(alone)
     assert len(judged) == 5 + 2 * 5
+
+
+def test_one_answer_is_the_likeliest_and_the_others_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = tiny()
+    engine = live_engine(model, tokenizer)
+    temperatures: list[list[float]] = []
+    generate = engine.generate
+
+    def watched(prompts: Any, params: Any) -> Any:
+        temperatures.append([each.temperature for each in params])
+        return generate(prompts, params)
+
+    monkeypatch.setattr(engine, "generate", watched)
+    held_out = HeldOut(
+        engine,
+        read_prompts((str(write_prompts(tmp_path / "prompts.jsonl", 3)),)),
+        environment_maker("question", pond=None, seconds=1.0),
+        Rewarder(RewardConfig(answer=0, functions=("tests.rl.helpers:any_reward",)), enable_thinking=False),
+        RolloutConfig(max_tokens=4, temperature=0.7),
+        longest=64,
+        samples=2,
+    )
+    held_out(model)
+    assert temperatures == [[0.0] * 3, [0.7] * 6]

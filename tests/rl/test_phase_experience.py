@@ -134,3 +134,18 @@ def test_every_answer_is_in_one_update_of_every_epoch(processes: int) -> None:
             for batch in phase.minibatch(how, part, Share(rank, processes)):
                 trained += [number for row in batch.document_ids for number in row]
         assert sorted(trained) == sorted(part)
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_the_share_of_clipped_tokens_is_a_share(aggregation: str) -> None:
+    """All are clipped: with a constant length of 100 it was the answers' mean length over 100."""
+    model = stirred()
+    phase = experience(model)
+    phase.scores.old = [logprobs - 1.0 for logprobs in phase.scores.old]  # the ratio is e
+    phase.scores.advantages = [np.ones_like(logprobs) for logprobs in phase.scores.old]
+    loss = PolicyLossConfig(aggregation=aggregation)  # type: ignore[arg-type]
+    (batch,) = phase.minibatch(settings(AlgorithmConfig(loss=loss)), [0, 1], Share())
+    objective = PolicyObjective(loss, temperature=1.0, constant_length=100)
+    metrics, count = objective(model, batch).metrics, objective.count(batch)
+    assert float(metrics["clip_fraction"]) / count == pytest.approx(1.0)
+    assert float(metrics["kl_old"]) / count == pytest.approx(math.e - 2, rel=1e-4)  # e - 1 - log e

@@ -17,6 +17,7 @@ from minnow.data.batches import Share
 from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.rl import phase_scores
+from minnow.rl.advantages import advantages_of
 from minnow.rl.algorithm import AdvantageKind, AlgorithmConfig, CriticConfig
 from minnow.rl.phase_scores import PhaseScorer
 from minnow.rl.rollouts import Trajectory
@@ -61,6 +62,34 @@ def test_ppo_pays_for_every_token_that_leaves_the_reference(monkeypatch: pytest.
     four = np.array([*by_hand, 0.0])  # whitened over all tokens
     white = (four - four.mean()) / np.sqrt(four.var() + 1e-8)
     assert np.concatenate(scores.advantages) == pytest.approx(white, abs=1e-5)
+
+
+def test_reinforce_plus_plus_pays_for_the_tokens_that_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """arXiv 2501.03262, equations 8 to 10: the reward less the KL from a token on, whitened over the batch's tokens."""
+    a, b, c = KL["k1"]
+    four = np.array([1 - 0.1 * (a + b + c), 1 - 0.1 * (b + c), 1 - 0.1 * c, 0.0])
+    white = (four - four.mean()) / np.sqrt(four.var() + 1e-8)
+    assert np.concatenate(scored(monkeypatch, "batch", "k1").advantages) == pytest.approx(white, abs=1e-5)
+
+
+@pytest.mark.parametrize(("advantage", "scale"), [("group", math.sqrt(0.5) + 1e-4), ("group_centred", 1.0)])
+def test_a_group_s_deviation_scales_where_it_is_to(advantage: AdvantageKind, scale: float) -> None:
+    """Rewards 1 and 0: 1/2 beside their mean, and sqrt(1/2) is their unbiased deviation."""
+    answers = [trajectory([5, 6, 7], 2, 1.0), trajectory([5, 6], 1, 0.0)]
+    zeros = [np.zeros(2, np.float32), np.zeros(1, np.float32)]
+    scores = phase_scores.PhaseScores(old=zeros, ref=None, penalties=zeros)
+    advantages, _ = advantages_of(AlgorithmConfig(advantage=advantage), answers, scores, None)
+    assert np.concatenate(advantages) == pytest.approx([0.5 / scale, 0.5 / scale, -0.5 / scale], rel=1e-6)
+
+
+def test_the_critic_s_gamma_and_lambda_are_those_of_the_settings() -> None:
+    # r = (0, 1), V = (.5, .25), gamma .5, lambda .8: A_1 = .75; A_0 = .5 x .25 - .5 + .4 x .75 = -.075
+    answer = trajectory([5, 6, 7], 2, 1.0, ending="stop")
+    zeros, values = [np.zeros(2, np.float32)], [np.array([0.5, 0.25], np.float32)]
+    scores = phase_scores.PhaseScores(old=zeros, ref=None, penalties=zeros, values=values)
+    algorithm = AlgorithmConfig(advantage="gae", critic=CriticConfig(gamma=0.5, lam=0.8))
+    _, (returns,) = advantages_of(algorithm, [answer], scores, None)
+    assert returns == pytest.approx([0.425, 1.0])
 
 
 @pytest.mark.parametrize("estimator", list(KL))

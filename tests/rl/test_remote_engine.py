@@ -94,6 +94,31 @@ def test_vllm_loads_the_folder_and_drops_what_old_weights_left(kept, tmp_path, m
     assert (tmp_path / "policy" / "model.safetensors").is_file()
 
 
+def test_no_default_of_a_served_model_cuts_the_policy(tmp_path, monkeypatch):
+    """vLLM takes what a request leaves open from generation_config.json: Qwen3's, kept in every push, has top_k 20."""
+    asked = []
+
+    def post(url, body, read, *, key, seconds):
+        asked.append(body)
+        choice = {"token_ids": [5], "logprobs": {"token_logprobs": [-1.0]}, "text": "", "finish_reason": "stop"}
+        return read({"choices": [choice]})
+
+    monkeypatch.setattr("minnow.rl.remote_engine.post_json", post)
+    folder = saved(tmp_path / "start")
+    config = RemoteEngineConfig(url="http://127.0.0.1:9/v1")
+    engine = RemoteEngine(config, load_pretrained(folder), Tokenizer.from_pretrained(folder), tmp_path / "policy")
+    engine.generate([[5, 6]], [SamplingParams(max_tokens=1, logprobs=True)])
+    (body,) = asked
+    whole = {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert {name: body.get(name) for name in whole} == whole
+
+
+def test_an_engine_without_requests_or_time_is_refused():
+    for wrong in ({"parallel": 0}, {"seconds": 0.0}):
+        with pytest.raises(UserError, match=f"rollout_engine.{next(iter(wrong))} is 0"):
+            RemoteEngineConfig(**wrong)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.skipif(not vllm_model.PYTHON, reason="MINNOW_VLLM names no Python with vLLM: make test-vllm")

@@ -83,6 +83,19 @@ def test_a_reference_that_nothing_equals_is_refused(reference):
         is_right("42", reference, "auto")
 
 
+@pytest.mark.parametrize("kind", ["text", "number", "maths"])
+def test_a_list_is_its_one_item_or_refused(kind):
+    """As a text, ["4"] equals no answer: every one would earn 0, silently."""
+    if kind == "maths":
+        pytest.importorskip("math_verify")
+    items = [episode("4", reference=["4"]), episode("5", reference=["4"])]
+    rewarder = Rewarder(RewardConfig(answer_kind=kind, maths_seconds=60), enable_thinking=False)
+    rewarder.score(items)
+    assert [item.rewards["answer"] for item in items] == [1, 0]
+    with pytest.raises(UserError, match=r"\['3', '4'\] is a list.*answer_kind contains"):
+        rewarder.score([episode("4", reference=["3", "4"])])
+
+
 @pytest.mark.parametrize(
     ("text", "number"),
     [
@@ -179,11 +192,25 @@ def test_the_last_tokens_are_punished_gently_before_the_cut():
     assert [item.reward for item in items] == [-1.0, 0.0, -2.0]
     with pytest.raises(UserError, match="a share, from 0 to 1"):
         RewardConfig(overlong_buffer=20)
+    for wrong in ({"longest": 0}, {"shortest": 300}):  # the first divided by zero, in the middle of a run
+        with pytest.raises(UserError, match="rewards.shortest .* rewards.longest"):
+            RewardConfig(**wrong)
 
 
 def test_a_loop_in_the_thoughts_is_seen():
     items = [episode("4", reasoning="round and " * 40), episode("4", reasoning="two and two")]
     Rewarder(RewardConfig(answer=0, repetition=1.0), enable_thinking=True).score(items)
+    assert items[0].reward < -0.8
+    assert items[1].reward == 0
+
+
+def test_a_loop_of_calls_is_seen():
+    """The same call over and over leaves no text; two calls of a usual agent are no loop."""
+    items = [episode("4"), episode("4")]
+    loop, usual = [{"expression": "12 + 34"}] * 10, [{"expression": "12 + 34"}, {"expression": "46 * 7"}]
+    for item, calls in zip(items, (loop, usual), strict=True):
+        item.answers = [Message("assistant", "", None, tuple(ToolCall("calculate", call) for call in calls))]
+    Rewarder(RewardConfig(answer=0, repetition=1.0), enable_thinking=False).score(items)
     assert items[0].reward < -0.8
     assert items[1].reward == 0
 

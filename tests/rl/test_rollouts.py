@@ -117,6 +117,30 @@ def test_a_tool_dialogue_stays_tokens_and_its_results_are_not_trained(engine):
             assert trajectory.reward == 3.0
 
 
+def test_a_model_that_is_to_think_begins_every_turn_in_its_thoughts(engine):
+    engine = Engine(copy.deepcopy(engine.model), engine.tokenizer)
+    engine.model.head_weight.data[engine.tokenizer.im_end_id] += 0.5  # so that turns end
+    environments = echoes(6)
+    config = RolloutConfig(max_tokens=20, max_turns=2, enable_thinking=True)
+    turns = 0
+    for trajectory, environment in zip(
+        play(engine, environments, range(6), config, seed=0, longest=128), environments, strict=True
+    ):
+        opening = render(
+            engine.tokenizer, environment.reset(), add_generation_prompt=True, enable_thinking=True
+        ).ids.tolist()
+        assert trajectory.ids[: len(opening)] == opening
+        assert [turn.content for turn in trajectory.answers] == [""] * len(trajectory.answers)  # it thought to the end
+        if len(trajectory.answers) == 2:
+            reply = render_continuation(engine.tokenizer, [Message("tool", "result 1")], enable_thinking=True)
+            text = " ".join(map(str, trajectory.ids))
+            assert f" {' '.join(map(str, reply))} " in text
+            turns += 1
+    assert turns
+    plain = render(engine.tokenizer, environment.reset(), add_generation_prompt=True).ids.tolist()
+    assert opening != plain
+
+
 def test_continuation_is_what_the_template_writes(engine):
     call = Message("assistant", "", tool_calls=(ToolCall("f", {"x": 1}), ToolCall("g", {})))
     before = (Message("user", "hi"), call)

@@ -121,6 +121,12 @@ def test_what_python_cannot_do(code, sign):
 
 
 @closed_room
+def test_a_program_that_ends_itself_is_not_said_to_have_been_stopped():
+    with pytest.raises(ToolError, match=r"^ended with exit status 3$"):
+        run_python("import sys; print(4); sys.exit(3)", seconds=1, megabytes=200)
+
+
+@closed_room
 def test_nothing_of_it_stays(tmp_path):
     """A process that it leaves behind dies with the room."""
     run_python("import os, time\nif os.fork() == 0: time.sleep(77)", seconds=1, megabytes=200)

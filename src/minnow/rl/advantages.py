@@ -64,6 +64,8 @@ def advantages_of(
     judged = torch.tensor([t.left_out is None for t in trajectories])
     if algorithm.advantage == "gae":
         return _critic_advantages(algorithm.critic, trajectories, scores, judged)
+    if algorithm.advantage == "batch":
+        return _batch_advantages(trajectories, scores, judged), []
     rewards = torch.tensor(
         [t.reward - float(p.sum()) for t, p in zip(trajectories, scores.penalties, strict=True)], dtype=torch.float64
     )
@@ -71,8 +73,6 @@ def advantages_of(
     if algorithm.advantage == "tracker":
         assert baseline is not None
         whole[judged] = whiten((rewards - torch.from_numpy(baseline))[judged])
-    elif algorithm.advantage == "batch":
-        whole[judged] = whiten(rewards[judged])
     else:
         K = len(trajectories) // (trajectories[-1].group + 1)
         for group in torch.arange(len(trajectories)).split(K):
@@ -89,6 +89,22 @@ def _group(algorithm: AlgorithmConfig, rewards_N: torch.Tensor) -> torch.Tensor:
     if algorithm.advantage == "leave_one_out":
         return leave_one_out_advantages(rewards_GK)[0]
     return group_advantages(rewards_GK, scale=algorithm.advantage == "group")[0]
+
+
+def _batch_advantages(trajectories: Sequence[Trajectory], scores: PhaseScores, judged_S: torch.Tensor) -> PerToken:
+    """REINFORCE++ (arXiv 2501.03262, equations 8 and 10): the reward less the KL penalties from a token on,
+
+        A_t = r - sum_{i >= t} penalty_i,
+
+    whitened over all trained tokens.
+    """
+    lengths = [t.num_trained for t in trajectories]
+    to_come = (torch.from_numpy(penalties).double().flip(0).cumsum(0).flip(0) for penalties in scores.penalties)
+    worth_N = torch.cat([t.reward - charged for t, charged in zip(trajectories, to_come, strict=True)])
+    counted_N = judged_S.repeat_interleave(torch.tensor(lengths))
+    advantages_N = torch.zeros_like(worth_N)
+    advantages_N[counted_N] = whiten(worth_N[counted_N])
+    return [part.float().numpy() for part in advantages_N.split(lengths)]
 
 
 def _critic_advantages(

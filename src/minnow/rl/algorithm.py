@@ -28,6 +28,17 @@ class CriticConfig:
     warmup_phases: int = 4
     """Phases of rollouts on which only the critic learns, before the policy's first update."""
 
+    def __post_init__(self) -> None:
+        for name in ("gamma", "lam"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"algorithm.critic.{name} is {getattr(self, name)}: it must be from 0 to 1")
+        if self.value_clip is not None and self.value_clip <= 0:
+            raise UserError(
+                f"algorithm.critic.value_clip is {self.value_clip}: it must be positive, or null for no bound"
+            )
+        if self.warmup_phases < 0:
+            raise UserError(f"algorithm.critic.warmup_phases is {self.warmup_phases}: it must be 0 or more")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AlgorithmConfig:
@@ -35,8 +46,8 @@ class AlgorithmConfig:
 
     advantage: AdvantageKind = "group"
     """group: reward minus the group's mean, over its deviation (GRPO); group_centred: without the deviation (Dr. GRPO);
-    leave_one_out (RLOO); batch: reward, whitened over the batch (REINFORCE++); tracker: reward minus the prompt's
-    remembered value, whitened (SPO); gae: a critic's generalised advantage, whitened (PPO)."""
+    leave_one_out (RLOO); batch: reward, whitened over the batch's tokens (REINFORCE++); tracker: reward minus the
+    prompt's remembered value, whitened (SPO); gae: a critic's generalised advantage, whitened (PPO)."""
     loss: PolicyLossConfig = field(default_factory=PolicyLossConfig)
     """Ratio term, aggregation, KL term of the loss."""
     epochs: int = 1
@@ -44,8 +55,8 @@ class AlgorithmConfig:
     minibatches: int = 1
     """Updates of one pass; above 1 the later ones are off-policy and the ratio matters."""
     kl_reward_coef: float = 0.0
-    """Weight of the KL divergence to the reference, taken off the reward (of each token with gae, else of the
-    answer)."""
+    """Weight of the KL divergence to the reference, taken off the reward: a token pays for itself and those after
+    it with gae and batch, else for the whole answer."""
     kl_reward_estimator: KLEstimator = "k1"
     """Its estimator; k1 is unbiased and right inside a reward."""
     measure_kl: bool = False
@@ -71,8 +82,14 @@ class AlgorithmConfig:
     """Only with `advantage: gae`."""
 
     def __post_init__(self) -> None:
-        if self.tracker_answers < 0:
-            raise UserError(f"algorithm.tracker_answers is {self.tracker_answers}: it must be 0 or more")
+        for name in ("tracker_answers", "max_redraws", "kl_reward_coef"):
+            if getattr(self, name) < 0:
+                raise UserError(f"algorithm.{name} is {getattr(self, name)}: it must be 0 or more")
+        if self.correction_cap is not None and self.correction_cap <= 0:
+            raise UserError(
+                f"algorithm.correction_cap is {self.correction_cap}: every token would weigh nothing; it must be "
+                "positive, or null for no correction"
+            )
         for name in ("epochs", "minibatches"):
             if getattr(self, name) < 1:
                 raise UserError(f"algorithm.{name} is {getattr(self, name)}: it must be at least 1")
@@ -93,9 +110,11 @@ class AlgorithmConfig:
         return self.epochs * self.minibatches
 
     def check_samples(self, samples: int) -> None:
-        """UserError when the advantage needs groups and there are none."""
-        if self.advantage in ("group", "group_centred", "leave_one_out") and samples < 2:
+        """UserError when something needs groups and there are none."""
+        by_group = self.advantage in ("group", "group_centred", "leave_one_out")
+        if (by_group or self.drop_equal_groups) and samples < 2:
+            what = f"advantage {self.advantage}" if by_group else "drop_equal_groups"
             raise UserError(
-                f"rollout.samples is {samples}, but algorithm.advantage {self.advantage} compares the answers to one "
-                "prompt: give at least 2"
+                f"rollout.samples is {samples}, but algorithm.{what} compares the answers to one prompt: give at "
+                "least 2"
             )

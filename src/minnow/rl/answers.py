@@ -35,7 +35,7 @@ def is_right(answer: str, reference: Any, kind: AnswerKind) -> bool:
     list, else text. Not for `maths`, which needs a `MathsJudge`. UserError for an object, or a list with one in it.
     """
     assert kind != "maths"
-    reference = final_answer(reference)
+    reference = final_answer(reference, kind)
     items = reference if isinstance(reference, list) else [reference]
     if any(isinstance(item, Mapping) for item in items):  # never equal to what is said: every answer would be wrong
         raise UserError(
@@ -54,11 +54,19 @@ def is_right(answer: str, reference: Any, kind: AnswerKind) -> bool:
     return _plain(answer) == _plain(str(reference))
 
 
-def final_answer(reference: Any) -> Any:
+def final_answer(reference: Any, kind: AnswerKind) -> Any:
     """What stands behind the last `####` of a worked solution, as GSM8K writes it; any other reference as it is.
 
-    One line: what goes on for more stands under a heading, and C#### has nothing behind it.
+    One line: what goes on for more stands under a heading, and C#### has nothing behind it. A list of one is its item
+    for the kinds that compare with one thing. UserError for a longer list there: no answer would be equal to it.
     """
+    if isinstance(reference, list) and kind not in ("auto", "contains"):
+        if len(reference) != 1:
+            raise UserError(
+                f"the reference {str(reference)[:80]} is a list, and rewards.answer_kind {kind} compares with one "
+                "thing: use rewards.answer_kind contains"
+            )
+        (reference,) = reference
     tail = reference.rpartition("####")[2].strip() if isinstance(reference, str) else ""
     return tail if tail and "\n" not in tail else reference
 

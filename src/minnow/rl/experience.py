@@ -171,12 +171,15 @@ class PolicyObjective:
         weights_N = token_weights(
             batch.sequence_N, batch.num_sequences, self.config.aggregation, constant_length=self.constant_length
         )
+        # Figures are means: of the tokens, or of the answers' own means. A constant length makes none.
+        by_token = self.config.aggregation == "token"
+        shares_N = token_weights(batch.sequence_N, batch.num_sequences, "token" if by_token else "sequence")
         ratio_N = result.log_ratio_N.exp()
         metrics = {
-            "clip_fraction": (weights_N * result.clipped_N).sum(),
+            "clip_fraction": (shares_N * result.clipped_N).sum(),
             # k3 of the policy against the one that began the phase: how far this phase's updates have gone
-            "kl_old": (weights_N * (ratio_N - 1 - result.log_ratio_N)).sum(),
+            "kl_old": (shares_N * (ratio_N - 1 - result.log_ratio_N)).sum(),
         }
         if batch.ref_logprobs_N is not None:
-            metrics["kl_reference"] = (weights_N * result.kl_N).sum()
+            metrics["kl_reference"] = (shares_N * result.kl_N).sum()
         return ObjectiveOutput((weights_N * result.loss_N).sum(), metrics)

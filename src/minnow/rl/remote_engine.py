@@ -19,6 +19,7 @@ from minnow.engine import Completion, Completions, SamplingParams
 from minnow.http import post_json
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
+from minnow.rl.timed_calls import check_seconds
 from minnow.tokenizer import Tokenizer
 
 
@@ -39,6 +40,11 @@ class RemoteEngineConfig:
     """Requests under way at once."""
     seconds: float = 600.0
     """Longest wait for one answer."""
+
+    def __post_init__(self) -> None:
+        if self.parallel < 1:
+            raise UserError(f"rollout_engine.parallel is {self.parallel}: it must be at least 1")
+        check_seconds("rollout_engine.seconds", self.seconds)
 
 
 class RemoteEngine:
@@ -81,6 +87,11 @@ class RemoteEngine:
             "prompt": prompt,
             "max_tokens": params.max_tokens,
             "temperature": params.temperature,
+            # What a request leaves open, vLLM takes from the model's generation_config.json.
+            "top_p": 1.0,
+            "top_k": -1,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
             "seed": params.seed,
             "logprobs": 0,
             "return_token_ids": True,

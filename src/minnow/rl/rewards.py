@@ -38,7 +38,7 @@ class RewardConfig:
     """What is rewarded, and how much. Every number is a weight; 0 turns a reward off."""
 
     answer: float = 1.0
-    """1 where the last turn says what the row's reference says."""
+    """1 where the last turn says what the row's reference says. Off in the environment guess, which knows itself."""
     answer_kind: AnswerKind = "auto"
     """text, number (the last in the answer), maths (by the library math-verify), contains (every item of the
     reference), or auto: number where the reference is one, contains where it is a list, else text. Of a reference with
@@ -84,6 +84,11 @@ class RewardConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.overlong_buffer <= 1:
             raise UserError(f"rewards.overlong_buffer is {self.overlong_buffer}: it is a share, from 0 to 1")
+        if not 0 <= self.shortest <= self.longest or self.longest < 1:
+            raise UserError(
+                f"rewards.shortest {self.shortest} and rewards.longest {self.longest} are no range of lengths: the "
+                "longest answer has 1 token or more, and the shortest not more than it"
+            )
         check_seconds("rewards.maths_seconds", self.maths_seconds)
         check_seconds("rewards.functions_seconds", self.functions_seconds)
 
@@ -196,7 +201,7 @@ def _answers(trajectories: Sequence[Trajectory], kind: AnswerKind, maths: MathsJ
     if maths is None:
         return [float(_can_be_right(t) and is_right(_said(t), _reference(t), kind)) for t in trajectories]
     asked = [trajectory for trajectory in trajectories if _can_be_right(trajectory)]
-    equal = maths.compare([(_said(trajectory), str(final_answer(_reference(trajectory)))) for trajectory in asked])
+    equal = maths.compare([(_said(each), str(final_answer(_reference(each), kind))) for each in asked])
     right: set[int] = set()
     for trajectory, same in zip(asked, equal, strict=True):
         if same is None:

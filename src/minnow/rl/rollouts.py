@@ -116,8 +116,13 @@ class Trajectory:
 
     @property
     def written(self) -> str:
-        """All that the model wrote, its thoughts included: what a loop may hide in."""
-        return "\n".join(text for turn in self.answers for text in (turn.reasoning_content, turn.content) if text)
+        """All that the model wrote, its thoughts and what its calls say included: what a loop may hide in."""
+        texts: list[str | None] = []
+        for turn in self.answers:
+            texts += [turn.reasoning_content, turn.content]
+            # Without names and brackets, which any two calls have in common.
+            texts += [str(value) for call in turn.tool_calls for value in call.arguments.values()]
+        return "\n".join(text for text in texts if text)
 
     @property
     def num_trained(self) -> int:

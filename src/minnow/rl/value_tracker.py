@@ -71,5 +71,5 @@ def _check(rewards: np.ndarray) -> None:
     if len(outside):
         raise UserError(
             f"SPO and algorithm.curriculum need rewards from 0 to 1, but one is {outside[0]:g}: make the rewards' "
-            "weights sum to 1"
+            "weights sum to 1, without rewards.overlong and rewards.repetition, which go below 0"
         )

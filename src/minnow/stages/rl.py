@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -106,6 +106,13 @@ class Config(PracticeConfig):
     """The learning rate over time."""
 
     def __post_init__(self) -> None:
+        if self.phases < 1:
+            raise UserError(f"phases is {self.phases}: it must be at least 1")
+        if self.lora.dropout:
+            raise UserError(
+                f"lora.dropout is {self.lora.dropout}: an update compares the policy with itself as it played, and "
+                "would take what is dropped for a step away from it; leave it out"
+            )
         if self.held_out_samples < 0:
             raise UserError(f"held_out_samples is {self.held_out_samples}: it must be 0 or more")
         if self.held_out_samples and not self.held_out:
@@ -128,8 +135,11 @@ def run(config: Config) -> None:
         raise UserError("rollout_engine.url: one process pushes weights to a server; leave out --nproc and torchrun")
     thinking = config.rollout.enable_thinking
     longest = config.rollout.max_tokens * config.rollout.max_turns
-    rewarder = Rewarder(config.rewards, enable_thinking=thinking, max_tokens=longest, device=machine.device)
-    _look_for_references(config, practice, rewarder, console)
+    rewards = config.rewards
+    if config.environment == "guess":  # it pays for the number itself: the last turn is a call, and says nothing
+        rewards = replace(rewards, answer=0.0)
+    rewarder = Rewarder(rewards, enable_thinking=thinking, max_tokens=longest, device=machine.device)
+    _look_for_references(practice, rewarder, console)
 
     folder = RunFolder(config.run)
     folder.open(config, overwrite=config.overwrite)
@@ -229,12 +239,12 @@ def _where_time_went(folder: Path) -> str:
     return "time: " + ", ".join(f"{seconds / total:.0%} {WORK[name]}" for name, seconds in shares.items() if seconds)
 
 
-def _look_for_references(config: Config, practice: Practice, rewarder: Rewarder, console: Console) -> None:
+def _look_for_references(practice: Practice, rewarder: Rewarder, console: Console) -> None:
     """Say how many prompts have no answer to compare with: each of theirs earns 0 by the reward `answer`.
 
     UserError where nothing but right answers counts and no prompt has one.
     """
-    if "answer" not in rewarder.names or config.environment == "guess":
+    if "answer" not in rewarder.names:
         return
     only = set(rewarder.names) <= {"answer", "environment"}
     for name, prompts in (("prompts", practice.prompts), ("held_out", practice.held_out)):

@@ -95,6 +95,8 @@ def run_python(code: str, *, seconds: int, megabytes: int) -> str:
     if result.returncode == 0:
         return output.strip() or "(nothing was printed)"
     lines = errors.strip().splitlines()
+    if not lines and result.returncode > 0:  # of its own accord
+        raise ToolError(f"ended with exit status {result.returncode}")
     if not lines or lines[-1].startswith("unshare:"):  # a signal ended it: there is no traceback
         raise ToolError(f"stopped: it took more than {seconds} seconds of computing, or wrote too much")
     raise ToolError(lines[-1][:200])
