@@ -80,7 +80,7 @@ class Config(PracticeConfig):
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters instead of the whole model; the reference is then the model without them."""
     held_out_samples: int = 0
-    """At validations also draw so many answers to each held-out prompt, as in rollouts, for held_out/pass@1 and
+    """At validations also draw this many answers to each held-out prompt, as in rollouts, for held_out/pass@1 and
     held_out/pass@N; 0 asks greedily only. Independent of rollout.samples."""
     phases: int = 100
     """Phases of rollouts; each gives algorithm.epochs x algorithm.minibatches updates."""
