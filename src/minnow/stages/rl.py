@@ -110,6 +110,12 @@ class Config(PracticeConfig):
             raise UserError(f"held_out_samples is {self.held_out_samples}: it must be 0 or more")
         if self.held_out_samples and not self.held_out:
             raise UserError("held_out_samples needs held_out: files with the prompts to ask")
+        if self.rollout_engine.url is not None and (self.rollout.temperature, self.rollout.top_p) != (1, 1):
+            raise UserError(
+                "rollout_engine.url: a server gives log-probabilities of the unchanged distribution, and answers are "
+                f"drawn at temperature {self.rollout.temperature:g} and top_p {self.rollout.top_p:g}: use "
+                "rollout.temperature 1 and rollout.top_p 1"
+            )
         refuse_unused(self, NO_Z_LOSS | NOT_OF_RL)
 
 
