@@ -148,3 +148,4 @@ def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -
     assert text.startswith(f"usage: minnow {name}")
     undocumented = [item.key for item in settings_of(importlib.import_module(module).Config) if not item.doc]
     assert not undocumented, "settings without a string under them"
+    assert "None" not in text, "what can be typed is null"

@@ -16,6 +16,7 @@ import pytest
 
 from minnow import cli
 from minnow.config import parse_config
+from minnow.stages import eval as evaluation
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -29,7 +30,10 @@ PAGES = [
 def commands(page: Path) -> Iterator[str]:
     """Lines that start with `minnow` in code blocks (in a recipe: in its opening comment), continuations joined."""
     text = page.read_text(encoding="utf-8").replace("\\\n", " ")
-    blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL) if page.suffix == ".md" else [text]
+    blocks = [text]
+    if page.suffix == ".md":
+        fenced = re.findall(r"^```(\w*)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+        blocks = [block for language, block in fenced if language in ("", "bash", "sh")]
     for block in blocks:
         for line in block.splitlines():
             line = line.lstrip("# ") if page.suffix == ".yaml" else line
@@ -80,10 +84,34 @@ def test_readme_starts_with_the_two_commands() -> None:
 def test_links_lead_somewhere() -> None:
     broken = []
     for page in (*PAGES, ROOT / "CONTRIBUTING.md"):
-        for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
-            if not (page.parent / link).exists():
+        for link in re.findall(r"\]\(([^):]+)\)", page.read_text(encoding="utf-8")):
+            file, _, heading = link.partition("#")
+            target = page.parent / file if file else page
+            if not target.exists() or (heading and heading not in headings(target)):
                 broken.append(f"{page.name}: {link}")
     assert not broken
+
+
+def headings(page: Path) -> set[str]:
+    """What GitHub calls a page's headings in links: lower case, no punctuation, hyphens for blanks."""
+    plain = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    titles = re.findall(r"^#+ (.+)$", plain, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+EVALUATIONS = [
+    (page, command) for page, command in SHOWN if command.startswith("minnow eval ") and "MODEL" not in command
+]
+
+
+@pytest.mark.parametrize(("page", "command"), EVALUATIONS)
+def test_shown_evaluations_find_their_rows(page: str, command: str) -> None:
+    """The quickstart's model alone has a pond beside it; for others a task gets its rows or a pond."""
+    name, words = split(command)
+    config = parse_config(evaluation.Config, words, program=f"minnow {name}")
+    tasks = {*config.tasks, *(["judge"] if config.judge else [])}
+    given = {"bpb": config.text, "long-context": config.text, "preference": config.pairs, "judge": config.pairs}
+    assert config.pond or config.model == "runs/quickstart" or all(given.get(task) for task in tasks)
 
 
 def test_from_your_own_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,3 +168,13 @@ def test_a_server_that_is_not_there(tmp_path, monkeypatch):
     engine = RemoteEngine(config, load_pretrained(folder), Tokenizer.from_pretrained(folder), tmp_path / "policy")
     with pytest.raises(UserError, match="could not be asked"):
         engine.weights_updated()
+
+
+def test_sampling_that_a_server_does_not_describe_is_refused_before_any_work(tmp_path, capsys):
+    """It was said by the first phase, when the run had its folder and the server new weights."""
+    folder, prompts = saved(tmp_path / "model"), write_prompts(tmp_path / "prompts.jsonl")
+    words = f"--init_from {folder} --prompts {prompts} --run {tmp_path}/run --rollout_engine.url http://127.0.0.1:9/v1"
+    for setting in ("--rollout.temperature 0.7", "--rollout.top_p 0.9"):
+        assert main(["grpo", *words.split(), *setting.split()]) == 2
+        assert "use rollout.temperature 1 and rollout.top_p 1" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

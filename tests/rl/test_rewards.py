@@ -2,11 +2,14 @@
 
 import json
 import math
+import re
+import sys
 import threading
 from dataclasses import replace
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
+from pathlib import Path
 
 import pytest
 import torch
@@ -281,6 +284,18 @@ def returns(trajectories):
 
 def hangs(trajectories):
     threading.Event().wait(20)
+
+
+def test_the_function_that_the_handbook_shows(tmp_path, monkeypatch):
+    text = (Path(__file__).parents[2] / "docs" / "rl.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    name = re.search(r"--rewards.functions (\S+)", block)[1]
+    (tmp_path / f"{name.partition(':')[0]}.py").write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    items = [episode("Yes, please."), episode("No.")]
+    Rewarder(RewardConfig(answer=0, functions=(name,)), enable_thinking=False).score(items)
+    assert [item.reward for item in items] == [0.5, 0.0]
 
 
 def test_functions_of_ones_own_and_failures_are_never_silent_zeros():

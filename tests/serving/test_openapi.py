@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -35,6 +37,15 @@ def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
     with serving({"m": folder}, config) as running:
         schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json", headers=KEY)
         yield [found.ok() for found in schema.get_all_operations()]
+
+
+def test_the_handbook_names_every_endpoint_and_limit(operations: list[Any]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    for operation in operations:
+        path = operation.path.replace("{name}", "NAME")
+        assert f"`{operation.method.upper()} {path}`" in page
+    for limit in dataclasses.fields(ServingConfig):
+        assert f"--{limit.name}" in page
 
 
 def try_out(operations: list[Any], cases: int, *, derandomize: bool) -> None:

@@ -107,6 +107,23 @@ def test_beside_the_compiled_engine_stands_a_compiled_rival(tmp_path: Path, monk
     assert {"minnow", "transformers", "transformers_compiled"} <= set(json.loads(file.read_text()))
 
 
+def test_a_mixture_is_not_said_to_be_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def note(model: CausalLM, compiled: bool) -> bench_generate.Generate:
+        made.append(compiled)
+        return lambda prompts, new_tokens: None
+
+    monkeypatch.setattr(bench_generate, "has_cpp_compiler", lambda: True)
+    monkeypatch.setattr(bench_generate, "minnow_generate", note)
+    monkeypatch.setattr(bench_generate, "transformers_generate", lambda *_, **options: lambda prompts, tokens: None)
+    file, experts = tmp_path / "figures.json", ["--model.experts.moe_intermediate_size", "16"]
+    sizes = ["--streams", "[3]", "--new_tokens", "[6]", "--compile", "true"]
+    assert cli.main(["bench", "generate", *TINY, *experts, *sizes, "--json", str(file)]) == 0
+    assert made == [False]
+    assert json.loads(file.read_text())["compiled"] is False
+
+
 def test_the_compiled_rival_has_a_static_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled, caches = [], []
     monkeypatch.setattr(torch, "compile", lambda step, **options: compiled.append(options["dynamic"]) or step)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +19,8 @@ from minnow.model.lora import LoraConfig
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, build_optimizers
+from minnow.settings import settings_of
+from minnow.stages import lora, pretrain, sft
 from minnow.stages import plan as plan_module
 from minnow.stages.plan import Config, Plan, _duration, in_bytes, make_plan
 from minnow.training.config import TrainingConfig
@@ -310,3 +312,9 @@ def test_takes_sft_recipes_and_says_what_is_missing(
     error = capsys.readouterr().err
     assert "runs/pretrain-5m" in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("stage", [pretrain, sft, lora])
+def test_it_takes_the_settings_of_the_commands(stage: ModuleType) -> None:
+    """An SFT file with replace_chat_template was refused, whose cost its --help promises to tell."""
+    assert {setting.key for setting in settings_of(stage.Config)} <= {setting.key for setting in settings_of(Config)}

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -25,7 +26,9 @@ from minnow.config import UserError
 from minnow.engine import Engine, SamplingParams
 from minnow.engine import engine as engine_module
 from minnow.model.context import ContextConfig
+from minnow.model.experts_config import ExpertsConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
+from minnow.model.transformer import CausalLM
 from minnow.stages import serve
 from minnow.stages.serve import Config, build_app, name_models, place_adapters, run
 from minnow.tokenizer import Tokenizer
@@ -89,6 +92,16 @@ def test_compile_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     for rows in (1, 2, 3, 7):
         model.engine.engine.generate([[5, 6]] * rows, SamplingParams(max_tokens=4, ignore_eos=True))
     assert len(made) == 2
+
+
+def test_a_mixture_is_not_compiled_and_that_is_said(tmp_path: Path) -> None:
+    """--compile had no effect on it, without a word."""
+    folder = save_random_model(tmp_path / "mixture")
+    shape = load_pretrained(folder).config
+    experts = ExpertsConfig(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=16)
+    save_pretrained(CausalLM(replace(shape, experts=experts)), folder, Tokenizer.from_pretrained(folder))
+    with pytest.raises(UserError, match="--compile: mixture is a mixture of experts"):
+        run(Config(models=(str(folder),), port=0, device="cpu", compile=True))
 
 
 def test_models_are_loaded_in_a_thread_that_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,14 +52,15 @@ class CleanOptions:
     exact: bool = True
     """Remove rows that say exactly what an earlier one says."""
     near_duplicates: float = 0.8
-    """Remove rows at least so alike to an earlier one: Jaccard similarity of their five-word runs, 0 to 1; 0: off."""
+    """Remove rows that are at least this similar to an earlier one: Jaccard similarity of their five-word runs, 0 to 1;
+    0: off."""
     decontaminate: tuple[str, ...] = ()
     """Evaluation sets (files, folders, globs); rows that share 13 words in a row (20 characters of Chinese) with one of
     their texts are removed."""
     on_bad_row: Literal["stop", "skip"] = "stop"
     """stop: list the bad rows and write nothing; skip: remove them like the others."""
     compress: bool | None = None
-    """Write .jsonl.zst (true) or .jsonl (false). Null: compressed where the input is."""
+    """Write .jsonl.zst (true) or .jsonl (false). null: compressed where the input is."""
     seed: int = 0
     """Picks the hash functions by which near duplicates are found."""
 

@@ -51,9 +51,10 @@ class Engine:
     """Generates with the model itself, not a copy, unless told otherwise: what it samples is what training sees.
 
     max_rows: most sequences decoded at once. max_step_tokens: most tokens in one forward pass; longer prompts
-    are read in pieces. block_size: tokens in a block of the cache; None takes 16, on CUDA 256. cache_bytes: memory
-    for keys and values, which bounds the rows too; None takes memory_share, by default 0.5, of the GPU's free memory,
-    or 0.25 of the machine's (a container's, where that has less).
+    are read in pieces. block_size: tokens in a block of the cache; None takes 16, or 256 where flash attention reads
+    the blocks (CUDA, half precision). cache_bytes: memory for keys and values, which bounds the rows too; None takes
+    memory_share, by default 0.5, of the GPU's free memory, or 0.25 of the machine's (a container's, where that has
+    less).
     frozen: run a packed copy of the weights, for speed where they do not change; `weights_updated` has it made
     anew. compile: compile the step in which every row decodes; takes a C++ compiler and, at its first use, up to a
     minute. It works on a packed copy too: a frozen one's weights become constants of the step; else `weights_updated`

@@ -22,7 +22,7 @@ class ExpertsConfig:
     """softmax over all experts (Qwen3MoeForCausalLM, no shared experts); sigmoid of each expert's logit and a selection
     bias that keeps the loads even (DeepSeek-V3's router, Glm4MoeForCausalLM, with shared experts)."""
     norm_topk_prob: bool | None = None
-    """Divide the chosen experts' weights by their sum. None: only if there are several a token (one alone would
+    """Divide the chosen experts' weights by their sum. null: only if there are several a token (one alone would
     always weigh 1, and its router would learn nothing from the text)."""
     n_shared_experts: int = 0
     """Experts that work on every token, as one MLP of this many times moe_intermediate_size."""

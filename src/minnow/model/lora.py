@@ -33,7 +33,7 @@ class LoraConfig:
     rank: int = 0
     """Inner width of the adapters; 0: none, the whole model is trained."""
     alpha: float | None = None
-    """The adapter's output is multiplied by alpha / rank. None: 2 * rank."""
+    """The adapter's output is multiplied by alpha / rank. null: 2 * rank."""
     dropout: float = 0.0
     """Share of an adapter's inputs that is dropped in training."""
     rslora: bool = False

@@ -39,7 +39,7 @@ class PolicyLossConfig:
     clip_high: float = 0.2
     """The ratio counts up to 1 + clip_high; larger than clip_low lets rare tokens grow (DAPO's clip-higher)."""
     dual_clip: float | None = None
-    """For negative advantages the loss is at most this many times their size (above 1; usually 3). None: no bound."""
+    """For negative advantages the loss is at most this many times their size (above 1; usually 3). null: no bound."""
     aggregation: Aggregation = "token"
     """token: every token counts the same (DAPO); sequence: every response the same, its tokens averaged (GRPO);
     constant: a response's sum divided by a fixed length (Dr. GRPO)."""

@@ -60,7 +60,7 @@ class PreferenceLossConfig:
     """simpo: the margin to reach, in nats after beta."""
     nll_weight: float | None = None
     """Weight of the chosen answer's own loss, the plain mean over its tokens (RPO, Pang 2024), which keeps it likely.
-    None: 1 for orpo, 0 for the others."""
+    null: 1 for orpo, 0 for the others."""
     desirable_weight: float = 1.0
     """kto: weight of chosen answers."""
     undesirable_weight: float = 1.0

@@ -18,22 +18,22 @@ class OptimConfig:
     """muon: Muon for the q, k, v, o, gate, up and down matrices, AdamW for the rest; adamw: AdamW for all."""
 
     matrix_lr: float | None = None
-    """Peak learning rate of those matrices. None: 0.01 with muon, 0.002 with adamw."""
+    """Peak learning rate of those matrices. null: 0.01 with muon, 0.002 with adamw."""
 
     embedding_lr: float | None = None
-    """Peak learning rate (AdamW) of embeddings, head and other matrices. None: 0.004 with muon, matrix_lr
+    """Peak learning rate (AdamW) of embeddings, head and other matrices. null: 0.004 with muon, matrix_lr
     with adamw."""
 
     norm_lr: float | None = None
-    """Peak learning rate (AdamW) of norm gains and biases. None: 0.005 with muon, matrix_lr with adamw."""
+    """Peak learning rate (AdamW) of norm gains and biases. null: 0.005 with muon, matrix_lr with adamw."""
 
     router_lr: float | None = None
-    """Peak learning rate (AdamW) of the routers of a mixture of experts. None: 0.001 with muon, matrix_lr with
+    """Peak learning rate (AdamW) of the routers of a mixture of experts. null: 0.001 with muon, matrix_lr with
     adamw."""
 
     reference_batch_tokens: int | None = None
     """Tokens a batch for which the learning rates are meant; those used are sqrt(tokens a batch / this) times
-    as large (answers of a model in training count at their longest). None: they are used as written."""
+    as large (answers of a model in training count at their longest). null: they are used as written."""
 
     weight_decay: float = 0.05
     """Decoupled weight decay: each step shrinks a weight by its learning rate times this. Never on norms,

@@ -73,8 +73,8 @@ class AlgorithmConfig:
     correction_level: RatioLevel = "token"
     """Whether a token's weight is its own or its answer's."""
     curriculum: bool = False
-    """Remember how often each prompt was answered right, and ask oftener what is neither always nor never right. Needs
-    rewards from 0 to 1. SPO's tracker always does."""
+    """Remember how often each prompt was answered right, and ask more often what is neither always nor never right.
+    Needs rewards from 0 to 1. SPO's tracker always does."""
     tracker_answers: int = 0
     """Only with a tracker (SPO's, or a curriculum): answers to *every* prompt before the first phase, from which its
     value starts (SPO's paper draws 8); 0 starts at one half, and learns on the way."""

@@ -39,7 +39,7 @@ _ERRORS = {
     413: "The body is too large",
     429: "Too many answers are under way; Retry-After says when to try again",
     500: "The server failed",
-    503: "The server is shutting down",
+    503: "The server is shutting down, or out of memory",
 }
 
 

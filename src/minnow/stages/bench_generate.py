@@ -36,7 +36,7 @@ from minnow.training.hardware import (
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Time greedy generation from random weights, prompts and answers of fixed length, round about."""
+    """Time greedy generation from random weights, prompts and answers of fixed length; the contestants take turns."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model; by default the 26M shape."""
@@ -77,7 +77,8 @@ def run(config: Config) -> None:
     device = choose_device(config.device)
     dtype = choose_precision(config.precision, device)
     compiles = config.compile and (device.type == "cuda" or (device.type == "cpu" and has_cpp_compiler()))
-    compiled = compiles and device.type == "cpu"  # on CUDA the engine records its steps
+    # On CUDA the engine records its steps, and a step with routers is none to compile.
+    compiled = compiles and device.type == "cpu" and shape.experts is None
     model = CausalLM(shape).to(device, dtype)
     model.compute_dtype = dtype
     contestants = {"minnow": minnow_generate(model, compiled), "transformers": transformers_generate(model)}

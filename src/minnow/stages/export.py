@@ -40,7 +40,8 @@ class Config(ContextConfig):
     type: ExportType | None = None
     """Number format of the matrices; by default f16, and f32 for onnx. gguf, ollama: all but int8; onnx: f32, int8."""
     out: str | None = None
-    """File to write (ollama: folder); by default in the model folder, or here for a Hub id."""
+    """File to write (ollama: folder); by default in the model folder, or for a Hub id OWNER/NAME in a new folder NAME
+    here."""
     thinking: bool = False
     """The model was taught to reason first: llama.cpp and ollama then let it, unless a request says otherwise."""
     private: bool = False

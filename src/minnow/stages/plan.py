@@ -36,10 +36,12 @@ COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022 (2203.15556)
 class Config(pretrain.Config):
     """Say what a pretraining or SFT configuration would cost: parameters, FLOPs, tokens, memory and time.
 
-    Takes the configuration file and the settings of `minnow pretrain` and `minnow sft`. Starts nothing and reads no
+    Takes the configuration file and the settings of `minnow pretrain`, `sft` and `lora`. Starts nothing and reads no
     data: the number of tokens comes from tokens, else training.steps, else 20 a parameter.
     """
 
+    replace_chat_template: bool = False
+    """Not read."""
     tokens: int | None = None
     """Training tokens in all, if you know them."""
     probe_seconds: float = 3.0

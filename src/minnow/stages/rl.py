@@ -80,7 +80,7 @@ class Config(PracticeConfig):
     lora: LoraConfig = field(default_factory=LoraConfig)
     """Adapters instead of the whole model; the reference is then the model without them."""
     held_out_samples: int = 0
-    """At validations also draw so many answers to each held-out prompt, as in rollouts, for held_out/pass@1 and
+    """At validations also draw this many answers to each held-out prompt, as in rollouts, for held_out/pass@1 and
     held_out/pass@N; 0 asks greedily only. Independent of rollout.samples."""
     phases: int = 100
     """Phases of rollouts; each gives algorithm.epochs x algorithm.minibatches updates."""
@@ -117,6 +117,12 @@ class Config(PracticeConfig):
             raise UserError(f"held_out_samples is {self.held_out_samples}: it must be 0 or more")
         if self.held_out_samples and not self.held_out:
             raise UserError("held_out_samples needs held_out: files with the prompts to ask")
+        if self.rollout_engine.url is not None and (self.rollout.temperature, self.rollout.top_p) != (1, 1):
+            raise UserError(
+                "rollout_engine.url: a server gives log-probabilities of the unchanged distribution, and answers are "
+                f"drawn at temperature {self.rollout.temperature:g} and top_p {self.rollout.top_p:g}: use "
+                "rollout.temperature 1 and rollout.top_p 1"
+            )
         refuse_unused(self, NO_Z_LOSS | NOT_OF_RL)
 
 

@@ -60,7 +60,7 @@ class Config(ServingConfig, ContextConfig, QuantizeConfig):
     memory when a model gets its first request, 0.25 of the machine's (a container's, where that has less)."""
     compile: bool = False
     """Compile the step that writes a token: faster answers, after one to three minutes more at the start; needs a C++
-    compiler."""
+    compiler, and dense models without adapters."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +85,9 @@ def run(config: Config) -> None:
         )
     named = name_models(config.models)
     _check_contexts(config, named)
+    for name, folder in named.items() if config.compile else ():
+        if read_config(folder).experts is not None:
+            raise UserError(f"--compile: {name} is a mixture of experts, whose step is not compiled: leave it out")
     placed = place_adapters(config.adapters, named)
     if placed and config.compile:
         raise UserError("--compile takes a frozen copy of a model, and a model with --adapters is run as it is")

@@ -39,13 +39,13 @@ class BalanceConfig:
     """How the experts of a mixture are kept evenly loaded; nothing of it matters to a dense model."""
 
     load_loss: float | None = None
-    """Weight of the load-balance loss of each layer, over the global batch (2101.03961). None: 0.01 for softmax
+    """Weight of the load-balance loss of each layer, over the global batch (2101.03961). null: 0.01 for softmax
     routers, 0 for noisy ones (kl_loss) and for sigmoid ones (bias_rate)."""
     kl_loss: float | None = None
-    """Weight of KL(uniform || mean probabilities) of each layer, over the global batch. None: 0.05 for noisy routers,
+    """Weight of KL(uniform || mean probabilities) of each layer, over the global batch. null: 0.05 for noisy routers,
     else 0."""
     sequence_loss: float | None = None
-    """Weight of the load-balance loss within each document (2412.19437). None: 0.0001 for sigmoid routers, else 0."""
+    """Weight of the load-balance loss within each document (2412.19437). null: 0.0001 for sigmoid routers, else 0."""
     loads: Literal["last_batch", "same_batch"] = "last_batch"
     """Global batch whose loads weigh load_loss and kl_loss: the one before, or the same one, which takes a forward
     pass more."""

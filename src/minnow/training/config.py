@@ -37,7 +37,7 @@ class TrainingConfig:
     """Gradients are scaled down to this global L2 norm; 0 switches clipping off."""
     z_loss: float | None = None
     """Weight of the squared log-partition function in the loss of pretrain, sft and lora; keeps logits from growing.
-    None: 0.0001. The losses of other stages have no such term."""
+    null: 0.0001. The losses of other stages have no such term."""
     seed: int = 0
     """Seed of the initial weights and of the data order."""
     device: DeviceName = "auto"
