@@ -8,8 +8,8 @@ import threading
 from dataclasses import replace
 from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from threading import Thread
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
