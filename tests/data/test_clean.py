@@ -246,6 +246,36 @@ def test_rows_that_teach_different_answers_of_one_conversation_are_no_copies(tmp
     assert [(entry["line"], entry["reason"]) for entry in removed] == [(3, "exact_duplicate")]
 
 
+ASKED = f"{STORY} Now answer in a word: what does the otter eat, as this story tells it?"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        lambda answer: {"prompt": ASKED, "answer": answer},
+        lambda answer: {"prompt": chat(ASKED, "")["messages"][:1], "reward_model": {"ground_truth": answer}},
+        lambda answer: {"conversations": chat(ASKED, "None")["messages"], "gt": [answer]},
+        lambda answer: {"instruction": ASKED, "solution": answer},
+    ],
+    ids=["answer", "verl", "dummy", "alpaca"],
+)
+def test_rows_to_practise_on_with_other_right_answers_are_no_copies(tmp_path, row):
+    """Wherever the right answer stands; verl's rows have it deeper, others behind a dummy of the assistant's."""
+    rows = [row(answer) for answer in ("fish", "berries", "fish")]
+    _, removed = run(tmp_path, write(tmp_path / "rows.jsonl", rows))
+    assert [(entry["line"], entry["reason"]) for entry in removed] == [(3, "exact_duplicate")]
+    assert read_said(row("fish")).digest != read_said(row("")).digest
+
+
+def test_an_instruction_without_an_output_is_a_prompt(tmp_path):
+    """`minnow distill generate` and `minnow rl` read it; here it was a bad row."""
+    row = {"instruction": "Add the numbers.", "input": "3 and 4", "answer": "7"}
+    assert read_said(row).kind == "prompt"
+    assert read_said(row).digest == read_said({"prompt": "Add the numbers.\n3 and 4", "answer": "7"}).digest
+    with pytest.raises(RowError, match="an `instruction` without an `output`"):
+        read_said({"instruction": 5})
+
+
 def test_a_row_says_its_reasoning_calls_and_results_but_not_its_tools():
     call = {"name": "look_up", "arguments": {"subject": "Fenrik"}}
     row = {

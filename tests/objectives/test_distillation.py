@@ -16,7 +16,6 @@ from minnow.objectives.distillation import (
     divergence,
     linear_distillation,
     top_k_outcomes,
-    with_rest,
 )
 
 N, D, V = 37, 8, 50
@@ -109,12 +108,32 @@ def test_k_tokens_and_the_rest(name: Any) -> None:
     exact = divergence(student, teacher, name)
     previous = torch.zeros(N)
     for k in (1, 5, 20, V):
-        top, ids = teacher.topk(k, dim=1)
-        found = divergence(top_k_outcomes(student, ids), with_rest(top), name)
+        ids = teacher.topk(k, dim=1).indices
+        top = top_k_outcomes(teacher, ids)
+        found = divergence(top_k_outcomes(student, ids), top, name)
         assert (found >= previous - 1e-5).all()
         previous = found
     torch.testing.assert_close(previous, exact, rtol=1e-4, atol=1e-4)
-    assert (with_rest(top).exp().sum(1) - 1).abs().max() < 1e-5
+    assert (top.exp().sum(1) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["forward", "reverse", "jsd"])
+def test_a_rest_of_next_to_nothing_keeps_its_digits(name: Any) -> None:
+    """What the listed tokens leave to one is below the digits of float32: each side in turn is as sure as that."""
+    ids = torch.tensor([[0, 1]])
+    sure = torch.tensor([[20.0, 19.0, -4.0, -5.0, -6.0]])
+    for student, teacher in ((sure, torch.zeros(1, 5)), (torch.zeros(1, 5), sure)):
+        outcomes = []
+        for logits_NV in (student, teacher):
+            p = logits_NV.double().softmax(1)
+            outcomes.append(torch.cat([p[:, :2], p[:, 2:].sum(1, keepdim=True)], dim=1).log())
+        student.requires_grad_()
+        listed = [top_k_outcomes(F.log_softmax(logits_NV, 1), ids) for logits_NV in (student, teacher)]
+        found = divergence(*listed, name)
+        torch.testing.assert_close(found.double(), divergence(*outcomes, name), rtol=1e-4, atol=1e-6)
+        (gradient,) = torch.autograd.grad(found.sum(), student)
+        assert gradient.isfinite().all()
+        assert gradient[0, 2:].abs().max() > 0, "the rest is learnt too"
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn_from_it() -> None:

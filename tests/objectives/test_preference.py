@@ -16,6 +16,7 @@ from minnow.config import UserError
 from minnow.objectives.preference import (
     PreferenceLossConfig,
     answer_sums,
+    kto_loss,
     length_weights,
     odds_ratio_loss,
     preference_loss,
@@ -355,7 +356,16 @@ def test_the_better_answer_rises_and_the_worse_one_falls() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"beta": 0.0}, {"label_smoothing": 0.5}, {"name": "ipo", "label_smoothing": 0.1}, {"length_alpha": 1.5}],
+    [
+        {"beta": 0.0},
+        {"label_smoothing": 0.5},
+        {"name": "ipo", "label_smoothing": 0.1},
+        {"length_alpha": 1.5},
+        {"nll_weight": -0.1},
+        {"name": "kto", "desirable_weight": -1.0},
+        {"name": "kto", "undesirable_weight": math.nan},
+        {"name": "kto", "average": True},
+    ],
 )
 def test_numbers_without_meaning_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="loss"):
@@ -370,3 +380,15 @@ def test_hand_made_dpo() -> None:
     )
     assert float(loss) == pytest.approx(0.2014133, abs=1e-6)
     assert float(loss) == pytest.approx(float(-F.logsigmoid(torch.tensor(1.5))))
+
+
+def test_ktos_reference_point_is_not_below_zero_and_not_learnt() -> None:
+    ratios_A, desirable_A = torch.tensor([0.5, -0.3]), torch.tensor([True, False])
+
+    def loss(kl: Tensor) -> Tensor:
+        return kto_loss(ratios_A, desirable_A, kl, 0.3, (1.0, 1.0))
+
+    kl = torch.tensor(0.4, requires_grad=True)
+    assert torch.equal(loss(torch.tensor(-0.7)), loss(torch.tensor(0.0)))
+    assert not torch.equal(loss(kl), loss(torch.tensor(0.0)))
+    assert not loss(kl).requires_grad

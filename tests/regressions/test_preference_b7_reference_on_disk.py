@@ -40,8 +40,11 @@ def test_the_loss_falls_and_the_reference_is_asked_before_training_only(
     )
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     training = [line for line in lines if "loss" in line]
-    if name == "dpo":
-        assert training[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    # Each by the loss that was named. At first a model is its reference; a fresh one finds all 320 tokens about alike.
+    starts = {"dpo": math.log(2), "ipo": 25.0, "hinge": 1.0, "kto": 0.5, "simpo": math.log1p(math.e)}
+    without_reference = name in ("simpo", "orpo")
+    start = starts.get(name, math.log(320) + 0.1 * math.log(2))
+    assert training[0]["loss"] == pytest.approx(start, rel=0.05 if without_reference else 1e-5)
     assert training[-1]["loss"] < 0.8 * training[0]["loss"]
     assert training[-1]["margin"] > training[0]["margin"]
     held_out = [line for line in lines if "validation_loss" in line][-1]

@@ -186,8 +186,31 @@ def test_a_store_holds_every_token_of_a_vocabulary(vocab_size: int, size: int, t
     found = taught.batch([0, 1])
     assert torch.equal(found.teacher_ids_BTK.long(), expected.indices)
     assert int(found.teacher_ids_BTK.max()) >= vocab_size - 16
-    torch.testing.assert_close(found.teacher_logprobs_BTK.float(), expected.values, rtol=1e-3, atol=1e-3)
+    listed, rest = found.teacher_logprobs_BTK.float().split([4, 1], dim=-1)
+    torch.testing.assert_close(listed, expected.values, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(rest[..., 0].exp(), 1 - expected.values.exp().sum(-1), rtol=1e-3, atol=1e-3)
     assert taught.ids_RTK.itemsize + taught.logprobs_RTK.itemsize == size
+
+
+@pytest.mark.parametrize("divergence", ["forward", "reverse", "jsd"])
+def test_a_store_of_a_sure_teacher_adds_no_divergence(divergence: Any, tmp_path: Path) -> None:
+    """In 16 bits the listed probabilities often summed to one or more. What they left was nothing then, and a student
+    that had some of it was 80 nats away."""
+    teacher = CausalLM(SHAPE, InitConfig(zero_output_projections=False, embedding_std=0.3), seed=3)
+    student = CausalLM(SHAPE, InitConfig(zero_output_projections=False, embedding_std=0.1), seed=4)
+    with torch.no_grad():
+        teacher.model.norm.weight.mul_(8)
+    batch = random_batch(SHAPE.vocab_size, 2, 32)
+    rows = SimpleNamespace(num_rows=2, sequence_length=32, batch=lambda rows: batch)
+    config = DistillationLossConfig(alpha=0.0, divergence=divergence, top_k=16)
+    taught = distillation.teacher_store(teacher, rows, tmp_path, "", config, vocab_size=320, rows_at_once=2)
+    found = taught.batch([0, 1])
+    rest = found.teacher_logprobs_BTK[..., -1].float()
+    assert ((rest > -15) & (rest < -4)).any(), "it is sure, but not beyond all digits"
+    with torch.no_grad():
+        from_store = distillation.Distillation(config, None, 320)(student, found).metrics["divergence"]
+        beside = distillation.Distillation(config, teacher, 320)(student, batch).metrics["divergence"]
+    assert 0.5 * beside < from_store < 1.001 * beside
 
 
 def test_a_teacher_with_experts_and_a_dense_student(config: distill.Config, tmp_path: Path) -> None:
@@ -225,6 +248,16 @@ def test_heads_that_are_padded_to_different_sizes(config: distill.Config, tmp_pa
     short = dataclasses.replace(config.training, steps=1)
     distill.run(dataclasses.replace(config, init_from=str(tmp_path / "student"), model=ModelConfig(), training=short))
     assert 0 <= metrics(config)[0]["divergence"] < 1
+
+
+def test_a_new_student_is_saved_with_the_template_that_it_was_taught(config: distill.Config, tmp_path: Path) -> None:
+    """Its tokenizer's folder may have come with another one."""
+    tokenizer = Tokenizer.from_pretrained(config.teacher)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    tokenizer.save_pretrained(tmp_path / "foreign")
+    short = dataclasses.replace(config.training, steps=1)
+    distill.run(dataclasses.replace(config, tokenizer=str(tmp_path / "foreign"), training=short))
+    assert Tokenizer.from_pretrained(config.run).foreign_template is None
 
 
 def test_another_tokenizer_is_refused(config: distill.Config, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from minnow.config import UserError
 from minnow.data.readers import read_rows
 from minnow.data.records import parse_conversation
+from minnow.engine import Completions, Engine
 from minnow.engine.sampling import SamplingParams
 from minnow.stages.distill_generate import Config, check, run
 from minnow.stages.teacher import Answer, RateLimiter
@@ -111,6 +112,27 @@ def test_a_teacher_that_runs_here(tmp_path: Path) -> None:
     teacher = save_parrot_model(tmp_path / "teacher", "swims§<|im_end|>§")
     run(config(tmp_path, model=str(teacher), max_rows=2, device="cpu", temperature=0.0))
     assert written(tmp_path) == {"fish 0": "swims", "fish 1": "swims"}
+
+
+@pytest.mark.parametrize("thinking", [True, False, None])
+def test_a_teacher_that_runs_here_thinks_where_it_is_told_to(
+    thinking: bool | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its prompt ends with an open think block then, and what it says up to the block's end are its thoughts."""
+    script = "hm§</think>§swims§<|im_end|>§" if thinking else "swims§<|im_end|>§"
+    teacher = save_parrot_model(tmp_path / "teacher", script)
+    read: list[str] = []
+    generate = Engine.generate
+
+    def listen(engine: Engine, prompts: Sequence[Sequence[int]], params: SamplingParams) -> list[Completions]:
+        read.extend(map(engine.tokenizer.decode, prompts))
+        return generate(engine, prompts, params)
+
+    monkeypatch.setattr(Engine, "generate", listen)
+    run(config(tmp_path, model=str(teacher), max_rows=1, device="cpu", temperature=0.0, enable_thinking=thinking))
+    assert [text.endswith("<think>\n") for text in read] == [bool(thinking)]
+    answer = Message("assistant", "swims", "hm" if thinking else None)
+    assert read_back(tmp_path) == [Conversation((Message("user", "fish 0"), answer))]
 
 
 def test_so_many_requests_are_under_way_as_parallel_says(

@@ -416,6 +416,26 @@ def test_a_conversation_too_long_for_the_judge_is_told_as_the_judge_s(tmp_path: 
         judge([short, long])
 
 
+def test_none_of_a_judge_s_own_code_is_run(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where somebody at the terminal would have said yes: nobody is asked."""
+    code = "import pathlib\npathlib.Path(__file__).with_name('ran').touch()\n"
+    code += "from transformers import LlamaConfig as Config, LlamaForSequenceClassification as Model\n"
+    map_ = {"AutoConfig": "whale.Config", "AutoModelForSequenceClassification": "whale.Model"}
+    content = {"architectures": ["WhaleForSequenceClassification"], "model_type": "whale", "auto_map": map_}
+    (tmp_path / "whale.py").write_text(code)
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    tokenizer.save_pretrained(tmp_path)
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "y")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    with pytest.raises(UserError, match="transformers cannot load it as a reward model"):
+        load_judge(tmp_path, CPU)
+    assert not asked
+    assert not list(tmp_path.rglob("ran"))
+
+
 def test_a_classifier_of_several_labels_is_no_judge(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """Its first number says nothing of how good an answer is."""
     from transformers import LlamaConfig, LlamaForSequenceClassification

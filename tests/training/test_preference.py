@@ -327,3 +327,18 @@ def test_kto_measures_its_reference_point_on_the_whole_batch(
     objective.look_ahead(policy, [rows.batch(range(rows.num_rows))])
     whole = objective(policy, rows.batch(range(rows.num_rows))).loss_sum
     torch.testing.assert_close(whole, cut, rtol=1e-5, atol=1e-6)
+
+
+def test_ktos_reference_point_is_never_below_zero(tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path) -> None:
+    """Seen from each of two models the other has moved as far the other way."""
+    models, found = [make_model(tokenizer, seed) for seed in (1, 2)], []
+    for number, (policy, start) in enumerate((models, models[::-1])):
+        unrelated = reference_logprobs(
+            start, [unrelated_batch(dataset, range(12))], 12, tmp_path, f"unrelated-{number}"
+        )
+        rows = PreferenceRows(dataset, ask(start, dataset, tmp_path), unrelated)
+        objective = PreferenceOptimization(PreferenceLossConfig(name="kto"))
+        objective.look_ahead(policy, [rows.batch(range(rows.num_rows))])
+        found.append(objective.kl)
+    assert min(found) == 0
+    assert max(found) > 0.1

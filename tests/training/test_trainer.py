@@ -15,9 +15,10 @@ import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from minnow.data.batches import Batch, Share
+from minnow.model.transformer import CausalLM
 from minnow.training.checkpoint import list_checkpoints
 from minnow.training.loss_scale import LossScale
-from minnow.training.objective import PackedBatches
+from minnow.training.objective import LanguageModeling, ObjectiveOutput, PackedBatches
 from minnow.training.probe import random_batch
 from minnow.training.trainer import NonFiniteLossError, Trainer
 
@@ -64,6 +65,25 @@ def test_the_loss_is_the_sum_over_all_tokens_by_their_count(tmp_path: Path) -> N
     assert abs(total / count - sum(per_micro_batch) / 4) > 1e-5, (
         "the masks must be uneven for this test to see a difference"
     )
+
+
+def test_an_objective_that_looks_ahead_sees_the_whole_batch_before_any_of_it_is_learnt(tmp_path: Path) -> None:
+    """As KTO's does, whose reference point is of the batch: without a look it would be 0, or the last validation's."""
+    events: list[int] = []
+
+    class Looking(LanguageModeling):
+        def look_ahead(self, model: CausalLM, batches: Sequence[Batch]) -> None:
+            events.append(len(batches))
+
+        def __call__(self, model: CausalLM, batch: Batch) -> ObjectiveOutput:
+            events.append(0)
+            return super().__call__(model, batch)
+
+    trainer = make_trainer(tmp_path, source=RandomSource(4))
+    trainer.objective = Looking()
+    for _ in range(2):
+        trainer.train_step()
+    assert events == [4, 0, 0, 0, 0] * 2
 
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4, 7, 8, 11])

@@ -29,7 +29,7 @@ class Said:
     """What rows are compared by: `text` without the system messages, which whole data sets share. Neither has tools."""
     answers: str
     """The part of `talk` that is learnt: the assistants' messages (but those of weight 0), both answers of a pair, a
-    prompt's right answer. Rows about one long passage differ only here. "" for a text, which is learnt whole."""
+    right answer to practise on. Rows about one long passage differ only here. "" for a text, which is learnt whole."""
     digest: bytes
     """16 bytes, the same for rows that say exactly the same and teach the same of it, whatever format they came in."""
 
@@ -41,13 +41,14 @@ def read_said(row: Mapping[str, Any]) -> Said:
     if any(row.get(key) is not None for key in (*CONVERSATION_KEYS, "instruction")):
         try:
             conversation = parse_conversation(row)
-        except RowError:
-            if row.get("instruction") is not None:
-                raise
-            return _of_prompt(row)  # it ends with the user: nothing to train on yet, but something to practise on
+        except RowError as error:
+            try:
+                return _of_prompt(row)  # it ends with the user: nothing to train on yet, but something to practise on
+            except RowError:
+                raise error from None
         messages = conversation.messages
         learnt = _words(m for m in messages if m.role == "assistant" and m.weight)
-        return _said("conversation", messages, learnt, conversation)
+        return _said("conversation", messages, learnt, conversation, extra=_right_answers(row, REFERENCE_KEYS))
     if any(row.get(key) is not None for key in ("prompt", "question")):
         return _of_prompt(row)
     text = parse_document(row).text
@@ -63,18 +64,23 @@ def _of_pair(row: Mapping[str, Any]) -> Said:
 
 def _of_prompt(row: Mapping[str, Any]) -> Said:
     conversation = parse_prompt(row).conversation
-    answers = "\n".join(_as_text(row[key]) for key in _ANSWER_KEYS if row.get(key) is not None)
-    return _said("prompt", conversation.messages, answers, conversation, extra=answers)
+    return _said("prompt", conversation.messages, "", conversation, extra=_right_answers(row, _ANSWER_KEYS))
 
 
 def _said(kind: RowKind, messages: Sequence[Message], answers: str, *parts: Conversation, extra: str = "") -> Said:
     talk = _words(message for message in messages if message.role != "system")
     if extra:
-        talk = f"{talk}\n{extra}"
+        talk, answers = f"{talk}\n{extra}", f"{answers}\n{extra}" if answers else extra
     system = _words(message for message in messages if message.role == "system")
     weights = bytes(message.weight > 0 for message in messages)  # `canonical` leaves them out
     digest = _digest(b"\0".join([kind.encode(), *map(canonical, parts), extra.encode(), weights]))
     return Said(kind, f"{system}\n{talk}" if system else talk, talk, answers, digest)
+
+
+def _right_answers(row: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """What a row to practise on says is right, itself or in its `reward_model` (verl's rows)."""
+    places = [place for place in (row, row.get("reward_model")) if isinstance(place, Mapping)]
+    return "\n".join(_as_text(place[key]) for place in places for key in keys if place.get(key) not in (None, "", []))
 
 
 def _words(messages: Iterable[Message]) -> str:

@@ -77,8 +77,9 @@ class TransformersJudge:
 
         self.folder = folder
         try:
-            model = AutoModelForSequenceClassification.from_pretrained(folder)
-            self.tokenizer = AutoTokenizer.from_pretrained(folder)
+            # Left out, it lets transformers ask at the terminal whether the folder's own code may run.
+            model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False)
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise UserError(f"{folder}: transformers cannot load it as a reward model: {error}") from error
         self.model = model.to(device).eval()  # not above: a device without room is another matter

@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minnow.config import UserError, refuse_unused
-from minnow.objectives.stable import log1mexp
 
 DivergenceName = Literal["forward", "reverse", "jsd"]
 TeacherChunk = Callable[[slice], tuple[Tensor, Tensor | None]]
@@ -94,13 +93,14 @@ def kl(p_NK: Tensor, q_NK: Tensor) -> Tensor:
 
 
 def top_k_outcomes(logprobs_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """Log-probabilities of the tokens `ids` and, last, of all others together: [N, K + 1]."""
-    return with_rest(logprobs_NV.gather(1, ids_NK))
+    """Log-probabilities of the tokens `ids` and, last, of all others together: [N, K + 1].
 
-
-def with_rest(logprobs_NK: Tensor) -> Tensor:
-    """Append the log-probability of everything that is not listed: [N, K] -> [N, K + 1]."""
-    return torch.cat([logprobs_NK, log1mexp(torch.logsumexp(logprobs_NK, dim=1, keepdim=True))], dim=1)
+    The others are added up: what the listed ones leave to one has no digits where they are nearly all. Where there are
+    no others they count as the least number, since 0 x infinity is none.
+    """
+    others_N1 = logprobs_NV.scatter(1, ids_NK, -math.inf).logsumexp(1, keepdim=True)
+    least = math.log(torch.finfo(torch.float32).tiny)
+    return torch.cat([logprobs_NV.gather(1, ids_NK), others_N1.clamp(min=least)], dim=1)
 
 
 def linear_distillation(
@@ -117,9 +117,10 @@ def linear_distillation(
     """Sum the distillation loss over tokens, the student's head included.
 
     Shapes: hidden [N, D], weight [V, D], targets [N] int64, weights [N] float. teacher: gives, for a slice of the
-    tokens, its log-probabilities at the temperature: (all [C, V], None), or of its k most likely tokens, without the
-    rest, with their ids ([C, k], [C, k]). Only one chunk's logits stand at a time, the student's and the teacher's: the
-    backward pass computes them again. vocab_size: tokens that both know, where the heads are padded to different sizes.
+    tokens, its log-probabilities at the temperature: (all [C, V], None), or of its k most likely tokens and, last, of
+    all others, with the tokens' ids ([C, k + 1], [C, k]). Only one chunk's logits stand at a time, the student's and
+    the teacher's: the backward pass computes them again. vocab_size: tokens that both know, where the heads are padded
+    to different sizes.
     """
     sums = torch.zeros(3, dtype=torch.float32, device=hidden_ND.device)
 
@@ -130,7 +131,7 @@ def linear_distillation(
         nll_C = -torch.log_softmax(logits_CV, dim=1).gather(1, targets_N[chunk].unsqueeze(1)).squeeze(1)
         student_CK = torch.log_softmax(logits_CV[:, :vocab_size] / config.temperature, dim=1)
         if ids_CK is not None:
-            student_CK, teacher_CK = top_k_outcomes(student_CK, ids_CK), with_rest(teacher_CK)
+            student_CK = top_k_outcomes(student_CK, ids_CK)
         divergence_C = divergence(student_CK, teacher_CK, config.divergence, config.jsd_beta)
         loss_C = config.alpha * nll_C + (1 - config.alpha) * config.temperature**2 * divergence_C
         return (torch.stack([loss_C, nll_C, divergence_C]) * weights_N[chunk]).sum(1)

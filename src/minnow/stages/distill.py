@@ -16,6 +16,7 @@ from minnow.objectives.distillation import DistillationLossConfig
 from minnow.stages import pretrain
 from minnow.stages.language_model import Lesson, PackedData, held_out_batches, run_lesson
 from minnow.tokenizer import Tokenizer
+from minnow.tokenizer.template import chat_template
 from minnow.training.config import NO_Z_LOSS
 from minnow.training.distillation import Distillation, teacher_store
 from minnow.training.distribution import first_goes_first
@@ -51,6 +52,8 @@ def run(config: Config) -> None:
     config, student, tokenizer = pretrain.start(config)
     if config.kind == "sft" and config.init_from is not None:
         tokenizer.require_chat_template(config.init_from)
+    elif config.kind == "sft":
+        tokenizer.chat_template = chat_template()  # what a new student is taught, whatever its tokenizer came with
     teacher = load_teacher(config.teacher, tokenizer, config.sequence_length, chats=config.kind == "sft")
     rows_at_once = config.training.rows_at_once(config.sequence_length)
     cache = Path(config.data.cache_dir).expanduser()

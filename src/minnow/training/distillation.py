@@ -18,7 +18,13 @@ from torch import Tensor
 from minnow.data.batches import Batch, PackedRows
 from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
-from minnow.objectives.distillation import CHUNK_SIZE, DistillationLossConfig, TeacherChunk, linear_distillation
+from minnow.objectives.distillation import (
+    CHUNK_SIZE,
+    DistillationLossConfig,
+    TeacherChunk,
+    linear_distillation,
+    top_k_outcomes,
+)
 from minnow.training.objective import ObjectiveOutput
 from minnow.training.reference import weights_fingerprint
 
@@ -28,9 +34,9 @@ class TaughtBatch(Batch):
     """Rows with the teacher's most likely next tokens."""
 
     teacher_ids_BTK: Tensor
-    """int32."""
+    """int32 [B, T, k]."""
     teacher_logprobs_BTK: Tensor
-    """float16: their log-probabilities at the run's temperature."""
+    """float16 [B, T, k + 1]: their log-probabilities at the run's temperature and, last, that of all others."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,8 @@ class Distillation:
     def _teacher_of(self, batch: Batch, attention: PackedAttention, supervised_BT: Tensor) -> TeacherChunk:
         if isinstance(batch, TaughtBatch):
             ids_NK = batch.teacher_ids_BTK[supervised_BT].long()
-            logprobs_NK = batch.teacher_logprobs_BTK[supervised_BT].float()
+            # Rounded to 16 bits they do not quite sum to one.
+            logprobs_NK = batch.teacher_logprobs_BTK[supervised_BT].float().log_softmax(1)
             return lambda chunk: (logprobs_NK[chunk], ids_NK[chunk])
         assert self.teacher is not None
         teacher, temperature = self.teacher, self.loss.temperature
@@ -120,10 +127,13 @@ def teacher_store(
 ) -> TaughtRows:
     """Ask the teacher about every row once, or open what it said the last time: arrays mapped from disk.
 
-    A position takes k x 4 bytes (6 above a vocabulary of 65,536). data_key stands for the documents and how they are
-    packed; the folder's name hashes it with the teacher's weights, k and the temperature.
+    A position takes k x 4 bytes (6 above a vocabulary of 65,536) and 2 for the rest: as what the 16-bit numbers leave
+    to one it would be lost in their rounding, and a student that is less sure would seem 80 nats away. data_key stands
+    for the documents and how they are packed; the folder's name hashes it with the teacher's weights, k and the
+    temperature.
     """
-    key = [weights_fingerprint(teacher), str(teacher.compute_dtype), data_key, config.top_k, config.temperature]
+    asked = [data_key, config.top_k, config.temperature, "with the rest"]
+    key = [weights_fingerprint(teacher), str(teacher.compute_dtype), *asked]
     folder = cache / f"teacher-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}"
     if not folder.exists():
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -153,20 +163,22 @@ def _ask(
 ) -> None:
     device = teacher.head_weight.device
     k = min(config.top_k, vocab_size)
-    shape = (dataset.num_rows, dataset.sequence_length, k)
+    R, T = dataset.num_rows, dataset.sequence_length
     ids_dtype = np.uint16 if vocab_size <= 1 << 16 else np.int32
-    ids = np.lib.format.open_memmap(folder / "ids.npy", mode="w+", dtype=ids_dtype, shape=shape)
-    logprobs = np.lib.format.open_memmap(folder / "logprobs.npy", mode="w+", dtype=np.float16, shape=shape)
+    ids = np.lib.format.open_memmap(folder / "ids.npy", mode="w+", dtype=ids_dtype, shape=(R, T, k))
+    logprobs = np.lib.format.open_memmap(folder / "logprobs.npy", mode="w+", dtype=np.float16, shape=(R, T, k + 1))
     teacher.eval()
-    for start in range(0, dataset.num_rows, rows_at_once):
-        rows = slice(start, min(start + rows_at_once, dataset.num_rows))
+    for start in range(0, R, rows_at_once):
+        rows = slice(start, min(start + rows_at_once, R))
         batch = dataset.batch(range(rows.start, rows.stop)).to(device)
         hidden_BTD = teacher(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens, device))
-        parts = [
-            soft_logprobs(teacher, chunk_CD, config.temperature, vocab_size).topk(k, dim=1)
-            for chunk_CD in hidden_BTD.flatten(0, 1).split(CHUNK_SIZE)
-        ]
-        ids[rows] = torch.cat([part.indices for part in parts]).view(-1, *shape[1:]).cpu().numpy()
-        logprobs[rows] = torch.cat([part.values for part in parts]).view(-1, *shape[1:]).cpu().numpy()
+        parts = []
+        for chunk_CD in hidden_BTD.flatten(0, 1).split(CHUNK_SIZE):
+            logprobs_CV = soft_logprobs(teacher, chunk_CD, config.temperature, vocab_size)
+            ids_CK = logprobs_CV.topk(k, dim=1).indices
+            parts.append((ids_CK, top_k_outcomes(logprobs_CV, ids_CK)))
+        ids_NK, logprobs_NK = map(torch.cat, zip(*parts, strict=True))
+        ids[rows] = ids_NK.view(-1, T, k).cpu().numpy()
+        logprobs[rows] = logprobs_NK.view(-1, T, k + 1).cpu().numpy()
     ids.flush()
     logprobs.flush()
