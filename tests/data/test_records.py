@@ -164,6 +164,8 @@ BAD_CONVERSATIONS = [
         "`reasoning` and `thinking` of message 2 are different thoughts",
     ),
     ({"conversations": "[{"}, "`conversations` is not valid JSON"),
+    ({"conversations": "[" * 9999}, "`conversations` is not valid JSON"),
+    (chat(U, A, tools="[%s]" % ("9" * 5000)), "`tools` is not valid JSON"),
     ({"conversations": {"a": 1}}, "must be a list of messages, it is an object"),
     ({"conversations": ["hi"]}, "message 1 must be an object with `role` and `content`, it is text"),
     (chat(U, ("assistant", {"content": "", "tool_calls": "{"})), "`tool_calls` of message 2 is not valid JSON"),

@@ -292,7 +292,7 @@ def from_json(value: Any, what: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is no JSONDecodeError
         raise RowError(f"{what} is not valid JSON: {error}") from None
 
 
