@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from minnow.data.pairs import SIDES, parse_preference
-from minnow.data.prompts import REFERENCE_KEYS, parse_prompt
+from minnow.data.prompts import REFERENCE_KEYS, answer_places, parse_prompt
 from minnow.data.records import CONVERSATION_KEYS, RowError, canonical, parse_conversation, parse_document
 from minnow.tokenizer.chat import Conversation, Message
 
@@ -63,7 +63,9 @@ def _of_pair(row: Mapping[str, Any]) -> Said:
 
 def _of_prompt(row: Mapping[str, Any]) -> Said:
     conversation = parse_prompt(row).conversation
-    answers = "\n".join(_as_text(row[key]) for key in _ANSWER_KEYS if row.get(key) is not None)
+    answers = "\n".join(
+        _as_text(place[key]) for place in answer_places(row) for key in _ANSWER_KEYS if place.get(key) is not None
+    )
     return _said("prompt", conversation.messages, answers, conversation, extra=answers)
 
 
