@@ -102,6 +102,7 @@ def test_whole_calls_are_told_at_their_end_and_what_is_none_is_text() -> None:
     assert joined(events) == ("", "a", [("add", ARGUMENTS)] * 2)
     assert sum(isinstance(event, CallArguments) for event in events) == 2
     for script in ('x\n§<tool_call>§\n{"name": "f", "arguments": {"a": 1', "§<tool_call>§{nonsense}§</tool_call>§",
+                   "x\n§<tool_call>§", "x §<tool_call>§§</tool_call>§ y",
                    '§<tool_call>§{"name": "f", "arguments": {"a": }}§</tool_call>§'):  # fmt: skip
         assert joined(stream(ids_of(script), whole_calls=True)) == ("", script.replace("§", ""), [])
 
@@ -109,8 +110,8 @@ def test_whole_calls_are_told_at_their_end_and_what_is_none_is_text() -> None:
 def test_odd_calls_are_read_whole_and_broken_ones_stay() -> None:
     odd = '§<tool_call>§{"arguments": {"a": 1}, "name": "f"}§</tool_call>§'
     assert joined(stream(ids_of(odd))) == ("", "", [("f", '{"a": 1}')])
-    broken = "x\n§<tool_call>§{nonsense}§</tool_call>§ y"
-    assert joined(stream(ids_of(broken))) == ("", broken.replace("§", ""), [])
+    for broken in ("x\n§<tool_call>§{nonsense}§</tool_call>§ y", "x\n§<tool_call>§§</tool_call>§ y"):
+        assert joined(stream(ids_of(broken))) == ("", broken.replace("§", ""), [])
 
 
 def test_half_a_surrogate_pair_in_a_call_can_be_sent() -> None:
@@ -151,6 +152,7 @@ _CALLS = st.sampled_from([
     '§<tool_call>§\n{"name": "f", "arguments": {"x": "}"}}\n§</tool_call>§',
     '§<tool_call>§{"name": "g", "arguments": {}}§</tool_call>§',
     '§<tool_call>§{"name": 3, "arguments": {}}§</tool_call>§',
+    '§<tool_call>§§</tool_call>§',
 ])  # fmt: skip
 
 
