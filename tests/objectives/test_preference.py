@@ -355,7 +355,15 @@ def test_the_better_answer_rises_and_the_worse_one_falls() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"beta": 0.0}, {"label_smoothing": 0.5}, {"name": "ipo", "label_smoothing": 0.1}, {"length_alpha": 1.5}],
+    [
+        {"beta": 0.0},
+        {"label_smoothing": 0.5},
+        {"name": "ipo", "label_smoothing": 0.1},
+        {"length_alpha": 1.5},
+        {"nll_weight": -1.0},
+        {"name": "kto", "desirable_weight": -1.0},
+        {"name": "kto", "undesirable_weight": -1.0},
+    ],
 )
 def test_numbers_without_meaning_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="loss"):

@@ -73,6 +73,11 @@ class PreferenceLossConfig:
             raise UserError(f"loss.label_smoothing is {self.label_smoothing}: it must lie from 0 to below 0.5")
         if not 0 <= self.length_alpha <= 1:
             raise UserError(f"loss.length_alpha is {self.length_alpha}: it must lie from 0 to 1")
+        # A negative weight would turn its gradient round.
+        for name in ("nll_weight", "desirable_weight", "undesirable_weight"):
+            weight = getattr(self, name)
+            if weight is not None and not weight >= 0:
+                raise UserError(f"loss.{name} is {weight}: give 0 or more")
         if self.average and self.name == "kto":
             raise UserError("loss.average has no meaning for kto: its reference point is in nats per answer")
         others = {key: " or ".join(losses) for key, losses in ONLY_OF.items() if self.name not in losses}
