@@ -114,6 +114,19 @@ def test_odd_calls_are_read_whole_and_broken_ones_stay() -> None:
         assert joined(stream(ids_of(broken))) == ("", broken.replace("§", ""), [])
 
 
+def test_a_tag_inside_a_call_opens_another_only_where_it_is_a_control_token() -> None:
+    """The text of one did, and what stood before it was lost."""
+    call = '{"name": "f", "arguments": {}}'
+    for opening in ("", "junk", "junk\n", "§<tool_call>§", '{"name": "g", "arguments": 3}', '{"arguments": {"a": "'):
+        for tag in ("§<tool_call>§", "<tool_call>"):
+            ids = ids_of(f"x §<tool_call>§{opening}{tag}{call}§</tool_call>§")
+            message = parse_assistant_ids(tokenizer(), ids)
+            assert len(message.tool_calls) == (1 if "§" in tag else 0)
+            for whole_calls in (True, False):
+                _, content, calls = joined(stream(ids, whole_calls=whole_calls))
+                assert (content, [name for name, _ in calls]) == (message.content, ["f"] * len(message.tool_calls))
+
+
 def test_half_a_surrogate_pair_in_a_call_can_be_sent() -> None:
     """It has no UTF-8: the answer was a 500."""
     for call in (

@@ -138,10 +138,14 @@ class AssistantStream(Generic[T]):
     def _read_call(self, piece: Piece[T]) -> Iterator[Event[T]]:
         assert self._call is not None
         if not (piece.mark and piece.text == END_TOOL_CALL):
-            yield from self._count(self._call.push(piece.text))
+            again = piece.mark and piece.text == TOOL_CALL
+            yield from self._count(self._call.open_again() if again else self._call.push(piece.text))
             return
-        yield from self._count(self._call.end())
         call, self._call = self._call, None
+        events = list(call.end())
+        if call.before is not None:
+            yield from self._content(TOOL_CALL + call.before, ())
+        yield from self._count(iter(events))
         self._state = _State.CONTENT
         if not call.begun:  # no valid call: it stays as it was written
             yield from self._content(TOOL_CALL + call.unread + END_TOOL_CALL, ())
