@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from datetime import date
 
 import pytest
 from hypothesis import given, settings
@@ -173,6 +174,14 @@ BAD_CONVERSATIONS = [
     (
         chat(U, ("assistant", {"content": "", "tool_calls": [{"name": "f", "arguments": "[1]"}]})),
         "`arguments` of f in message 2 must be an object, not a list",
+    ),
+    (
+        chat(U, ("assistant", {"content": "", "tool_calls": [{"name": "f", "arguments": {"day": date(2024, 5, 6)}}]})),
+        "`arguments` of f in message 2 hold what JSON cannot: Object of type date",
+    ),
+    (
+        chat(U, A, tools=[{"name": "f", "since": date(2024, 5, 6)}]),
+        "`tools` hold what JSON cannot: Object of type date",
     ),
     (chat(U, A, tools="[1]"), "`tools` must be a list of objects"),
     (chat(("system", {"content": "s", "tools": [TOOL]}), U, A, tools=[{"name": "other"}]), "two different lists"),
