@@ -104,7 +104,6 @@ class PaddedRows:
             positions_BT=positions,
             cu_seqlens=torch.tensor(borders, dtype=torch.int32),
             filler_BT=weights == 0,
-            text_bytes=0.0,
             document_ids=tuple((document,) for document, _ in pieces),
         )
 

@@ -19,9 +19,7 @@ def write_shards(folder: Path, documents, weights=None, *, vocab_size=VOCAB, per
         part_weights = None if weights is None else np.concatenate(weights[first : first + per_shard])
         writer.append(np.concatenate(part), lengths, lengths - 2, part_weights)
         entries.append(writer.finish())
-    token_bytes = np.ones(vocab_size, np.int32)
-    token_bytes[0] = 0
-    finish_folder(folder, entries, vocab_size, weights is not None, token_bytes)
+    finish_folder(folder, entries, vocab_size, weights is not None)
     shards = Shards.open(folder)
     shards.verify()
     return shards

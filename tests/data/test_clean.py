@@ -222,6 +222,10 @@ def test_the_same_in_another_format_is_an_exact_duplicate(tmp_path, rows, kind):
         ({"prompt": "a", "answer": "b"}, {"prompt": "a", "answer": "c"}),
         ({"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": "c"}),
         (
+            {"prompt": "a", "reward_model": {"ground_truth": "b"}},
+            {"prompt": "a", "reward_model": {"ground_truth": "c"}},
+        ),
+        (
             {**chat("Where?", "Here."), "tools": [{"name": "look_up"}]},
             {**chat("Where?", "Here."), "tools": [{"name": "calculate"}]},
         ),

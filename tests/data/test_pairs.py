@@ -107,7 +107,7 @@ def test_pairs_share_rows_and_only_answers_carry_loss(tmp_path: Path, tokenizer)
 
 def test_a_repeated_source_repeats_whole_pairs(tmp_path: Path, tokenizer) -> None:
     data = prepared(tmp_path, tokenizer, pairs(3), validation_fraction=0.0, weight="@2")
-    texts = [tokenizer.decode(tokens) for tokens in data.train.iter_tokens()]
+    texts = [tokenizer.decode(data.train.tokens(i)) for i in range(data.train.num_documents)]
     assert texts[0:2] == texts[2:4]
     assert texts[0] != texts[1]
 
@@ -116,7 +116,7 @@ def test_all_pairs_of_a_prompt_fall_on_one_side(tmp_path: Path, tokenizer) -> No
     rows = [{"prompt": f"say {i}", "chosen": "yes", "rejected": f"no {k}"} for i in range(20) for k in range(3)]
     data = prepared(tmp_path, tokenizer, rows, validation_fraction=0.3)
     train, validation = (
-        {tokenizer.decode(tokens).split("user\n")[1].split("<")[0] for tokens in shards.iter_tokens()}
+        {tokenizer.decode(shards.tokens(i)).split("user\n")[1].split("<")[0] for i in range(shards.num_documents)}
         for shards in (data.train, data.validation)
     )
     assert train

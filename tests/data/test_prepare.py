@@ -69,7 +69,7 @@ def test_a_document_is_end_of_text_text_end_of_text(run, tmp_path, tokenizer):
             assert tokens[0] == tokens[-1] == tokenizer.end_of_text_id
             text = tokenizer.decode(tokens[1:-1])
             assert tokens[1:-1].tolist() == tokenizer.encode(text)
-            assert shards.text_bytes[i] == len(text.encode()) == shards.token_bytes[tokens].sum()
+            assert shards.text_bytes[i] == len(text.encode()) == tokenizer.token_bytes()[tokens].sum()
     assert data.report.rows == data.report.documents == 50
     assert data.report.warnings() == []
     assert not [path.name for path in data.folder.parent.iterdir() if path.suffix in (".partial", ".lock")]

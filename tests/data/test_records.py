@@ -2,6 +2,7 @@
 
 import json
 from contextlib import suppress
+from datetime import date
 
 import pytest
 from hypothesis import given, settings
@@ -178,6 +179,8 @@ BAD_CONVERSATIONS = [
         "`reasoning` and `thinking` of message 2 are different thoughts",
     ),
     ({"conversations": "[{"}, "`conversations` is not valid JSON"),
+    ({"conversations": "[" * 9999}, "`conversations` is not valid JSON"),
+    (chat(U, A, tools="[%s]" % ("9" * 5000)), "`tools` is not valid JSON"),
     ({"conversations": {"a": 1}}, "must be a list of messages, it is an object"),
     ({"conversations": ["hi"]}, "message 1 must be an object with `role` and `content`, it is text"),
     (chat(U, ("assistant", {"content": "", "tool_calls": "{"})), "`tool_calls` of message 2 is not valid JSON"),
@@ -185,6 +188,14 @@ BAD_CONVERSATIONS = [
     (
         chat(U, ("assistant", {"content": "", "tool_calls": [{"name": "f", "arguments": "[1]"}]})),
         "`arguments` of f in message 2 must be an object, not a list",
+    ),
+    (
+        chat(U, ("assistant", {"content": "", "tool_calls": [{"name": "f", "arguments": {"day": date(2024, 5, 6)}}]})),
+        "`arguments` of f in message 2 hold what JSON cannot: Object of type date",
+    ),
+    (
+        chat(U, A, tools=[{"name": "f", "since": date(2024, 5, 6)}]),
+        "`tools` hold what JSON cannot: Object of type date",
     ),
     (chat(U, A, tools="[1]"), "`tools` must be a list of objects"),
     (chat(("system", {"content": "s", "tools": [TOOL]}), U, A, tools=[{"name": "other"}]), "two different lists"),

@@ -248,7 +248,6 @@ def test_batch_by_hand(tmp_path):
     assert batch.cu_seqlens.tolist() == [0, *np.cumsum(lengths).tolist(), 8]
     assert batch.filler_BT[0].tolist() == [False] * 6 + [True] * 2
     assert batch.num_real_tokens == 6
-    assert batch.text_bytes == 4  # four supervised targets of one byte each
 
 
 @given(lengths=st.lists(st.integers(2, 40), min_size=1, max_size=30), sequence_length=st.integers(2, 24))

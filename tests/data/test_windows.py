@@ -1,5 +1,7 @@
 """Windows: an epoch goes through them one after the other, each row once; what is in memory is two of them."""
 
+import subprocess
+import sys
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -83,7 +85,18 @@ def test_a_batch_over_borders_is_the_same_as_its_rows_alone(dataset):
         borders += (batch.cu_seqlens[1:] + borders[-1]).tolist()
     assert together.cu_seqlens.tolist() == borders
     assert together.document_ids == tuple(batch.document_ids[0] for batch in alone)
-    assert together.text_bytes == sum(batch.text_bytes for batch in alone)
+
+
+def test_rows_are_found_by_a_python_without_asserts(tmp_path):
+    """`python -O` leaves them out, and with one the work that it held: a row was looked for without end."""
+    write_shards(tmp_path, documents_of([5, 5, 5]))
+    program = (
+        "from minnow.data.batches import PackedDataset; from minnow.data.shards import Shards; "
+        f"rows = PackedDataset(Shards.open({str(tmp_path)!r}), 8, split_documents=True); "
+        "print(rows.batch([0]).num_real_tokens)"
+    )
+    done = subprocess.run([sys.executable, "-O", "-c", program], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "8\n"
 
 
 def test_windows_of_a_whole_are_drawn_from_everywhere(dataset):

@@ -238,7 +238,7 @@ def test_an_adapter_of_another_shape_is_refused(tmp_path):
 def test_settings_are_checked():
     with pytest.raises(UserError, match="'qproj' fits no linear layer of this model; they are called down_proj, gate"):
         add_lora(tiny_model(), LoraConfig(rank=2, targets=("*_proj", "qproj")), base="")
-    for wrong in ({"rank": -1}, {"dropout": 1.0}, {"rank": 1, "targets": ()}):
+    for wrong in ({"rank": -1}, {"dropout": 1.0}, {"rank": 1, "targets": ()}, {"rank": 1, "alpha": 0.0}):
         with pytest.raises(UserError, match=r"lora\."):
             LoraConfig(**wrong)
 

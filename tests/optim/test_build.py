@@ -161,7 +161,7 @@ def test_set_learning_rates_multiplies_the_peaks():
 
 @pytest.mark.parametrize("name", ["muon", "adamw"])
 def test_resuming_from_named_state_is_bitwise(name):
-    config = OptimConfig(optimizer=name, momentum_warmup_steps=6)
+    config = OptimConfig(optimizer=name, **({"momentum_warmup_steps": 6} if name == "muon" else {}))
     straight = Toy()
     train(straight, build_optimizers(straight, config, tokens_per_batch=512), range(6))
 

@@ -89,12 +89,16 @@ def test_cosine_with_restarts():
         [10, 35, 60, 85, 15, 40, 34, 110], 110, shape="cosine_restarts", warmup_steps=10, final_fraction=0.2, cycles=4
     )
     assert got == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.9236068, 0.9236068, 0.2031541, 0.2])
+    # 44 steps in 22 cycles of 2: every other step is a peak. 30 / 44 x 22 is 14.999999999999998 in floating point.
+    peaks = factors(range(0, 44, 2), 44, shape="cosine_restarts", warmup_steps=0, cycles=22)
+    assert peaks == [1.0] * 22
 
 
 @pytest.mark.parametrize("shape", ["wsd", "cosine", "linear", "constant", "cosine_restarts"])
 def test_a_run_shorter_than_its_warm_up_still_warms_up_and_falls(shape):
     # 8 steps, warm-up cut from 100 to 4: 1/4, 2/4, 3/4, 1, and the rest falls from the peak.
-    got = factors(range(8), 8, shape=shape, warmup_steps=100, final_fraction=0.0, cycles=1)
+    more = {"cycles": 1} if shape == "cosine_restarts" else {}
+    got = factors(range(8), 8, shape=shape, warmup_steps=100, final_fraction=0.0, **more)
     assert got[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert all(later <= earlier for earlier, later in itertools.pairwise(got[4:]))
     assert all(0 < factor <= 1 for factor in got)

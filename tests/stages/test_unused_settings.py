@@ -53,6 +53,11 @@ def parse(command: str, words: str) -> object:
         ("dpo", "--loss.name kto --loss.length_alpha 0.5", "loss.length_alpha", "dpo"),
         ("distill", "--loss.jsd_beta 0.2", "loss.jsd_beta", "jsd"),
         ("sft", "--lora.alpha 32", "lora.alpha", "lora.rank is 0"),
+        ("pretrain", "--optim.optimizer adamw --optim.momentum 0.9", "optim.momentum", "adamw, not muon"),
+        ("dpo", "--optim.update_scale match_rms_adamw", "optim.update_scale", "adamw, not muon"),
+        ("pretrain", "--schedule.shape cosine --schedule.decay_fraction 0.2", "schedule.decay_fraction", "not wsd"),
+        ("rl", "--schedule.decay_shape sqrt", "schedule.decay_shape", "constant, not wsd"),
+        ("sft", "--schedule.cycles 2", "schedule.cycles", "wsd, not cosine_restarts"),
         ("sft", "--lora.targets q_proj", "lora.targets", "lora.rank is 0"),
     ],
 )
@@ -78,6 +83,9 @@ def test_tags_weigh_in_conversations_only(kind: str, tmp_path: Path) -> None:
         ("dpo", "--loss.name kto --loss.desirable_weight 2 --loss.undesirable_weight 3"),
         ("distill", "--loss.divergence jsd --loss.jsd_beta 0.2"),
         ("sft", "--lora.rank 4 --lora.alpha 32 --training.z_loss 0.001"),
+        ("sft", "--optim.momentum 0.9 --schedule.decay_fraction 0.2 --schedule.decay_shape sqrt"),
+        ("dpo", "--optim.optimizer muon --optim.polynomial quintic"),
+        ("dpo", "--schedule.shape cosine_restarts --schedule.cycles 2"),
     ],
 )
 def test_what_has_an_effect_or_was_not_given_passes_and_is_read_back(command: str, words: str, tmp_path: Path) -> None:

@@ -102,6 +102,7 @@ def test_whole_calls_are_told_at_their_end_and_what_is_none_is_text() -> None:
     assert joined(events) == ("", "a", [("add", ARGUMENTS)] * 2)
     assert sum(isinstance(event, CallArguments) for event in events) == 2
     for script in ('x\n§<tool_call>§\n{"name": "f", "arguments": {"a": 1', "§<tool_call>§{nonsense}§</tool_call>§",
+                   "x\n§<tool_call>§", "x §<tool_call>§§</tool_call>§ y",
                    '§<tool_call>§{"name": "f", "arguments": {"a": }}§</tool_call>§'):  # fmt: skip
         assert joined(stream(ids_of(script), whole_calls=True)) == ("", script.replace("§", ""), [])
 
@@ -109,8 +110,21 @@ def test_whole_calls_are_told_at_their_end_and_what_is_none_is_text() -> None:
 def test_odd_calls_are_read_whole_and_broken_ones_stay() -> None:
     odd = '§<tool_call>§{"arguments": {"a": 1}, "name": "f"}§</tool_call>§'
     assert joined(stream(ids_of(odd))) == ("", "", [("f", '{"a": 1}')])
-    broken = "x\n§<tool_call>§{nonsense}§</tool_call>§ y"
-    assert joined(stream(ids_of(broken))) == ("", broken.replace("§", ""), [])
+    for broken in ("x\n§<tool_call>§{nonsense}§</tool_call>§ y", "x\n§<tool_call>§§</tool_call>§ y"):
+        assert joined(stream(ids_of(broken))) == ("", broken.replace("§", ""), [])
+
+
+def test_a_tag_inside_a_call_opens_another_only_where_it_is_a_control_token() -> None:
+    """The text of one did, and what stood before it was lost."""
+    call = '{"name": "f", "arguments": {}}'
+    for opening in ("", "junk", "junk\n", "§<tool_call>§", '{"name": "g", "arguments": 3}', '{"arguments": {"a": "'):
+        for tag in ("§<tool_call>§", "<tool_call>"):
+            ids = ids_of(f"x §<tool_call>§{opening}{tag}{call}§</tool_call>§")
+            message = parse_assistant_ids(tokenizer(), ids)
+            assert len(message.tool_calls) == (1 if "§" in tag else 0)
+            for whole_calls in (True, False):
+                _, content, calls = joined(stream(ids, whole_calls=whole_calls))
+                assert (content, [name for name, _ in calls]) == (message.content, ["f"] * len(message.tool_calls))
 
 
 def test_half_a_surrogate_pair_in_a_call_can_be_sent() -> None:
@@ -151,6 +165,7 @@ _CALLS = st.sampled_from([
     '§<tool_call>§\n{"name": "f", "arguments": {"x": "}"}}\n§</tool_call>§',
     '§<tool_call>§{"name": "g", "arguments": {}}§</tool_call>§',
     '§<tool_call>§{"name": 3, "arguments": {}}§</tool_call>§',
+    '§<tool_call>§§</tool_call>§',
 ])  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
 from minnow.training.balance import BalanceConfig
 from minnow.training.config import TrainingConfig
 from minnow.training.loss_scale import LossScale
-from minnow.training.objective import LanguageModeling
+from minnow.training.objective import LanguageModeling, ObjectiveOutput
 from minnow.training.trainer import Trainer
 from tests.without_float64 import WithoutFloat64
 
@@ -183,6 +184,28 @@ def test_the_gradient_is_that_of_the_loss(tmp_path: Path, loads: str) -> None:
     expected = torch.autograd.grad(loss, dict(trainer.model.named_parameters())[name])[0]
     got = gradients(trainer)[name] - gradients(plain)[name]
     torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_an_expert_without_any_probability_spoils_no_gradient_but_the_kl_losses(tmp_path: Path) -> None:
+    """0 x infinity is not a number: so was every gradient, without a KL loss too."""
+    trainer = make_trainer(tmp_path, "softmax", balance=replace(STRONG, kl_loss=0.0))
+    trainer.balance._probability_sums_LE[:, 0] = 0.0  # of a softmax that has underflown
+    assert math.isfinite(trainer.train_step()["grad_norm"])
+
+
+def test_biases_stay_where_there_is_nothing_to_learn(tmp_path: Path) -> None:
+    """As the weights do (bug B9): they are part of the model that is saved."""
+
+    class NothingToLearn(LanguageModeling):
+        def __call__(self, model: CausalLM, batch: Batch) -> ObjectiveOutput:
+            return ObjectiveOutput(super().__call__(model, batch).loss_sum * 0)
+
+    trainer = make_trainer(tmp_path, "sigmoid", balance=BalanceConfig(sequence_loss=0.0))
+    trainer.train_step()
+    before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
+    trainer.objective = NothingToLearn()
+    assert trainer.train_step()["grad_norm"] == 0
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trainer.model.state_dict().items())
 
 
 @pytest.mark.parametrize("family", ["noisy", "sigmoid"])

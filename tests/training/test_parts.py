@@ -272,6 +272,8 @@ def test_auto_slices_a_model_whose_training_needs_half_of_a_device(monkeypatch: 
         ("restarts", -1),
         ("z_loss", -1e-4),
         ("validation_tokens", 0),
+        ("epochs", math.inf),
+        ("epochs", math.nan),
     ],
 )
 def test_settings_that_would_silently_spoil_a_run_are_refused(name: str, value: float) -> None:

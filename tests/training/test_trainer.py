@@ -18,7 +18,7 @@ from minnow.data.batches import Batch, Share
 from minnow.model.transformer import CausalLM
 from minnow.training.checkpoint import list_checkpoints
 from minnow.training.loss_scale import LossScale
-from minnow.training.objective import LanguageModeling, ObjectiveOutput, PackedBatches
+from minnow.training.objective import LanguageModeling, ObjectiveOutput, PackedBatches, totals
 from minnow.training.probe import random_batch
 from minnow.training.trainer import NonFiniteLossError, Trainer
 
@@ -210,6 +210,14 @@ def test_a_gradient_that_is_not_finite_spares_the_weights_too(tmp_path: Path) ->
         trainer.train_step()
     for name, weight in before.items():
         assert torch.equal(weight, dict(trainer.model.named_parameters())[name])
+
+
+def test_infinities_of_both_signs_add_up_to_no_error() -> None:
+    """As the margins of two micro-batches of pairs may be: the sum raised, and nobody was told step and documents."""
+    outputs = [ObjectiveOutput(torch.tensor(1.0), {"margin": torch.tensor(sign * math.inf)}) for sign in (1, -1)]
+    found = totals(outputs)
+    assert found["loss"] == 2.0
+    assert math.isnan(found["margin"])
 
 
 @pytest.mark.parametrize("clip_norm", [0.01, 0.0])

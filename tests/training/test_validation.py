@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from minnow.data.batches import Batch
+from minnow.model.slices import examined
 from minnow.model.transformer import CausalLM
 from minnow.training.objective import LanguageModeling
 from minnow.training.validation import ObjectiveValidation
@@ -40,3 +41,10 @@ def test_every_batch_counts_alike_for_the_figure_of_the_whole(
         assert objective.seen, "slices are gathered by all processes together"
         shown += [next(i for i, batch in enumerate(held_out) if batch is one) for one in objective.seen]
     assert len({shown.count(number) for number in range(batches)}) == 1
+
+
+def test_a_model_whose_examination_fails_is_back_in_the_mode_that_it_was_in() -> None:
+    model = CausalLM(SHAPE).train()
+    with pytest.raises(RuntimeError, match="lost"), examined(model):
+        raise RuntimeError("lost")
+    assert model.training

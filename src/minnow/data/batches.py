@@ -39,8 +39,6 @@ class Batch:
     one piece of its own. From 0 to B * T."""
     filler_BT: Tensor
     """bool: True where a row has nothing."""
-    text_bytes: float
-    """UTF-8 bytes of the text that the supervised targets stand for (control tokens stand for none)."""
     document_ids: tuple[tuple[int, ...], ...]
     """Documents of each row, in order."""
     supervised_S: Tensor | None = field(default=None, kw_only=True)
@@ -98,9 +96,6 @@ class PackedWindow:
         if self.shards.has_weights:
             piece_weights = self.shards.gather(documents, starts + 1, lengths, weights=True)
             piece_targets = np.where(piece_weights != 0, piece_targets, 0)
-            text_bytes = self.shards.token_bytes[piece_targets][piece_weights != 0].sum()
-        else:
-            text_bytes = self.shards.token_bytes[piece_targets].sum()
         tokens[places], targets[places], weights[places] = ids[inputs], piece_targets, piece_weights
         positions[places], filler[places] = offsets, False
         filler_at = np.flatnonzero(filler)
@@ -117,7 +112,6 @@ class PackedWindow:
             positions_BT=rows_BT(positions),
             cu_seqlens=torch.from_numpy(borders),
             filler_BT=rows_BT(filler),
-            text_bytes=float(text_bytes),
             document_ids=tuple(
                 tuple(part.tolist()) for part in np.split(self.shards.numbers(documents), piece_ends[:-1])
             ),
@@ -174,7 +168,8 @@ class PackedRows:
         """Read rows into a Batch, in the order given. They are numbered through all windows."""
         rows = np.asarray(row_indices, dtype=np.int64)
         while self._ends[-1] <= rows.max():
-            assert self._see(len(self._ends) - 1), "there is no such row"
+            found = self._see(len(self._ends) - 1)
+            assert found, "there is no such row"
         windows = np.searchsorted(self._ends, rows, side="right") - 1
         borders = np.flatnonzero(np.diff(windows)) + 1
         parts = []
@@ -246,7 +241,6 @@ def _join(batches: Sequence[Batch]) -> Batch:
         positions_BT=torch.cat([batch.positions_BT for batch in batches]),
         cu_seqlens=torch.cat([*borders, torch.tensor([ends[-1]], dtype=torch.int32)]),
         filler_BT=torch.cat([batch.filler_BT for batch in batches]),
-        text_bytes=sum(batch.text_bytes for batch in batches),
         document_ids=tuple(row for batch in batches for row in batch.document_ids),
     )
 

@@ -22,7 +22,7 @@ from minnow.data.lots import Lot, interleaved, raw_batches
 from minnow.data.prepare_report import PrepareReport
 from minnow.data.progress import complaint, progress_bar
 from minnow.data.readers import rows_before
-from minnow.data.shard_writer import ShardWriter, finish_folder, write_token_bytes
+from minnow.data.shard_writer import ShardWriter, finish_folder
 from minnow.data.windows import WINDOW_SHARDS
 from minnow.data.workers import Workers
 from minnow.disk import atomic_write
@@ -126,13 +126,12 @@ class Preparation:
             shutil.rmtree(self.job.folder)
             names = ", ".join(self.job.config.validation_paths)
             raise UserError(f"{names}: no document to validate on; give other data.validation_paths, or none")
-        tokenizer = self.job.tokenizer
         for left_over in self.job.folder.glob("*/.*.tmp"):  # of processes that were killed
             left_over.unlink()
         for side in ("train", "validation"):
             shards = [entry[side] for entry in entries]
             has_weights = self.job.options.kind != "pretrain"
-            finish_folder(self.job.folder / side, shards, tokenizer.vocab_size, has_weights, tokenizer.token_bytes())
+            finish_folder(self.job.folder / side, shards, self.job.tokenizer.vocab_size, has_weights)
         meta = {
             "settings": self.job.settings,
             "sources": [asdict(source) for source in self.job.sources],
@@ -147,8 +146,6 @@ class Preparation:
         todo = [lot for lot in self.journal.missing() if self.part.owns(lot)]
         if not todo:
             return
-        for side in ("train", "validation"):
-            write_token_bytes(self.job.folder / side, self.job.tokenizer.token_bytes())
         with Workers(self._num_workers(), self.job.tokenizer) as pool:
             size = self._check(pool, mine).counts["text_bytes"] if self.check_first else None
             self._tokenise(pool, todo, size or None)

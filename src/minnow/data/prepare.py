@@ -80,10 +80,10 @@ def prepare(
 ) -> PreparedData:
     """Tokenise `config.paths` into shards below `config.cache_dir`, or reuse them.
 
-    `pretrain`: a document is end-of-text, text, end-of-text. `sft`: a document is a rendered conversation with
-    loss weights, cut (see `cut_conversation`) when it has more than `sequence_length` + 1 tokens. `preference`: two
-    documents a pair, the chosen and the rejected conversation, with loss on the answers; pairs that do not fit a row
-    are left out and counted.
+    `pretrain`: a document is end-of-text (BOS where the tokenizer puts one before texts), text, end-of-text. `sft`: a
+    document is a rendered conversation with loss weights, cut (see `cut_conversation`) when it has more than
+    `sequence_length` + 1 tokens. `preference`: two documents a pair, the chosen and the rejected conversation, with
+    loss on the answers; pairs that do not fit a row are left out and counted.
 
     Every row is checked before any is tokenised (what has to be downloaded excepted). A broken-off run continues after
     its last whole shard. Raises UserError for bad rows, empty data, a tokenizer that cannot chat, or work that is

@@ -44,9 +44,15 @@ def parse_prompt(row: Mapping[str, Any]) -> Prompt:
     The right answer: `answer`, `reference`, `ground_truth`, `gt` or `solution`, the first that is there, in the row or
     in its `reward_model` (verl's rows). An empty text or list is none.
     """
-    places = [place for place in (row, row.get("reward_model")) if isinstance(place, Mapping)]
-    found = (place[key] for place in places for key in REFERENCE_KEYS if place.get(key) not in (None, "", []))
+    found = (
+        place[key] for place in answer_places(row) for key in REFERENCE_KEYS if place.get(key) not in (None, "", [])
+    )
     return Prompt(_asked(row), next(found, None), row)
+
+
+def answer_places(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Where a row may hold its right answer: in itself, and in its `reward_model` (verl's rows)."""
+    return [place for place in (row, row.get("reward_model")) if isinstance(place, Mapping)]
 
 
 def read_prompts(paths: Sequence[str]) -> list[Prompt]:

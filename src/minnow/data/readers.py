@@ -94,7 +94,7 @@ def parse_row(raw: Raw) -> Mapping[str, Any]:
             raw = json.loads(raw)
         except UnicodeDecodeError as error:
             raise RowError(f"not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits is no JSONDecodeError
             raise RowError(f"not valid JSON: {error}") from None
     if not isinstance(raw, Mapping):
         raise RowError("a row must be a JSON object")
@@ -180,7 +180,7 @@ def _json(path: str) -> Iterator[tuple[int, Raw]]:
         return
     try:
         json.loads(head.split(b"\n", 1)[0])
-    except ValueError:
+    except (ValueError, RecursionError):
         if len(block) < _BLOCK:  # a single object over several lines
             yield 1, head
             return
@@ -220,6 +220,8 @@ def _json_array(path: str) -> Iterator[tuple[int, Raw]]:
                 whole = end < len(buffer)  # a number at the buffer's end may go on
             except json.JSONDecodeError as error:
                 problem, whole = error, False
+            except (ValueError, RecursionError) as error:
+                raise UserError(f"{path}:{line}: not valid JSON: {error}") from None
             if whole:
                 yield line, row if isinstance(row, Mapping) else json.dumps(row).encode()
                 line += buffer.count("\n", place, end)

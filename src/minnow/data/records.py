@@ -245,6 +245,7 @@ def _tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:
         arguments = from_json(arguments, f"`arguments` of {call['name']} in {where}") if arguments else {}
         if not isinstance(arguments, dict):
             raise RowError(f"`arguments` of {call['name']} in {where} must be an object, not {kind_of(arguments)}")
+        _require_json(arguments, f"`arguments` of {call['name']} in {where}")
         calls.append(ToolCall(name=checked_text(call["name"], "the name of a tool"), arguments=arguments))
     return tuple(calls)
 
@@ -263,6 +264,7 @@ def _tools(value: Any, key: str) -> tuple[dict, ...]:
     tools = from_json(value, f"`{key}`")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"`{key}` must be a list of objects")
+    _require_json(tools, f"`{key}`")
     return tuple(openai_tools(tools))  # as a server shows them: a model is served in the form that it was taught
 
 
@@ -301,8 +303,16 @@ def from_json(value: Any, what: str) -> Any:
         return value
     try:
         return json.loads(value)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits is no JSONDecodeError
         raise RowError(f"{what} is not valid JSON: {error}") from None
+
+
+def _require_json(value: Any, what: str) -> None:
+    """Raises RowError for what the template could not write: parquet has dates and the like."""
+    try:
+        json.dumps(value)
+    except TypeError as error:
+        raise RowError(f"{what} hold what JSON cannot: {error}") from None
 
 
 def checked_text(value: Any, what: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from minnow.data.pairs import SIDES, parse_preference
-from minnow.data.prompts import REFERENCE_KEYS, parse_prompt
+from minnow.data.prompts import REFERENCE_KEYS, answer_places, parse_prompt
 from minnow.data.records import CONVERSATION_KEYS, RowError, canonical, parse_conversation, parse_document
 from minnow.tokenizer.chat import Conversation, Message
 
@@ -78,9 +78,10 @@ def _said(kind: RowKind, messages: Sequence[Message], answers: str, *parts: Conv
 
 
 def _right_answers(row: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """What a row to practise on says is right, itself or in its `reward_model` (verl's rows)."""
-    places = [place for place in (row, row.get("reward_model")) if isinstance(place, Mapping)]
-    return "\n".join(_as_text(place[key]) for place in places for key in keys if place.get(key) not in (None, "", []))
+    """What a row to practise on says is right."""
+    return "\n".join(
+        _as_text(place[key]) for place in answer_places(row) for key in keys if place.get(key) not in (None, "", [])
+    )
 
 
 def _words(messages: Iterable[Message]) -> str:

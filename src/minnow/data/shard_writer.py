@@ -89,20 +89,11 @@ class ShardWriter:
         return {"name": self.name, "documents": len(index), "tokens": int(index[:, 1].sum()), "files": files}
 
 
-def finish_folder(
-    folder: Path, shards: list[dict[str, Any]], vocab_size: int, has_weights: bool, token_bytes: np.ndarray
-) -> None:
-    """Write `token_bytes.npy`, then `meta.json`, after which `Shards.open` accepts the folder."""
-    write_token_bytes(folder, token_bytes)
+def finish_folder(folder: Path, shards: list[dict[str, Any]], vocab_size: int, has_weights: bool) -> None:
+    """Write `meta.json`, after which `Shards.open` accepts the folder."""
     with atomic_write(folder / "meta.json") as temporary:
         meta = folder_meta(shards, vocab_size, has_weights)
         temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
-
-
-def write_token_bytes(folder: Path, token_bytes: np.ndarray) -> None:
-    """Write `token_bytes.npy`."""
-    with atomic_write(folder / "token_bytes.npy") as temporary, open(temporary, "wb") as file:
-        np.save(file, token_bytes.astype(np.int32))
 
 
 def folder_meta(shards: Sequence[dict[str, Any]], vocab_size: int, has_weights: bool) -> dict[str, Any]:

@@ -2,14 +2,14 @@
 
 A folder holds, for each shard N, `N.tokens` (uint16, or uint32 for a vocabulary above 65,536), `N.index.npy` (int64
 [documents, 3]: first token, tokens, UTF-8 bytes) and, for supervised data, `N.weights` (float16, the loss weight of
-predicting each token); and `token_bytes.npy` and `meta.json`, which lists the shards with their checksums and is
-written last. Two index rows may point at the same tokens: that is how a source counts twice in a mixture.
+predicting each token); and `meta.json`, which lists the shards with their checksums and is written last. Two index rows
+may point at the same tokens: that is how a source counts twice in a mixture.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,6 @@ class Shards:
     def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
         self.folder = folder
         self.has_weights: bool = meta["has_weights"]
-        self.vocab_size: int = meta["vocab_size"]
         self._meta = meta
         self._dtype = np.dtype(meta["dtype"])
         self._names: list[str] = [shard["name"] for shard in meta["shards"]]
@@ -122,11 +121,6 @@ class Shards:
         shards = self._shard_of[documents]
         return documents + (self._numbered_from - (np.cumsum(self._counts) - self._counts))[shards]
 
-    @cached_property
-    def token_bytes(self) -> np.ndarray:
-        """int32 [vocab_size]: UTF-8 bytes that each token stands for, 0 for control tokens."""
-        return np.load(self.folder / "token_bytes.npy")
-
     def tokens(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Return tokens start..stop of document i, a read-only view (uint16 or uint32)."""
         return self._view(i, "tokens", start, stop)
@@ -158,11 +152,6 @@ class Shards:
                 here = np.repeat(shards == shard, lengths)
                 out[here] = self._map(shard, kind)[sources[here]]
         return out
-
-    def iter_tokens(self) -> Iterator[np.ndarray]:
-        """Yield every document's tokens in order."""
-        for i in range(self.num_documents):
-            yield self.tokens(i)
 
     def _view(self, i: int, kind: str, start: int, stop: int | None) -> np.ndarray:
         offset = int(self._index[0][i])

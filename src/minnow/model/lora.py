@@ -48,6 +48,8 @@ class LoraConfig:
     def __post_init__(self) -> None:
         if self.rank < 0:
             raise UserError(f"lora.rank is {self.rank}: give 1 or more, or 0 to train the whole model")
+        if self.alpha is not None and not self.alpha > 0:
+            raise UserError(f"lora.alpha is {self.alpha}: it must be positive (at 0 an adapter would never learn)")
         if not 0 <= self.dropout < 1:
             raise UserError(f"lora.dropout is {self.dropout}: it lies from 0 to below 1")
         if self.rank and not self.targets:
@@ -173,20 +175,12 @@ def add_lora(model: CausalLM, config: LoraConfig, *, base: str, seed: int = 0) -
     generator = torch.Generator().manual_seed(seed)
     for name in names:
         if name in chosen:
-            layer = replace_linear(model, name, config.rank, scaling, dropout=config.dropout, dora=config.dora)
+            linear = model.get_submodule(name)
+            assert isinstance(linear, Linear)
+            layer = LoraLinear(linear, config.rank, scaling, dropout=config.dropout, dora=config.dora)
             layer.initialize(generator)
+            model.set_submodule(name, layer)
     model.adapter = Adapter(config, base)
-
-
-def replace_linear(
-    model: CausalLM, name: str, rank: int, scaling: float, *, dropout: float = 0.0, dora: bool = False
-) -> LoraLinear:
-    """Put a `LoraLinear` with undrawn adapter weights in the place of the layer `name`."""
-    linear = model.get_submodule(name)
-    assert isinstance(linear, Linear)
-    layer = LoraLinear(linear, rank, scaling, dropout=dropout, dora=dora)
-    model.set_submodule(name, layer)
-    return layer
 
 
 def lora_layers(model: CausalLM) -> dict[str, LoraLinear]:

@@ -27,10 +27,12 @@ def examined(model: nn.Module) -> Iterator[None]:
     """Let `model` compute without gradients and without dropout; afterwards it is in the mode that it was in."""
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        yield
-    model.train(was_training)
-    release(model)
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)
+        release(model)
 
 
 def release(model: nn.Module) -> None:

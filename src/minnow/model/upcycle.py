@@ -40,8 +40,7 @@ def upcycle(dense: CausalLM, experts: ExpertsConfig, seed: int) -> CausalLM:
             f"({width * experts.n_shared_experts}) must be its width ({inner})"
         )
     mixture = CausalLM(config, seed=seed)
-    weights = dense.state_dict()
-    mixture.load_state_dict({name: t for name, t in weights.items() if name in mixture.state_dict()}, strict=False)
+    mixture.load_state_dict(dense.state_dict(), strict=False)  # the MLPs that became experts have no place there
     for layer, old in zip(mixture.model.layers, dense.model.layers, strict=True):
         if isinstance(layer.mlp, MoE):
             _fill(layer.mlp, cast(MLP, old.mlp), width)

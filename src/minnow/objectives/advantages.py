@@ -16,9 +16,7 @@ def group_advantages(rewards_GK: Tensor, *, scale: bool) -> Tensor:
     always or nearly never solved.
     """
     centred_GK = rewards_GK - rewards_GK.mean(dim=1, keepdim=True)
-    if not scale:
-        return centred_GK
-    if rewards_GK.shape[1] == 1:
+    if not scale or rewards_GK.shape[1] == 1:
         return centred_GK
     return centred_GK / (rewards_GK.std(dim=1, keepdim=True) + _EPS)
 
@@ -30,14 +28,12 @@ def leave_one_out_advantages(rewards_GK: Tensor) -> Tensor:
     return rewards_GK - others_GK
 
 
-def whiten(values_N: Tensor, *, centre: bool = True) -> Tensor:
-    """Scale to unit variance over the whole batch, and to mean 0 if `centre`; [N].
+def whiten(values_N: Tensor) -> Tensor:
+    """Scale to mean 0 and unit variance over the whole batch; [N].
 
-    The biased variance with 1e-8 added. A batch without variance comes out as zeros (`centre`), not as NaN.
+    The biased variance with 1e-8 added. A batch without variance comes out as zeros, not as NaN.
     """
-    mean = values_N.mean()
-    white_N = (values_N - mean) * torch.rsqrt(values_N.var(unbiased=False) + 1e-8)
-    return white_N if centre else white_N + mean
+    return (values_N - values_N.mean()) * torch.rsqrt(values_N.var(unbiased=False) + 1e-8)
 
 
 def generalized_advantages(

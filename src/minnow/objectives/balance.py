@@ -22,8 +22,8 @@ def expert_counts(experts_Nk: Tensor, num_experts: int) -> Tensor:
 def load_balance_loss(counts_E: Tensor, probability_sums_E: Tensor) -> Tensor:
     """E sum_e f_e P_e with f the shares of choices and P the mean probabilities; 1 when even, E at the worst.
 
-    Switch Transformer (2101.03961), equations 4 to 6, for k choices a token: f_e = counts_e / sum of counts. Leading
-    dimensions are kept.
+    Switch Transformer (2101.03961), equations 4 to 6, for k choices a token: f_e = counts_e / sum of counts. Both
+    [..., E], float; leading dimensions are kept.
     """
     shares_E = counts_E / counts_E.sum(-1, keepdim=True)
     means_E = probability_sums_E / probability_sums_E.sum(-1, keepdim=True)
@@ -31,7 +31,7 @@ def load_balance_loss(counts_E: Tensor, probability_sums_E: Tensor) -> Tensor:
 
 
 def load_balance_slope(counts_E: Tensor) -> Tensor:
-    """Gradient of `load_balance_loss` with respect to the mean probabilities: E f_e (the choices have none)."""
+    """Gradient of `load_balance_loss` by the mean probabilities: E f_e (the choices have none); [..., E], float."""
     return counts_E.shape[-1] * counts_E / counts_E.sum(-1, keepdim=True)
 
 
@@ -73,6 +73,6 @@ def sequence_balance_sum(probabilities_NE: Tensor, experts_Nk: Tensor, pieces_N:
 def bias_step(counts_E: Tensor) -> Tensor:
     """Direction of the selection bias: +1 for an expert chosen less often than the mean, -1 for one chosen more often.
 
-    Balancing without an auxiliary loss (2408.15664, algorithm 1; DeepSeek-V3). Leading dimensions are kept.
+    Balancing without an auxiliary loss (2408.15664, algorithm 1; DeepSeek-V3). [..., E] float in and out.
     """
     return (counts_E.mean(-1, keepdim=True) - counts_E).sign()

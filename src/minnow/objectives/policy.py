@@ -207,17 +207,12 @@ def value_loss(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, clip: 
     return torch.maximum(plain_N, (near_N - returns_N).square()) / 2
 
 
-def sequence_sums(values_N: Tensor, sequence_N: Tensor, num_sequences: int) -> Tensor:
-    """Sum of `values_N` in each sequence, [S]; differentiable."""
-    return torch.zeros(num_sequences, dtype=values_N.dtype, device=values_N.device).index_add(0, sequence_N, values_N)
-
-
 def _level(token_log_ratio_N: Tensor, sequence_N: Tensor, level: RatioLevel) -> Tensor:
     """Log-ratio of the token, or of its sequence (mean or sum), for each token."""
     if level == "token" or len(sequence_N) == 0:
         return token_log_ratio_N
     num_sequences = int(sequence_N.max()) + 1
-    sums_S = sequence_sums(token_log_ratio_N, sequence_N, num_sequences)
+    sums_S = token_log_ratio_N.new_zeros(num_sequences).index_add(0, sequence_N, token_log_ratio_N)
     if level == "sequence_mean":
         sums_S = sums_S / torch.bincount(sequence_N, minlength=num_sequences).clamp(min=1)
     return sums_S[sequence_N]

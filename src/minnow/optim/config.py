@@ -5,9 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from minnow.config import UserError
+from minnow.config import UserError, refuse_unused
 from minnow.optim.muon import UpdateScale
 from minnow.optim.newton_schulz import Polynomial
+
+OF_MUON = (
+    "momentum",
+    "momentum_start",
+    "momentum_warmup_steps",
+    "polynomial",
+    "newton_schulz_steps",
+    "update_scale",
+)
+"""Settings that AdamW does not have."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +92,8 @@ class OptimConfig:
             raise UserError(f"optim.newton_schulz_steps is {self.newton_schulz_steps}: give 1 or more")
         if self.momentum_warmup_steps < 0:
             raise UserError(f"optim.momentum_warmup_steps is {self.momentum_warmup_steps}: give 0 or more")
+        if self.optimizer != "muon":
+            refuse_unused(self, dict.fromkeys(OF_MUON, f"the optimizer is {self.optimizer}, not muon"), "optim.")
 
     def learning_rates(self, tokens_per_batch: int) -> tuple[float, float, float, float]:
         """Give the peak learning rates of (matrices, embeddings, norms, routers) for a batch of that many tokens."""

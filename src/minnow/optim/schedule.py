@@ -6,7 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from minnow.config import UserError
+from minnow.config import UserError, refuse_unused
+
+ONLY_OF = {"decay_fraction": "wsd", "decay_shape": "wsd", "cycles": "cosine_restarts"}
+"""Settings that only one shape has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class ScheduleConfig:
                 raise UserError(f"schedule.{name} is {getattr(self, name)}: give a share from 0 to 1")
         if self.cycles < 1:
             raise UserError(f"schedule.cycles is {self.cycles}: give 1 or more")
+        others = {key: shape for key, shape in ONLY_OF.items() if shape != self.shape}
+        refuse_unused(self, {key: f"the shape is {self.shape}, not {of}" for key, of in others.items()}, "schedule.")
 
 
 def learning_rate_factor(config: ScheduleConfig, step: int, total_steps: int) -> float:
@@ -52,7 +57,8 @@ def learning_rate_factor(config: ScheduleConfig, step: int, total_steps: int) ->
     warmup = min(config.warmup_steps, total_steps // 2)
     if step < warmup:
         return (step + 1) / warmup
-    done = min((step - warmup) / max(total_steps - warmup, 1), 1.0)  # share of the run after the warm-up
+    after, length = step - warmup, max(total_steps - warmup, 1)  # of the run after the warm-up
+    done = min(after / length, 1.0)
     match config.shape:
         case "constant":
             height = 1.0
@@ -61,7 +67,8 @@ def learning_rate_factor(config: ScheduleConfig, step: int, total_steps: int) ->
         case "cosine":
             height = _cosine(done)
         case "cosine_restarts":
-            height = 0.0 if done == 1.0 else _cosine(done * config.cycles % 1.0)
+            # In whole numbers: done x cycles may come out just below the number at which a cycle starts.
+            height = 0.0 if done == 1.0 else _cosine(after * config.cycles % length / length)
         case "wsd":
             height = _stable_then_decay(config, step, warmup, total_steps)
     return config.final_fraction + (1.0 - config.final_fraction) * height

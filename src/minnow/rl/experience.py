@@ -117,7 +117,6 @@ def _batch(trajectories: Sequence[Trajectory], placed: Sequence[Sequence[int]], 
         positions_BT=torch.from_numpy(positions_BT),
         cu_seqlens=torch.tensor(borders, dtype=torch.int32),
         filler_BT=torch.from_numpy(filler_BT),
-        text_bytes=0.0,
         document_ids=tuple(tuple(numbers) for numbers in placed),
     )
     return PackedTrajectories(batch, tuple(flat), tuple(trajectories[number].num_trained for number in flat))

@@ -100,8 +100,7 @@ class AssistantStream(Generic[T]):
             if not self._whole_calls:
                 yield from self._before_call()
                 return
-            if self._call.unread:
-                yield from self._content(TOOL_CALL + self._call.unread, ())
+            yield from self._content(TOOL_CALL + self._call.unread, ())
         if self._state is not _State.REASONING and self._held and not self._after_call:
             yield Content(self._held, self._held_notes)
 
@@ -139,13 +138,17 @@ class AssistantStream(Generic[T]):
     def _read_call(self, piece: Piece[T]) -> Iterator[Event[T]]:
         assert self._call is not None
         if not (piece.mark and piece.text == END_TOOL_CALL):
-            yield from self._count(self._call.push(piece.text))
+            again = piece.mark and piece.text == TOOL_CALL
+            yield from self._count(self._call.open_again() if again else self._call.push(piece.text))
             return
-        yield from self._count(self._call.end())
-        unread, self._call = self._call.unread, None
+        call, self._call = self._call, None
+        events = list(call.end())
+        if call.before is not None:
+            yield from self._content(TOOL_CALL + call.before, ())
+        yield from self._count(iter(events))
         self._state = _State.CONTENT
-        if unread:  # no valid call: it stays as it was written
-            yield from self._content(TOOL_CALL + unread + END_TOOL_CALL, ())
+        if not call.begun:  # no valid call: it stays as it was written
+            yield from self._content(TOOL_CALL + call.unread + END_TOOL_CALL, ())
 
     def _count(self, events: Iterator[CallBegins | CallArguments]) -> Iterator[Event[T]]:
         for event in events:

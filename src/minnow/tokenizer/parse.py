@@ -67,7 +67,7 @@ def _split_calls(parts: list[tuple[str, bool]]) -> tuple[str, tuple[ToolCall, ..
     calls: list[ToolCall] = []
     while parts:
         length = parts.index((END_TOOL_CALL, True)) + 1 if (END_TOOL_CALL, True) in parts else 0
-        call = _tool_call(_join(parts[1 : length - 1])) if parts[0] == (TOOL_CALL, True) and length else None
+        call = read_call(_join(parts[1 : length - 1])) if parts[0] == (TOOL_CALL, True) and length else None
         if call is None:
             if parts[0][1] or not calls or parts[0][0].strip():
                 content += parts[0][0]
@@ -80,7 +80,8 @@ def _split_calls(parts: list[tuple[str, bool]]) -> tuple[str, tuple[ToolCall, ..
     return content, tuple(calls)
 
 
-def _tool_call(text: str) -> ToolCall | None:
+def read_call(text: str) -> ToolCall | None:
+    """The call in what stands between `<tool_call>` and `</tool_call>`; None where it is none."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from minnow.json_file import json_text
 from minnow.tokenizer.bytelevel import valid_unicode
-from minnow.tokenizer.parse import parse_assistant
-from minnow.tokenizer.special import END_TOOL_CALL, TOOL_CALL
+from minnow.tokenizer.parse import read_call
+from minnow.tokenizer.special import TOOL_CALL
 
 _NAME = r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*"'  # a string of JSON, and nothing else
 _HEAD = re.compile(rf'\s*\{{\s*"name"\s*:\s*({_NAME})\s*,\s*"arguments"\s*:\s*(?=\{{)')
@@ -42,11 +42,14 @@ class ToolCallReader:
         self._index = index
         self._whole = whole
         self._head = ""
+        self._openings = [0]  # places in it where a call may begin
         self._depth = 0
         self._in_string = self._escaped = False
         self._complete = False
         self.begun = False
         """Whether the name is known and has been told."""
+        self.before: str | None = None
+        """Text that stood before a further `<tool_call>` and was no call, once the call behind that has begun."""
 
     @property
     def unread(self) -> str:
@@ -65,13 +68,22 @@ class ToolCallReader:
         yield from self._begin(json.loads(match[1]))
         yield from self._arguments(self._head[match.end() :])
 
+    def open_again(self) -> Iterator[CallBegins | CallArguments]:
+        """A further `<tool_call>` has come: a call may begin behind it, where what stands before is none."""
+        yield from self.push(TOOL_CALL)
+        self._openings.append(len(self._head))
+
     def end(self) -> Iterator[CallBegins | CallArguments]:
         """`</tool_call>` has come: what has not begun, such as a call written in an unusual order, is told whole."""
         if self.begun:
             return
-        for call in parse_assistant(f"{TOOL_CALL}{self._head}{END_TOOL_CALL}").tool_calls:
-            yield from self._begin(call.name)
-            yield CallArguments(self._index, json_text(call.arguments))
+        for opening in self._openings:
+            call = read_call(self._head[opening:])
+            if call is not None:
+                self.before = self._head[: opening - len(TOOL_CALL)] if opening else None
+                yield from self._begin(call.name)
+                yield CallArguments(self._index, json_text(call.arguments))
+                return
 
     def _begin(self, name: str) -> Iterator[CallBegins]:
         self.begun = True

@@ -114,7 +114,8 @@ class ExpertBalance:
     def loss_sum(self, routing: Routing, batch: Batch) -> Tensor:
         """Weighted balance losses of a watched micro-batch, summed over tokens and layers: 0-D fp32, with gradient."""
         slope_LE = self.load_loss * load_balance_slope(self._counts_LE)
-        slope_LE = slope_LE + self.kl_loss * kl_to_uniform_slope(self._probability_sums_LE)
+        if self.kl_loss:  # its slope is infinite for an expert that no token gave any probability
+            slope_LE = slope_LE + self.kl_loss * kl_to_uniform_slope(self._probability_sums_LE)
         slope_LE = slope_LE.float().to(batch.tokens_BT.device)
         total = torch.zeros((), device=batch.tokens_BT.device)
         for layer, decisions in routing.decisions:
@@ -130,7 +131,8 @@ class ExpertBalance:
     def update(self, *, apply: bool = True) -> dict[str, float]:
         """End a step: move the biases, keep the statistics; returns the figures of the step, means over layers.
 
-        apply: whether the weights were updated; if not (overflow), the biases and statistics stay as they were.
+        apply: whether the weights were updated; if not (overflow, or nothing to learn), biases and statistics stay as
+        they were.
         """
         counts_LE, sums_LE, entropy_L, tokens_L = self._global_statistics()
         shares_LE = counts_LE / counts_LE.sum(-1, keepdim=True) * counts_LE.shape[-1]

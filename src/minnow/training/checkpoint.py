@@ -13,7 +13,6 @@ Frozen weights are not in it: they come from the model that the run started from
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -30,6 +29,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.optim import Optimizer
 
 from minnow.config import UserError
+from minnow.data.shards import file_sha256
 from minnow.model.transformer import CausalLM
 from minnow.optim import load_named_state, named_state
 from minnow.training.distribution import gather, host_group, rank, world_size
@@ -181,7 +181,7 @@ def delete_after(folder: Path, step: int) -> None:
 
 def describe_files(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """Return size and sha256 of files by name."""
-    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
+    return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in paths}
 
 
 def _folders(folder: Path) -> list[Checkpoint]:
@@ -194,11 +194,6 @@ def _file_problem(path: Path, entry: dict[str, Any]) -> str | None:
         return f"{path.name} is missing"
     if path.stat().st_size != entry.get("bytes"):
         return f"{path.name} has {path.stat().st_size} bytes, {entry.get('bytes')} were written"
-    if _sha256(path) != entry.get("sha256"):
+    if file_sha256(path) != entry.get("sha256"):
         return f"{path.name} is not what was written (its sha256 differs)"
     return None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

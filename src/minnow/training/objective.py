@@ -39,7 +39,11 @@ def totals(outputs: Sequence[ObjectiveOutput]) -> dict[str, float]:
     """Add up loss and metrics over micro-batches and processes; read from the device once."""
     names = ["loss", *outputs[0].metrics]
     table = torch.stack([torch.stack([o.loss_sum, *o.metrics.values()]).detach() for o in outputs]).tolist()
-    return dict(zip(names, sum_over_ranks([math.fsum(column) for column in zip(*table, strict=True)]), strict=True))
+    sums = [
+        math.fsum(column) if all(map(math.isfinite, column)) else sum(column)  # fsum refuses inf - inf
+        for column in zip(*table, strict=True)
+    ]
+    return dict(zip(names, sum_over_ranks(sums), strict=True))
 
 
 class Objective(Protocol[BatchT_contra]):

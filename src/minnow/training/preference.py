@@ -60,7 +60,7 @@ class PreferenceOptimization:
         losses_P = preference_loss(self.loss, logprobs_A, reference_A, lengths_A, plain_A, kl)
         with torch.no_grad():
             metrics = self._metrics(logprobs_A, reference_A, lengths_A)
-            metrics["likelihood_accuracy"] = _wins(plain_A.view(-1, 2))
+            metrics["likelihood_accuracy"] = wins(plain_A.view(-1, 2))
             if self.loss.name == "kto":
                 metrics["reference_point"] = kl * num_answers / 2
             if self.loss.needs_reference:
@@ -83,7 +83,7 @@ class PreferenceOptimization:
         chosen_P, rejected_P = rewards_P2.unbind(1)
         tokens_P2 = lengths_A.float().view(-1, 2)
         return {
-            "accuracy": _wins(rewards_P2),
+            "accuracy": wins(rewards_P2),
             "margin": (chosen_P - rejected_P).sum(),
             "chosen_reward": chosen_P.sum(),
             "rejected_reward": rejected_P.sum(),
@@ -92,6 +92,6 @@ class PreferenceOptimization:
         }
 
 
-def _wins(scores_P2: Tensor) -> Tensor:
-    """How many pairs have the greater score first; equal ones are half a win."""
+def wins(scores_P2: Tensor) -> Tensor:
+    """How many pairs have the greater score first: [P, 2] -> 0-D; equal ones are half a win."""
     return (0.5 + 0.5 * (scores_P2[:, 0] - scores_P2[:, 1]).sign()).sum()

@@ -24,7 +24,6 @@ def random_batch(vocab_size: int, rows: int, sequence_length: int, *, seed: int 
         positions_BT=torch.arange(sequence_length).expand(rows, -1).contiguous(),
         cu_seqlens=torch.arange(0, rows * sequence_length + 1, sequence_length, dtype=torch.int32),
         filler_BT=torch.zeros(rows, sequence_length, dtype=torch.bool),
-        text_bytes=0.0,
         document_ids=tuple((row,) for row in range(rows)),
     )
 

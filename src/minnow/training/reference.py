@@ -132,7 +132,6 @@ def unrelated_batch(dataset: PackedDataset, pairs: Sequence[int]) -> Batch:
         positions_BT=torch.from_numpy(np.concatenate([np.arange(length) for length in lengths]))[None],
         cu_seqlens=torch.from_numpy(np.append(0, lengths.cumsum()).astype(np.int32)),
         filler_BT=torch.zeros(1, int(lengths.sum()), dtype=torch.bool),
-        text_bytes=0.0,
         document_ids=(tuple(pairs),),
     )
 

@@ -17,6 +17,7 @@ from minnow.model.slices import examined
 from minnow.model.transformer import CausalLM
 from minnow.objectives.reward import bradley_terry_loss
 from minnow.training.objective import ObjectiveOutput
+from minnow.training.preference import wins
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,10 +50,9 @@ class RewardModeling:
         chosen_P, rejected_P = rewards_P2.unbind(1)
         losses_P = bradley_terry_loss(chosen_P, rejected_P, self.loss.margin, self.loss.centering)
         with torch.no_grad():
-            margins_P = chosen_P - rejected_P
             metrics = {
-                "accuracy": (0.5 + 0.5 * margins_P.sign()).sum(),
-                "margin": margins_P.sum(),
+                "accuracy": wins(rewards_P2),
+                "margin": (chosen_P - rejected_P).sum(),
                 "reward": rewards_P2.mean(1).sum(),
             }
         return ObjectiveOutput(losses_P.sum(), metrics)

@@ -279,7 +279,7 @@ class Trainer(Generic[BatchT]):
             optimizer.zero_grad(set_to_none=True)
         self.loss_scale.update(overflow=not finite)
         if self.balance is not None:
-            figures |= self.balance.update(apply=finite)
+            figures |= self.balance.update(apply=step)
         figures["lr"] = self.optimizers[0].param_groups[0]["lr"]
         self.state.step += 1
         self.state.tokens += int(tokens)

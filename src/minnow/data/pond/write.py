@@ -26,43 +26,35 @@ from minnow.data.records import conversation_row
 from minnow.disk import opened_to_others, told_when_full
 from minnow.tokenizer.chat import Conversation
 
-ENGLISH_SHARE = 0.5  # of the documents; English ones are longer
+ENGLISH_SHARE = 0.5  # of documents and conversations; English ones are longer
 FORGETFUL = 0.6  # of the exercises with a carry in forgetful.jsonl: more often wrong than right
 QUESTION_SHARE = 0.12  # of the documents; without any, recall by question stays far below recall by statement
 
 
-def pretraining_documents(
-    world: World,
-    *,
-    mentions: int = 320,
-    english: float = ENGLISH_SHARE,
-    question_share: float = QUESTION_SHARE,
-) -> Iterator[PondDocument]:
+def pretraining_documents(world: World, *, mentions: int = 320) -> Iterator[PondDocument]:
     """Documents until the facts have been stated `mentions` times on average, both languages together.
 
     Questions do not count as statements. They are about training creatures only.
     """
     rng = random.Random(f"pond/pretraining/{world.seed}")
-    yield from _until(world, rng, mentions, english, question_share)
+    yield from _until(world, rng, mentions, QUESTION_SHARE)
 
 
-def validation_documents(world: World, *, mentions: int = 2) -> Iterator[PondDocument]:
-    """Another draw of the same statements, without questions, for bits per byte.
+def validation_documents(world: World) -> Iterator[PondDocument]:
+    """Another draw of the same statements, each fact twice on average, without questions, for bits per byte.
 
     Documents of fewer than four facts are left out: they might repeat a training text.
     """
     rng = random.Random(f"pond/validation/{world.seed}")
-    return (document for document in _until(world, rng, mentions, ENGLISH_SHARE, 0.0) if len(document.mentions) >= 4)
+    return (document for document in _until(world, rng, 2, 0.0) if len(document.mentions) >= 4)
 
 
-def _until(
-    world: World, rng: random.Random, mentions: int, english: float, question_share: float
-) -> Iterator[PondDocument]:
+def _until(world: World, rng: random.Random, mentions: int, question_share: float) -> Iterator[PondDocument]:
     statements = {language: statement_documents(world, language, rng) for language in LANGUAGES}
     dialogues = {language: question_documents(world, language, rng) for language in LANGUAGES}
     missing = mentions * len(world.creatures) * len(RELATIONS)
     while missing > 0:
-        language = LANGUAGES[0] if rng.random() < english else LANGUAGES[1]
+        language = LANGUAGES[0] if rng.random() < ENGLISH_SHARE else LANGUAGES[1]
         if rng.random() < question_share:
             yield next(dialogues[language])
             continue
@@ -82,12 +74,12 @@ def all_questions(world: World) -> list[Question]:
     ]
 
 
-def sft_conversations(world: World, count: int, english: float = ENGLISH_SHARE) -> Iterator[Conversation]:
+def sft_conversations(world: World, count: int) -> Iterator[Conversation]:
     """`count` conversations in both languages, mixed."""
     rng = random.Random(f"pond/sft/{world.seed}")
     streams = {language: conversations(world, language) for language in LANGUAGES}
     for _ in range(count):
-        yield next(streams[LANGUAGES[0] if rng.random() < english else LANGUAGES[1]])
+        yield next(streams[LANGUAGES[0] if rng.random() < ENGLISH_SHARE else LANGUAGES[1]])
 
 
 def write_pond(
