@@ -1,6 +1,17 @@
 """Examination of models: tasks with error bars. Importing this package registers the tasks."""
 
-from minnow.evaluation import arithmetic, bits_per_byte, identity, judge, long_context, pond, preference, tools, wins
+from minnow.evaluation import (
+    arithmetic,
+    bits_per_byte,
+    choices,
+    identity,
+    judge,
+    long_context,
+    pond,
+    preference,
+    tools,
+    wins,
+)
 from minnow.evaluation.evaluate import TaskResult, evaluate
 from minnow.evaluation.registry import GenerationTask, Score, Subject, Task, TaskOptions, make_tasks, register
 
@@ -13,6 +24,7 @@ __all__ = [
     "TaskResult",
     "arithmetic",
     "bits_per_byte",
+    "choices",
     "evaluate",
     "identity",
     "judge",

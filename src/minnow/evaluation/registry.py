@@ -120,6 +120,8 @@ class TaskOptions:
     """Text files to measure bits per byte on."""
     pairs: tuple[str, ...] = ()
     """Files of preference pairs."""
+    choices: tuple[str, ...] = ()
+    """Files of questions with choices."""
     judge: str | None = None
     """A reward model's folder."""
     against: str | None = None

@@ -23,6 +23,7 @@ from minnow.training.hardware import DeviceName, choose_device
 READ_BY = {
     "text": ("bpb", "long-context"),
     "pairs": ("preference", "judge"),
+    "choices": ("choices",),
     "against": ("wins",),
     "context": ("long-context",),
     "plot": ("long-context",),
@@ -40,13 +41,17 @@ class Config(ContextConfig, QuantizeConfig):
     """What to examine: pond (held-out questions, exact match), bpb (bits per byte), long-context (bits per byte by
     position and hidden facts, beyond the trained length), arithmetic (with thinking on and off), identity (an
     adapter's persona), tools (function calls), preference (is the better answer of a pair the likelier one), judge
-    (the marks that --judge gives), wins (against the model of --against, by the pond's truth)."""
+    (the marks that --judge gives), wins (against the model of --against, by the pond's truth), choices (questions of
+    public benchmarks, answered by the likeliest choice)."""
     pond: str | None = None
     """Pond folder that the model was trained on; by default the one beside the model or in its run folder."""
     text: tuple[str, ...] = ()
     """Texts for bpb (one figure per file or folder) and long-context: jsonl, parquet, txt; by default the pond's."""
     pairs: tuple[str, ...] = ()
     """Preference pairs for preference and judge, one figure per file; by default held-out ones of the pond."""
+    choices: tuple[str, ...] = ()
+    """Questions for choices, one figure per file: rows as ARC, HellaSwag, PIQA, WinoGrande, MMLU, C-Eval, CMMLU,
+    AGIEval and llm-foundry write them, or texts to complete as LAMBADA's."""
     judge: str | None = None
     """Reward model that judges the model's answers: a folder of minnow reward, or any with one label that transformers
     loads. It adds the task judge."""
@@ -91,6 +96,7 @@ def run(config: Config) -> None:
         pond=None if config.pond is None else Path(config.pond),
         texts=config.text,
         pairs=config.pairs,
+        choices=config.choices,
         judge=config.judge,
         against=config.against,
         context=config.context,

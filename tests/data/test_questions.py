@@ -1,0 +1,101 @@
+"""Rows of public benchmarks: what is asked, what there is to choose from, what is right."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from minnow.data.questions import Question, parse_question
+from minnow.data.records import RowError
+
+ASKED = ("Question: What swims?\nAnswer:",) * 2
+TWO = (" a fish", " a stone")
+
+
+@pytest.mark.parametrize(
+    ("row", "contexts", "endings"),
+    [
+        ({"query": "Question: What swims?\n", "choices": ["a fish", "a stone"], "gold": 1}, ASKED, TWO),
+        (
+            {"query": "It swims, so it is", "choices": ["a fish", "a stone"], "gold": 1},
+            ("It swims, so it is",) * 2,
+            TWO,
+        ),
+        (
+            {"query": "Question: What?\nChoices:\nA. a fish\nB. a stone\nAnswer:", "choices": ["A", "B"], "gold": 1},
+            ("Question: What?\nChoices:\nA. a fish\nB. a stone\nAnswer:",) * 2,
+            (" A", " B"),
+        ),
+        (
+            {
+                "context_options": ["It ate and the fish", "It ate and I"],
+                "continuation": "swam.",
+                "gold": 1,
+            },
+            ("It ate and the fish", "It ate and I"),
+            (" swam.",) * 2,
+        ),
+        ({"question": "What swims?", "choices": ["a fish", "a stone"], "answer": 1, "subject": "x"}, ASKED, TWO),
+        ({"question": "What swims?", "choices": ["a fish", "a stone"], "answer": "B"}, ASKED, TWO),
+        (
+            {
+                "question": "What swims?",
+                "choices": {"text": ["a fish", "a stone"], "label": ["1", "2"]},
+                "answerKey": "2",
+            },
+            ASKED,
+            TWO,
+        ),
+        (
+            {"passage": None, "question": "What swims?", "options": ["(A)a fish", "(B)a stone"], "label": "B"},
+            ASKED,
+            TWO,
+        ),
+        (
+            {"passage": "Read.", "question": "What swims?", "options": ["(A) a fish", "(B) a stone"], "label": "B"},
+            ("Question: Read.\nWhat swims?\nAnswer:",) * 2,
+            TWO,
+        ),
+        ({"Question": "What swims?", "A": "a fish", "B": "a stone", "Answer": "B", "": "3"}, ASKED, TWO),
+        ({"question": "谁会游泳？", "A": "鱼", "B": 3, "answer": "B"}, ("问题：谁会游泳？\n答案：",) * 2, ("鱼", "3")),
+        ({"ctx": "A fish", "endings": ["swims.", "flies."], "label": "1"}, ("A fish",) * 2, (" swims.", " flies.")),
+        ({"goal": "What swims?", "sol1": "a fish", "sol2": "a stone", "label": 1}, ASKED, TWO),
+        (
+            {"sentence": "I ate the fish as _ was big.", "option1": "I", "option2": "the fish", "answer": "2"},
+            ("I ate the fish as I", "I ate the fish as the fish"),
+            (" was big.",) * 2,
+        ),
+    ],
+)
+def test_every_form_of_a_question(row: dict[str, Any], contexts: tuple[str, ...], endings: tuple[str, ...]) -> None:
+    assert parse_question(row) == Question(contexts, endings, 1)
+
+
+def test_a_text_to_complete_has_one_ending() -> None:
+    question = parse_question({"context": "25 - 759 =", "continuation": " -734"})
+    assert question == Question(("25 - 759 =",), (" -734",), 0)
+    assert question.is_completion
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "no question"}, "no question"),
+        ({"question": "What?", "choices": ["a", "b"], "answer": 2}, "right answer is 2"),
+        ({"question": "What?", "choices": ["a", "b"], "answer": -1}, "right answer is -1"),
+        ({"question": "What?", "choices": ["a", "b"], "answer": True}, "right answer is True"),
+        ({"question": "What?", "choices": ["a", "b"], "answer": "C"}, "right answer is 'C'"),
+        ({"question": "What?", "choices": ["a", "b"], "answer": ""}, "right answer is ''"),
+        ({"question": "What?", "options": ["(A)a", "(B)b"], "label": ["A", "B"]}, "right answer is"),
+        ({"question": "What?", "choices": ["a"], "answer": 0}, "two choices"),
+        ({"question": "What?", "choices": "ab", "answer": 0}, "list of texts"),
+        ({"question": "What?", "choices": ["a", " "], "answer": 0}, "not empty"),
+        ({"question": " ", "choices": ["a", "b"], "answer": 0}, "not empty"),
+        ({"query": "What?", "choices": ["a", "b"]}, "right answer is None"),
+        ({"sentence": "no blank", "option1": "a", "option2": "b", "answer": "1"}, "has no _"),
+    ],
+)
+def test_what_cannot_be_examined_is_refused(row: dict[str, Any], message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        parse_question(row)
