@@ -63,6 +63,11 @@ TWO = (" a fish", " a stone")
             (" D.C. United", " a stone"),
         ),
         (
+            {"question": "What swims?", "options": ["A a pond", "（B）a fish", "B．a stone", "D? no"], "label": "B"},
+            ("Question: What swims?\nAnswer:",) * 4,
+            (" A a pond", " a fish", " a stone", " D? no"),
+        ),
+        (
             {"article": "Read.", "question": "What swims?", "options": ["a fish", "a stone"], "answer": "B"},
             ("Question: Read.\nWhat swims?\nAnswer:",) * 2,
             TWO,
