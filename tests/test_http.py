@@ -85,6 +85,13 @@ def test_no_redirection_takes_the_key_elsewhere(server, status: int) -> None:
     assert len(came) == 1
 
 
+def test_a_redirection_to_nowhere_is_told_as_any_refusal(server) -> None:
+    url, replies, *_ = server
+    replies += [(304, "")]
+    with pytest.raises(UserError, match=r"\(HTTP 304: \)"):
+        post_json(url, {}, said, key=None, seconds=5)
+
+
 def test_an_empty_reply_is_none(server) -> None:
     url, replies, *_ = server
     replies += [(200, "")]

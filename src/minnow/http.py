@@ -57,8 +57,8 @@ def post_json(
             with _OPENER.open(request, timeout=seconds) as response:
                 reply = json.loads(response.read() or b"null")
         except urllib.error.HTTPError as error:
-            if 300 <= error.code < 400:
-                problem = f"HTTP {error.code}: it sends on to {error.headers['Location']}: name that address"
+            if 300 <= error.code < 400 and (elsewhere := error.headers["Location"]):
+                problem = f"HTTP {error.code}: it sends on to {elsewhere}: name that address"
                 break
             problem = f"HTTP {error.code}: {error.read(500).decode('utf-8', 'replace')}"
             if error.code < 500 and error.code != 429:

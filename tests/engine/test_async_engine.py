@@ -78,6 +78,30 @@ def test_a_grammar_is_compiled_beside_the_answers_under_way(
     assert engine.in_flight == 0
 
 
+def test_who_leaves_while_the_grammar_is_compiled_leaves_nothing(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began, go_on = threading.Event(), threading.Event()
+
+    def held(params: SamplingParams) -> None:
+        began.set()
+        assert go_on.wait(60)
+
+    async def leave() -> None:
+        monkeypatch.setattr(engine.engine, "constraint", held)
+        asked = asyncio.create_task(engine.submit([6], SamplingParams(grammar=regex_grammar("[ab]{3}"))))
+        assert await asyncio.to_thread(began.wait, 60)
+        assert engine.in_flight == 1
+        asked.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asked
+        assert engine.in_flight == 0
+        go_on.set()
+        assert not await engine.call(lambda own: own.has_work)
+
+    asyncio.run(leave())
+
+
 def test_leaving_aborts(engine: AsyncEngine) -> None:
     async def leave() -> None:
         async with aclosing(engine.stream([5], LONG)) as deltas:

@@ -114,8 +114,18 @@ def test_a_long_context_loses_its_beginning_and_a_long_choice_is_refused(subject
         assert subject.tokenizer.decode(ending.ids[1:]).endswith(f"pond has {text}")
         assert subject.tokenizer.decode(ending.ids[ending.start :]) == f" {text}"
     assert ChoicesTask([asked(long)]).score_rows(subject, [asked(long)])
-    with pytest.raises(UserError, match=r"file: a choice of \d+ tokens does not fit into the model's context of 96"):
+    told = r"file: a choice of \d+ tokens does not fit into the model's context of 96: ' the pond the pond"
+    with pytest.raises(UserError, match=told):
         encode_endings(subject.tokenizer, asked(long | {"choices": ["pond", "the pond " * 200]}), 96)
+
+
+def test_scores_that_are_no_numbers_are_told(tmp_path: Path) -> None:
+    folder = save_lively_model(tmp_path, context=96)
+    model = load_pretrained(folder)
+    torch.nn.init.constant_(model.model.norm.weight, torch.nan)
+    rows = [asked(QUESTIONS[0])]
+    with pytest.raises(UserError, match="not numbers"):
+        ChoicesTask(rows).score_rows(Subject(model, Tokenizer.from_pretrained(folder)), rows)
 
 
 def test_batches_change_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:

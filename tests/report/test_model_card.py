@@ -258,6 +258,12 @@ def test_folders_that_read_like_a_hub_id_but_for_the_hubs_rules(name: str, tmp_p
     assert name not in text
 
 
+def test_a_data_set_of_the_hub_is_one_however_it_is_written(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "tuned", data="hub:somebody/fish.v2:deep:train@2")
+    text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+    assert ModelCard(text).data.datasets == ["somebody/fish.v2"]
+
+
 def test_the_commands_of_a_name_with_a_blank_can_be_typed(tmp_path: Path) -> None:
     run = a_run(tmp_path / "my run", data="x.jsonl")
     text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]

@@ -124,6 +124,14 @@ def test_what_python_cannot_do(code, sign):
 def test_a_program_that_ends_itself_is_not_said_to_have_been_stopped():
     with pytest.raises(ToolError, match=r"^ended with exit status 3$"):
         run_python("import sys; print(4); sys.exit(3)", seconds=1, megabytes=200)
+    with pytest.raises(ToolError, match=r"^crashed: Segmentation fault$"):
+        run_python("import ctypes; ctypes.string_at(0)", seconds=1, megabytes=200)
+
+
+@closed_room
+def test_a_signal_to_its_own_group_stays_in_the_room():
+    """Of another group than its own, which is 0 to it, `os.kill(0, 9)` ended the run that had started the program."""
+    assert run_python("import os; print(os.getpgrp() == os.getpid())", seconds=1, megabytes=200) == "True"
 
 
 @closed_room

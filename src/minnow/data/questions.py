@@ -33,17 +33,18 @@ class Question:
 
 
 def parse_question(row: Mapping[str, Any]) -> Question:
-    """Read a row in any of these forms; the right answer is an index from 0, a letter or the choice's own label:
+    """Read a row in any of these forms; the right answer is the choice's own label, a letter or an index from 0:
 
     - `query`, `choices`, `gold`; `context_options`, `continuation`, `gold`; `context`, `continuation` (llm-foundry);
     - `question`, `choices` (a list, or `text` and `label` lists), `answer` or `answerKey` (MMLU, ARC, CommonsenseQA);
-    - `question`, `options` ("(A)..."), `label`, perhaps `passage` (AGIEval);
+    - `question`, `options` (perhaps "(A)..."), `label` or `answer` (AGIEval, MMLU-Pro, RACE);
     - `question`, `A`, `B`, ..., `answer`, also capitalised (C-Eval, CMMLU);
     - `ctx`, `endings`, `label` (HellaSwag); `goal`, `sol1`, `sol2`, `label` (PIQA); `sentence` with a `_`, `option1`,
       `option2`, `answer` (WinoGrande).
 
-    A `question` is put as "Question: ...\\nAnswer:", or in Chinese if it has Chinese characters; the other forms are
-    contexts in their own words, but a query whose last line begins with "Question:" gets its "Answer:".
+    A `question`, behind its `passage`, `article` or `context` if it has one, and a `goal` are put as
+    "Question: ...\\nAnswer:", or in Chinese if they have Chinese characters; the other forms are contexts in their own
+    words, but a query whose last line begins with "Question:" gets its "Answer:".
     Raises RowError.
     """
     if "context_options" in row:
@@ -65,24 +66,32 @@ def parse_question(row: Mapping[str, Any]) -> Question:
         return _question([_text(row, "context")], [_text(row, "continuation")], 0)
     row = {key.lower() if key in ("Question", "Answer") else key: value for key, value in row.items()}
     if "question" not in row:
-        raise RowError("no question to examine: see minnow.data.questions for the forms that are read")
+        raise RowError("no question to examine: docs/evaluation.md lists the forms of rows that are read")
     return _asked_question(row)
 
 
 def _asked_question(row: Mapping[str, Any]) -> Question:
-    passage, question = row.get("passage") or "", _text(row, "question")
-    context = _asked(f"{passage}\n{question}" if passage else question)
+    passage = [_text(row, key) for key in ("passage", "article", "context") if row.get(key)]
+    context = _asked("\n".join([*passage, _text(row, "question")]))
     choices = row.get("choices")
     if isinstance(choices, Mapping):
-        labels = [str(label) for label in choices.get("label", ())]
+        labels = _LETTERS if choices.get("label") is None else _texts(choices, "label")
         return _one_context(context, _texts(choices, "text"), row.get("answerKey", row.get("answer")), labels)
     if choices is not None:
         return _one_context(context, _texts(row, "choices"), row.get("answer", row.get("answerKey")))
     if "options" in row:
-        options = [_LETTER_IN_FRONT.sub("", option) for option in _texts(row, "options")]
-        return _one_context(context, options, row.get("label", row.get("answer")))
+        return _one_context(context, _without_letters(_texts(row, "options")), row.get("label", row.get("answer")))
     letters = [letter for letter in _LETTERS if row.get(letter) is not None]
-    return _one_context(context, [_text(row, letter) for letter in letters], row.get("answer"))
+    return _one_context(context, [_text(row, letter) for letter in letters], row.get("answer"), letters)
+
+
+def _without_letters(options: Sequence[str]) -> list[str]:
+    """The options without the letters in front, if half of them have one: a single "D.C." is none. Not all of them, and
+    not in order, for AGIEval has a slip of the pen in one row of a hundred."""
+    lettered = sum(bool(_LETTER_IN_FRONT.match(option)) for option in options)
+    if lettered < max(2, len(options) / 2):
+        return list(options)
+    return [_checked(_LETTER_IN_FRONT.sub("", option), "options") for option in options]
 
 
 def _asked(question: str) -> str:
@@ -110,14 +119,12 @@ def _question(
 
 
 def _index(right: Any, labels: Sequence[str], count: int) -> int:
-    if isinstance(right, str):
-        right = right.strip()
-        if right in labels:
-            return list(labels).index(right)
-        if right.isdecimal() and len(right) < 3:
-            right = int(right)
-    if isinstance(right, int) and not isinstance(right, bool) and 0 <= right < count:
-        return right
+    if isinstance(right, str | int) and not isinstance(right, bool):
+        written = str(right).strip()
+        if written in labels:
+            return list(labels).index(written)
+        if written.isdecimal() and len(written) < 3 and int(written) < count:
+            return int(written)
     raise RowError(
         f"the right answer is {right!r}: it must be one of the {count} choices, as an index from 0 or a letter"
     )

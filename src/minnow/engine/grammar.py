@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from minnow.config import UserError
@@ -85,11 +86,12 @@ class Grammars:
     def constraint(self, grammar: str) -> Constraint:
         """The state before the first token. UserError where the grammar is not valid or too large (GrammarError)."""
         constraint = Constraint(self._make(self._tokenizer, grammar))
-        # Some grammars llguidance finds too large only when it follows them: it takes one token now, on a copy.
+        # Some grammars llguidance finds too large only when it follows them: it takes one token now, on a copy. Without
+        # torch: any thread may come here, and one that computes with it slows the engine's down (see minnow.cpu).
         trial = constraint.copy()
-        begins_V = trial.allowed(self._vocab_size, torch.device("cpu"))
+        begins_V = trial.allowed_array(self._vocab_size)
         begins_V[self._end_ids] = False
-        trial.accept(int(begins_V.nonzero()[0]) if begins_V.any() else self._end_ids[0])
+        trial.accept(int(begins_V.argmax()) if begins_V.any() else self._end_ids[0])
         return constraint
 
 
@@ -108,9 +110,12 @@ class Constraint:
 
         Where llguidance gives the grammar up, only these: `accept` says so then.
         """
+        return torch.from_numpy(self.allowed_array(vocab_size)).to(device)
+
+    def allowed_array(self, vocab_size: int) -> NDArray[np.bool_]:
+        """The same without torch."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
-        allowed_V = np.unpackbits(bits, bitorder="little", count=vocab_size).astype(bool)
-        return torch.from_numpy(allowed_V).to(device)
+        return np.unpackbits(bits, bitorder="little", count=vocab_size).astype(bool)
 
     def accept(self, token: int) -> None:
         """The answer goes on with this token, which was allowed. Raises GrammarError."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
+from math import isnan
 
 import torch
 
@@ -97,12 +98,12 @@ def encode_endings(tokenizer: Tokenizer, row: LabelledQuestion, longest: int) ->
     if len(set(question.contexts)) == 1:
         starts = [min(starts)] * len(starts)
     endings = []
-    for ids, start in zip(whole, starts, strict=True):
+    for ending, ids, start in zip(question.endings, whole, starts, strict=True):
         left_out = max(0, len(ids) - longest)  # the last token is predicted only, and the start token is read
         if left_out > start:
             raise UserError(
                 f"{row.label}: a choice of {len(ids) - start} tokens does not fit into the model's context of "
-                f"{longest}: {question.endings[0][:80]!r}"
+                f"{longest}: {ending[:80]!r}"
             )
         endings.append(Ending([tokenizer.start_id, *ids[left_out:]], start - left_out + 1))
     return endings
@@ -128,6 +129,8 @@ def ending_logprobs(model: CausalLM, endings: Sequence[Ending]) -> list[tuple[fl
                 logits_TV = model.logits(part_TD).float()
                 logprob += float(logits_TV.log_softmax(-1).gather(1, wanted_T[:, None]).sum())
                 greedy &= bool((logits_TV.argmax(-1) == wanted_T).all())
+            if isnan(logprob):
+                raise UserError("the model's scores are not numbers: its weights are damaged")
             found.append((logprob, greedy))
     return found
 

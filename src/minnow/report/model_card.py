@@ -244,9 +244,12 @@ def _data(run: Run) -> list[tuple[str, bool]]:
 
 def _source(written: str) -> tuple[str, bool]:
     path = re.sub(r"@[\d.]+$", "", written)
-    hub = is_hub_id(path.partition(":")[0]) and not Path(path).suffix and not Path(path).exists()
+    name = path.removeprefix("hub:")
+    repository = name.partition(":")[0]
+    if is_hub_id(repository) and (name != path or (not Path(path).suffix and not Path(path).exists())):
+        return repository, True
     # Folders of this machine are nobody's business, and the query of a web address may hold a key.
-    return (path.partition(":")[0], True) if hub else (Path(without_query(path)).name, False)
+    return Path(without_query(path)).name, False
 
 
 def _from_hub(model: str) -> bool:

@@ -50,8 +50,9 @@ class Config(ContextConfig, QuantizeConfig):
     pairs: tuple[str, ...] = ()
     """Preference pairs for preference and judge, one figure per file; by default held-out ones of the pond."""
     choices: tuple[str, ...] = ()
-    """Questions for choices, one figure per file: rows as ARC, HellaSwag, PIQA, WinoGrande, MMLU, C-Eval, CMMLU,
-    AGIEval and llm-foundry write them, or texts to complete as LAMBADA's."""
+    """Questions for choices, one figure per file (jsonl, json, parquet) or Hub data set: rows as ARC, HellaSwag, PIQA,
+    WinoGrande, MMLU, MMLU-Pro, RACE, C-Eval, CMMLU, AGIEval and llm-foundry write them, or texts to complete as
+    LAMBADA's."""
     judge: str | None = None
     """Reward model that judges the model's answers: a folder of minnow reward, or any with one label that transformers
     loads. It adds the task judge."""

@@ -74,6 +74,7 @@ def main() -> None:
 
     Arguments: CPU seconds, megabytes, an empty folder to be the room.
     """
+    os.setsid()  # a signal to one's own process group reaches those of it outside the namespace: the training run
     # The limits are set here: code between fork and exec in the calling process is not safe beside its other threads.
     seconds, memory = int(sys.argv[1]), int(sys.argv[2]) << 20
     resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -97,7 +98,9 @@ def run_python(code: str, *, seconds: int, megabytes: int) -> str:
     lines = errors.strip().splitlines()
     if not lines and result.returncode > 0:  # of its own accord
         raise ToolError(f"ended with exit status {result.returncode}")
-    if not lines or lines[-1].startswith("unshare:"):  # a signal ended it: there is no traceback
+    if not lines and result.returncode != -signal.SIGKILL:
+        raise ToolError(f"crashed: {signal.strsignal(-result.returncode)}")
+    if not lines or lines[-1].startswith("unshare:"):  # killed at a limit: there is no traceback
         raise ToolError(f"stopped: it took more than {seconds} seconds of computing, or wrote too much")
     raise ToolError(lines[-1][:200])
 
