@@ -135,7 +135,9 @@ class Rewarder:
             self.reward_model, squash = judge.model, config.reward_model_squash
             self._rewards["reward_model"] = (config.reward_model_weight, lambda items: _marks(items, judge, squash))
         if not self._rewards:
-            raise UserError("every reward has weight 0: give at least one, such as rewards.answer")
+            raise UserError(
+                "every reward has weight 0: give at least one, such as rewards.answer, or rewards.environment in a game"
+            )
         for name, (weight, _) in self._rewards.items():
             if not math.isfinite(weight):
                 raise UserError(f"the reward {name!r} has weight {weight}: it must be a finite number")
