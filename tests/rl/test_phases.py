@@ -302,6 +302,24 @@ def test_prompts_without_answers_are_refused_where_nothing_else_is_rewarded(star
     assert "8 of 8 prompts have no answer: theirs earn 0 by rewards.answer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("kind", "answer", "told"),
+    [
+        ("number", "[3, 4]", "is a list"),
+        ("number", '"none"', "holds no number"),
+        ("maths", "[3, 4]", "is a list"),
+        ("auto", '{"target": 42}', "is an object"),
+    ],
+)
+def test_a_run_does_not_come_upon_an_answer_that_nothing_compares_with(start, tmp_path, capsys, kind, answer, told):
+    """One row of many ended it when its turn came, and whenever it was to go on from there."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "say 1", "answer": "1"}\n' * 20 + f'{{"prompt": "say 2", "answer": {answer}}}\n')
+    assert rl((start[0], path), tmp_path / "run", "--preset", "grpo", "--rewards.answer_kind", kind) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_sampled_episode_is_one_of_this_processs_own():
     """Episodes of other processes come without their environment: to look into it ended DAPO's runs on several."""
     own = SimpleNamespace(
