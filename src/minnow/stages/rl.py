@@ -27,7 +27,6 @@ from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
 from minnow.report.run_report import write_report
 from minnow.rl.algorithm import AlgorithmConfig
-from minnow.rl.answers import check_reference
 from minnow.rl.collapse import CollapseError, Watch, WatchConfig
 from minnow.rl.critic import Critic
 from minnow.rl.experience import PolicyBatch, PolicyObjective
@@ -146,7 +145,8 @@ def run(config: Config) -> None:
     if config.environment == "guess":  # it pays for the number itself: the last turn is a call, and says nothing
         rewards = replace(rewards, answer=0.0)
     rewarder = Rewarder(rewards, enable_thinking=thinking, max_tokens=longest, device=machine.device)
-    _look_for_references(config, practice, rewarder, console)
+    rewarder.check([*practice.prompts, *practice.held_out])
+    _look_for_references(practice, rewarder, console)
 
     folder = RunFolder(config.run)
     folder.open(config, overwrite=config.overwrite)
@@ -246,20 +246,16 @@ def _where_time_went(folder: Path) -> str:
     return "time: " + ", ".join(f"{seconds / total:.0%} {WORK[name]}" for name, seconds in shares.items() if seconds)
 
 
-def _look_for_references(config: Config, practice: Practice, rewarder: Rewarder, console: Console) -> None:
+def _look_for_references(practice: Practice, rewarder: Rewarder, console: Console) -> None:
     """Say how many prompts have no answer to compare with: each of theirs earns 0 by the reward `answer`.
 
-    UserError where nothing but right answers counts and no prompt has one, and for an answer that nothing can be
-    compared with: a run that met it on its way could not go on.
+    UserError where nothing but right answers counts and no prompt has one.
     """
     if "answer" not in rewarder.names:
         return
     only = set(rewarder.names) <= {"answer", "environment"}
     for name, prompts in (("prompts", practice.prompts), ("held_out", practice.held_out)):
-        references = [prompt.reference for prompt in prompts if prompt.reference is not None]
-        for reference in references:
-            check_reference(reference, config.rewards.answer_kind)
-        without = len(prompts) - len(references)
+        without = sum(prompt.reference is None for prompt in prompts)
         if only and without and without == len(prompts):
             raise UserError(
                 f"rewards.answer has a weight, but of the {name} no prompt has an answer to compare with: name the "
