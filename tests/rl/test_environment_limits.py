@@ -1,5 +1,6 @@
 """Environments that hang, are slow, or break: the run goes on or says why not, and nothing false is learnt."""
 
+import itertools
 import json
 import logging
 import re
@@ -339,17 +340,29 @@ def test_what_a_stopped_run_advises_to_raise_may_be_raised(tmp_path):
         folder.open(parse_config(Config, [*words, *more], program="minnow rl"), overwrite=False)
         folder.lock.release()
 
-    start()
+    start("--rewards.judge.url", "http://127.0.0.1:8000/v1")
+    judge = ("--rewards.judge.url", "http://127.0.0.1:8001/v1")
     for setting, value in {
         "rewards.functions_seconds": "900",
         "rewards.maths_seconds": "9",
         "rewards.judge.seconds": "90",
-        "rewards.judge.url": "http://127.0.0.1:8001/v1",
         "rollout.environment_seconds": "90",
         "rollout.environment_threads": "1",
         "rollout_engine.url": "http://127.0.0.1:8001/v1",
         "rollout_engine.seconds": "900",
     }.items():
-        start(f"--{setting}", value)
+        start(*judge, f"--{setting}", value)
     with pytest.raises(UserError, match="another configuration"):
-        start("--rollout.temperature", "0.5")
+        start(*judge, "--rollout.temperature", "0.5")
+
+
+@pytest.mark.parametrize("judges", list(itertools.permutations(([], ["--rewards.judge.url", "http://127.0.0.1:1/v1"]))))
+def test_a_judge_more_or_less_is_another_run(judges, tmp_path):
+    """Its address is what calls it: a run that went on with one for the first time was rewarded otherwise."""
+    words = ["--init_from", "m", "--prompts", "p", "--run", str(tmp_path / "run")]
+    before, now = (parse_config(Config, [*words, *judge], program="minnow rl") for judge in judges)
+    folder = RunFolder(tmp_path / "run")
+    folder.open(before, overwrite=False)
+    with pytest.raises(UserError, match=r"another configuration \(rewards.judge.url"):
+        folder.open(now, overwrite=False)
+    folder.lock.release()

@@ -302,6 +302,32 @@ def test_prompts_without_answers_are_refused_where_nothing_else_is_rewarded(star
     assert "8 of 8 prompts have no answer: theirs earn 0 by rewards.answer" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["prompts", "held_out"])
+@pytest.mark.parametrize(
+    ("settings", "answer", "schema", "told"),
+    [
+        (["--rewards.answer_kind", "number"], [3, 4], {}, "is a list"),
+        (["--rewards.answer_kind", "number"], "none", {}, "holds no number"),
+        (["--rewards.answer_kind", "maths"], [3, 4], {}, "is a list"),
+        ([], {"target": 42}, {}, "is an object"),
+        (["--rewards.json_schema", "1"], "1", {"$ref": "http://127.0.0.1:9/x"}, "refer to its own parts only"),
+        (["--rewards.json_schema", "1"], "1", None, "needs a `schema` object in every row"),
+    ],
+)
+def test_a_run_does_not_come_upon_a_row_that_cannot_be_judged(
+    start, tmp_path, capsys, settings, answer, schema, told, name
+):
+    """One row of many ended it when its turn came, and whenever it was to go on from there."""
+    good, bad = {"prompt": "say 1", "answer": "1", "schema": {}}, {"prompt": "a", "answer": answer, "schema": schema}
+    files = {"prompts": [good] * 20, "held_out": [good], name: [*[good] * 20, bad]}
+    for file, rows in files.items():
+        (tmp_path / file).with_suffix(".jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["--preset", "grpo", "--held_out", str(tmp_path / "held_out.jsonl"), *settings]
+    assert rl((start[0], tmp_path / "prompts.jsonl"), tmp_path / "run", *words) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_sampled_episode_is_one_of_this_processs_own():
     """Episodes of other processes come without their environment: to look into it ended DAPO's runs on several."""
     own = SimpleNamespace(

@@ -86,6 +86,15 @@ def test_a_reference_that_nothing_equals_is_refused(reference):
         is_right("42", reference, "auto")
 
 
+def test_an_object_is_no_mathematics():
+    """math-verify found a number in it: whoever answered 7 to {"target": 42, "numbers": [6, 7]} was right."""
+    pytest.importorskip("math_verify")
+    item = episode("7", reference={"target": 42, "numbers": [6, 7]})
+    rewarder = Rewarder(RewardConfig(answer_kind="maths", maths_seconds=60), enable_thinking=False)
+    with pytest.raises(UserError, match=r"is an object.*rewards.answer 0"):
+        rewarder.score([item])
+
+
 @pytest.mark.parametrize("kind", ["text", "number", "maths"])
 def test_a_list_is_its_one_item_or_refused(kind):
     """As a text, ["4"] equals no answer: every one would earn 0, silently."""

@@ -58,6 +58,15 @@ def test_a_game_that_is_won_is_right_and_no_collapse(tmp_path: Path, monkeypatch
         assert phase["pass@1"] == phase["pass@2"] == phase["reward"] == phase["reward/environment"] == 1
 
 
+def test_a_game_for_nothing_is_told_what_pays_in_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was told to give rewards.answer a weight, which had one and is off there."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "Find it.", "answer": "7"}\n')
+    more = {"environment": "guess", "rewards.environment": 0, "sequence_length": 1024}
+    assert run(saved(tmp_path / "start", max_position_embeddings=1024), prompts, tmp_path / "run", **more) == 2
+    assert "rewards.environment in a game" in capsys.readouterr().err
+
+
 class Echo:
     """Has something to say to every turn."""
 

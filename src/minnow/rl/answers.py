@@ -32,16 +32,11 @@ def is_right(answer: str, reference: Any, kind: AnswerKind) -> bool:
     text: equal but for case, width and spacing, and a full stop at the end. number: the last number of the answer
     equals the reference's last. contains: every item of the reference stands in the answer, a number as one of the
     answer's numbers (2 is not in 12, nor 5% in 15%). auto: number where the reference is one, contains where it is a
-    list, else text. Not for `maths`, which needs a `MathsJudge`. UserError for an object, or a list with one in it.
+    list, else text. Not for `maths`, which needs a `MathsJudge`. UserError as in `final_answer`.
     """
     assert kind != "maths"
     reference = final_answer(reference, kind)
     items = reference if isinstance(reference, list) else [reference]
-    if any(isinstance(item, Mapping) for item in items):  # never equal to what is said: every answer would be wrong
-        raise UserError(
-            f"the reference {str(reference)[:80]} is an object, or a list with one in it: set rewards.answer 0 and "
-            "compare it in a function of yours (rewards.functions)"
-        )
     if kind == "auto":
         kind = "contains" if isinstance(reference, list) else "number" if _is_number(str(reference)) else "text"
     if kind == "contains":
@@ -54,12 +49,27 @@ def is_right(answer: str, reference: Any, kind: AnswerKind) -> bool:
     return _plain(answer) == _plain(str(reference))
 
 
+def check_reference(reference: Any, kind: AnswerKind) -> None:
+    """UserError for what no answer can be compared with."""
+    if kind == "maths":
+        final_answer(reference, kind)
+    else:
+        is_right("", reference, kind)
+
+
 def final_answer(reference: Any, kind: AnswerKind) -> Any:
     """What stands behind the last `####` of a worked solution, as GSM8K writes it; any other reference as it is.
 
     One line: what goes on for more stands under a heading, and C#### has nothing behind it. A list of one is its item
-    for the kinds that compare with one thing. UserError for a longer list there: no answer would be equal to it.
+    for the kinds that compare with one thing. UserError for a longer list there, and for an object or a list with one
+    in it: no answer would be equal to it, or one to a number somewhere in it.
     """
+    items = reference if isinstance(reference, list) else [reference]
+    if any(isinstance(item, Mapping) for item in items):
+        raise UserError(
+            f"the reference {str(reference)[:80]} is an object, or a list with one in it: set rewards.answer 0 and "
+            "compare it in a function of yours (rewards.functions)"
+        )
     if isinstance(reference, list) and kind not in ("auto", "contains"):
         if len(reference) != 1:
             raise UserError(

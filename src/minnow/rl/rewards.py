@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from minnow.config import UserError, first_line
+from minnow.data.prompts import Prompt
 from minnow.evaluation.judge import Judge, load_judge
-from minnow.rl.answers import AnswerKind, final_answer, is_right
+from minnow.rl.answers import AnswerKind, check_reference, final_answer, is_right
 from minnow.rl.environment_calls import shown
 from minnow.rl.judge import JudgeConfig, judge_reward
 from minnow.rl.maths import MathsJudge
@@ -27,6 +28,9 @@ from minnow.rl.text_rewards import (
 )
 from minnow.rl.timed_calls import check_seconds, run_all, where
 from minnow.rl.user_code import load_object
+
+if TYPE_CHECKING:
+    import jsonschema_rs
 
 RewardFunction = Callable[[Sequence[Trajectory]], Sequence[float]]
 """Judges finished episodes; one number each. An exception stops the run: a silent 0 would teach something false. Ours
@@ -108,6 +112,7 @@ class Rewarder:
 
         UserError for a function or a model that cannot be loaded.
         """
+        self._answer_kind = config.answer_kind
         buffer = config.overlong_buffer * max_tokens
         maths = MathsJudge(config.maths_seconds) if config.answer and config.answer_kind == "maths" else None
         built_in: dict[str, tuple[float, RewardFunction]] = {
@@ -135,7 +140,9 @@ class Rewarder:
             self.reward_model, squash = judge.model, config.reward_model_squash
             self._rewards["reward_model"] = (config.reward_model_weight, lambda items: _marks(items, judge, squash))
         if not self._rewards:
-            raise UserError("every reward has weight 0: give at least one, such as rewards.answer")
+            raise UserError(
+                "every reward has weight 0: give at least one, such as rewards.answer, or rewards.environment in a game"
+            )
         for name, (weight, _) in self._rewards.items():
             if not math.isfinite(weight):
                 raise UserError(f"the reward {name!r} has weight {weight}: it must be a finite number")
@@ -144,6 +151,14 @@ class Rewarder:
     def names(self) -> list[str]:
         """What is rewarded."""
         return list(self._rewards)
+
+    def check(self, prompts: Iterable[Prompt]) -> None:
+        """UserError for a prompt whose answers cannot be judged: a run that came upon it could not go on."""
+        for prompt in prompts:
+            if "answer" in self._rewards and prompt.reference is not None:
+                check_reference(prompt.reference, self._answer_kind)
+            if "json_schema" in self._rewards:
+                _validator(prompt)
 
     def score(self, trajectories: Sequence[Trajectory]) -> None:
         """Fill in `rewards` and `reward` of all but what is left out, or is now. UserError when a reward fails or is
@@ -233,21 +248,25 @@ def _language(trajectory: Trajectory) -> float:
 
 
 def _fits_schema(trajectory: Trajectory) -> float:
-    import jsonschema_rs
-
-    schema = trajectory.environment.prompt.row.get("schema")
-    if not isinstance(schema, dict):
-        raise UserError("the reward json_schema needs a `schema` object in every row of the prompts")
-    try:
-        validator = jsonschema_rs.validator_for(schema, retriever=_refuse)  # or it would fetch any address of a row
-    except ValueError as error:
-        asked, problem = shown(trajectory.environment.prompt), first_line(error)
-        raise UserError(f"the reward json_schema: the `schema` of the prompt {asked} is none: {problem}") from None
+    validator = _validator(trajectory.environment.prompt)
     try:
         value = json.loads(_said(trajectory))
         return float(validator.is_valid(value))
     except (ValueError, RecursionError):  # no JSON, half a character, or brackets without end
         return 0.0
+
+
+def _validator(prompt: Prompt) -> jsonschema_rs.Validator:
+    import jsonschema_rs
+
+    schema = prompt.row.get("schema")
+    if not isinstance(schema, dict):
+        raise UserError("the reward json_schema needs a `schema` object in every row of the prompts")
+    try:
+        return jsonschema_rs.validator_for(schema, retriever=_refuse)  # or it would fetch any address of a row
+    except ValueError as error:
+        asked, problem = shown(prompt), first_line(error)
+        raise UserError(f"the reward json_schema: the `schema` of the prompt {asked} is none: {problem}") from None
 
 
 def _refuse(uri: str) -> Any:

@@ -145,6 +145,7 @@ def run(config: Config) -> None:
     if config.environment == "guess":  # it pays for the number itself: the last turn is a call, and says nothing
         rewards = replace(rewards, answer=0.0)
     rewarder = Rewarder(rewards, enable_thinking=thinking, max_tokens=longest, device=machine.device)
+    rewarder.check([*practice.prompts, *practice.held_out])
     _look_for_references(practice, rewarder, console)
 
     folder = RunFolder(config.run)

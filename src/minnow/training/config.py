@@ -108,7 +108,7 @@ class TrainingConfig:
         if self.stall_seconds < 0:
             raise UserError(f"training.stall_seconds is {self.stall_seconds}: it must be positive, or 0 for never")
         if self.steps is None and not 0 < self.epochs < math.inf:
-            raise UserError(f"training.epochs is {self.epochs}: it must be positive, or set training.steps")
+            raise UserError(f"training.epochs is {self.epochs}: it must be positive and finite, or set training.steps")
         if self.steps is not None and self.steps < 1:
             raise UserError(f"training.steps is {self.steps}: it must be at least 1")
 

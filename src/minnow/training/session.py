@@ -73,7 +73,6 @@ MAY_CHANGE = {
     # How long is waited for others, where they are, how many at once: a run that they stopped goes on.
     "rewards.functions_seconds",
     "rewards.maths_seconds",
-    "rewards.judge.url",
     "rewards.judge.parallel",
     "rewards.judge.seconds",
     "rollout.environment_seconds",
@@ -90,6 +89,8 @@ MAY_CHANGE = {
     "watch.truncated",
     "watch.entropy",
 }
+MAY_MOVE = {"rewards.judge.url"}
+"""Addresses: with another one it is the same run, with one more or one less it is not."""
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,9 @@ class RunFolder:
 
     def claim_data(self, key: str) -> None:
         """Remember which prepared data the run learns from; refuse to continue it on other data."""
-        self._claim("data", key, "on other data (a file, the tokenizer or an option has changed since)")
+        self._claim(
+            "data", key, "on other data (a file, the tokenizer, an option or how minnow reads rows has changed)"
+        )
 
     def claim_prompts(self, prompts: Sequence[Any]) -> None:
         """The same of the rows that a run practises on and is examined on, dataclasses all."""
@@ -223,7 +226,7 @@ class RunFolder:
         if self.config_file.exists():
             before = _flatten(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
             now = _flatten(yaml.safe_load(text))
-            changed = [k for k in now | before if now.get(k) != before.get(k) and k not in MAY_CHANGE]
+            changed = [k for k in now | before if _is_another_run(k, before.get(k), now.get(k))]
             if changed:
                 shown = "; ".join(f"{k}: {before.get(k)!r} there, {now.get(k)!r} now" for k in changed[:5])
                 raise UserError(
@@ -321,6 +324,12 @@ def with_micro_batch(config: ConfigT, tokens: int) -> ConfigT:
     """Set `training.micro_batch_tokens`."""
     training = dataclasses.replace(config.training, micro_batch_tokens=tokens)  # type: ignore[attr-defined]
     return dataclasses.replace(config, training=training)  # type: ignore[type-var]
+
+
+def _is_another_run(key: str, before: Any, now: Any) -> bool:
+    if key in MAY_MOVE:
+        return (before is None) != (now is None)
+    return bool(before != now) and key not in MAY_CHANGE
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
