@@ -132,7 +132,7 @@ def test_the_queue_is_bounded_by_samples(engine: AsyncEngine) -> None:
         answer = await engine.submit([5], SamplingParams(max_tokens=100, ignore_eos=True, n=39))
         with pytest.raises(QueueFullError, match="of 40 at most"):
             await engine.submit([5], SamplingParams(n=2))
-        last = await engine.submit([5], SamplingParams(n=1, max_tokens=1))
+        last = await engine.submit([5], SamplingParams(n=1, max_tokens=1, ignore_eos=True))
         assert [delta.finish_reason async for delta in last] == ["length"]
         answer.close()
         await quiet(engine)

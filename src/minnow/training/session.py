@@ -242,8 +242,8 @@ def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Conso
     """Resume if there is something to resume, train, and write the final model (the best one under `patience`)."""
     if trainer.model.adapter is not None:
         run.claim_model("base", trainer.model, frozen=True)
-    experts = trainer.model.config.experts
-    if trainer.balance is not None and experts is not None and not experts.router_learns:
+    experts = None if trainer.balance is None else trainer.model.config.experts
+    if experts is not None and not experts.router_learns:
         console.print(
             "note: the model has one expert a token, whose weight is divided by itself (norm_topk_prob) and so is "
             "always 1: the routers learn nothing from the text"
