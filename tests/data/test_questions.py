@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from minnow.data.questions import Question, parse_question
+from minnow.data.readers import read_rows
 from minnow.data.records import RowError
 
 ASKED = ("Question: What swims?\nAnswer:",) * 2
@@ -133,3 +137,25 @@ def test_a_text_to_complete_has_one_ending() -> None:
 def test_what_cannot_be_examined_is_refused(row: dict[str, Any], message: str) -> None:
     with pytest.raises(RowError, match=message):
         parse_question(row)
+
+
+@pytest.mark.skipif("MINNOW_DATA" not in os.environ, reason="MINNOW_DATA names a folder of public data sets")
+@pytest.mark.parametrize(
+    ("name", "choices"),
+    [
+        ("en_arc_easy", {3, 4, 5}),  # llm-foundry's files, as the next four
+        ("en_piqa", {2}),
+        ("en_winogrande", {2}),
+        ("en_boolq", {2}),
+        ("en_lambada_openai", {1}),
+        ("en_mmlu_subset", {4}),
+        ("en_agieval_sat_math", {4}),
+        ("zh_agieval_gaokao_history", {4}),
+    ],
+)
+def test_real_rows_are_read(name: str, choices: set[int]) -> None:
+    path = Path(os.environ["MINNOW_DATA"]) / "eval" / f"{name}.jsonl.zst"
+    questions = [parse_question(row) for _, row in islice(read_rows([str(path)]), 200)]
+    assert {len(question.endings) for question in questions} <= choices
+    if choices != {1}:
+        assert len({question.right for question in questions}) > 1, "the right one is not always the same"
