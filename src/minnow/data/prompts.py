@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from minnow.config import UserError
-from minnow.data.readers import read_rows
+from minnow.data.readers import read_parsed
 from minnow.data.records import (
     CONVERSATION_KEYS,
     RowError,
@@ -57,18 +57,10 @@ def answer_places(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def read_prompts(paths: Sequence[str]) -> list[Prompt]:
     """Read every row of `paths`. UserError names the first bad one by FILE:LINE."""
-    prompts = list(_parsed(paths))
+    prompts = [prompt for _, prompt in read_parsed(paths, parse_prompt)]
     if not prompts:
         raise UserError(f"{', '.join(paths)}: there is no prompt")
     return prompts
-
-
-def _parsed(paths: Sequence[str]) -> Iterator[Prompt]:
-    for where, row in read_rows(paths):
-        try:
-            yield parse_prompt(row)
-        except RowError as error:
-            raise UserError(f"{where}: {error}") from None
 
 
 def _asked(row: Mapping[str, Any]) -> Conversation:

@@ -14,7 +14,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import zstandard
 
@@ -33,6 +33,7 @@ from minnow.data.sources import Source, find_sources, require_unweighted
 from minnow.tokenizer.chat import Conversation, written_texts
 
 Raw = bytes | str | Mapping[str, Any]
+Record = TypeVar("Record")
 
 TEXT_CHARACTERS = 16_384
 """A longer document of a text file is cut at the next blank line, at the latest after four times as much."""
@@ -59,6 +60,15 @@ def read_rows(paths: Sequence[str], *, every_column: bool = True) -> Iterator[tu
                 yield location, parse_row(raw)
             except RowError as error:
                 raise UserError(f"{location}: {error}") from None
+
+
+def read_parsed(paths: Sequence[str], parse: Callable[[Mapping[str, Any]], Record]) -> Iterator[tuple[str, Record]]:
+    """Yield ("FILE:LINE", parse(row)) of every row in `paths`. UserError names the first row that `parse` refuses."""
+    for location, row in read_rows(paths):
+        try:
+            yield location, parse(row)
+        except RowError as error:
+            raise UserError(f"{location}: {error}") from None
 
 
 def read_texts(

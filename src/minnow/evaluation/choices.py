@@ -11,8 +11,7 @@ import torch
 
 from minnow.config import UserError
 from minnow.data.questions import Question, parse_question
-from minnow.data.readers import read_rows
-from minnow.data.records import RowError
+from minnow.data.readers import read_parsed
 from minnow.engine.hidden import packed_hidden
 from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, labels, register
 from minnow.evaluation.statistics import Interval, wilson_interval
@@ -150,19 +149,11 @@ def labelled_questions(paths: Sequence[str]) -> list[LabelledQuestion]:
     """The questions of the files, labelled by file. UserError names a bad row by FILE:LINE, or a file without any."""
     questions: list[LabelledQuestion] = []
     for path, label in zip(paths, labels(paths), strict=True):
-        of_path = [LabelledQuestion(question, label) for question in _read(path)]
+        of_path = [LabelledQuestion(question, label) for _, question in read_parsed((path,), parse_question)]
         if not of_path:
             raise UserError(f"{path}: there is not one question to examine; leave it out of --choices")
         questions += of_path
     return questions
-
-
-def _read(path: str) -> Iterator[Question]:
-    for location, row in read_rows((path,)):
-        try:
-            yield parse_question(row)
-        except RowError as error:
-            raise UserError(f"{location}: {error}") from None
 
 
 @register("choices")

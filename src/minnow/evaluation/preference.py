@@ -11,8 +11,7 @@ import torch
 from minnow.config import UserError
 from minnow.data.pairs import PreferencePair, parse_preference
 from minnow.data.pond.preferences import preference_pairs
-from minnow.data.readers import read_rows
-from minnow.data.records import RowError
+from minnow.data.readers import read_parsed
 from minnow.engine.hidden import packed_hidden
 from minnow.evaluation.pond import find_world
 from minnow.evaluation.registry import Score, Subject, Task, TaskOptions, labels, register
@@ -121,19 +120,11 @@ def labelled_pairs(options: TaskOptions) -> list[LabelledPair]:
         ]
     pairs: list[LabelledPair] = []
     for path, label in zip(options.pairs, labels(options.pairs), strict=True):
-        of_path = [LabelledPair(pair, label) for pair in _read(path)]
+        of_path = [LabelledPair(pair, label) for _, pair in read_parsed((path,), parse_preference)]
         if not of_path:
             raise UserError(f"{path}: there is not one pair to examine; leave it out of --pairs")
         pairs += of_path
     return pairs
-
-
-def _read(path: str) -> Iterator[PreferencePair]:
-    for location, row in read_rows((path,)):
-        try:
-            yield parse_preference(row)
-        except RowError as error:
-            raise UserError(f"{location}: {error}") from None
 
 
 def _text(messages: Sequence[Message]) -> str:

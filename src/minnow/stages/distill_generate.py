@@ -16,7 +16,7 @@ from minnow.config import UserError
 from minnow.console import plain_console
 from minnow.data.openai_form import tool_name
 from minnow.data.prompts import parse_prompt
-from minnow.data.readers import parse_row, read_rows
+from minnow.data.readers import parse_row, read_parsed
 from minnow.data.records import RowError, canonical, conversation_row, parse_conversation
 from minnow.disk import told_when_full
 from minnow.json_file import json_text
@@ -99,11 +99,8 @@ def _texts(message: Message) -> list[str]:
 def _prompts(config: Config) -> Iterator[Conversation]:
     """What is asked, each prompt once."""
     seen: set[str] = set()
-    for location, row in read_rows(config.prompts):
-        try:
-            prompt = parse_prompt(row).conversation
-        except RowError as error:
-            raise UserError(f"{location}: {error}") from None
+    for location, asked in read_parsed(config.prompts, parse_prompt):
+        prompt = asked.conversation
         if not all(map(tool_name, prompt.tools)):
             raise UserError(f"{location}: a tool has no `name`, so no answer could call it")
         if _key(prompt) not in seen:
