@@ -1,4 +1,4 @@
-"""Our pretraining recipe beside minimind's and beside a tuned AdamW, on the same text, shape and held-out split.
+"""Our pretraining recipe beside minimind's and beside AdamW, on the same text, shape and held-out split.
 
     python benchmarks/pretraining_recipes.py --data $MINNOW_DATA/pretrain/*.zst --tokens 8000000 --seeds 0 1 2
 
