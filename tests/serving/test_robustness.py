@@ -258,6 +258,20 @@ def test_a_refused_prompt_takes_the_others_of_its_request_with_it(tmp_path: Path
         assert "this server gives 2" in error_of(never)["message"]
 
 
+def test_prompts_of_one_request_begin_together(tmp_path: Path) -> None:
+    """Each waited for a step of the engine that the one before it had begun with."""
+    with serving({"noise": save_random_model(tmp_path / "m")}) as running, ThreadPoolExecutor() as pool:
+        engine, gate = running.engines["noise"], threading.Event()
+        engine._commands.put(lambda: gate.wait(30) and None)
+        body = {"model": "noise", "prompt": [[i] for i in range(5, 13)], "max_tokens": 2, "logprobs": 0}
+        asked = pool.submit(httpx.post, f"{running.url}/v1/completions", json=body, timeout=60)
+        try:
+            wait_until(lambda: engine._commands.qsize() == 8, 10)
+        finally:
+            gate.set()
+        assert [choice["index"] for choice in asked.result().json()["choices"]] == list(range(8))
+
+
 def test_no_answer_is_longer_than_the_server_gives(tmp_path: Path) -> None:
     with serving({"noise": save_random_model(tmp_path / "m")}, ServingConfig(max_answer_tokens=3)) as running:
         for path, given in (("chat/completions", {"messages": ASK}), ("completions", {"prompt": "x"})):

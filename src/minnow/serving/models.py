@@ -143,6 +143,27 @@ class Models:
             answer = await model.engine.submit(prompt_ids, params)
         return Generation(answer, model.name, self.metrics)
 
+    async def submit_all(
+        self, model: ServedModel, prompts: Sequence[Sequence[int]], params: SamplingParams
+    ) -> list[Generation]:
+        """Start an answer to each prompt, all before the engine's next step. Raises as `submit`; none goes on then."""
+        begun: dict[int, Generation] = {}
+
+        async def begin(number: int) -> None:
+            begun[number] = await self.submit(model, prompts[number], params)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in range(len(prompts)):
+                    group.create_task(begin(number))
+        except BaseException as error:
+            for generation in begun.values():
+                generation.close()
+            if isinstance(error, BaseExceptionGroup):
+                raise error.exceptions[0] from None
+            raise
+        return [begun[number] for number in range(len(prompts))]
+
 
 @contextmanager
 def refusals() -> Iterator[None]:
