@@ -190,6 +190,16 @@ def test_half_a_surrogate_pair_is_no_failure(running: Running) -> None:
     assert httpx.post(url, content=said, headers=headers).status_code == 200
 
 
+def test_a_top_k_that_no_tensor_can_hold_costs_nobody_an_answer(running: Running) -> None:
+    """It ended the step of the engine, and with it every answer under way."""
+    url = f"{running.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=CHAT | {"max_tokens": 200, "ignore_eos": True, "stream": True}) as other:
+        for top_k in (2**63, 10**30):
+            assert httpx.post(url, json=CHAT | {"top_k": top_k}).status_code == 200
+        other.read()
+    assert other.text.endswith("data: [DONE]\n\n")
+
+
 def test_a_temperature_that_only_a_double_can_hold(running: Running) -> None:
     greedy, tiny = (
         httpx.post(f"{running.url}/v1/chat/completions", json=CHAT | {"temperature": temperature}).json()
