@@ -228,6 +228,26 @@ def test_a_failed_step_fails_its_answers_and_no_others(engine: AsyncEngine, monk
     asyncio.run(fail())
 
 
+def test_a_cache_without_memory_refuses_its_request_and_the_next_may_find_some(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The request stayed in the engine, whose steps failed for it without end."""
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    async def ask() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("minnow.engine.engine.PagedCache", fail)
+            with pytest.raises(MemoryError):
+                await engine.submit([5])
+            assert not await engine.call(lambda own: own.has_work)
+        assert [delta.id async for delta in engine.stream([5], SamplingParams(max_tokens=1))]
+
+    asyncio.run(ask())
+    assert not caplog.records
+
+
 def test_a_grammar_that_fails_ends_only_its_own_answer(engine: AsyncEngine, caplog: pytest.LogCaptureFixture) -> None:
     async def one(grammar: str) -> None:
         with pytest.raises(UserError, match="cannot be followed"):

@@ -6,7 +6,6 @@ import secrets
 from collections import deque
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Listing
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +87,7 @@ class Engine:
         """Call `weights_updated` after one of them changes."""
         self._running: Decoder | None = None
         self._made: Parts | None = None
+        self._made_grammars: Grammars | None = None
         self._sampler = Sampler()
         self._next_id = 0
         self._requests: dict[int, Request] = {}
@@ -193,8 +193,10 @@ class Engine:
     def weights_updated(self) -> None:
         """To be called after the model's weights change: what was computed with the old ones is dropped.
 
-        Answers under way are read again with the new weights and go on from where they are.
+        Answers under way are read again with the new weights and go on from where they are, to where these end.
         """
+        for request in self._requests.values():
+            request.end_ids = self._ends_of(request.params)
         if self._made is not None:
             self._made.scheduler.forget()
             self._made.runner.forget()
@@ -244,7 +246,7 @@ class Engine:
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            end_ids=end_ids,
+            end_ids=self._ends_of(params),
         )
         constraint = constraint or self.constraint(params)
         request.samples.extend(
@@ -257,13 +259,20 @@ class Engine:
         """Tokens with which a turn or a document ends, the more usual one first."""
         return list(dict.fromkeys([*self.tokenizer.stop_ids, *self.model.stop_ids]))
 
-    @cached_property
+    def _ends_of(self, params: SamplingParams) -> frozenset[int]:
+        """Tokens that end an answer to such a request."""
+        return frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self._end_ids)
+
+    @property
     def _grammars(self) -> Grammars:
-        return Grammars(self.tokenizer, self.model.config.vocab_size, self._end_ids)
+        end_ids = self._end_ids
+        if self._made_grammars is None or self._made_grammars.end_ids != end_ids:
+            self._made_grammars = Grammars(self.tokenizer, self.model.config.vocab_size, end_ids)
+        return self._made_grammars
 
     def _submit(self, request: Request) -> Request:
+        self._parts().scheduler.add(request)  # first: the memory for the cache may not be had
         self._requests[request.id] = request
-        self._parts().scheduler.add(request)
         return request
 
     def _stream(self, request: Request) -> Generator[Delta, None, None]:
