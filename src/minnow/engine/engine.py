@@ -215,8 +215,9 @@ class Engine:
             return [self.tokenizer.start_id, *self.tokenizer.encode(prompt)]
         return [int(token) for token in prompt]
 
-    def _request(self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None = None) -> Request:
-        ids = self.prompt_ids(prompt)
+    def require_possible(self, ids: Listing[int], params: SamplingParams) -> None:
+        """UserError where a prompt of these tokens can have no such answer; whether the grammar can be followed is not
+        looked at, which costs more."""
         context = self.model.config.max_position_embeddings
         if not ids:
             raise UserError("the prompt has no tokens: give at least one")
@@ -226,7 +227,6 @@ class Engine:
                 "answer together: shorten the prompt"
             )
         self.adapters.require(params.adapter)
-        room = context - len(ids)
         vocab_size = self.model.config.vocab_size
         for name, tokens in (
             ("the prompt", ids),
@@ -236,9 +236,13 @@ class Engine:
             wrong = [token for token in tokens if not 0 <= token < vocab_size]
             if wrong:
                 raise UserError(f"{name} holds token {wrong[0]}, but the model's vocabulary is 0 to {vocab_size - 1}")
-        end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self._end_ids)
-        if params.min_tokens and len(end_ids) >= vocab_size:
+        if params.min_tokens and len(self._ends_of(params)) >= vocab_size:
             raise UserError("min_tokens bars the tokens that end an answer, which are all there are here")
+
+    def _request(self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None = None) -> Request:
+        ids = self.prompt_ids(prompt)
+        self.require_possible(ids, params)
+        room = self.model.config.max_position_embeddings - len(ids)
         self._next_id += 1
         request = Request(
             id=self._next_id,
