@@ -334,6 +334,18 @@ def test_embeddings_take_places_and_turns(tmp_path: Path, monkeypatch: pytest.Mo
     assert all("step" in pair for pair in pairwise(events))
 
 
+def test_no_memory_for_embeddings_is_a_503(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for an answer: it was a 500, which clients do not try again for less."""
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(embeddings, "mean_hidden", fail)
+    answer = httpx.post(f"{running.url}/v1/embeddings", json={"model": "noise", "input": "x"})
+    assert answer.status_code == 503
+    assert "out of memory" in error_of(answer)["message"]
+
+
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize(
     ("path", "given", "answers"),

@@ -88,7 +88,7 @@ def test_cors_is_off_unless_named(tmp_path: Path, running: Running) -> None:
         assert official.status_code == 200
         assert set(names.split(",")) <= set(official.headers["access-control-allow-headers"].lower().split(","))
         asked = httpx.get(f"{named.url}/v1/models", headers=origin | {"Authorization": "Bearer k"})
-        assert asked.headers["access-control-expose-headers"] == "Retry-After"
+        assert asked.headers["access-control-expose-headers"] == "Retry-After, X-Request-Id"
         other = httpx.get(f"{named.url}/v1/models", headers={"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
 
