@@ -80,6 +80,13 @@ def test_functions_may_come_without_their_wrapper(model: Model, monkeypatch: pyt
     assert read[0].tools == read[1].tools == ({"type": "function", "function": function},)
 
 
+def test_a_tool_without_a_name_is_refused(model: Model) -> None:
+    """The model read of a function with nothing in it."""
+    for tool in ({"type": "code_interpreter"}, {"type": "function", "function": {"parameters": {}}}, {"name": ""}):
+        with pytest.raises(UserError, match="tool 2 of `tools` has no `name`"):
+            model.chat("fish?", tools=[{"name": "look_up"}, tool], max_tokens=1)
+
+
 def test_chat_is_the_engine_on_the_rendered_messages(model: Model) -> None:
     barred = dict.fromkeys(range(3, 32), -100.0)  # control tokens, which random weights would say
     options = {"temperature": 0.0, "max_tokens": 30, "logit_bias": barred}

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from minnow.engine.grammar import json_grammar
 from minnow.model.attention import CausalAttention
@@ -23,6 +24,13 @@ LATE = f"start: /[ab]{{4}}/ rest\nrest: {WIDE.removeprefix('start: ')}"
 @cache
 def tiny_tokenizer() -> Tokenizer:
     return train_tokenizer(["the little minnow swims in the pond. 小鱼在池塘里游泳。"] * 10, 320)
+
+
+class NoTorch(TorchDispatchMode):
+    """Fails at any operation of torch's in this thread."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise AssertionError(f"{function} was called")
 
 
 def tiny_model(seed: int = 0, **changes: Any) -> CausalLM:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import re
 import threading
 from collections.abc import Iterator
@@ -75,6 +76,25 @@ def test_a_grammar_is_compiled_beside_the_answers_under_way(
         return "".join([delta.text async for delta in await asked])
 
     assert re.fullmatch("[ab]{3}", asyncio.run(talk()))
+    assert engine.in_flight == 0
+
+
+def test_no_grammar_is_compiled_for_a_request_that_is_refused(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled: list[SamplingParams] = []
+    monkeypatch.setattr(engine.engine, "constraint", compiled.append)
+
+    async def ask() -> None:
+        params = SamplingParams(grammar=regex_grammar("[ab]{3}"))
+        for prompt, reason in (([5] * 200, "the prompt has 200 tokens"), ([10**6], "vocabulary"), ([], "no tokens")):
+            with pytest.raises(UserError, match=reason):
+                await engine.submit(prompt, params)
+        with pytest.raises(UserError, match="no adapter"):
+            await engine.submit([5], dataclasses.replace(params, adapter="none"))
+
+    asyncio.run(ask())
+    assert not compiled
     assert engine.in_flight == 0
 
 
@@ -226,6 +246,26 @@ def test_a_failed_step_fails_its_answers_and_no_others(engine: AsyncEngine, monk
         assert [delta.id async for delta in engine.stream([5], SamplingParams(max_tokens=1))]
 
     asyncio.run(fail())
+
+
+def test_a_cache_without_memory_refuses_its_request_and_the_next_may_find_some(
+    engine: AsyncEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The request stayed in the engine, whose steps failed for it without end."""
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    async def ask() -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr("minnow.engine.engine.PagedCache", fail)
+            with pytest.raises(MemoryError):
+                await engine.submit([5])
+            assert not await engine.call(lambda own: own.has_work)
+        assert [delta.id async for delta in engine.stream([5], SamplingParams(max_tokens=1))]
+
+    asyncio.run(ask())
+    assert not caplog.records
 
 
 def test_a_grammar_that_fails_ends_only_its_own_answer(engine: AsyncEngine, caplog: pytest.LogCaptureFixture) -> None:

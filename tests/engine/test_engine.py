@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from minnow.config import UserError
 from minnow.engine import Completions, Delta, Engine, SamplingParams
+from minnow.engine.grammar import regex_grammar
 from minnow.model.attention import CausalAttention
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.pretrained import save_pretrained
@@ -318,6 +319,25 @@ def test_weights_updated_rereads_answers_under_way() -> None:
         logits = full_logits(other, prompt + before + after[:i])[-1]
         assert token == logits.argmax()
     assert len(before) + len(after) == 24
+
+
+def test_answers_under_way_and_grammars_end_where_the_new_weights_do() -> None:
+    """A server's reload brings other end tokens with the weights; answers went on to the old ones."""
+    engine = Engine(tiny_model(), tiny_tokenizer())
+    end = tiny_tokenizer().special_ids["<|im_start|>"]
+    always = SamplingParams(max_tokens=20, temperature=0, logit_bias={end: 1e4})
+    bound = SamplingParams(max_tokens=20, temperature=0, logit_bias={end: 1e4}, grammar=regex_grammar("[ab]*"))
+    assert end not in engine.generate([[5]], bound)[0].completions[0].ids
+    streams = [engine.stream([5], params) for params in (always, replace(always, ignore_eos=True))]
+    for stream in streams:
+        assert next(stream).finish_reason is None
+    engine.model.generation_config = {"eos_token_id": end}
+    engine.weights_updated()
+    assert [[delta.finish_reason for delta in stream] for stream in streams] == [
+        [None, "stop"],
+        [None] * 18 + ["length"],
+    ]
+    assert engine.generate([[5]], bound)[0].completions[0].ids == [end]
 
 
 def test_weights_change_between_calls() -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_helpers import LATE, WIDE, tiny_model, tiny_tokenizer
-from torch.utils._python_dispatch import TorchDispatchMode
+from engine_helpers import LATE, WIDE, NoTorch, tiny_model, tiny_tokenizer
 
 from minnow.config import UserError
 from minnow.engine import Completion, Engine, SamplingParams
@@ -161,13 +160,6 @@ def test_text_cannot_spell_a_control_token_into_being() -> None:
     for completion in answer(regex_grammar("(.|\\n){20}"), logit_bias=bias):
         assert not special & set(completion.ids)
     assert torch.is_grad_enabled()
-
-
-class NoTorch(TorchDispatchMode):
-    """Fails at any operation of torch's."""
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        raise AssertionError(f"{function} was called")
 
 
 def test_a_grammar_is_compiled_without_torch() -> None:

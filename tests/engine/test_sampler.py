@@ -62,6 +62,7 @@ def make_row(
         {"temperature": 0.7},
         {"top_k": 5},
         {"top_k": 5000},
+        {"top_k": 10**30},
         {"top_p": 0.3},
         {"top_p": 0.95},
         {"min_p": 0.1},

@@ -19,7 +19,9 @@ import torch
 from minnow.engine import Engine, SamplingParams
 from minnow.model.attention import CausalAttention
 from minnow.rl.remote_engine import RemoteEngine, RemoteEngineConfig
+from minnow.serving import embeddings
 from minnow.serving.connection import EventStream
+from tests.engine.engine_helpers import NoTorch
 
 from ..stages.stage_helpers import save_random_model
 from .serving_helpers import Running, serving
@@ -303,6 +305,17 @@ def test_embeddings_are_mean_hidden_states(client: openai.OpenAI, running: Runni
     ).json()["data"][0]["embedding"]
     np.testing.assert_allclose(np.frombuffer(base64.b64decode(raw), "<f4"), vectors[0], atol=1e-6)
     assert math.isclose(float(np.linalg.norm(vectors[0])), 1.0, rel_tol=1e-5)
+
+
+def test_embeddings_are_put_together_without_torch(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The event loop's thread lives on, and OpenMP threads of its own would slow every later step down."""
+    monkeypatch.setattr(embeddings, "TOKENS_PER_STEP", 1)
+    model = running.app.state.minnow.models.get("noise")
+    with NoTorch():
+        vectors = asyncio.run(embeddings._embed(model, [[5], [6, 7]]))
+        items = [embeddings._item(0, vectors[1], as_base64) for as_base64 in (True, False)]
+    assert len(vectors) == 2
+    assert np.frombuffer(base64.b64decode(str(items[0]["embedding"])), "<f4").tolist() == items[1]["embedding"]
 
 
 async def _together(client: openai.AsyncOpenAI) -> list[str]:

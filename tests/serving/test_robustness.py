@@ -190,6 +190,16 @@ def test_half_a_surrogate_pair_is_no_failure(running: Running) -> None:
     assert httpx.post(url, content=said, headers=headers).status_code == 200
 
 
+def test_a_top_k_that_no_tensor_can_hold_costs_nobody_an_answer(running: Running) -> None:
+    """It ended the step of the engine, and with it every answer under way."""
+    url = f"{running.url}/v1/chat/completions"
+    with httpx.stream("POST", url, json=CHAT | {"max_tokens": 200, "ignore_eos": True, "stream": True}) as other:
+        for top_k in (2**63, 10**30):
+            assert httpx.post(url, json=CHAT | {"top_k": top_k}).status_code == 200
+        other.read()
+    assert other.text.endswith("data: [DONE]\n\n")
+
+
 def test_a_temperature_that_only_a_double_can_hold(running: Running) -> None:
     greedy, tiny = (
         httpx.post(f"{running.url}/v1/chat/completions", json=CHAT | {"temperature": temperature}).json()
@@ -258,6 +268,20 @@ def test_a_refused_prompt_takes_the_others_of_its_request_with_it(tmp_path: Path
         assert "this server gives 2" in error_of(never)["message"]
 
 
+def test_prompts_of_one_request_begin_together(tmp_path: Path) -> None:
+    """Each waited for a step of the engine that the one before it had begun with."""
+    with serving({"noise": save_random_model(tmp_path / "m")}) as running, ThreadPoolExecutor() as pool:
+        engine, gate = running.engines["noise"], threading.Event()
+        engine._commands.put(lambda: gate.wait(30) and None)
+        body = {"model": "noise", "prompt": [[i] for i in range(5, 13)], "max_tokens": 2, "logprobs": 0}
+        asked = pool.submit(httpx.post, f"{running.url}/v1/completions", json=body, timeout=60)
+        try:
+            wait_until(lambda: engine._commands.qsize() == 8, 10)
+        finally:
+            gate.set()
+        assert [choice["index"] for choice in asked.result().json()["choices"]] == list(range(8))
+
+
 def test_no_answer_is_longer_than_the_server_gives(tmp_path: Path) -> None:
     with serving({"noise": save_random_model(tmp_path / "m")}, ServingConfig(max_answer_tokens=3)) as running:
         for path, given in (("chat/completions", {"messages": ASK}), ("completions", {"prompt": "x"})):
@@ -308,6 +332,18 @@ def test_embeddings_take_places_and_turns(tmp_path: Path, monkeypatch: pytest.Mo
         assert embed().status_code == 200
     assert events.count("group") == 8
     assert all("step" in pair for pair in pairwise(events))
+
+
+def test_no_memory_for_embeddings_is_a_503(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for an answer: it was a 500, which clients do not try again for less."""
+
+    def fail(*_: Any) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(embeddings, "mean_hidden", fail)
+    answer = httpx.post(f"{running.url}/v1/embeddings", json={"model": "noise", "input": "x"})
+    assert answer.status_code == 503
+    assert "out of memory" in error_of(answer)["message"]
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hmac
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from minnow.config import UserError
 from minnow.serving import ServingConfig
 from minnow.serving.security import LOOPBACK
-from minnow.tokenizer import train_tokenizer
+from minnow.tokenizer import Tokenizer, train_tokenizer
 
 from ..stages.stage_helpers import save_parrot_model, save_random_model
 from .serving_helpers import Running, serving
@@ -86,7 +88,7 @@ def test_cors_is_off_unless_named(tmp_path: Path, running: Running) -> None:
         assert official.status_code == 200
         assert set(names.split(",")) <= set(official.headers["access-control-allow-headers"].lower().split(","))
         asked = httpx.get(f"{named.url}/v1/models", headers=origin | {"Authorization": "Bearer k"})
-        assert asked.headers["access-control-expose-headers"] == "Retry-After"
+        assert asked.headers["access-control-expose-headers"] == "Retry-After, X-Request-Id"
         other = httpx.get(f"{named.url}/v1/models", headers={"Origin": "https://evil.example"})
         assert "access-control-allow-origin" not in other.headers
 
@@ -167,3 +169,20 @@ def test_reloading_takes_other_weights_and_needs_a_key(tmp_path: Path, running: 
         assert say() == "pond in"
         assert reload(model="m").status_code == 200  # the folder it came from
         assert say() == "小鱼 swims"
+
+
+def test_a_reloaded_model_ends_where_its_own_files_say(tmp_path: Path) -> None:
+    """Its answers went on to the end tokens of the model before it."""
+    first = save_parrot_model(tmp_path / "a", "小鱼 swims§<|im_end|>§")
+    second = shutil.copytree(first, tmp_path / "b")
+    word = Tokenizer.from_pretrained(first).encode("小鱼 swims")
+    (second / "generation_config.json").write_text(json.dumps({"eos_token_id": word[1]}))
+    with serving({"m": first}, ServingConfig(api_key="k")) as named:
+        client = named.client(api_key="k")
+        for folder, expected in ((first, len(word) + 1), (second, 2), (first, len(word) + 1)):
+            body = {"model": "m", "folder": str(folder)}
+            answer = httpx.post(f"{named.url}/admin/reload", json=body, headers={"Authorization": "Bearer k"})
+            assert answer.status_code == 200
+            usage = client.chat.completions.create(model="m", messages=ASK, temperature=0).usage
+            assert usage is not None
+            assert usage.completion_tokens == expected

@@ -274,6 +274,17 @@ def test_a_deep_schema_is_refused(client: openai.OpenAI) -> None:
         client.chat.completions.create(**OPTIONS, response_format=shape)
 
 
+def test_a_stream_names_the_field_whose_schema_cannot_be_followed(client: openai.OpenAI) -> None:
+    """As the error of a whole answer does; behind a thought that shows only at its end."""
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(500)}}
+    shape: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    extra = {"chat_template_kwargs": {"enable_thinking": True}}
+    options = OPTIONS | {"response_format": shape, "extra_body": extra, "logit_bias": {"7": 100}}
+    with pytest.raises(openai.APIError, match="cannot be followed") as raised:
+        list(client.chat.completions.create(**options, stream=True))
+    assert raised.value.param == "response_format"
+
+
 @pytest.mark.parametrize("late", [False, True])
 def test_a_schema_too_wide_for_the_parser_costs_nobody_elses_answer(client: openai.OpenAI, late: bool) -> None:
     """500 optional strings: valid, but more than llguidance follows; behind a thought that shows only at its end."""

@@ -379,7 +379,7 @@ def test_bad_values_are_refused_at_once(settings: dict[str, Any], sign: str, tmp
 
 
 def test_bad_rows_and_another_file_are_refused_before_anything_is_asked(server: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"prompts.jsonl:1: a tool has no `name`"):
+    with pytest.raises(UserError, match=r"prompts.jsonl:1: tool 1 of `tools` has no `name`"):
         run(config(tmp_path, [{"prompt": "fish 0", "tools": [{"type": "function"}]}], endpoint=server))
     (tmp_path / "out.jsonl").write_text('{"text": "a story"}\n')
     with pytest.raises(UserError, match=r"out.jsonl:1: not written by this command .*give another --out"):

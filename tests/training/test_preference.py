@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -123,6 +124,18 @@ def test_micro_batches_add_up_to_the_batch(tokenizer: Tokenizer, dataset: Packed
     for name, value in {"loss": whole.loss_sum, **whole.metrics}.items():
         summed = sum(part.loss_sum if name == "loss" else part.metrics[name] for part in parts)
         torch.testing.assert_close(value, summed, rtol=1e-5, atol=1e-6, msg=name)
+
+
+def test_a_model_of_the_same_weights_and_other_rotary_frequencies_is_asked_itself(
+    tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path
+) -> None:
+    """What the first had said was taken for its own."""
+    model = make_model(tokenizer, 2)
+    ask(model, dataset, tmp_path)
+    model.config = dataclasses.replace(model.config, rope_theta=100.0)
+    with torch.no_grad():
+        expected = tokens_alone(model, dataset, 0)
+    torch.testing.assert_close(ask(model, dataset, tmp_path).of([0]), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_reference_is_asked_once(

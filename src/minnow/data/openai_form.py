@@ -39,6 +39,11 @@ def openai_messages(messages: Sequence[Message], *, arguments_as_text: bool) -> 
     return written
 
 
+def nameless_tool(tools: Sequence[Mapping[str, Any]]) -> int | None:
+    """Number of the first tool that has no name, from 1: no call could name it. None where all have one."""
+    return next((number for number, tool in enumerate(tools, 1) if tool_name(tool) is None), None)
+
+
 def openai_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The tools as servers are sent them: each in the `function` wrapper, which rows may leave out."""
     return [{"type": "function", **(tool if "function" in tool else {"function": _plain(tool)})} for tool in tools]

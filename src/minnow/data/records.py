@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from minnow.data.openai_form import openai_tools
+from minnow.data.openai_form import nameless_tool, openai_tools
 from minnow.tokenizer.chat import Conversation, Message, ToolCall
 
 TEXT_KEYS = ("text", "content")
@@ -265,6 +265,8 @@ def _tools(value: Any, key: str) -> tuple[dict, ...]:
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"`{key}` must be a list of objects")
     _require_json(tools, f"`{key}`")
+    if (number := nameless_tool(tools)) is not None:
+        raise RowError(f"tool {number} of `{key}` has no `name`")
     return tuple(openai_tools(tools))  # as a server shows them: a model is served in the form that it was taught
 
 

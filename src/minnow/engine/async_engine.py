@@ -123,6 +123,7 @@ class AsyncEngine:
 
         try:
             if params.grammar is not None:  # it may take a second to compile, and answers under way would wait for it
+                self.engine.require_possible(prompt, params)  # nor is it compiled for a request that is refused
                 constraint = await asyncio.to_thread(self.engine.constraint, params)
             await self.call(add)
         except BaseException:  # cancelled while it waited, too

@@ -6,7 +6,6 @@ import secrets
 from collections import deque
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Listing
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,6 +87,7 @@ class Engine:
         """Call `weights_updated` after one of them changes."""
         self._running: Decoder | None = None
         self._made: Parts | None = None
+        self._made_grammars: Grammars | None = None
         self._sampler = Sampler()
         self._next_id = 0
         self._requests: dict[int, Request] = {}
@@ -193,8 +193,10 @@ class Engine:
     def weights_updated(self) -> None:
         """To be called after the model's weights change: what was computed with the old ones is dropped.
 
-        Answers under way are read again with the new weights and go on from where they are.
+        Answers under way are read again with the new weights and go on from where they are, to where these end.
         """
+        for request in self._requests.values():
+            request.end_ids = self._ends_of(request.params)
         if self._made is not None:
             self._made.scheduler.forget()
             self._made.runner.forget()
@@ -213,8 +215,9 @@ class Engine:
             return [self.tokenizer.start_id, *self.tokenizer.encode(prompt)]
         return [int(token) for token in prompt]
 
-    def _request(self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None = None) -> Request:
-        ids = self.prompt_ids(prompt)
+    def require_possible(self, ids: Listing[int], params: SamplingParams) -> None:
+        """UserError where a prompt of these tokens can have no such answer; whether the grammar can be followed is not
+        looked at, which costs more."""
         context = self.model.config.max_position_embeddings
         if not ids:
             raise UserError("the prompt has no tokens: give at least one")
@@ -224,7 +227,6 @@ class Engine:
                 "answer together: shorten the prompt"
             )
         self.adapters.require(params.adapter)
-        room = context - len(ids)
         vocab_size = self.model.config.vocab_size
         for name, tokens in (
             ("the prompt", ids),
@@ -234,9 +236,13 @@ class Engine:
             wrong = [token for token in tokens if not 0 <= token < vocab_size]
             if wrong:
                 raise UserError(f"{name} holds token {wrong[0]}, but the model's vocabulary is 0 to {vocab_size - 1}")
-        end_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self._end_ids)
-        if params.min_tokens and len(end_ids) >= vocab_size:
+        if params.min_tokens and len(self._ends_of(params)) >= vocab_size:
             raise UserError("min_tokens bars the tokens that end an answer, which are all there are here")
+
+    def _request(self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None = None) -> Request:
+        ids = self.prompt_ids(prompt)
+        self.require_possible(ids, params)
+        room = self.model.config.max_position_embeddings - len(ids)
         self._next_id += 1
         request = Request(
             id=self._next_id,
@@ -244,7 +250,7 @@ class Engine:
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
-            end_ids=end_ids,
+            end_ids=self._ends_of(params),
         )
         constraint = constraint or self.constraint(params)
         request.samples.extend(
@@ -257,13 +263,20 @@ class Engine:
         """Tokens with which a turn or a document ends, the more usual one first."""
         return list(dict.fromkeys([*self.tokenizer.stop_ids, *self.model.stop_ids]))
 
-    @cached_property
+    def _ends_of(self, params: SamplingParams) -> frozenset[int]:
+        """Tokens that end an answer to such a request."""
+        return frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else self._end_ids)
+
+    @property
     def _grammars(self) -> Grammars:
-        return Grammars(self.tokenizer, self.model.config.vocab_size, self._end_ids)
+        end_ids = self._end_ids
+        if self._made_grammars is None or self._made_grammars.end_ids != end_ids:
+            self._made_grammars = Grammars(self.tokenizer, self.model.config.vocab_size, end_ids)
+        return self._made_grammars
 
     def _submit(self, request: Request) -> Request:
+        self._parts().scheduler.add(request)  # first: the memory for the cache may not be had
         self._requests[request.id] = request
-        self._parts().scheduler.add(request)
         return request
 
     def _stream(self, request: Request) -> Generator[Delta, None, None]:

@@ -78,7 +78,7 @@ class Grammars:
         except ImportError as error:
             raise UserError("constrained answers need llguidance: pip install 'minnow[serve]'") from error
         self._make = llguidance.LLMatcher
-        self._vocab_size, self._end_ids = vocab_size, list(end_ids)
+        self._vocab_size, self.end_ids = vocab_size, list(end_ids)
         self._tokenizer = llguidance.LLTokenizer(
             llguidance.TokenizerWrapper(_Vocabulary(tokenizer, end_ids[0])), n_vocab=vocab_size, eos_token=list(end_ids)
         )
@@ -90,8 +90,8 @@ class Grammars:
         # torch: any thread may come here, and one that computes with it slows the engine's down (see minnow.cpu).
         trial = constraint.copy()
         begins_V = trial.allowed_array(self._vocab_size)
-        begins_V[self._end_ids] = False
-        trial.accept(int(begins_V.argmax()) if begins_V.any() else self._end_ids[0])
+        begins_V[self.end_ids] = False
+        trial.accept(int(begins_V.argmax()) if begins_V.any() else self.end_ids[0])
         return constraint
 
 

@@ -19,6 +19,8 @@ from minnow.transfer import to_device
 
 CANDIDATES = 256
 """Likeliest tokens looked at for top-p before the whole vocabulary is sorted, which is slow."""
+_EVERY_TOKEN = 2**31
+"""More than any vocabulary has, and no more than a tensor holds: `top_k` may be any number."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Wishes:
         self.min_p_B1 = column([p.min_p for p in params]) if any(p.min_p > 0 for p in params) else None
         filtered = [i for i, p in enumerate(params) if p.top_k > 0 or p.top_p < 1]
         self.filtered_F = torch.tensor(filtered, device=device) if filtered else None
-        self.top_k_F = torch.tensor([params[i].top_k for i in filtered], device=device)
+        self.top_k_F = torch.tensor([min(params[i].top_k, _EVERY_TOKEN) for i in filtered], device=device)
         self.top_p_F = torch.tensor([params[i].top_p for i in filtered], dtype=torch.float64, device=device)
         self.adjusted = [
             i for i, p in enumerate(params) if p.has_penalties or p.logit_bias or p.min_tokens or p.grammar is not None

@@ -16,6 +16,7 @@ from minnow.serving.config import ServingConfig
 from minnow.serving.errors import as_api_error, install_handlers
 from minnow.serving.metrics import Metrics
 from minnow.serving.models import Models, ServedModel
+from minnow.serving.request_id import HEADER, RequestIds
 from minnow.serving.security import Guard
 from minnow.serving.state import ServerState
 
@@ -61,9 +62,10 @@ def create_app(
             allow_origins=list(config.cors_origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],  # OpenAI's JavaScript client sends a dozen of its own (X-Stainless-...)
-            expose_headers=["Retry-After"],
+            expose_headers=["Retry-After", HEADER],
         )
     app.add_middleware(_CountRequests, metrics=metrics, paths=frozenset(_paths(app)))
+    app.add_middleware(RequestIds)  # around all, so that no answer is without
     _describe_errors_as_they_are(app)
     return app
 

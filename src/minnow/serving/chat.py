@@ -9,11 +9,9 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from minnow.engine import SamplingParams
-from minnow.engine.grammar import GrammarError
 from minnow.serving.chat_answer import ChatAnswer
 from minnow.serving.connection import EventStream, unless_client_leaves
-from minnow.serving.constraints import answer_grammar, constraining_field
-from minnow.serving.errors import APIError
+from minnow.serving.constraints import answer_grammar, grammar_at_fault
 from minnow.serving.models import ServedModel
 from minnow.serving.prompts import chat_prompt_ids, require_fit
 from minnow.serving.requests import ChatBody
@@ -31,14 +29,12 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     model = state.models.get(body.model)
     # Long prompts and schemas take a while: in another thread the loop goes on serving.
     prompt_ids, params = await asyncio.to_thread(_prepare, state, model, body)
-    try:
+    with grammar_at_fault(body):
         generation = await state.models.submit(model, prompt_ids, params)
         answer = ChatAnswer(model, body, prompt_ids, generation)
         if body.stream:
             return EventStream(answer.chunks(), answer.close)
         return JSONResponse(await unless_client_leaves(request, answer.whole()))
-    except GrammarError as error:  # too large, as shows only where it is compiled or followed
-        raise APIError(400, str(error), param=constraining_field(body)) from error
 
 
 def _prepare(state: ServerState, model: ServedModel, body: ChatBody) -> tuple[list[int], SamplingParams]:

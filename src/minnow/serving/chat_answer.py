@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Iterator, Mapping
 from typing import Any
 
 from minnow.engine import Delta
+from minnow.serving.constraints import grammar_at_fault
 from minnow.serving.logprobs import token_logprob
 from minnow.serving.models import Generation, ServedModel
 from minnow.serving.requests import ChatBody, NamedToolChoice
@@ -108,16 +109,17 @@ class ChatAnswer:
             first[0]["prompt_token_ids"] = self._prompt_ids
         counts: Usage | None = None
         yield list(first)
-        async for delta in self._generation:
-            choice = self._choices[delta.index]
-            parts = [_chunk_choice(choice.index, *_delta(event, self._body)) for event in choice.push(delta)]
-            if choice.finish_reason is not None:
-                parts.append(_chunk_choice(choice.index, {}, finish_reason=choice.finish_reason))
-            if parts and self._body.return_token_ids:
-                parts[-1]["token_ids"], choice.token_ids = choice.token_ids, []
-            counts = self._usage(delta) or counts
-            if parts:
-                yield [self._chunk([part]) for part in parts]
+        with grammar_at_fault(self._body):
+            async for delta in self._generation:
+                choice = self._choices[delta.index]
+                parts = [_chunk_choice(choice.index, *_delta(event, self._body)) for event in choice.push(delta)]
+                if choice.finish_reason is not None:
+                    parts.append(_chunk_choice(choice.index, {}, finish_reason=choice.finish_reason))
+                if parts and self._body.return_token_ids:
+                    parts[-1]["token_ids"], choice.token_ids = choice.token_ids, []
+                counts = self._usage(delta) or counts
+                if parts:
+                    yield [self._chunk([part]) for part in parts]
         if with_usage:
             yield [{**self._chunk([]), "usage": counts}]
 

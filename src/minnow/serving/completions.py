@@ -44,18 +44,12 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
         logprobs=body.logprobs is not None,
         top_logprobs=body.logprobs or 0,
     )
-    generations: list[Generation] = []
+    generations = await state.models.submit_all(model, prompts, params)
 
     def close() -> None:
         for generation in generations:
             generation.close()
 
-    try:
-        for prompt in prompts:
-            generations.append(await state.models.submit(model, prompt, params))
-    except BaseException:
-        close()
-        raise
     answer = CompletionAnswer(model, body, prompts, starts, _merged(generations), close)
     if body.stream:
         return EventStream(answer.chunks(), close)

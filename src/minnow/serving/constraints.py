@@ -6,11 +6,13 @@ The grammar is Lark text in llguidance's dialect, and JSON is written as the cha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llguidance import LLMatcher
 
-from minnow.engine.grammar import call_rules, schema_text
+from minnow.engine.grammar import GrammarError, call_rules, schema_text
 from minnow.serving.errors import APIError
 from minnow.serving.requests import (
     ChatBody,
@@ -48,6 +50,15 @@ def answer_grammar(tokenizer: Tokenizer, body: ChatBody) -> str | None:
 def constraining_field(body: ChatBody) -> str:
     """The field of the request that the grammar of its answer comes from."""
     return "tools" if _schema(body.response_format) is None else "response_format"
+
+
+@contextmanager
+def grammar_at_fault(body: ChatBody) -> Iterator[None]:
+    """Within it, a grammar that shows itself too large only when it is compiled or followed is the client's mistake."""
+    try:
+        yield
+    except GrammarError as error:
+        raise APIError(400, str(error), param=constraining_field(body)) from error
 
 
 def _rules(tokenizer: Tokenizer, body: ChatBody, tools: list[Tool], schema: dict[str, Any] | None) -> str:

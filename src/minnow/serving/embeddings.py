@@ -10,9 +10,9 @@ import base64
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-import torch
+import numpy as np
 from fastapi import APIRouter, Request
-from torch import Tensor
+from numpy.typing import NDArray
 
 from minnow.engine import Engine
 from minnow.engine.hidden import mean_hidden
@@ -50,11 +50,12 @@ async def create_embeddings(body: EmbeddingBody, request: Request) -> Embeddings
     }
 
 
-async def _embed(model: ServedModel, texts: Sequence[list[int]]) -> Tensor:
+async def _embed(model: ServedModel, texts: Sequence[list[int]]) -> NDArray[np.float32]:
+    """One row a text. Without torch in the event loop's thread, which lives on beside the engine's (see minnow.cpu)."""
     parts = []
     for group in _groups(texts):
         parts.append(await model.engine.compute(partial(_mean_hidden, adapter=model.adapter, texts=group)))
-    return torch.cat(parts)
+    return np.concatenate(parts)
 
 
 def _groups(texts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
@@ -68,13 +69,14 @@ def _groups(texts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
     yield group
 
 
-def _mean_hidden(engine: Engine, adapter: str | None, texts: Sequence[Sequence[int]]) -> Tensor:
+def _mean_hidden(engine: Engine, adapter: str | None, texts: Sequence[Sequence[int]]) -> NDArray[np.float32]:
     with engine.adapters.through(adapter, sum(map(len, texts))):
-        return mean_hidden(engine.model, texts)
+        vectors: NDArray[np.float32] = mean_hidden(engine.model, texts).numpy()
+    return vectors
 
 
-def _item(index: int, vector_D: Tensor, as_base64: bool) -> Embedding:
+def _item(index: int, vector_D: NDArray[np.float32], as_base64: bool) -> Embedding:
     if as_base64:
-        encoded = base64.b64encode(vector_D.numpy().tobytes()).decode()
+        encoded = base64.b64encode(vector_D.tobytes()).decode()
         return {"object": "embedding", "index": index, "embedding": encoded}
     return {"object": "embedding", "index": index, "embedding": vector_D.tolist()}

@@ -12,7 +12,8 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 from typing_extensions import TypedDict
 
 from minnow.config import UserError
-from minnow.out_of_memory import OutOfMemory
+from minnow.out_of_memory import OutOfMemory, is_out_of_memory
+from minnow.serving.request_id import request_id
 from minnow.serving.validation import AT_FAULT
 from minnow.tokenizer.bytelevel import valid_unicode
 
@@ -74,11 +75,12 @@ def as_api_error(error: Exception) -> APIError:
     """Any exception as the answer to the client; what only we can get wrong is logged and not told."""
     if isinstance(error, APIError):
         return error
-    if isinstance(error, OutOfMemory):
+    if isinstance(error, OutOfMemory) or is_out_of_memory(error):
+        _log.error("request %s found no memory", request_id())
         return APIError(503, "The server ran out of memory. Try again later, or ask for less at once.")
     if isinstance(error, UserError):
         return APIError(400, str(error))
-    _log.error("a request failed", exc_info=error)
+    _log.error("request %s failed", request_id(), exc_info=error)
     return APIError(500, "The server had an error while it processed your request.")
 
 

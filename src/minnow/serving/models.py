@@ -17,6 +17,7 @@ from minnow.engine.async_engine import Answer, AsyncEngine, ClosedError, QueueFu
 from minnow.model.context import AS_TRAINED, ContextConfig
 from minnow.model.pretrained import resolve_model_folder
 from minnow.model.quantize import is_quantized, load_quantized
+from minnow.model.transformer import CausalLM
 from minnow.serving.errors import APIError
 from minnow.serving.metrics import Metrics
 from minnow.serving.responses import ModelCard, now
@@ -71,7 +72,8 @@ class ServedModel:
         }
 
     async def reload(self, folder: str | Path) -> None:
-        """Take the weights of another folder of the same tokenizer; answers under way go on with them.
+        """Take the weights of another folder of the same tokenizer, and the tokens at which its answers end; answers
+        under way go on with them.
 
         Of the same shape, too, unless it is an adapter. UserError where they do not fit; the model stays as it was
         then. A base's adapters stay on it, whatever its weights.
@@ -89,7 +91,7 @@ class ServedModel:
             await self.engine.call(put)
 
     async def _reload_model(self, folder: str | Path) -> None:
-        def load(engine: Engine) -> dict:
+        def load(engine: Engine) -> CausalLM:
             found = resolve_model_folder(folder)
             served = engine.model
             fresh = load_quantized(
@@ -102,12 +104,13 @@ class ServedModel:
                 raise UserError(f"{folder}: its config.json differs from the served model's: start a server for it")
             if Tokenizer.from_pretrained(found).fingerprint != engine.tokenizer.fingerprint:
                 raise UserError(f"{folder}: its tokenizer differs from the served model's: start a server for it")
-            return fresh.state_dict()
+            return fresh
 
-        weights = await asyncio.to_thread(in_passing_thread, partial(load, self.engine.engine))
+        fresh = await asyncio.to_thread(in_passing_thread, partial(load, self.engine.engine))
 
         def swap(engine: Engine) -> None:
-            engine.model.load_state_dict(weights)
+            engine.model.load_state_dict(fresh.state_dict())
+            engine.model.generation_config = fresh.generation_config
             engine.weights_updated()
 
         await self.engine.call(swap)
@@ -142,6 +145,27 @@ class Models:
         with refusals():
             answer = await model.engine.submit(prompt_ids, params)
         return Generation(answer, model.name, self.metrics)
+
+    async def submit_all(
+        self, model: ServedModel, prompts: Sequence[Sequence[int]], params: SamplingParams
+    ) -> list[Generation]:
+        """Start an answer to each prompt, all before the engine's next step. Raises as `submit`; none goes on then."""
+        begun: dict[int, Generation] = {}
+
+        async def begin(number: int) -> None:
+            begun[number] = await self.submit(model, prompts[number], params)
+
+        try:
+            async with asyncio.TaskGroup() as group:
+                for number in range(len(prompts)):
+                    group.create_task(begin(number))
+        except BaseException as error:
+            for generation in begun.values():
+                generation.close()
+            if isinstance(error, BaseExceptionGroup):
+                raise error.exceptions[0] from None
+            raise
+        return [begun[number] for number in range(len(prompts))]
 
 
 @contextmanager

@@ -99,10 +99,8 @@ def _texts(message: Message) -> list[str]:
 def _prompts(config: Config) -> Iterator[Conversation]:
     """What is asked, each prompt once."""
     seen: set[str] = set()
-    for location, asked in read_parsed(config.prompts, parse_prompt):
+    for _, asked in read_parsed(config.prompts, parse_prompt):
         prompt = asked.conversation
-        if not all(map(tool_name, prompt.tools)):
-            raise UserError(f"{location}: a tool has no `name`, so no answer could call it")
         if _key(prompt) not in seen:
             seen.add(_key(prompt))
             yield prompt

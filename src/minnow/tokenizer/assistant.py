@@ -56,6 +56,7 @@ class AssistantStream(Generic[T]):
 
     def __init__(self, *, thinking: bool, tools: bool, whole_calls: bool = False) -> None:
         self._state = _State.REASONING if thinking else _State.CONTENT
+        self._may_open = True  # a `<think>` may open the thoughts, or repeat that the prompt has opened them
         self._tools, self._whole_calls = tools, whole_calls
         self._said = {Reasoning: False, Content: False}  # whether anything but white space came
         self._held = ""  # white space at the end, which goes if nothing follows
@@ -80,15 +81,17 @@ class AssistantStream(Generic[T]):
         if self._state is _State.REASONING:
             if piece.mark and piece.text == END_THINK:
                 self._held = ""
-                self._state = _State.CONTENT
-            elif not (piece.mark and piece.text == THINK and not self._said[Reasoning]):  # opened twice
+                self._state, self._may_open = _State.CONTENT, False
+            elif piece.mark and piece.text == THINK and self._may_open and not self._said[Reasoning]:
+                self._may_open = False
+            else:
                 yield from self._reasoning(piece.text)
         elif self._state is _State.CONTENT:
-            if piece.mark and piece.text == THINK and not self._said[Content] and not self._said[Reasoning]:
-                self._state = _State.REASONING
+            if piece.mark and piece.text == THINK and self._may_open and not self._said[Content]:
+                self._state, self._may_open = _State.REASONING, False
             elif piece.mark and piece.text == TOOL_CALL and self._tools:
                 self._call = ToolCallReader(self.calls, whole=self._whole_calls)
-                self._state = _State.CALL
+                self._state, self._may_open = _State.CALL, False
             else:
                 yield from self._content(piece.text, () if piece.note is None else (piece.note,))
         else:

@@ -54,12 +54,19 @@ def _assemble(parts: list[tuple[str, bool]], thinking: bool) -> Message:
     reasoning = ""
     if (END_THINK, True) in parts:
         end = parts.index((END_THINK, True))
-        reasoning, parts = _join(parts[:end]), parts[end + 1 :]
+        reasoning, parts = _thoughts(parts[:end]), parts[end + 1 :]
     elif thinking or next((part for part in parts if part[0].strip()), None) == (THINK, True):
-        reasoning, parts = _join(parts), []  # cut off while it thought
-    reasoning = reasoning.strip().removeprefix(THINK).strip()
+        reasoning, parts = _thoughts(parts), []  # cut off while it thought
     content, calls = _split_calls(parts)
     return Message("assistant", content.lstrip(), reasoning or None, calls)
+
+
+def _thoughts(parts: list[tuple[str, bool]]) -> str:
+    """What is thought in these pieces, without the tag that opened them, if it is there."""
+    first = next((i for i, (text, _) in enumerate(parts) if text.strip()), None)
+    if first is not None and parts[first] == (THINK, True):
+        parts = parts[first + 1 :]
+    return _join(parts).strip()
 
 
 def _split_calls(parts: list[tuple[str, bool]]) -> tuple[str, tuple[ToolCall, ...]]:

@@ -194,9 +194,9 @@ def reference_logprobs(
 ) -> AnswerLogprobs:
     """Ask `model` about every supervised target of `batches`, or read what it said the last time.
 
-    cache: folder of the files; a file's name is a hash of the model's weights and dtype and of `data_key`, which stands
-    for the batches. In a run of several processes each asks for itself: the model may be in slices, which only all
-    together can use.
+    cache: folder of the files; a file's name is a hash of the model (`weights_fingerprint`), its dtype and `data_key`,
+    which stands for the batches. In a run of several processes each asks for itself: the model may be in slices, which
+    only all together can use.
     """
     name = hashlib.sha256(json.dumps([weights_fingerprint(model), str(model.compute_dtype), data_key]).encode())
     file = cache / f"reference-{name.hexdigest()[:20]}.safetensors"
@@ -229,9 +229,11 @@ def _ask(model: CausalLM, batches: Iterable[Batch], num_documents: int) -> Answe
 def weights_fingerprint(model: nn.Module, *, frozen: bool = False) -> str:
     """Hash the names, types, shapes and bytes of a model's parameters and buffers; hex.
 
-    `frozen`: only of the parameters that are not trained.
+    Of a model of ours its configuration too, which decides what weights of one shape compute: rotary frequencies, how
+    experts are chosen. `frozen`: only of the parameters that are not trained.
     """
-    digest = hashlib.blake2b(digest_size=20)
+    config = repr(model.config) if isinstance(model, CausalLM) else ""
+    digest = hashlib.blake2b(config.encode(), digest_size=20)
     state: dict[str, Any] = model.state_dict()
     if frozen:
         state = {name: p for name, p in model.named_parameters() if not p.requires_grad}

@@ -176,7 +176,7 @@ class RunFolder:
         """The same of weights that no checkpoint of the run holds: a teacher's, a reference's, a reward model's, an
         adapter's base (`frozen`: those of `model` that are not trained)."""
         key = weights_fingerprint(model, frozen=frozen)  # by all processes: a model in slices is put together for it
-        self._claim(role, key, f"with other weights of its {role} (the folder has changed since)")
+        self._claim(role, key, f"with other weights of its {role}, or another shape (the folder has changed since)")
 
     def _claim(self, name: str, key: str, other: str) -> None:
         with first_goes_first():
