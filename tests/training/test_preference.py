@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -145,6 +146,16 @@ def test_the_reference_is_asked_once(
     model.compute_dtype = torch.bfloat16
     ask(model, dataset, tmp_path, "other data")
     assert len(asked) == 3, "and another precision"
+
+
+def test_the_reference_is_known_by_its_shape_too(tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path) -> None:
+    """The same weights under another config.json say other things."""
+    found = []
+    for theta in (10_000.0, 100.0):
+        model = make_model(tokenizer, 1)
+        model.config = dataclasses.replace(model.config, rope_theta=theta)
+        found.append(ask(model, dataset, tmp_path).logprobs_N)
+    assert not torch.equal(*found)
 
 
 def test_the_reference_drops_nothing(tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path) -> None:

@@ -194,11 +194,12 @@ def reference_logprobs(
 ) -> AnswerLogprobs:
     """Ask `model` about every supervised target of `batches`, or read what it said the last time.
 
-    cache: folder of the files; a file's name is a hash of the model's weights and dtype and of `data_key`, which stands
-    for the batches. In a run of several processes each asks for itself: the model may be in slices, which only all
-    together can use.
+    cache: folder of the files; a file's name is a hash of the model's weights, shape and dtype, and of `data_key`,
+    which stands for the batches. In a run of several processes each asks for itself: the model may be in slices, which
+    only all together can use.
     """
-    name = hashlib.sha256(json.dumps([weights_fingerprint(model), str(model.compute_dtype), data_key]).encode())
+    key = [weights_fingerprint(model), repr(model.config), str(model.compute_dtype), data_key]
+    name = hashlib.sha256(json.dumps(key).encode())
     file = cache / f"reference-{name.hexdigest()[:20]}.safetensors"
     if from_first(file.exists()):
         found = load_file(file)
