@@ -35,6 +35,17 @@ def test_atomic_write_gives_the_whole_file_or_none(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["file.txt"]
 
 
+def test_two_that_write_one_file_are_not_in_each_others_way(tmp_path: Path) -> None:
+    """Two containers with one cache may each be process 1: the first one's file was gone with the second one's."""
+    with atomic_write(tmp_path / "target") as first:
+        first.write_text("first")
+        with atomic_write(tmp_path / "target") as second:
+            second.write_text("second")
+        assert (tmp_path / "target").read_text() == "second"
+    assert (tmp_path / "target").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
 def test_files_are_flushed_as_windows_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It flushes no file that is open for reading only: nothing could be written there."""
     flushed = []

@@ -245,6 +245,40 @@ def test_the_cache_follows_content_tokenizer_and_options(run, tmp_path, monkeypa
     assert len(made) == 2
 
 
+def test_data_that_change_while_they_are_prepared_are_told(run, tmp_path, tokenizer, monkeypatch):
+    """What was read of the new file stood under the old one's key: whoever put that back trained on the other."""
+    texts, others = documents(50), documents(50, 100)
+    path = write_texts(tmp_path / "a.jsonl", texts)
+    work = Preparation._work
+
+    def work_while_it_changes(preparation):
+        write_texts(tmp_path / "a.jsonl", others)
+        work(preparation)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Preparation, "_work", work_while_it_changes)
+        with pytest.raises(UserError, match=r"a\.jsonl: the data changed while they were being prepared"):
+            run(path)
+    for wanted in (others, texts):
+        data = run(write_texts(tmp_path / "a.jsonl", wanted))
+        assert sorted(texts_of(data.train, tokenizer) + texts_of(data.validation, tokenizer)) == sorted(wanted)
+
+
+def test_a_cache_that_may_only_be_read_serves_what_is_in_it(run, tmp_path, monkeypatch):
+    """A copy of the data elsewhere is the same data, though nobody may note that here."""
+    from minnow.data import fingerprint
+
+    folder = run(write_texts(tmp_path / "a.jsonl", documents(20))).folder
+    copy = write_texts(tmp_path / "b.jsonl", documents(20))
+    os.utime(copy, (time.time() - 60, time.time() - 60))
+
+    def refuse(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(fingerprint, "atomic_write", refuse)
+    assert run(copy).folder == folder
+
+
 def test_a_file_system_without_locks_is_no_error(run, tmp_path, monkeypatch):
     def flock(file, operation):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))

@@ -1,7 +1,9 @@
 """Files of every format and compression give the same rows, with their places."""
 
+import errno
 import gzip
 import json
+import os
 import time
 from pathlib import Path
 
@@ -144,9 +146,32 @@ def test_links_to_folders_are_followed_and_each_is_read_once(tmp_path):
     (tmp_path / "data" / "link").symlink_to(tmp_path / "disk")
     (tmp_path / "data" / "again").symlink_to(tmp_path / "disk" / "deep")
     (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
-    (tmp_path / "data" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
     names = [Path(source.name).relative_to(tmp_path) for source in find_sources([str(tmp_path / "data")])]
     assert [str(name) for name in names] == ["data/again/a.jsonl", "data/b.jsonl"]
+
+
+@pytest.mark.parametrize("path", ["{tmp}", "{tmp}/*.jsonl"])
+def test_a_link_that_leads_nowhere_is_not_left_out_without_a_word(path, tmp_path):
+    """Data on a disk that is not there today: the run would have learnt from the rest."""
+    write(tmp_path / "here.jsonl", ROWS[:1])
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "disk" / "gone.jsonl")
+    with pytest.raises(UserError, match=r"gone\.jsonl: a link to .*gone\.jsonl, which is not there"):
+        find_sources([path.format(tmp=tmp_path)])
+
+
+def test_a_folder_that_may_not_be_read_is_not_left_out_without_a_word(tmp_path, monkeypatch):
+    write(tmp_path / "here.jsonl", ROWS[:1])
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def scan(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    with pytest.raises(PermissionError, match="closed"):
+        find_sources([str(tmp_path)])
 
 
 @pytest.mark.parametrize(

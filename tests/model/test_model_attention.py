@@ -12,7 +12,7 @@ from model_helpers import row_logits, tiny_config, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minnow.config import UserError
-from minnow.model import attention
+from minnow.model import attention, transformer
 from minnow.model.attention import (
     CausalAttention,
     PackedAttention,
@@ -183,6 +183,35 @@ def test_gradient_checkpointing_of_experts_changes_nothing(mode):
     model.gradient_checkpointing = mode
     for ours, reference in zip(gradients(model, tokens), plain, strict=True):
         assert torch.equal(ours, reference)
+
+
+def test_selective_checkpointing_reaches_the_experts_of_a_compiled_model():
+    """They are not compiled, so the compiler does not choose for them: the setting did nothing for them."""
+
+    class Recomputed(TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.activations = self.products = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.activations += func._schema.name == "aten::silu"
+            self.products += func._schema.name in ("aten::mm", "aten::_grouped_mm")
+            return func(*args, **(kwargs or {}))
+
+    experts = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24)
+    model = tiny_model(experts=experts)
+    model._compiled = transformer._PLAIN_PARTS
+    tokens = torch.randint(0, 97, (2, 24))
+    found = {}
+    for mode in ("off", "selective"):
+        model.gradient_checkpointing = mode
+        loss = row_logits(model, tokens).log_softmax(-1)[..., 0].mean()
+        with Recomputed() as count:
+            found[mode] = torch.autograd.grad(loss, list(model.parameters())), count
+    (off, plain), (selective, again) = found["off"], found["selective"]
+    assert all(torch.equal(ours, reference) for ours, reference in zip(selective, off, strict=True))
+    assert (plain.activations, again.activations) == (0, model.config.num_hidden_layers)
+    assert again.products == plain.products, "the products are kept"
 
 
 @pytest.mark.slow

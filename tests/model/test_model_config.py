@@ -39,6 +39,16 @@ def test_bad_shapes_are_refused(changes, message):
 def test_bad_scaling_is_refused():
     with pytest.raises(UserError, match=r"factor is 0\.5"):
         RopeScaling(type="linear", factor=0.5, original_max_position_embeddings=16)
+    with pytest.raises(UserError, match="factor is nan"):
+        RopeScaling(type="linear", factor=math.nan, original_max_position_embeddings=16)
+
+
+@pytest.mark.parametrize("name", ["original_max_position_embeddings", "beta_fast", "beta_slow"])
+def test_what_yarn_divides_by_is_not_zero(name):
+    """The first forward pass ended in a ZeroDivisionError or a ValueError."""
+    settings = {"type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16}
+    with pytest.raises(UserError, match=f"rope_scaling.{name} is 0: it must be above 0"):
+        RopeScaling(**settings | {name: 0})
 
 
 def test_unknown_preset_names_the_nearest():

@@ -92,6 +92,30 @@ def test_a_run_and_the_one_before_it(tmp_path: Path) -> None:
         assert program in text
 
 
+def test_under_patience_the_figures_are_those_of_the_model_that_was_kept(tmp_path: Path) -> None:
+    """The last ones are of weights that nobody has: the card called the model worse and longer trained than it is."""
+    training = {"batch_tokens": 4096, "patience": 2}
+    run = a_run(tmp_path / "tuned", data="x.jsonl", training=training)
+    log = run / "metrics.jsonl"
+    lines = log.read_text(encoding="utf-8").splitlines()
+    better = json.dumps({"step": 1, "validation_loss": 3.5, "bits_per_byte": 1.25})
+    as_good = json.dumps({"step": 2, "validation_loss": 3.5, "bits_per_byte": 1.3})
+    log.write_text("\n".join([lines[0], better, lines[1], as_good, lines[2]]) + "\n", encoding="utf-8")
+    text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+    assert "trained on 4,000 tokens" in text
+    for row in ("updates | 1", "tokens | 4,000", "training loss | 5.0000", "held-out loss | 3.5000"):
+        assert f"| {row} |" in text
+    assert "| held-out bits per byte | 1.2500 |" in text
+    assert "| minutes | 1.0 |" in text, "of all that was done"
+
+
+def test_updates_without_a_line_took_time_too(tmp_path: Path) -> None:
+    run = a_run(tmp_path / "tuned", data="x.jsonl")
+    records = [{"step": step, "loss": 4.0, "tokens": 9, "seconds": 30.0} for step in (10, 20)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    assert "| minutes | 10.0 |" in write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+
+
 def test_the_shape_is_that_of_the_configuration(tmp_path: Path) -> None:
     run = a_run(tmp_path / "tuned", data="x.jsonl")
     path = run / "model" / "config.json"

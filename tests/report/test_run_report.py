@@ -51,6 +51,30 @@ def test_the_table_of_a_run(tmp_path: Path) -> None:
     }
 
 
+def test_updates_without_a_line_took_time_too(tmp_path: Path) -> None:
+    """With log_every 10 a run of 25 minutes was said to have taken three."""
+    records = [update(10, 3.0, 100.0, 60.0), update(20, 3.0, 100.0, 60.0), update(25, 3.0, 100.0, 60.0)]
+    assert table(tmp_path / "run", records)["time in updates"] == "25.0 minutes"
+
+
+def test_under_patience_the_held_out_loss_is_that_of_the_model_that_was_kept(tmp_path: Path) -> None:
+    records = [
+        update(1, 3.0, 100.0, 90.0),
+        {"step": 1, "validation_loss": 2.25, "bits_per_byte": 1.25},
+        update(2, 2.5, 200.0, 30.0),
+        {"step": 2, "validation_loss": None, "bits_per_byte": None},
+        {"step": 2, "validation_loss": 2.75, "bits_per_byte": 1.5},
+    ]
+    (tmp_path / "config.yaml").write_text("training:\n  patience: 1\n")
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    found = dict(re.findall(r"<tr><td>(.*?)</td><td>(.*?)</td></tr>", page))
+    assert found["updates"] == "2"
+    assert found["model kept"] == "after update 1, the best one held out (training.patience)"
+    assert found["held-out loss"] == "2.2500 nats per token"
+    assert found["held-out bits per byte"] == "1.2500"
+
+
 def test_the_table_of_a_run_on_pairs(tmp_path: Path) -> None:
     records = [
         update(1, 0.7, 100.0, 60.0, accuracy=0.5),

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from minnow.config import UserError
+from minnow.data.batches import Batch
 from minnow.data.prepare import DataConfig
+from minnow.disk import DiskFull
 from minnow.model.attention import PackedAttention
 from minnow.model.config import ModelConfig
 from minnow.model.experts_config import ExpertsConfig
@@ -27,6 +29,8 @@ from minnow.tokenizer import Tokenizer, train_tokenizer
 from minnow.training import distillation
 from minnow.training.config import TrainingConfig
 from minnow.training.probe import random_batch
+
+from ..full_disk import full_disk
 
 SHAPE = ModelConfig(
     vocab_size=320,
@@ -148,12 +152,55 @@ def test_a_store_is_known_by_the_teacher_its_precision_k_the_temperature_and_the
     assert found == [2, 3, 4, 5, 6]
 
 
+def test_a_store_is_known_by_the_shape_too(tmp_path: Path) -> None:
+    """The same weights under another config.json say other things: a store of what they said before was taken."""
+    batch = random_batch(SHAPE.vocab_size, 1, 8)
+    rows = SimpleNamespace(num_rows=1, sequence_length=8, batch=lambda rows: batch)
+    config = DistillationLossConfig(top_k=4)
+    for theta in (10_000.0, 500_000.0):
+        teacher = CausalLM(dataclasses.replace(SHAPE, rope_theta=theta), seed=1)
+        distillation.teacher_store(teacher, rows, tmp_path, "a", config, vocab_size=320, rows_at_once=1)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_full_disk_under_a_store_is_told(tmp_path: Path) -> None:
+    """Mapped from a file that has no room yet, it ended the process by SIGBUS, without a word."""
+    batch = random_batch(SHAPE.vocab_size, 2, 64)
+    rows = SimpleNamespace(num_rows=8, sequence_length=64, batch=lambda rows: batch)
+    config = DistillationLossConfig(top_k=32)
+    with pytest.raises(DiskFull, match=r"teacher-\w+: could not be written: the disk is full"), full_disk(20_000):
+        distillation.teacher_store(CausalLM(SHAPE), rows, tmp_path, "", config, vocab_size=320, rows_at_once=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_is_written_as_it_comes(tmp_path: Path) -> None:
+    """Rows asked about some at a time stand where they stand when all are asked about at once."""
+    batches = random_batch(SHAPE.vocab_size, 5, 8)
+    rows = SimpleNamespace(num_rows=5, sequence_length=8, batch=lambda chosen: _rows(batches, chosen))
+    teacher = CausalLM(SHAPE, InitConfig(zero_output_projections=False), seed=3)
+    config = DistillationLossConfig(top_k=4)
+
+    def store(name: str, rows_at_once: int) -> distillation.TaughtRows:
+        return distillation.teacher_store(
+            teacher, rows, tmp_path / name, "", config, vocab_size=320, rows_at_once=rows_at_once
+        )
+
+    whole, parts = store("whole", 5), store("parts", 2)
+    assert (whole.ids_RTK == parts.ids_RTK).all()
+    assert whole.logprobs_RTK == pytest.approx(parts.logprobs_RTK, abs=1e-2)
+
+
+def _rows(batch: Batch, chosen: range) -> Batch:
+    tensors = {name: value[list(chosen)] for name, value in vars(batch).items() if name.endswith("_BT")}
+    borders = torch.arange(0, 8 * len(chosen) + 1, 8, dtype=torch.int32)
+    return dataclasses.replace(batch, **tensors, cu_seqlens=borders)
+
+
 def test_two_runs_may_ask_one_teacher_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second one to be done found the first one's store in the place of its own, and died of it."""
     batch = random_batch(SHAPE.vocab_size, 1, 8)
     rows = SimpleNamespace(num_rows=1, sequence_length=8, batch=lambda rows: batch)
-    really_ask, pids = distillation._ask, iter(range(1, 9))
-    monkeypatch.setattr("os.getpid", lambda: next(pids))
+    really_ask = distillation._ask
 
     def store() -> distillation.TaughtRows:
         config = DistillationLossConfig(top_k=4)

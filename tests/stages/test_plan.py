@@ -15,8 +15,10 @@ from minnow.data.batches import Batch
 from minnow.data.prepare import DataConfig
 from minnow.model.config import ModelConfig
 from minnow.model.experts_config import ExpertsConfig
-from minnow.model.lora import LoraConfig
+from minnow.model.lora import LoraConfig, Quantization
 from minnow.model.pretrained import save_pretrained
+from minnow.model.quantize import is_quantized
+from minnow.model.size import training_flops_per_token
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, build_optimizers
 from minnow.settings import settings_of
@@ -184,6 +186,25 @@ def test_a_probe_of_a_mixture_keeps_a_layer_with_experts(monkeypatch: pytest.Mon
     experts = dataclasses.replace(EXPERTS, first_k_dense_replace=2)
     model, _ = probe(monkeypatch, 1e3, model=dataclasses.replace(SHAPE, num_hidden_layers=4, experts=experts))
     assert model.config.num_hidden_layers == 4
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_adapters_beside_a_frozen_model_are_probed_as_such(
+    quantize: Quantization, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The plan told FLOPs and speed of training the whole model, half as much again as the run tells."""
+    save_pretrained(CausalLM(SHAPE), tmp_path / "model")
+    adapters = {"model": ModelConfig(), "init_from": str(tmp_path / "model")}
+    adapters |= {"lora": LoraConfig(rank=2, quantize=quantize)}
+    assert plan(**adapters).flops_per_token == training_flops_per_token(SHAPE, 32.5, frozen=True)
+    model, _ = probe(monkeypatch, 1e9, **adapters)
+    assert {name.rpartition(".")[0][-6:] for name, p in model.named_parameters() if p.requires_grad} == {
+        "lora_A",
+        "lora_B",
+    }
+    assert is_quantized(model) == (quantize == "int8")
+    monkeypatch.undo()
+    assert plan_module._update_seconds(model, OptimConfig(optimizer="adamw"), 512) > 0
 
 
 def test_the_first_update_only_warms_up(monkeypatch: pytest.MonkeyPatch) -> None:

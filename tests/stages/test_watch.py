@@ -64,6 +64,15 @@ def test_stages_inside_a_run_and_one_that_was_killed(tmp_path: Path, capsys: pyt
     assert (Path(second.name).name, second.state) == ("sft", "killed")
 
 
+def test_a_heartbeat_is_never_of_the_future(tmp_path: Path) -> None:
+    """The clock was put back, or that of another machine, which trains, is ahead."""
+    write_run(tmp_path / "run", 3)
+    beat = json.loads((tmp_path / "run" / "heartbeat.json").read_text())
+    (tmp_path / "run" / "heartbeat.json").write_text(json.dumps(beat | {"time": time.time() + 3600}))
+    (view,) = Watch(tmp_path / "run").look()
+    assert (view.state, view.age) == ("running", 0.0)
+
+
 def test_only_a_process_of_this_machine_is_known_to_be_gone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The same number on another machine is another process; one that may not be signalled is somebody's."""
     write_run(tmp_path / "run", 3)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def _file_hashes(paths: Sequence[str], cache_dir: Path) -> dict[str, str]:
         if time.time_ns() - stat.st_mtime_ns > _SETTLED_SECONDS * 1e9:
             known[name], fresh = [*state, hashes[path]], True
     if fresh:
-        with atomic_write(memory) as temporary:
+        # A cache that may only be read is used as it is; of a full disk is told.
+        with suppress(OSError), atomic_write(memory) as temporary:
             temporary.write_text(json.dumps(known), encoding="utf-8")
     return hashes

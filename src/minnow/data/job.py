@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,6 +65,11 @@ class Job:
     def done(self) -> bool:
         """Whether the shards are whole."""
         return (self.folder / "meta.json").exists()
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the sources still hold what the folder's name stands for."""
+        return self.folder == _folder(self.folder.parent, self.sources, self.settings)
 
     @contextmanager
     def lock(self, part: str = "") -> Iterator[None]:
@@ -144,5 +149,9 @@ def find_job(config: DataConfig, tokenizer: Tokenizer, kind: Kind, sequence_leng
         ),
         settings=settings,
         tokenizer=tokenizer,
-        folder=cache / f"{kind}-{fingerprint(sources, cache, settings)[:20]}",
+        folder=_folder(cache, sources, settings),
     )
+
+
+def _folder(cache: Path, sources: Sequence[Source], settings: dict[str, Any]) -> Path:
+    return cache / f"{settings['kind']}-{fingerprint(sources, cache, settings)[:20]}"

@@ -110,7 +110,10 @@ class Preparation:
         )
 
     def close(self) -> None:
-        """Write what makes the folder whole, once every lot is. Raises UserError if there is nothing to learn from."""
+        """Write what makes the folder whole, once every lot is.
+
+        Raises UserError if there is nothing to learn from, and if the data have changed since the work began.
+        """
         entries = [entry for entry in self.journal.in_order() if entry is not None]
         threshold = self._better_threshold(entries)
         if threshold != self.journal.threshold:
@@ -118,6 +121,10 @@ class Preparation:
             self.part, self.check_first = Part(), False
             self._work()
             entries = [entry for entry in self.journal.in_order() if entry is not None]
+        if not self.job.unchanged:  # what was read is neither what the folder's name says nor what is there now
+            shutil.rmtree(self.job.folder)
+            names = ", ".join([*self.job.config.paths, *self.job.config.validation_paths])
+            raise UserError(f"{names}: the data changed while they were being prepared: run the same command again")
         total = _sum(entries)
         if not any(entry["train"]["documents"] for entry in entries):
             shutil.rmtree(self.job.folder)

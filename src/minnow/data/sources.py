@@ -85,12 +85,12 @@ def _resolve(written: str) -> list[Source]:
     if Path(path).is_file():
         return [_local(path, weight)]
     if Path(path).is_dir():
-        found = [p for p in _files_below(path) if p.is_file() and _is_data(p.relative_to(path))]
+        found = [p for p in _files_below(path) if _is_data(p.relative_to(path)) and _is_file(p)]
         if not found:
             raise UserError(f"{path}: this folder holds no data file ({_known()})")
         return [_local(p, weight) for p in sorted(found)]
     if glob.has_magic(path):
-        matches = sorted(p for p in glob.glob(path, recursive=True) if Path(p).is_file())
+        matches = sorted(p for p in glob.glob(path, recursive=True) if _is_file(Path(p)))
         if not matches:
             raise UserError(f"{path}: no file matches")
         return [_local(p, weight) for p in matches]
@@ -100,11 +100,22 @@ def _resolve(written: str) -> list[Source]:
     raise UserError(f"{path}: no such file or folder")
 
 
+def _is_file(path: Path) -> bool:
+    """UserError for a link that leads nowhere: a disk that is not there must not mean less data, without a word."""
+    if path.is_symlink() and not path.exists():
+        raise UserError(f"{path}: a link to {os.readlink(path)}, which is not there")
+    return path.is_file()
+
+
 def _files_below(folder: str) -> Iterator[Path]:
     """All files of a folder at any depth. Links to folders are followed: large data often lie on another disk. Each
-    folder is read once, wherever links lead."""
+    folder is read once, wherever links lead. OSError for one that may not be read."""
     seen: set[str] = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         if os.path.realpath(place) in seen:
             folders.clear()
             continue

@@ -32,7 +32,10 @@ class RopeScaling:
     """llama3: frequencies that turn more often than this stay as they are."""
 
     def __post_init__(self) -> None:
-        if self.factor < 1.0:
+        for name in ("original_max_position_embeddings", "beta_fast", "beta_slow"):
+            if not getattr(self, name) > 0:
+                raise UserError(f"rope_scaling.{name} is {getattr(self, name)}: it must be above 0")
+        if not self.factor >= 1.0:
             raise UserError(f"rope_scaling.factor is {self.factor}: it is new length / trained length")
         if self.type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise UserError(

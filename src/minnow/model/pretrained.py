@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minnow.config import UserError, first_line
-from minnow.disk import opened_to_others, told_when_full
+from minnow.disk import beside, opened_to_others, told_when_full
 from minnow.json_file import read_json
 from minnow.model.adapter import (
     adapter_weights,
@@ -65,8 +65,7 @@ def save_pretrained(
     if not writes():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a killed process that had our id
+    temporary = beside(folder, "tmp")
     with told_when_full(folder):
         temporary.mkdir()
         try:
@@ -363,7 +362,7 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         os.rename(temporary, folder)
         return
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    aside = beside(folder, "old")
     os.rename(folder, aside)
     try:
         os.rename(temporary, folder)

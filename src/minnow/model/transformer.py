@@ -135,13 +135,17 @@ class DecoderLayer(nn.Module):
         sin: Tensor,
         parts: _LayerParts,
         routing: Routing | None,
+        experts_mode: GradientCheckpointing,
     ) -> tuple[Tensor, Decisions | None]:
-        """x [B, T, D] -> the same, and what the router decided, if there is one. `attend` takes (q, k, v)."""
+        """x [B, T, D] -> the same, and what the router decided, if there is one. `attend` takes (q, k, v).
+
+        experts_mode: what is kept of the experts alone for the backward pass.
+        """
         attended_BTHd = attend(*parts.before_attention(self, x_BTD, cos, sin))
         if not isinstance(self.mlp, MoE):
             return parts.after_attention(self, x_BTD, attended_BTHd), None
         x_BTD, normed_BTD = parts.before_experts(self, x_BTD, attended_BTHd)
-        routed_BTD, decisions = self.mlp(normed_BTD, self.index, routing)
+        routed_BTD, decisions = checkpointed(experts_mode, self.mlp, normed_BTD, self.index, routing)
         return x_BTD + routed_BTD, decisions
 
 
@@ -259,11 +263,14 @@ class CausalLM(nn.Module):
         routing = self.routing
 
         def run_layer(index: int, x: Tensor) -> tuple[Tensor, Decisions | None]:
-            return self.model.layers[index](x, partial(attention, index), cos, sin, parts, routing)
+            return self.model.layers[index](x, partial(attention, index), cos, sin, parts, routing, experts_mode)
 
         mode = self.gradient_checkpointing if torch.is_grad_enabled() else "off"
+        experts_mode: GradientCheckpointing = "off"
         if mode == "selective" and self._compiled:
-            mode = "off"  # the compiler chooses so by itself: compiled parts keep products and recompute the rest
+            # The compiler chooses so by itself: compiled parts keep products and recompute the rest. Experts are not
+            # among them.
+            mode, experts_mode = "off", "selective"
         for index in range(config.num_hidden_layers):
             x_BTD, decisions = checkpointed(mode, run_layer, index, x_BTD)
             if routing is not None and decisions is not None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import filecmp
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,29 @@ class Run:
         """The model that it started from."""
         return self.config.get("init_from")
 
+    @property
+    def kept_step(self) -> float:
+        """Updates after which the weights were those of its final model: under `patience` those of the best validation;
+        infinity where the last ones were kept."""
+        held_out = [record for record in self.records if record.get("validation_loss") is not None]
+        if not held_out or not (self.config.get("training") or {}).get("patience"):
+            return math.inf
+        return float(min(held_out, key=lambda record: record["validation_loss"])["step"])
+
     def last(self, key: str) -> Any:
-        """The newest figure of that name; None if it was never logged."""
-        return next((r[key] for r in reversed(self.records) if r.get(key) is not None), None)
+        """The newest figure of that name, up to the update whose weights were kept; None if it was never logged."""
+        of_model = [record for record in self.records if record["step"] <= self.kept_step]
+        return next((r[key] for r in reversed(of_model) if r.get(key) is not None), None)
+
+
+def seconds_in_updates(records: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds that the updates of a run took. One without a line (`log_every`) counts as the next one that has one."""
+    total, before = 0.0, 0
+    for record in records:
+        if record.get("seconds") is not None:
+            total += record["seconds"] * (record["step"] - before)
+            before = record["step"]
+    return total
 
 
 def stage_folders(run: Path) -> list[Path]:

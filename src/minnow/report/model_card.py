@@ -20,7 +20,7 @@ from minnow.data.files import without_query
 from minnow.disk import atomic_write
 from minnow.model.pretrained import is_hub_id
 from minnow.model.reward_model import is_classification
-from minnow.report.lineage import Run, lineage, origin, read_rollouts, run_of
+from minnow.report.lineage import Run, lineage, origin, read_rollouts, run_of, seconds_in_updates
 from minnow.report.plots import figures_of, save_figure
 from minnow.tokenizer.bytelevel import valid_unicode
 
@@ -205,7 +205,7 @@ def _stage(run: Run) -> dict[str, str]:
         "sequence length": f"{run.config['sequence_length']:,}" if "sequence_length" in run.config else "",
         "optimizer": str(optim.get("optimizer", "")),
         "machine": ", ".join(str(training[key]) for key in ("device", "precision") if key in training),
-        "minutes": f"{sum(r.get('seconds') or 0 for r in run.records) / 60:.1f}",
+        "minutes": f"{seconds_in_updates(run.records) / 60:.1f}",
         "training loss": _number(run.last("loss")),
         "held-out loss": _number(run.last("validation_loss")),
         "held-out bits per byte": _number(run.last("bits_per_byte")),

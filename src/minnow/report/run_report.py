@@ -8,13 +8,13 @@ import io
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+import yaml
 from matplotlib.figure import Figure
 
 from minnow.config import UserError
 from minnow.disk import atomic_write
-from minnow.report.lineage import read_records, read_rollouts, stage_folders
+from minnow.report.lineage import Run, read_records, read_rollouts, seconds_in_updates, stage_folders
 from minnow.report.model_card import write_model_card
 from minnow.report.plots import figures_of, learns_from_pairs
 
@@ -54,11 +54,11 @@ def write_report(
         body.append("<h2>Samples</h2>")
         body += [_conversation(messages) for messages in conversations]
     for folder in runs:
+        config = (folder / "config.yaml").read_text(encoding="utf-8")
         records = read_records(folder / "metrics.jsonl")
         body.append(f"<h2>{html.escape(folder.name)}</h2>")
-        body.append(_table(_summary(records)))
+        body.append(_table(_summary(Run(folder, yaml.safe_load(config), records))))
         body += [_picture(figure, "curves") for figure in figures_of(records, read_rollouts(folder), folder.name)]
-        config = (folder / "config.yaml").read_text(encoding="utf-8")
         body.append(f"<details><summary>configuration</summary><pre>{html.escape(config)}</pre></details>")
     page = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{html.escape(title or run.name)}</title>'
     page += f"<style>{STYLE}</style>{''.join(body)}</html>"
@@ -69,10 +69,10 @@ def write_report(
     return run / REPORT
 
 
-def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    training = [r for r in records if "loss" in r]
-    held_out = [r for r in records if "validation_loss" in r]
-    unit = "pair" if learns_from_pairs(records) else "token"
+def _summary(run: Run) -> dict[str, str]:
+    training = [r for r in run.records if "loss" in r]
+    held_out = [r for r in run.records if "validation_loss" in r]
+    unit = "pair" if learns_from_pairs(run.records) else "token"
     rows: dict[str, str] = {}
     if training:
         last = training[-1]
@@ -82,13 +82,15 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> dict[str, str]:
             "updates": f"{last['step']:,}",
             "tokens": f"{last['tokens']:,}",
             "training loss": f"{last['loss']:.4f} nats per {unit}",
-            "time in updates": f"{sum(r['seconds'] for r in training) / 60:.1f} minutes",
+            "time in updates": f"{seconds_in_updates(training) / 60:.1f} minutes",
             "speed (median)": f"{speed:,.0f} tokens/s",
             "model FLOP utilisation (median)": f"{utilisation:.0%} of the measured matmul peak",
             "peak memory": f"{last['memory_gb']:.2f} GB",
         }
     if held_out:
-        last = held_out[-1]
+        last = next((r for r in held_out if r["step"] == run.kept_step), held_out[-1])
+        if last is not held_out[-1]:
+            rows["model kept"] = f"after update {last['step']:,}, the best one held out (training.patience)"
         loss = last["validation_loss"]  # null in the log where it was not finite
         rows["held-out loss"] = "not finite" if loss is None else f"{loss:.4f} nats per {unit}"
         if last.get("bits_per_byte") is not None:

@@ -25,7 +25,7 @@ from minnow.optim import OptimConfig, build_optimizers
 from minnow.stages import pretrain
 from minnow.tokenizer import Tokenizer
 from minnow.training.hardware import matmul_peak, precision_name, synchronize
-from minnow.training.memory import Memory, training_memory
+from minnow.training.memory import Memory, as_trained, training_memory
 from minnow.training.probe import random_batch, tokens_per_second
 from minnow.training.session import Machine
 
@@ -112,7 +112,8 @@ def make_plan(config: Config) -> Plan:
     parameters = parameter_count(shape)
     tokens, tokens_from = _tokens(config, parameters)
     # A token sees half of its row on average, less where several documents share it.
-    flops_per_token = training_flops_per_token(shape, (config.sequence_length + 1) / 2)
+    frozen = config.lora.rank > 0
+    flops_per_token = training_flops_per_token(shape, (config.sequence_length + 1) / 2, frozen=frozen)
     peak, speed = None, None
     if config.probe_seconds > 0:
         peak = matmul_peak(machine.device, machine.dtype)
@@ -170,16 +171,18 @@ def _probe(config: Config, shape: ModelConfig, machine: Machine, flops_per_token
     affordable = peak * 0.1 * config.probe_seconds / 4  # FLOPs of one step, if a tenth of the peak is reached
     rows = config.training.rows_at_once(length)
     rows = max(1, min(rows, int(affordable / (flops_per_token * length))))
+    frozen = config.lora.rank > 0
     small, small_flops = shape, flops_per_token
     least = 1 if shape.experts is None else shape.experts.first_k_dense_replace + 1
     while small.num_hidden_layers // 2 >= least and rows * length * small_flops > affordable:
         small = dataclasses.replace(small, num_hidden_layers=small.num_hidden_layers // 2)
-        small_flops = training_flops_per_token(small, (length + 1) / 2)
-    model = CausalLM(small).to(machine.device)
-    model.compute_dtype = machine.dtype
+        small_flops = training_flops_per_token(small, (length + 1) / 2, frozen=frozen)
+    model = as_trained(CausalLM(small), machine.dtype, config.lora).to(machine.device)
     model.gradient_checkpointing = config.training.gradient_checkpointing
     measured = tokens_per_second(model, random_batch(small.vocab_size, rows, length), seconds=config.probe_seconds)
     share = parameter_count(small) / parameter_count(shape)
+    if frozen:  # adapters stand in the layers alone
+        share = small.num_hidden_layers / shape.num_hidden_layers
     return Speed(
         tokens_per_second=measured * small_flops / flops_per_token,
         optimizer_seconds=_update_seconds(model, config.optim, config.training.batch_tokens) / share,
@@ -190,7 +193,8 @@ def _update_seconds(model: CausalLM, optim: OptimConfig, batch_tokens: int) -> f
     """The median time of an update with gradients of zero, after one to warm up."""
     device = next(model.parameters()).device
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
+        if parameter.requires_grad:
+            parameter.grad = torch.zeros_like(parameter)
     optimizers = build_optimizers(model, optim, tokens_per_batch=batch_tokens)
     durations = []
     for _ in range(4):

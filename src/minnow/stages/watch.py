@@ -94,7 +94,8 @@ class Followed:
             records += new
         view = self.view
         view.beat = _read_beat(self.folder / HEARTBEAT)
-        view.age = time.time() - view.beat["time"] if view.beat else 0.0
+        # A clock that was put back, or another machine's that is ahead, makes no heartbeat of the future.
+        view.age = max(0.0, time.time() - view.beat["time"]) if view.beat else 0.0
         view.state = state_of(
             view.beat,
             has_model=has_model(self.folder),

@@ -8,14 +8,18 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
+from numpy.lib import format as npy
 from torch import Tensor
 
 from minnow.data.batches import Batch, PackedRows
+from minnow.disk import beside, told_when_full
 from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.distillation import (
@@ -129,18 +133,18 @@ def teacher_store(
 
     A position takes k x 4 bytes (6 above a vocabulary of 65,536) and 2 for the rest: as what the 16-bit numbers leave
     to one it would be lost in their rounding, and a student that is less sure would seem 80 nats away. data_key stands
-    for the documents and how they are packed; the folder's name hashes it with the teacher's weights, k and the
-    temperature.
+    for the documents and how they are packed; the folder's name hashes it with the teacher's weights and shape, k and
+    the temperature. DiskFull where it finds no room.
     """
     asked = [data_key, config.top_k, config.temperature, "with the rest"]
     key = [weights_fingerprint(teacher), str(teacher.compute_dtype), *asked]
     folder = cache / f"teacher-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}"
     if not folder.exists():
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = beside(folder, "tmp")
         temporary.mkdir(parents=True)
         try:
-            _ask(teacher, dataset, temporary, config, vocab_size, rows_at_once)
+            with told_when_full(folder):
+                _ask(teacher, dataset, temporary, config, vocab_size, rows_at_once)
             try:
                 os.replace(temporary, folder)
             except OSError:
@@ -164,21 +168,29 @@ def _ask(
     device = teacher.head_weight.device
     k = min(config.top_k, vocab_size)
     R, T = dataset.num_rows, dataset.sequence_length
-    ids_dtype = np.uint16 if vocab_size <= 1 << 16 else np.int32
-    ids = np.lib.format.open_memmap(folder / "ids.npy", mode="w+", dtype=ids_dtype, shape=(R, T, k))
-    logprobs = np.lib.format.open_memmap(folder / "logprobs.npy", mode="w+", dtype=np.float16, shape=(R, T, k + 1))
+    ids_dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.int32)
     teacher.eval()
-    for start in range(0, R, rows_at_once):
-        rows = slice(start, min(start + rows_at_once, R))
-        batch = dataset.batch(range(rows.start, rows.stop)).to(device)
-        hidden_BTD = teacher(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens, device))
-        parts = []
-        for chunk_CD in hidden_BTD.flatten(0, 1).split(CHUNK_SIZE):
-            logprobs_CV = soft_logprobs(teacher, chunk_CD, config.temperature, vocab_size)
-            ids_CK = logprobs_CV.topk(k, dim=1).indices
-            parts.append((ids_CK, top_k_outcomes(logprobs_CV, ids_CK)))
-        ids_NK, logprobs_NK = map(torch.cat, zip(*parts, strict=True))
-        ids[rows] = ids_NK.view(-1, T, k).cpu().numpy()
-        logprobs[rows] = logprobs_NK.view(-1, T, k + 1).cpu().numpy()
-    ids.flush()
-    logprobs.flush()
+    # Written, not mapped: of a full disk a write tells, while a mapped page without room ends the process (SIGBUS).
+    with (
+        _npy(folder / "ids.npy", ids_dtype, (R, T, k)) as ids,
+        _npy(folder / "logprobs.npy", np.dtype(np.float16), (R, T, k + 1)) as logprobs,
+    ):
+        for start in range(0, R, rows_at_once):
+            batch = dataset.batch(range(start, min(start + rows_at_once, R))).to(device)
+            hidden_BTD = teacher(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens, device))
+            for chunk_CD in hidden_BTD.flatten(0, 1).split(CHUNK_SIZE):
+                logprobs_CV = soft_logprobs(teacher, chunk_CD, config.temperature, vocab_size)
+                ids_CK = logprobs_CV.topk(k, dim=1).indices
+                ids.write(ids_CK.cpu().numpy().astype(ids_dtype).tobytes())
+                logprobs.write(top_k_outcomes(logprobs_CV, ids_CK).cpu().numpy().astype(np.float16).tobytes())
+
+
+@contextmanager
+def _npy(path: Path, dtype: np.dtype, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
+    """A file of numpy's whose array of `shape` is written into it piece by piece; on disk when the context ends."""
+    with open(path, "wb") as file:
+        header = {"descr": npy.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+        npy.write_array_header_1_0(file, header)
+        yield file
+        file.flush()
+        os.fsync(file.fileno())

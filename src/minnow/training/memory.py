@@ -51,6 +51,17 @@ def hold_in_memory(model: CausalLM, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(dtype)
 
 
+def as_trained(model: CausalLM, dtype: torch.dtype, lora: LoraConfig | None) -> CausalLM:
+    """`model` as a run holds it, with fresh adapters if `lora` has a rank."""
+    if lora is not None and lora.rank:
+        if lora.quantize == "int8":
+            quantize(model)
+        add_lora(model, lora, base="")
+    hold_in_memory(model, dtype)
+    model.compute_dtype = dtype
+    return model
+
+
 def training_memory(
     shape: ModelConfig,
     training: TrainingConfig,
@@ -64,12 +75,7 @@ def training_memory(
     length: positions of a row. lora: only its adapters have gradients and optimizer state, if its rank is above 0.
     """
     with torch.device("meta"):
-        model = CausalLM(shape)
-    if lora is not None and lora.rank:
-        if lora.quantize == "int8":
-            quantize(model)
-        add_lora(model, lora, base="")
-    hold_in_memory(model, dtype)
+        model = as_trained(CausalLM(shape), dtype, lora)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     matrices = sum(parameter.numel() for _, parameter in parameter_groups(model)["matrix"])
     averages = 4 * matrices + 8 * (trained - matrices) if optim.optimizer == "muon" else 8 * trained
