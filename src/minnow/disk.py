@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,6 +61,11 @@ def opened_to_others(path: str | Path) -> None:
         os.chmod(path, usual & ~mask)
 
 
+def temporary_beside(path: Path, ending: str = "tmp") -> Path:
+    """A hidden path beside `path` that no other process chooses, not even on another machine that shares the folder."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{ending}")
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it is flushed and renamed, on failure removed.
@@ -67,7 +73,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     A reader therefore sees the whole file or none of it. DiskFull when there is no room for it.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_beside(path)
     with told_when_full(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

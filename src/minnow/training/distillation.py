@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from minnow.data.batches import Batch, PackedRows
+from minnow.disk import temporary_beside
 from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.distillation import (
@@ -136,8 +137,7 @@ def teacher_store(
     key = [weights_fingerprint(teacher), str(teacher.compute_dtype), *asked]
     folder = cache / f"teacher-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}"
     if not folder.exists():
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
+        temporary = temporary_beside(folder)
         temporary.mkdir(parents=True)
         try:
             _ask(teacher, dataset, temporary, config, vocab_size, rows_at_once)
