@@ -94,7 +94,7 @@ def one_run(options: argparse.Namespace, seed: int, arm: str) -> dict[str, float
     else:
         pretrain.run(first)
         shared = {field.name: getattr(second, field.name) for field in dataclasses.fields(LanguageModelConfig)}
-        sft.run(sft.Config(**shared, init_from=first.run))
+        sft.run(sft.Config(**shared))
     file = folder / "figures.json"
     evaluation.run(
         evaluation.Config(model=second.run, tasks=("pond",), pond=str(pond), max_rows=options.max_rows, json=str(file))

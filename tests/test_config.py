@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -272,6 +273,19 @@ def test_print_config_is_a_file_that_gives_the_same(tmp_path: Path, capsys: pyte
     assert stop.value.code == 0
     (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
     assert parse("--config", str(tmp_path / "c.yaml")) == parse("m", "--optim.learning_rate", "0.25")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "latin-1", "utf-8", "utf-16"])
+def test_print_config_reads_back_equal_from_any_terminal(
+    encoding: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the locale is no UTF-8 `--print_config > file` wrote ? for Chinese, and bytes that are no UTF-8 for é."""
+    file = tmp_path / "c.yaml"
+    with open(file, "w", encoding=encoding, errors="replace") as stream, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", stream)
+        with pytest.raises(SystemExit):
+            parse("模型/é", "--out", "runs/小鱼🐟", "--print_config")
+    assert parse("--config", str(file)) == parse("模型/é", "--out", "runs/小鱼🐟")
 
 
 def test_print_config_needs_nothing_else(capsys: pytest.CaptureFixture[str]) -> None:

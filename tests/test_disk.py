@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from minnow.data.shard_writer import ShardWriter
+from minnow.data.shards import file_sha256
 from minnow.disk import DiskFull, atomic_write, opened_to_others, told_when_full
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import save_pretrained
@@ -35,15 +36,26 @@ def test_atomic_write_gives_the_whole_file_or_none(tmp_path: Path) -> None:
     assert [path.name for path in target.parent.iterdir()] == ["file.txt"]
 
 
-def test_two_that_write_one_file_are_not_in_each_others_way(tmp_path: Path) -> None:
-    """Two containers with one cache may each be process 1: the first one's file was gone with the second one's."""
-    with atomic_write(tmp_path / "target") as first:
-        first.write_text("first")
-        with atomic_write(tmp_path / "target") as second:
-            second.write_text("second")
-        assert (tmp_path / "target").read_text() == "second"
-    assert (tmp_path / "target").read_text() == "first"
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+def test_two_machines_that_share_a_folder_choose_other_temporary_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes of one number wrote into one another's files: the name held nothing but that number."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with atomic_write(tmp_path / "file") as one, atomic_write(tmp_path / "file") as other:
+        one.write_text("one")
+        other.write_text("other")
+    assert (tmp_path / "file").read_text() == "one", "whole, and the last one to be done counts"
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_two_writers_of_a_shard_do_not_meet(tmp_path: Path) -> None:
+    writers = [ShardWriter(tmp_path, "shard", vocab_size=100, has_weights=False) for _ in range(2)]
+    for writer in writers:
+        for piece in (np.arange(50), np.arange(30)):
+            writer.append(piece, np.array([len(piece)]), np.array([len(piece)]))
+    entries = [writer.finish() for writer in writers]
+    assert entries[0] == entries[1]
+    assert file_sha256(tmp_path / "shard.tokens") == entries[0]["files"]["shard.tokens"]["sha256"]
 
 
 def test_files_are_flushed_as_windows_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import resource
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
+import psutil
 import pytest
 
 from minnow.host import host_memory, peak_memory
@@ -41,23 +40,10 @@ def test_the_most_memory_that_was_held() -> None:
     assert peak_memory() == (peak if sys.platform == "darwin" else peak * 1024)
 
 
-def test_memory_on_windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has neither `resource` nor `sysconf`, and its functions fill structures: the offsets are those of its headers
-    on 64 bits."""
-
-    def fill(place: Any, size: int, offset: int, value: int) -> int:
-        memory = (ctypes.c_char * size).from_address(ctypes.addressof(place._obj))
-        assert int.from_bytes(memory[:4], sys.byteorder) == size  # what tells the version of the structure
-        memory[offset : offset + 8] = value.to_bytes(8, sys.byteorder)
-        return 1
-
-    kernel32 = SimpleNamespace(
-        GlobalMemoryStatusEx=lambda place: fill(place, 64, 8, 16 * 2**30),
-        K32GetProcessMemoryInfo=lambda process, place, size: fill(place, 72, 8, 5 * 2**30),
-    )
+def test_peak_memory_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no `resource`; psutil tells the peak there alone."""
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(peak_wset=5 * 2**30))
     monkeypatch.setattr(sys, "platform", "win32")
-    monkeypatch.setattr(ctypes, "windll", SimpleNamespace(kernel32=kernel32), raising=False)
-    monkeypatch.delattr(os, "sysconf")
+    monkeypatch.setattr(psutil, "Process", lambda: process)
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert host_memory(tmp_path) == 16 * 2**30
     assert peak_memory() == 5 * 2**30

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import operator
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from minnow import cli
 from minnow.config import parse_config
@@ -19,10 +21,13 @@ from minnow.model.config import ModelConfig
 from minnow.model.presets import preset
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
+from minnow.settings import settings_of
 from minnow.tokenizer import Tokenizer, train_tokenizer
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 SIZES = ("5m", "26m", "64m", "104m", "1.7b")
+FURTHER = [recipe for recipe in RECIPES if not recipe.stem.startswith(("pretrain", "quickstart"))]
+"""Recipes that train a trained model."""
 
 
 def load(recipe: Path, *words: str) -> Any:
@@ -38,6 +43,18 @@ def needed(recipe: Path) -> list[str]:
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_parses(recipe: Path) -> None:
     load(recipe, *needed(recipe))
+
+
+@pytest.mark.parametrize("recipe", FURTHER, ids=lambda recipe: recipe.stem)
+def test_what_trains_further_says_only_what_differs_from_its_stage(recipe: Path) -> None:
+    """But for the optimizer: rates mean something only beside its name."""
+    stage = importlib.import_module(f"minnow.stages.{recipe.stem.partition('-')[0]}")
+    defaults = {setting.key: setting.default for setting in settings_of(stage.Config)}
+    config = load(recipe, *needed(recipe))
+    written = yaml.safe_load(recipe.read_text(encoding="utf-8"))
+    keys = [f"{section}.{key}" for section in ("optim", "schedule") for key in written.get(section, {})]
+    keys = [key for key in keys if key != "optim.optimizer"]
+    assert not [key for key in keys if operator.attrgetter(key)(config) == defaults[key]]
 
 
 def test_every_size_has_both_recipes() -> None:

@@ -2,8 +2,8 @@
 
 A configuration is a frozen, keyword-only dataclass. Its sections are dataclasses too, so every setting has a
 dotted key: `optim.learning_rate`. Settings come from (later wins) the dataclass defaults, the YAML files that
-`--config` names and the command line. jsonargparse turns text into typed values; this module finds out which
-text belongs to which key, and says in one line what is wrong, where it stands and which key was meant.
+`--config` names and the command line. `minnow.given` finds out which text belongs to which key, jsonargparse turns text
+into typed values, and what is wrong is said in one line, with where it stands and which key was meant.
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
@@ -20,16 +20,20 @@ tuple takes all that are left.
 
 from __future__ import annotations
 
+import codecs
 import dataclasses
 import operator
 import re
+import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import yaml
 
+from minnow.errors import UserError
+from minnow.given import CommandLine, Given, read_yaml, split_list
 from minnow.settings import (
     Setting,
     default_of,
@@ -38,26 +42,12 @@ from minnow.settings import (
     is_sequence,
     literals_of,
     nearest,
-    nearest_key,
     options_of,
     section_class,
     settings_of,
 )
 
 T = TypeVar("T")
-
-SHORT_SECTIONS = ("training", "data")
-"""Sections whose name may be left out on the command line."""
-
-
-class UserError(ValueError):
-    """Something the user can mend: the message says what is wrong, where, and what to do. Exit code 2."""
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what a library's error says; its kind where it says nothing, as a time-out may."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def parse_config(config_class: type[T], argv: Sequence[str], *, program: str) -> T:
@@ -73,18 +63,18 @@ def parse_config(config_class: type[T], argv: Sequence[str], *, program: str) ->
         SystemExit: code 0, after `--help` or `--print_config` has printed.
     """
     settings = {setting.key: setting for setting in settings_of(config_class)}
-    command_line = _CommandLine(settings, program)
+    command_line = CommandLine(settings, program)
     command_line.read(list(argv))
     if command_line.help:
         print(help_text(config_class, settings.values(), program))
         raise SystemExit(0)
-    given: dict[str, _Given] = {}
+    given: dict[str, Given] = {}
     for file in command_line.files:
-        given |= _read_yaml(Path(file), config_class, settings)
+        given |= read_yaml(Path(file), config_class, settings)
     given |= command_line.given
     values = {key: _convert(settings[key], item) for key, item in given.items()}
     if command_line.print_config:
-        print(_dump(_tree(settings.values(), values)), end="")
+        print(_dump(_tree(settings.values(), values), escape=not _is_utf8(sys.stdout)), end="")
         raise SystemExit(0)
     missing = [setting.flag for setting in settings.values() if _is_missing(setting, values)]
     if missing:
@@ -122,169 +112,13 @@ def refuse_unused(config: Any, unused: Mapping[str, str], section: str = "") -> 
             raise UserError(f"{section}{key} is {value}, which has no effect here: {owner}; leave it out")
 
 
-@dataclasses.dataclass(frozen=True)
-class _Given:
-    """A value as the user wrote it (text; lists and dicts of text), and where: "FILE:LINE" or the program."""
-
-    raw: Any
-    where: str
-
-
-# --- The command line -----------------------------------------------------------------------------
-
-
-class _CommandLine:
-    """The words after the command, sorted into settings, configuration files and switches."""
-
-    def __init__(self, settings: dict[str, Setting], program: str) -> None:
-        self.settings = settings
-        self.program = program
-        self.positionals = [setting for setting in settings.values() if setting.positional]
-        self.given: dict[str, _Given] = {}
-        self.files: list[str] = []
-        self.help = False
-        self.print_config = False
-
-    def read(self, words: list[str]) -> None:
-        """Consume `words` from the left."""
-        while words:
-            word = words.pop(0)
-            if word == "--":
-                while words:
-                    self._read_bare(words.pop(0))
-            elif word.startswith("-") and word != "-":
-                self._read_option(word, words)
-            else:
-                self._read_bare(word)
-
-    def _read_bare(self, word: str) -> None:
-        if not self.positionals:
-            raise UserError(f"{self.program}: what is {word!r} for? Settings are given as --key value")
-        setting = self.positionals[0]
-        self._add(setting, [word])
-        if not is_sequence(setting.type):
-            self.positionals.pop(0)
-
-    def _read_option(self, word: str, words: list[str]) -> None:
-        flag, has_value, value = word.partition("=")
-        key = "help" if flag == "-h" else flag.removeprefix("--").replace("-", "_")
-        if key not in self.settings:  # --steps 100, --on-bad-row skip: these settings go by their own names too
-            key = next((f"{name}.{key}" for name in SHORT_SECTIONS if f"{name}.{key}" in self.settings), key)
-        if key in ("help", "print_config") and not has_value:
-            setattr(self, key, True)
-        elif key == "config":
-            self.files.append(value if has_value else self._next(words, flag, "a YAML file"))
-        elif key not in self.settings:
-            raise UserError(f"{self.program}: {flag}: {_unknown(key, self.settings, flag='--')}")
-        elif has_value:
-            self._add(self.settings[key], [value])
-        else:
-            self._add(self.settings[key], self._values(self.settings[key], flag, words))
-
-    def _values(self, setting: Setting, flag: str, words: list[str]) -> list[str]:
-        if bool in options_of(setting.type):
-            named = {"true", "false", "yes", "no", "null", *literals_of(setting.type)}
-            return [words.pop(0) if words and words[0].lower() in named else "true"]
-        values = [self._next(words, flag, describe(setting.type))]
-        # `--data *.jsonl` arrives as many words; a command with bare arguments must take one word only.
-        has_positionals = any(other.positional for other in self.settings.values())
-        while is_sequence(setting.type) and not has_positionals and words and not words[0].startswith("--"):
-            values.append(words.pop(0))
-        return values
-
-    def _next(self, words: list[str], flag: str, wanted: str) -> str:
-        if not words or words[0].startswith("--"):
-            raise UserError(f"{self.program}: {flag} needs a value: {wanted}")
-        return words.pop(0)
-
-    def _add(self, setting: Setting, words: list[str]) -> None:
-        """A sequence's words add up; of anything else the last word counts."""
-        raw: Any = words[-1]
-        if is_sequence(setting.type):
-            before = self.given[setting.key].raw if setting.key in self.given else []
-            raw = before + [part for word in words for part in _split(word)]
-        self.given[setting.key] = _Given(raw, self.program)
-
-
-def _split(text: str) -> list[str]:
-    """A comma list, or a YAML list in brackets (for values that contain commas)."""
-    if text.startswith("[") and text.endswith("]"):
-        return [str(item) for item in yaml.load(text, Loader=yaml.BaseLoader)]
-    return [part for part in text.split(",") if part]
-
-
-# --- The YAML file --------------------------------------------------------------------------------
-
-
-def _read_yaml(path: Path, config_class: type, settings: dict[str, Setting]) -> dict[str, _Given]:
-    if not path.is_file():
-        raise UserError(f"{path}: no such configuration file")
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
-    given: dict[str, _Given] = {}
-    if root is not None:
-        _read_section(root, config_class, "", path, settings, given)
-    return given
-
-
-def _read_section(
-    node: yaml.Node,
-    cls: type,
-    prefix: str,
-    path: Path,
-    settings: dict[str, Setting],
-    given: dict[str, _Given],
-) -> None:
-    if not isinstance(node, yaml.MappingNode):
-        example = next((key for key in settings if key.startswith(prefix)), prefix)
-        what = f"{prefix[:-1]} is a section" if prefix else "this is a configuration"
-        raise UserError(f"{path}:{node.start_mark.line + 1}: {what}: it holds keys such as {example}")
-    hints = typing.get_type_hints(cls)
-    fields = {field.name for field in dataclasses.fields(cls) if field.init}
-    seen: set[str] = set()
-    for key_node, value_node in node.value:
-        where = f"{path}:{key_node.start_mark.line + 1}"
-        name = str(key_node.value).replace("-", "_")
-        key = prefix + name
-        if name not in fields:
-            if isinstance(value_node, yaml.MappingNode):
-                raise UserError(f"{where}: {key}: {_unknown_section(name, prefix, hints)}")
-            raise UserError(f"{where}: {key}: {_unknown(key, settings)}")
-        if name in seen:
-            raise UserError(f"{where}: {key} stands twice in this file; keep one")
-        seen.add(name)
-        section = section_class(hints[name])
-        if section is None:
-            given[key] = _Given(_plain(value_node), where)
-        elif not _is_null(value_node):
-            _read_section(value_node, section, f"{key}.", path, settings, given)
-
-
-def _plain(node: yaml.Node) -> Any:
-    """The node, scalars as text: the setting's type, not YAML's guess, decides what `1e-3` or `no` is."""
-    if isinstance(node, yaml.SequenceNode):
-        return [_plain(item) for item in node.value]
-    if isinstance(node, yaml.MappingNode):
-        return {str(key.value): _plain(value) for key, value in node.value}
-    return None if _is_null(node) else node.value
-
-
-def _is_null(node: yaml.Node) -> bool:
-    return isinstance(node, yaml.ScalarNode) and node.tag == "tag:yaml.org,2002:null"
-
-
 # --- Text to values, values to a configuration ----------------------------------------------------
 
 
-def _convert(setting: Setting, given: _Given) -> Any:
+def _convert(setting: Setting, given: Given) -> Any:
     from jsonargparse import ArgumentError, ArgumentParser
 
-    raw = _split(given.raw) if is_sequence(setting.type) and isinstance(given.raw, str) else given.raw
+    raw = split_list(given.raw) if is_sequence(setting.type) and isinstance(given.raw, str) else given.raw
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--value", type=setting.type)
     try:
@@ -298,25 +132,6 @@ def _convert(setting: Setting, given: _Given) -> Any:
         key = setting.key if ":" in given.where else setting.flag
         problem = f"{shown} does not fit: it takes {describe(setting.type)}{hint}"
         raise UserError(f"{given.where}: {key}: {problem}") from None
-
-
-def _unknown(key: str, settings: dict[str, Setting], flag: str = "") -> str:
-    close = nearest_key(key, list(settings))
-    if close is None:
-        return "no such setting; --help lists them all"
-    name = settings[close].flag if settings[close].positional else flag + close
-    return f"no such setting; did you mean {name}?"
-
-
-def _unknown_section(name: str, prefix: str, hints: dict[str, Any]) -> str:
-    """`hints`: the fields among which a section of that name was looked for, with their types."""
-    sections = [field for field, hint in hints.items() if section_class(hint) is not None]
-    if not sections:
-        return "no such section; there is none here"
-    close = nearest(name, sections)
-    return "no such section; " + (
-        f"did you mean {prefix}{close}?" if close else f"there are {', '.join(prefix + each for each in sections)}"
-    )
 
 
 def _is_missing(setting: Setting, values: dict[str, Any]) -> bool:
@@ -383,8 +198,14 @@ def _tree(settings: Iterable[Setting], values: dict[str, Any]) -> dict[str, Any]
     return tree
 
 
-def _dump(tree: dict[str, Any]) -> str:
-    return yaml.safe_dump(_yamlable(tree), sort_keys=False, allow_unicode=True, width=110)
+def _dump(tree: dict[str, Any], *, escape: bool = False) -> str:
+    """escape: write what is not ASCII as YAML's `\\u9C7C`, which reads back equal whatever bytes the text becomes."""
+    return yaml.safe_dump(_yamlable(tree), sort_keys=False, allow_unicode=not escape, width=110)
+
+
+def _is_utf8(stream: TextIO) -> bool:
+    """Whether what is written there becomes UTF-8; a stream without an encoding keeps text as it is."""
+    return stream.encoding is None or codecs.lookup(stream.encoding).name == "utf-8"
 
 
 def _yamlable(value: Any) -> Any:

@@ -61,9 +61,8 @@ def opened_to_others(path: str | Path) -> None:
         os.chmod(path, usual & ~mask)
 
 
-def beside(path: Path, ending: str) -> Path:
-    """A hidden name next to `path` that nobody else has: not even a process with the same id, as those of two
-    containers that share a folder may be."""
+def temporary_beside(path: Path, ending: str = "tmp") -> Path:
+    """A hidden path beside `path` that no other process chooses, not even on another machine that shares the folder."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{ending}")
 
 
@@ -74,7 +73,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     A reader therefore sees the whole file or none of it. DiskFull when there is no room for it.
     """
     path = Path(path)
-    temporary = beside(path, "tmp")
+    temporary = temporary_beside(path)
     with told_when_full(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -4,7 +4,10 @@ import errno
 import gzip
 import json
 import os
+import random
+import re
 import time
+import tracemalloc
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,7 +21,7 @@ from minnow.config import UserError
 from minnow.data import readers
 from minnow.data.prompts import read_prompts
 from minnow.data.readers import read_rows, read_texts
-from minnow.data.sources import find_sources
+from minnow.data.sources import find_sources, pinned
 
 ROWS = [{"text": "one\ntwo"}, {"text": "三"}, {"text": '"quoted" \u2028 line'}]
 
@@ -233,6 +236,60 @@ def test_unreadable_files_are_named(tmp_path, name, data, message):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=message):
         list(read_rows([str(tmp_path / name)]))
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.json.gz"])
+def test_a_row_without_an_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch, name):
+    """A packed file holds many times its size: without a line end it was read whole."""
+    monkeypatch.setattr(readers, "LONGEST_ROW", 1 << 20)
+    begin = b'[{"text": "a"},\n' if name.startswith("a.json.") else b'{"text": "a"}\n'
+    data = begin + b'{"text": "' + random.Random(0).randbytes(1 << 24).hex().encode()
+    pack = {"gz": lambda plain: gzip.compress(plain, 1), "zst": zstandard.compress}
+    packed = pack.get(name.rpartition(".")[2], bytes)(data)
+    (tmp_path / name).write_bytes(packed)
+    tracemalloc.start()
+    with pytest.raises(UserError, match=rf"{re.escape(name)}:2: a row of more than 1 MB: are line ends missing\?"):
+        list(read_rows([str(tmp_path / name)]))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < len(data) / 2
+
+
+def test_a_stretch_that_begins_in_an_endless_row_names_its_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LONGEST_ROW", 1 << 20)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "a"}\n' * 3 + b'{"text": "' + b" " * (1 << 22) + b'"}\n{"text": "b"}\n')
+    (source,) = find_sources([str(path)])
+    for start in (20, 1 << 10):  # in the second row, and in the endless fourth
+        with pytest.raises(UserError, match=r"a\.jsonl:4: a row of more than 1 MB"):
+            list(readers.iter_raw(source, start=start, stop=1 << 21))
+    assert [number for number, _ in readers.iter_raw(source, stop=42)] == [1, 2, 3]
+    assert list(readers.iter_raw(source, start=1 << 22))[-1][1] == b'{"text": "b"}\n'
+
+
+@pytest.mark.parametrize(
+    "path", ["../texts", "数据/文本", "./texts", "texts/", "a/b/c", "org/name:x:y:z", "org/name::z"]
+)
+def test_a_mistyped_folder_is_no_data_set_of_the_hub(path):
+    """The Hub was asked for ../texts, and said to be out of reach."""
+    with pytest.raises(UserError, match="no such file or folder"):
+        find_sources([path])
+
+
+def test_a_data_set_that_is_neither_here_nor_on_the_hub_is_one_line(monkeypatch):
+    import huggingface_hub
+
+    def unknown(self, name):
+        raise OSError("404 Client Error.\n\nRepository Not Found for url: ...")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", unknown)
+    (source,) = find_sources(["my/texts"])
+    with pytest.raises(UserError) as told:
+        pinned(source)
+    assert str(told.value) == (
+        "my/texts: no such file or folder here, and the Hugging Face Hub does not know it or cannot be reached "
+        "(404 Client Error.)"
+    )
 
 
 def test_hub_sets_are_streamed(monkeypatch):

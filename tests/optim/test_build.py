@@ -145,9 +145,21 @@ def test_kinds_of_a_mixture_of_experts():
 def test_batch_size_rule_by_hand():
     # sqrt(131072 / 524288) = sqrt(1 / 4) = 1 / 2.
     config = OptimConfig(matrix_lr=0.02, embedding_lr=0.004, norm_lr=0.01, reference_batch_tokens=524288)
-    assert config.learning_rates(131072) == pytest.approx((0.01, 0.002, 0.005, 0.0005))
-    assert config.learning_rates(524288) == pytest.approx((0.02, 0.004, 0.01, 0.001))
-    assert OptimConfig(matrix_lr=0.02).learning_rates(131072)[0] == 0.02  # no reference, no rule
+    assert config.learning_rates(131072, trained=False) == pytest.approx((0.01, 0.002, 0.005, 0.0005))
+    assert config.learning_rates(524288, trained=False) == pytest.approx((0.02, 0.004, 0.01, 0.001))
+    assert OptimConfig(matrix_lr=0.02).learning_rates(131072, trained=False)[0] == 0.02  # no reference, no rule
+
+
+def test_a_trained_model_has_a_fifth_of_the_rates_that_are_not_given():
+    # 0.01 / 5, 0.004 / 5, 0.005 / 5, 0.001 / 5; with AdamW 0.002 / 5 for all.
+    assert OptimConfig().learning_rates(512, trained=True) == pytest.approx((0.002, 0.0008, 0.001, 0.0002))
+    assert OptimConfig(optimizer="adamw").learning_rates(512, trained=True) == pytest.approx([0.0004] * 4)
+    given = OptimConfig(optimizer="adamw", matrix_lr=0.03, norm_lr=0.01)
+    assert given.learning_rates(512, trained=True) == (0.03, 0.03, 0.01, 0.03)
+    optimizers = build_optimizers(Toy(), OptimConfig(), tokens_per_batch=512, trained=True)
+    rates = {group["kind"]: group["base_lr"] for optimizer in optimizers for group in optimizer.param_groups}
+    assert rates["matrix"] == pytest.approx(0.002)
+    assert rates["embedding"] == pytest.approx(0.0008)
 
 
 def test_set_learning_rates_multiplies_the_peaks():

@@ -20,7 +20,7 @@ def test_warm_up_counts_from_one():
 
 
 def test_constant_stays():
-    assert factors([0, 50, 99, 100], 100, shape="constant", warmup_steps=0, final_fraction=0.1) == [1.0] * 4
+    assert factors([0, 50, 99, 100], 100, shape="constant", warmup_steps=0) == [1.0] * 4
 
 
 def test_wsd_linear():
@@ -97,8 +97,9 @@ def test_cosine_with_restarts():
 @pytest.mark.parametrize("shape", ["wsd", "cosine", "linear", "constant", "cosine_restarts"])
 def test_a_run_shorter_than_its_warm_up_still_warms_up_and_falls(shape):
     # 8 steps, warm-up cut from 100 to 4: 1/4, 2/4, 3/4, 1, and the rest falls from the peak.
-    more = {"cycles": 1} if shape == "cosine_restarts" else {}
-    got = factors(range(8), 8, shape=shape, warmup_steps=100, final_fraction=0.0, **more)
+    more = {} if shape == "constant" else {"final_fraction": 0.0}
+    more |= {"cycles": 1} if shape == "cosine_restarts" else {}
+    got = factors(range(8), 8, shape=shape, warmup_steps=100, **more)
     assert got[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
     assert all(later <= earlier for earlier, later in itertools.pairwise(got[4:]))
     assert all(0 < factor <= 1 for factor in got)

@@ -22,7 +22,7 @@ from minnow.model.lora import LoraConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, ScheduleConfig
-from minnow.stages import pretrain
+from minnow.stages import distill, pretrain, sft
 from minnow.stages.language_model import num_held_out_rows, total_steps
 from minnow.tokenizer import Tokenizer, train_tokenizer
 from minnow.training.config import TrainingConfig
@@ -65,6 +65,31 @@ def test_the_run_folder_says_what_really_ran(config: pretrain.Config) -> None:
     assert {"metrics.jsonl", "checkpoints", "model", "report.html"} <= {path.name for path in run.iterdir()}
     saved = {path.name for path in (run / "model").iterdir()}
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= saved
+
+
+def test_what_is_trained_already_learns_at_a_fifth_of_the_rate(config: pretrain.Config) -> None:
+    """`minnow sft`, `distill` and continued pretraining had a new model's rates where none was given, five times those
+    of the recipes: enough to lose much of what the model knew."""
+    talk = {"messages": [{"role": "user", "content": "Who swims?"}, {"role": "assistant", "content": "The red fish."}]}
+    talks = Path(config.run).parent / "talks.jsonl"
+    talks.write_text(f"{json.dumps(talk)}\n" * 40)
+    once = replace(config.training, steps=1, validate_every=0)
+    pretrain.run(replace(config, training=once))
+    further = {"init_from": config.run, "sequence_length": 64, "training": once}
+    taught = further | {"data": replace(config.data, paths=(str(talks),))}
+    rates = {"new": _peak(config.run)}
+    for stage, settings in ((pretrain, further | {"data": config.data}), (sft, taught)):
+        name = stage.__name__.rpartition(".")[2]
+        stage.run(stage.Config(run=f"{config.run}-{name}", **settings))
+        rates[name] = _peak(f"{config.run}-{name}")
+    distill.run(distill.Config(run=f"{config.run}-distill", teacher=config.run, **taught))
+    rates["distill"] = _peak(f"{config.run}-distill")
+    assert rates == pytest.approx({"new": 0.01, "pretrain": 0.002, "sft": 0.002, "distill": 0.002})
+
+
+def _peak(run: str) -> float:
+    """The rate of the only update: a run of one has no warm-up."""
+    return float(json.loads((Path(run) / "metrics.jsonl").read_text().splitlines()[0])["lr"])
 
 
 def test_the_best_model_is_what_patience_leaves(config: pretrain.Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,6 +138,16 @@ def test_another_configuration_is_refused_by_key(config: pretrain.Config) -> Non
     pretrain.run(config)
     with pytest.raises(UserError, match=r"training\.clip_norm: 1\.0 there, 2\.0 now"):
         pretrain.run(replace(config, training=replace(config.training, clip_norm=2.0)))
+
+
+def test_a_handful_of_updates_is_told(config: pretrain.Config, capsys: pytest.CaptureFixture[str]) -> None:
+    """A few hundred rows are a batch or two of the default size, and the model ends as it began."""
+    rows = replace(config, training=replace(config.training, steps=None, batch_tokens=4096))
+    pretrain.run(rows)
+    told = " ".join(capsys.readouterr().err.split())
+    assert "note: the data make 1 update, too few to learn much: a smaller --training.batch_tokens or more" in told
+    pretrain.run(replace(config, run=f"{config.run}-asked"))
+    assert "too few" not in capsys.readouterr().err, "who asks for steps knows how many"
 
 
 def test_the_folder_is_locked_until_the_model_is_in_it(

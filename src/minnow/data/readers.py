@@ -38,6 +38,9 @@ Record = TypeVar("Record")
 TEXT_CHARACTERS = 16_384
 """A longer document of a text file is cut at the next blank line, at the latest after four times as much."""
 END_OF_TEXT_LINE = "<|endoftext|>"
+LONGEST_ROW = 1 << 28
+"""Bytes of a line of JSON, or characters of an object in an array, at most. What goes on for longer has no line ends, a
+damaged or a wrong file, and would be read whole into memory."""
 
 _BLOCK = BLOCK
 _SPACE, _BETWEEN = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n,]*")
@@ -154,8 +157,13 @@ def rows_before(source: Source, start: int) -> int:
         return 0
     if source.format == "parquet":
         return sum(rows for rows, _ in row_groups(source.name)[:start])
-    lines, left = 1, start - 1  # the line that holds the byte before `start` is not the stretch's
-    with open_bytes(source.name) as file:
+    return _lines_before(source.name, start)
+
+
+def _lines_before(path: str, start: int) -> int:
+    """Return how many lines begin before the byte `start`, 1 or more; the last of them may go on behind it."""
+    lines, left = 1, start - 1
+    with open_bytes(path) as file:
         while block := file.read(min(_BLOCK, left)):
             lines += block.count(b"\n")
             left -= len(block)
@@ -167,15 +175,24 @@ def _jsonl(path: str, start: int = 0, stop: int | None = None) -> Iterator[tuple
         place = start
         if start:
             file.seek(start - 1)
-            place += len(file.readline()) - 1  # to the next line's first byte, which may be this one
-        for number, line in enumerate(file, 1):
+            rest = file.readline(LONGEST_ROW + 1)
+            if len(rest) > LONGEST_ROW:
+                raise _endless(path, _lines_before(path, start))
+            place += len(rest) - 1  # to the next line's first byte, which may be this one
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_ROW + 1), b""), 1):
             if stop is not None and place >= stop:
                 return
+            if len(line) > LONGEST_ROW:
+                raise _endless(path, number + (_lines_before(path, start) if start else 0))
             place += len(line)
             if number == 1 and not start:
                 line = line.removeprefix(codecs.BOM_UTF8)
             if not line.isspace():
                 yield number, line
+
+
+def _endless(path: str, line: int) -> UserError:
+    return UserError(f"{path}:{line}: a row of more than {LONGEST_ROW >> 20} MB: are line ends missing?")
 
 
 def _json(path: str) -> Iterator[tuple[int, Raw]]:
@@ -237,6 +254,8 @@ def _json_array(path: str) -> Iterator[tuple[int, Raw]]:
                 line += buffer.count("\n", place, end)
                 place, block = end, _BLOCK
                 continue
+            if len(buffer) - place > LONGEST_ROW:
+                raise _endless(path, line)
             more = read(block)
             if not more:
                 raise UserError(f"{path}:{line}: the JSON array breaks off: {problem or 'no closing bracket'}")

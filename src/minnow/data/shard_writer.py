@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from minnow.data.shards import FORMAT_VERSION, file_sha256, token_dtype
-from minnow.disk import atomic_write, told_when_full
+from minnow.disk import atomic_write, temporary_beside, told_when_full
 
 
 class _HashedFile:
@@ -20,7 +20,7 @@ class _HashedFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.temporary = path.with_name(f".{path.name}.tmp")
+        self.temporary = temporary_beside(path)
         self.file: BinaryIO = open(self.temporary, "wb")  # noqa: SIM115 (closed in finish)
         self.sha256 = hashlib.sha256()
         self.bytes = 0

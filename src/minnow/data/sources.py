@@ -11,11 +11,12 @@ from pathlib import Path
 
 from minnow.config import UserError
 from minnow.data.files import COMPRESSIONS, find_files, is_url, without_query
+from minnow.errors import first_line
+from minnow.hub import is_hub_id
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".txt": "txt"}
 
 _WEIGHT = re.compile(r"(.+)@([0-9.eE+-]+)")
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+){0,2}")
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,8 @@ def pinned(source: Source) -> Source:
         return replace(source, revision=huggingface_hub.HfApi().dataset_info(repository).sha)
     except Exception as error:
         raise UserError(
-            f"{source.name}: the Hugging Face hub does not know it or cannot be reached: {error}"
+            f"{repository}: no such file or folder here, and the Hugging Face Hub does not know it or cannot be "
+            f"reached ({first_line(error)})"
         ) from error
 
 
@@ -95,7 +97,8 @@ def _resolve(written: str) -> list[Source]:
             raise UserError(f"{path}: no file matches")
         return [_local(p, weight) for p in matches]
     name = path.removeprefix("hub:")
-    if _HUB_NAME.fullmatch(name) and (path != name or _suffix(path) not in FORMATS):
+    repository, *rest = name.split(":")
+    if is_hub_id(repository) and len(rest) <= 2 and all(rest) and (path != name or _suffix(path) not in FORMATS):
         return [Source(f"hub:{name}", "hub", weight)]
     raise UserError(f"{path}: no such file or folder")
 

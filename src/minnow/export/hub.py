@@ -8,7 +8,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
 
-from minnow.config import UserError, first_line
+from minnow.config import UserError
+from minnow.errors import first_line
 
 # What a model folder and minnow's exports consist of: nothing else that lies there is published.
 FILES = ("*.json", "*.safetensors", "*.jinja", "README.md", "curves.png", "*.gguf", "Modelfile", "onnx/*")

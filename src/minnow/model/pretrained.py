@@ -14,8 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minnow.config import UserError, first_line
-from minnow.disk import beside, opened_to_others, told_when_full
+from minnow.config import UserError
+from minnow.disk import opened_to_others, temporary_beside, told_when_full
+from minnow.errors import first_line
+from minnow.hub import is_hub_id
 from minnow.json_file import read_json
 from minnow.model.adapter import (
     adapter_weights,
@@ -65,7 +67,7 @@ def save_pretrained(
     if not writes():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = beside(folder, "tmp")
+    temporary = temporary_beside(folder)
     with told_when_full(folder):
         temporary.mkdir()
         try:
@@ -243,18 +245,6 @@ def resolve_model_folder(model: str | Path) -> Path:
     return folder
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether `name` reads OWNER/NAME as the Hugging Face Hub's ids do: ../model and runs/小鱼 are folders."""
-    from huggingface_hub.errors import HFValidationError
-    from huggingface_hub.utils import validate_repo_id
-
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return "/" in name
-
-
 def is_model_folder(folder: Path) -> bool:
     """Whether `folder` holds a model or an adapter."""
     return (folder / "config.json").is_file() or is_adapter(folder)
@@ -362,7 +352,7 @@ def _replace_folder(temporary: Path, folder: Path) -> None:
     if not folder.exists():
         os.rename(temporary, folder)
         return
-    aside = beside(folder, "old")
+    aside = temporary_beside(folder, "old")
     os.rename(folder, aside)
     try:
         os.rename(temporary, folder)

@@ -56,14 +56,16 @@ def parameter_groups(model: nn.Module) -> dict[Kind, list[tuple[str, nn.Paramete
     return groups
 
 
-def build_optimizers(model: nn.Module, config: OptimConfig, *, tokens_per_batch: int) -> list[Optimizer]:
+def build_optimizers(
+    model: nn.Module, config: OptimConfig, *, tokens_per_batch: int, trained: bool = False
+) -> list[Optimizer]:
     """Give [Muon, AdamW] or [AdamW] over the trainable parameters, without those that would have none.
 
     Every group has `kind`, `base_lr` (its peak learning rate, for `set_learning_rates`) and torch's
     `param_names`. `tokens_per_batch` counts all ranks and micro-batches and matters only with
-    `reference_batch_tokens`.
+    `reference_batch_tokens`. `trained`: the model has learnt already (see `OptimConfig.learning_rates`).
     """
-    matrix_lr, embedding_lr, norm_lr, router_lr = config.learning_rates(tokens_per_batch)
+    matrix_lr, embedding_lr, norm_lr, router_lr = config.learning_rates(tokens_per_batch, trained=trained)
     rates: dict[Kind, float] = {
         "matrix": matrix_lr,
         "embedding": embedding_lr,

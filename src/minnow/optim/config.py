@@ -18,6 +18,8 @@ OF_MUON = (
     "update_scale",
 )
 """Settings that AdamW does not have."""
+OF_A_TRAINED_MODEL = 0.2
+"""Default learning rates of a model that is trained further, as a share of a new one's: it is to be steered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,18 +30,20 @@ class OptimConfig:
     """muon: Muon for the q, k, v, o, gate, up and down matrices, AdamW for the rest; adamw: AdamW for all."""
 
     matrix_lr: float | None = None
-    """Peak learning rate of those matrices. null: 0.01 with muon, 0.002 with adamw."""
+    """Peak learning rate of those matrices. null: 0.01 with muon, 0.002 with adamw; where training starts from a
+    trained model a fifth of it, 0.002 and 0.0004."""
 
     embedding_lr: float | None = None
-    """Peak learning rate (AdamW) of embeddings, head and other matrices. null: 0.004 with muon, matrix_lr
-    with adamw."""
+    """Peak learning rate (AdamW) of embeddings, head and other matrices. null: 0.004 with muon (from a trained model
+    0.0008), matrix_lr with adamw."""
 
     norm_lr: float | None = None
-    """Peak learning rate (AdamW) of norm gains and biases. null: 0.005 with muon, matrix_lr with adamw."""
+    """Peak learning rate (AdamW) of norm gains and biases. null: 0.005 with muon (from a trained model 0.001),
+    matrix_lr with adamw."""
 
     router_lr: float | None = None
-    """Peak learning rate (AdamW) of the routers of a mixture of experts. null: 0.001 with muon, matrix_lr with
-    adamw."""
+    """Peak learning rate (AdamW) of the routers of a mixture of experts. null: 0.001 with muon (from a trained model
+    0.0002), matrix_lr with adamw."""
 
     reference_batch_tokens: int | None = None
     """Tokens a batch for which the learning rates are meant; those used are sqrt(tokens a batch / this) times
@@ -95,12 +99,16 @@ class OptimConfig:
         if self.optimizer != "muon":
             refuse_unused(self, dict.fromkeys(OF_MUON, f"the optimizer is {self.optimizer}, not muon"), "optim.")
 
-    def learning_rates(self, tokens_per_batch: int) -> tuple[float, float, float, float]:
-        """Give the peak learning rates of (matrices, embeddings, norms, routers) for a batch of that many tokens."""
+    def learning_rates(self, tokens_per_batch: int, *, trained: bool) -> tuple[float, float, float, float]:
+        """Give the peak learning rates of (matrices, embeddings, norms, routers) for a batch of that many tokens.
+
+        trained: the model has learnt already; what is null is then a fifth of what makes a new one.
+        """
+        share = OF_A_TRAINED_MODEL if trained else 1.0
         if self.optimizer == "muon":
-            defaults = (0.01, 0.004, 0.005, 0.001)
+            defaults = (0.01 * share, 0.004 * share, 0.005 * share, 0.001 * share)
         else:
-            matrix_lr = 0.002 if self.matrix_lr is None else self.matrix_lr
+            matrix_lr = 0.002 * share if self.matrix_lr is None else self.matrix_lr
             defaults = (matrix_lr, matrix_lr, matrix_lr, matrix_lr)
         chosen = (self.matrix_lr, self.embedding_lr, self.norm_lr, self.router_lr)
         factor = 1.0

@@ -8,8 +8,13 @@ from typing import Literal
 
 from minnow.config import UserError, refuse_unused
 
-ONLY_OF = {"decay_fraction": "wsd", "decay_shape": "wsd", "cycles": "cosine_restarts"}
-"""Settings that only one shape has."""
+OWNERS = {
+    "decay_fraction": ("wsd",),
+    "decay_shape": ("wsd",),
+    "final_fraction": ("wsd", "cosine", "linear", "cosine_restarts"),
+    "cycles": ("cosine_restarts",),
+}
+"""Settings that not every shape has, with those that have them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +35,7 @@ class ScheduleConfig:
     """wsd: how it falls: linear, or sqrt for 1 - sqrt(share of the decay done)."""
 
     final_fraction: float = 0.05
-    """Learning rate at the end of the run as a share of the peak (not used by constant)."""
+    """Learning rate at the end of the run as a share of the peak; constant has none."""
 
     cycles: int = 4
     """cosine_restarts: cosines after the warm-up, all of the same length."""
@@ -43,8 +48,12 @@ class ScheduleConfig:
                 raise UserError(f"schedule.{name} is {getattr(self, name)}: give a share from 0 to 1")
         if self.cycles < 1:
             raise UserError(f"schedule.cycles is {self.cycles}: give 1 or more")
-        others = {key: shape for key, shape in ONLY_OF.items() if shape != self.shape}
-        refuse_unused(self, {key: f"the shape is {self.shape}, not {of}" for key, of in others.items()}, "schedule.")
+        unused = {key: owners for key, owners in OWNERS.items() if self.shape not in owners}
+        refuse_unused(
+            self,
+            {key: f"the shape is {self.shape}, not {' or '.join(owners)}" for key, owners in unused.items()},
+            "schedule.",
+        )
 
 
 def learning_rate_factor(config: ScheduleConfig, step: int, total_steps: int) -> float:

@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCardData, try_to_load_from_cache
 from minnow import __version__
 from minnow.data.files import without_query
 from minnow.disk import atomic_write
-from minnow.model.pretrained import is_hub_id
+from minnow.hub import is_hub_id
 from minnow.model.reward_model import is_classification
 from minnow.report.lineage import Run, lineage, origin, read_rollouts, run_of, seconds_in_updates
 from minnow.report.plots import figures_of, save_figure

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from minnow.config import UserError, first_line
+from minnow.config import UserError
 from minnow.data.prompts import Prompt
+from minnow.errors import first_line
 from minnow.evaluation.judge import Judge, load_judge
 from minnow.rl.answers import AnswerKind, check_reference, final_answer, is_right
 from minnow.rl.environment_calls import shown

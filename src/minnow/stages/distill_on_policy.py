@@ -139,7 +139,9 @@ def run(config: Config) -> None:
         folder=folder.path,
         title="distill on-policy",
         model=student,
-        optimizers=build_optimizers(student, config.optim, tokens_per_batch=longest_batch(config.rollout)),
+        optimizers=build_optimizers(
+            student, config.optim, tokens_per_batch=longest_batch(config.rollout), trained=True
+        ),
         schedule=config.schedule,
         objective=objective,
         source=OnPolicyBatches(

@@ -36,6 +36,9 @@ from minnow.training.session import Machine, RunFolder, train, with_machine, wit
 from minnow.training.trainer import Trainer
 from minnow.training.validation import Evaluation, LanguageModelValidation
 
+FEW_UPDATES = 20
+"""Of fewer than these the user is told: they are hardly more than a warm-up."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class LanguageModelConfig:
@@ -45,6 +48,8 @@ class LanguageModelConfig:
     """Run folder: config.yaml, metrics.jsonl, checkpoints/, model/ and report.html go there."""
     overwrite: bool = False
     """Delete what is in the run folder and start anew."""
+    init_from: str | None
+    """Model to start from: a model folder, a run folder or a Hub id."""
     data: DataConfig
     """What to train on."""
     stream: bool = False
@@ -233,6 +238,11 @@ def _train(
         f"{config.training.batch_tokens:,}; {flops:.2e} FLOPs; rows {packed.train.window_fill(0):.1%} full; "
         f"{device_name(machine.device)}, {config.training.precision}",
     )
+    if config.training.steps is None and steps < FEW_UPDATES:
+        console.print(
+            f"note: the data make {steps} update{'s' * (steps > 1)}, too few to learn much: a smaller "
+            "--training.batch_tokens or more --training.epochs makes more"
+        )
 
     def say(text: str) -> None:
         console.print(text)
@@ -240,7 +250,10 @@ def _train(
     with advised("preparing to train", config):
         machine.place(model, config.training, flops, say)
         lesson = make_lesson(packed)
-        optimizers = build_optimizers(model, config.optim, tokens_per_batch=config.training.batch_tokens)
+        trained = config.init_from is not None
+        optimizers = build_optimizers(
+            model, config.optim, tokens_per_batch=config.training.batch_tokens, trained=trained
+        )
         if config.training.micro_batch_tokens == "auto":
             if machine.device.type == "cuda":
                 say("looking for the largest micro-batch that fits")

@@ -34,7 +34,9 @@ class Config(LanguageModelConfig):
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(batch_tokens=16_384))
     """The training loop."""
     optim: OptimConfig = field(
-        default_factory=lambda: OptimConfig(optimizer="adamw", matrix_lr=1e-4, embedding_lr=1e-3, betas=(0.9, 0.99))
+        default_factory=lambda: OptimConfig(
+            optimizer="adamw", matrix_lr=1e-4, embedding_lr=1e-3, weight_decay=0.0, betas=(0.9, 0.99)
+        )
     )
     """The optimizer. The new head learns at embedding_lr."""
     schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(shape="linear", warmup_steps=10))

@@ -186,7 +186,10 @@ def run(config: Config) -> None:
         title="rl",
         model=model,
         optimizers=build_optimizers(
-            model, config.optim, tokens_per_batch=longest_batch(config.rollout, config.algorithm.minibatches)
+            model,
+            config.optim,
+            tokens_per_batch=longest_batch(config.rollout, config.algorithm.minibatches),
+            trained=True,
         ),
         schedule=config.schedule,
         objective=PolicyObjective(

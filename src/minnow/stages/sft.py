@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from minnow.console import plain_console
+from minnow.optim import OptimConfig, ScheduleConfig
 from minnow.stages.language_model import LanguageModelConfig, run_language_model
 from minnow.tokenizer.template import chat_template
 from minnow.training.config import TrainingConfig
@@ -23,6 +24,10 @@ class Config(LanguageModelConfig):
     """Teach minnow's chat template to a model that came with another; it is saved with minnow's."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=2, batch_tokens=32_768))
     """The training loop."""
+    optim: OptimConfig = field(default_factory=lambda: OptimConfig(weight_decay=0.0))
+    """The optimizer."""
+    schedule: ScheduleConfig = field(default_factory=lambda: ScheduleConfig(shape="linear", warmup_steps=20))
+    """The learning rate over time."""
 
 
 def run(config: Config) -> None:

@@ -9,8 +9,9 @@ from typing import Any
 
 import tokenizers
 
-from minnow.config import UserError, first_line
+from minnow.config import UserError
 from minnow.disk import atomic_write
+from minnow.errors import first_line
 from minnow.json_file import read_json
 from minnow.tokenizer.roles import Roles, read_roles
 from minnow.tokenizer.special import END_OF_TEXT

@@ -19,7 +19,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from minnow.data.batches import Batch, PackedRows
-from minnow.disk import beside, told_when_full
+from minnow.disk import temporary_beside, told_when_full
 from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.distillation import (
@@ -140,7 +140,7 @@ def teacher_store(
     key = [weights_fingerprint(teacher), str(teacher.compute_dtype), *asked]
     folder = cache / f"teacher-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}"
     if not folder.exists():
-        temporary = beside(folder, "tmp")
+        temporary = temporary_beside(folder)
         temporary.mkdir(parents=True)
         try:
             with told_when_full(folder):
