@@ -78,13 +78,16 @@ def test_what_is_trained_already_learns_at_a_fifth_of_the_rate(config: pretrain.
     further = {"init_from": config.run, "sequence_length": 64, "training": once}
     taught = further | {"data": replace(config.data, paths=(str(talks),))}
     rates = {"new": _peak(config.run)}
-    for stage, settings in ((pretrain, further | {"data": config.data}), (sft, taught)):
-        name = stage.__name__.rpartition(".")[2]
+    for name, stage, settings in (
+        ("pretrain", pretrain, further | {"data": config.data}),
+        ("sft", sft, taught),
+        ("adapters", sft, taught | {"lora": LoraConfig(rank=2)}),
+    ):
         stage.run(stage.Config(run=f"{config.run}-{name}", **settings))
         rates[name] = _peak(f"{config.run}-{name}")
     distill.run(distill.Config(run=f"{config.run}-distill", teacher=config.run, **taught))
     rates["distill"] = _peak(f"{config.run}-distill")
-    assert rates == pytest.approx({"new": 0.01, "pretrain": 0.002, "sft": 0.002, "distill": 0.002})
+    assert rates == pytest.approx({"new": 0.01, "pretrain": 0.002, "sft": 0.002, "adapters": 0.01, "distill": 0.002})
 
 
 def _peak(run: str) -> float:

@@ -31,7 +31,7 @@ class OptimConfig:
 
     matrix_lr: float | None = None
     """Peak learning rate of those matrices. null: 0.01 with muon, 0.002 with adamw; where training starts from a
-    trained model a fifth of it, 0.002 and 0.0004."""
+    trained model, and not with adapters, a fifth of it, 0.002 and 0.0004."""
 
     embedding_lr: float | None = None
     """Peak learning rate (AdamW) of embeddings, head and other matrices. null: 0.004 with muon (from a trained model

@@ -250,7 +250,7 @@ def _train(
     with advised("preparing to train", config):
         machine.place(model, config.training, flops, say)
         lesson = make_lesson(packed)
-        trained = config.init_from is not None
+        trained = config.init_from is not None and not config.lora.rank  # adapters are new, whatever they stand beside
         optimizers = build_optimizers(
             model, config.optim, tokens_per_batch=config.training.batch_tokens, trained=trained
         )
