@@ -64,6 +64,17 @@ def test_bits_per_byte_of_files(run_folder, tmp_path):
     assert set(figures) == {"bits_per_byte/lake.txt", "bits_per_byte/sea.jsonl"}
 
 
+def test_the_file_says_what_was_done_to_the_model_first(run_folder, tmp_path):
+    """The card took figures of the model as int8 for those of the weights that it stands beside."""
+    (tmp_path / "lake.txt").write_text("The lake is deep.")
+    out = tmp_path / "figures.json"
+    command = ["eval", str(run_folder), "--tasks", "bpb", "--device", "cpu", "--text", str(tmp_path / "lake.txt")]
+    command += ["--json", str(out)]
+    for more, changed in (([], ""), (["--quantize", "int8", "--rope-scaling", "yarn"], "int8, yarn")):
+        assert main([*command, *more]) == 0
+        assert json.loads(out.read_text())["changed"] == changed
+
+
 def test_an_unknown_task_is_one_line(run_folder, capsys):
     assert main(["eval", str(run_folder), "--tasks", "algebra"]) == 2
     assert "no such task; there are arithmetic, bpb," in capsys.readouterr().err

@@ -92,6 +92,17 @@ def test_a_run_and_the_one_before_it(tmp_path: Path) -> None:
         assert program in text
 
 
+def test_figures_of_a_rounded_model_are_not_those_of_the_model(tmp_path: Path) -> None:
+    """What `minnow eval --quantize int8` had written was claimed of the weights in the folder."""
+    run = a_run(tmp_path / "tuned", data="x.jsonl")
+    bar = {"value": 0.5, "low": 0.4, "high": 0.6, "rows": 540}
+    content = {"model": "x", "tasks": {"pond": {"unit": "share", "seconds": 1.0, "figures": {"exact_match/en": bar}}}}
+    for changed, shown in (("", True), ("int8", False)):
+        (run / "evaluation.json").write_text(json.dumps(content | {"changed": changed}), encoding="utf-8")
+        text = write_model_card(run / "model").read_text(encoding="utf-8")  # type: ignore[union-attr]
+        assert ("exact_match/en" in text) == shown
+
+
 def test_under_patience_the_figures_are_those_of_the_model_that_was_kept(tmp_path: Path) -> None:
     """The last ones are of weights that nobody has: the card called the model worse and longer trained than it is."""
     training = {"batch_tokens": 4096, "patience": 2}

@@ -228,6 +228,14 @@ def test_a_run_does_not_learn_from_a_damaged_shard(config: pretrain.Config, tmp_
     assert not (other / "metrics.jsonl").exists()
 
 
+def test_a_model_that_a_kill_left_half_written_does_not_stay(config: pretrain.Config) -> None:
+    left_over = Path(config.run) / ".model.0a1b2c3d.tmp"
+    left_over.mkdir(parents=True)
+    (left_over / "model.safetensors").write_bytes(b"half")
+    pretrain.run(config)
+    assert not [path.name for path in Path(config.run).iterdir() if path.name.endswith(".tmp")]
+
+
 def test_overwrite_deletes_runs_only(config: pretrain.Config, tmp_path: Path) -> None:
     precious = tmp_path / "precious"
     precious.mkdir()

@@ -96,9 +96,12 @@ def show(results: Sequence[TaskResult], console: Console) -> None:
     console.print(table)
 
 
-def write_results(path: str | Path, model: str, results: Sequence[TaskResult]) -> None:
-    """Write the figures as JSON: {"model", "tasks": {task: {"unit", "seconds", "figures": {name: ...}}}}."""
-    content = {"model": model, "tasks": {result.task: result.to_dict() for result in results}}
+def write_results(path: str | Path, model: str, results: Sequence[TaskResult], *, changed: str = "") -> None:
+    """Write the figures as JSON: {"model", "changed", "tasks": {task: {"unit", "seconds", "figures": {name: ...}}}}.
+
+    changed: what was done to the stored model before it was examined, such as "int8"; nothing by default.
+    """
+    content = {"model": model, "changed": changed, "tasks": {result.task: result.to_dict() for result in results}}
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 

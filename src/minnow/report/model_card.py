@@ -227,8 +227,9 @@ def _evaluation(results: dict[str, Any]) -> list[str]:
 
 
 def _results(path: Path) -> dict[str, Any]:
-    """The tasks of a file that `minnow eval --json` wrote."""
-    return dict(json.loads(path.read_text(encoding="utf-8"))["tasks"]) if path.is_file() else {}
+    """The tasks of a file that `minnow eval --json` wrote; none where the model was rounded or stretched for them."""
+    content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return {} if content.get("changed") else dict(content.get("tasks", {}))
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -106,7 +106,8 @@ def run(config: Config) -> None:
     results = evaluate(model, tokenizer, tasks, max_rows=config.max_rows)
     show(results, plain_console())
     if config.json is not None:
-        write_results(config.json, config.model, results)
+        changes = [config.quantize if config.quantize != "none" else None, config.rope_scaling]
+        write_results(config.json, config.model, results, changed=", ".join(filter(None, changes)))
     if config.rows is not None:
         write_rows(config.rows, results)
     if config.plot is not None:

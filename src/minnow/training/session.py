@@ -222,6 +222,8 @@ class RunFolder:
         self.lock.take()
         if overwrite:
             self.clear("config.yaml")
+        for left_over in self.path.glob(".model.????????.tmp"):  # of a process that was killed while it wrote its model
+            shutil.rmtree(left_over)
         text = config_to_yaml(config)
         if self.config_file.exists():
             before = _flatten(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
