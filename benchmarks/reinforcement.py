@@ -59,10 +59,11 @@ def main() -> None:
 def practise(options: argparse.Namespace, work: Path, preset: str, seed: int) -> dict[str, float]:
     """One run, and what its model can do then."""
     run = work / f"{preset}-{seed}"
+    critic = ["--algorithm.critic.warmup_phases", "1"] if preset == "ppo" else []
     minnow(
         preset, "--config", str(RECIPES / "rl-sums-pond.yaml"), "--init_from", options.model, "--run", str(run),
         "--prompts", f"{options.pond}/sums.jsonl", "--held_out", f"{options.pond}/sums_held_out.jsonl",
-        "--training.seed", str(seed), *options.settings,
+        "--training.seed", str(seed), *critic, *options.settings,
     )  # fmt: skip
     return examine(str(run), options.pond, work / f"{preset}-{seed}") | {"sums": held_out_curve(run)[-1][1]}
 

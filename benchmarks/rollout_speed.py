@@ -61,7 +61,7 @@ def main() -> None:
         model = load_pretrained(folder).eval()
         # Only full blocks are shared, and none of these is ever full before the context is.
         engines["live, apart"] = Engine(model, tokenizer, block_size=model.config.max_position_embeddings)
-    rewarder = Rewarder(RewardConfig(answer_kind="number"), enable_thinking=True, device=torch.device("cpu"))
+    rewarder = Rewarder(RewardConfig(answer_kind="number"), device=torch.device("cpu"))
     prompts = read_prompts((options.prompts,))
     if options.tool:
         prompts = [replace(p, conversation=replace(p.conversation, tools=(CALCULATOR.schema,))) for p in prompts]

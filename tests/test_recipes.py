@@ -193,7 +193,8 @@ def test_recipes_practise_at_a_tiny_setting(name: str, command: str, pond: Path)
         Path(conversations).symlink_to("pond/sft.jsonl")
     words = f"--config {RECIPES[0].parent}/rl-{name}.yaml --init_from start --phases 1 --watch.patience 0"
     words += " --rollout.prompts 4 --rollout.max_tokens 4 --training.device cpu --training.precision fp32"
-    words += " --algorithm.critic.warmup_phases 0 --sequence_length 2048 --training.validate_every 0"
+    words += " --sequence_length 2048 --training.validate_every 0"
+    words += " --algorithm.critic.warmup_phases 0" if command == "ppo" else ""
     assert cli.main([command, *words.split()]) == 0
     lines = (pond / f"runs/rl-{name}/metrics.jsonl").read_text().splitlines()
     assert any("held_out/reward" in json.loads(line) for line in lines)

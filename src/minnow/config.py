@@ -109,7 +109,10 @@ def refuse_unused(config: Any, unused: Mapping[str, str], section: str = "") -> 
     for key, owner in unused.items():
         value = operator.attrgetter(key)(config)
         if value != defaults[key]:
-            raise UserError(f"{section}{key} is {value}, which has no effect here: {owner}; leave it out")
+            default = "null" if defaults[key] is None else defaults[key]
+            raise UserError(
+                f"{section}{key} is {value}, which has no effect here: {owner}; leave it out, or at {default}"
+            )
 
 
 # --- Text to values, values to a configuration ----------------------------------------------------

@@ -270,6 +270,17 @@ def test_group_advantages():
     assert leave_one_out_advantages(rewards)[0].tolist() == pytest.approx([2 / 3, -2 / 3, -2 / 3, 2 / 3])
 
 
+@pytest.mark.parametrize("reward", [0.1, 0.7, 1 / 3])
+@pytest.mark.parametrize("answers", [3, 5, 6, 7, 12, 100])
+def test_answers_that_earn_the_same_have_no_advantage(reward, answers):
+    """Not 1e-13 either, by the rounding of a mean: the optimizer takes a whole step on the smallest gradient (B9)."""
+    same = torch.full((1, answers), reward, dtype=torch.float64)
+    assert not group_advantages(same, scale=True).any()
+    assert not group_advantages(same, scale=False).any()
+    assert not leave_one_out_advantages(same).any()
+    assert not whiten(same[0]).any()
+
+
 def test_whitening():
     values = torch.tensor([1.0, 2.0, 6.0], dtype=torch.float64)  # mean 3, variance (4 + 1 + 9) / 3 = 14/3
     sigma = math.sqrt(14 / 3)

@@ -37,7 +37,7 @@ def test_a_reward_model_that_fails_ends_the_run(monkeypatch, model) -> None:
     monkeypatch.setattr("minnow.rl.rewards.load_judge", lambda path, device: model)
     items = [episode("4"), episode("5")]
     with pytest.raises(UserError, match="the reward 'reward_model' (failed: RuntimeError: CUDA|gave nan)"):
-        Rewarder(RewardConfig(reward_model="x"), enable_thinking=False).score(items)
+        Rewarder(RewardConfig(reward_model="x")).score(items)
 
 
 def stirred() -> Engine:

@@ -85,6 +85,7 @@ def phases(
     prompts: int = 12,
     model: CausalLM | None = None,
     critic: Critic | None = None,
+    reference: CausalLM | None = None,
 ) -> tuple[Phases, Clock]:
     """Phases whose answers are three random tokens, a pure function of the seed and the place."""
     clock = Clock()
@@ -109,7 +110,7 @@ def phases(
     return Phases(
         how,
         engine=SimpleNamespace(model=policy, tokenizer=SimpleNamespace(decode=str), weights_updated=lambda: None),  # type: ignore[arg-type]
-        reference=None,
+        reference=reference,
         critic=critic,
         prompts=[prompt(number) for number in range(prompts)],
         make_environment=SingleTurn,

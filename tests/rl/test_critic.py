@@ -10,14 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from minnow.config import UserError
+from minnow.cli import PRESETS
+from minnow.config import UserError, parse_config
 from minnow.data.batches import Share
 from minnow.model.attention import PackedAttention
 from minnow.model.reward_model import RewardModel
 from minnow.rl.algorithm import AlgorithmConfig, CriticConfig
 from minnow.rl.critic import Critic
 from minnow.rl.experience import pack_trajectories
+from minnow.stages import rl
 from minnow.training.loss_scale import LossScale
+from minnow.training.session import Machine
+from tests.rl.helpers import saved
 from tests.rl.phase_helpers import phases, settings, stirred, trajectory
 
 EPISODE = trajectory([5, 9, 13, 21, 7, 4, 30], wrote=4)
@@ -114,6 +118,18 @@ def test_the_critic_learns_before_the_policy_does(monkeypatch: pytest.MonkeyPatc
     assert not torch.equal(heads[1], heads[2])
     kept = start.state_dict()
     assert all(torch.equal(tensor, kept[name]) for name, tensor in policy.state_dict().items())
+
+
+def test_the_critic_keeps_no_more_activations_than_the_policy(tmp_path: Path) -> None:
+    """It kept all of them, whatever training.gradient_checkpointing said: it, and not the policy, filled the memory."""
+    words = f"--config {PRESETS / 'ppo.yaml'} --init_from {saved(tmp_path / 'start')} --prompts x --training.device cpu"
+    for mode in ("off", "full"):
+        words_too = [*words.split(), "--training.gradient_checkpointing", mode]
+        config = parse_config(rl.Config, words_too, program="minnow ppo")
+        it = rl._critic(config, Machine.choose(config.training))
+        assert it is not None
+        assert it.model.gradient_checkpointing == mode
+        update(it)
 
 
 def test_in_fp16_small_gradients_do_not_vanish() -> None:

@@ -221,7 +221,7 @@ def test_nearly_all_left_out_ends_the_run_with_what_to_change():
 
 def test_rewards_judge_nothing_of_it():
     episodes = judged([0, 0, 0], 1, left_out=(1,))
-    Rewarder(RewardConfig(functions=(f"{__name__}:strict",)), enable_thinking=False).score(episodes)
+    Rewarder(RewardConfig(functions=(f"{__name__}:strict",))).score(episodes)
     assert episodes[1].rewards == {}
     assert episodes[0].rewards[f"{__name__}:strict"] == 2.0
 

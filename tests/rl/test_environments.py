@@ -54,6 +54,8 @@ def test_look_up_knows_the_pond_in_both_languages(tmp_path):
             environment = make(prompt("Where?"))
             call = ("look_up", {"subject": creature.name(language), "property": "home"})
             assert environment.step(calls(call)).messages[0].content == creature.fact("home", language)
+    with pytest.raises(UserError, match="environment question does not read it"):  # look_up was forgotten
+        environment_maker("question", pond=str(tmp_path / "pond"))
     with pytest.raises(UserError, match="--pond"):
         environment_maker("look_up", pond=None)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from minnow.rl.advantages import PhaseScores
-from minnow.rl.figures import pass_figures, phase_figures
+from minnow.rl.figures import pass_figures, phase_figures, thinking_figures
 from minnow.rl.rollouts import Trajectory
 from minnow.tokenizer.chat import Message
 from tests.rl.phase_helpers import trajectory
@@ -50,6 +50,18 @@ def test_the_figures_of_two_answers_by_hand(reference: bool) -> None:
     if reference:
         by_hand["kl_to_reference"] = -0.0625  # (0.5 - 1 + 0 + 0.25) / 4: so few tokens may say less than 0
     assert figures == pytest.approx(by_hand, abs=1e-6)
+
+
+def test_of_a_mixture_both_kinds_are_told_apart() -> None:
+    """Two of four were to think."""
+    answers = [
+        trajectory([5, 6, 7], 1, reward, thinking=thinking)
+        for reward, thinking in ((1.0, True), (0.5, True), (0.0, False), (0.5, False))
+    ]
+    assert thinking_figures(answers) == {"thinking": 0.5, "reward_thinking": 0.75, "reward_at_once": 0.25}
+    assert thinking_figures(answers[:2]) == thinking_figures(answers[2:]) == {}
+    figures = phase_figures(answers, PhaseScores(OLD[1:] * 4, None, penalties=[]), samples=2)
+    assert figures["reward_thinking"] == 0.75
 
 
 def judged(marks: list[list[float]], *, by: str) -> list[Trajectory]:

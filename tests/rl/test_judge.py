@@ -91,11 +91,11 @@ def test_the_judge_is_asked_as_configured(judge):
 def test_as_one_reward_of_several(judge):
     url, asked, _ = judge
     items = [episode("good: 4")]
-    Rewarder(RewardConfig(judge=JudgeConfig(url=url, weight=2.0)), enable_thinking=False).score(items)
+    Rewarder(RewardConfig(judge=JudgeConfig(url=url, weight=2.0))).score(items)
     assert items[0].rewards == {"answer": 1, "environment": 0, "judge": 0.9}  # before the weight, as the others
     assert items[0].reward == pytest.approx(2.8)
     asked.clear()
-    Rewarder(RewardConfig(judge=JudgeConfig(url=url, weight=0.0)), enable_thinking=False).score(items := [episode("4")])
+    Rewarder(RewardConfig(judge=JudgeConfig(url=url, weight=0.0))).score(items := [episode("4")])
     assert items[0].rewards == {"answer": 1, "environment": 0}
     assert not asked
 
@@ -117,7 +117,7 @@ def test_a_reply_without_a_mark_is_left_out_and_never_a_zero(judge, caplog):
     said = ["fine!", "70", "-5", "Marks from 0 to 10: 7", "", "8/10.", "**6.5** out of 10", "10"]
     replies += [(200, text) for text in said]
     items = [episode(f"answer {n}", asked=f"question {n}") for n in range(len(said))]
-    Rewarder(RewardConfig(answer=0, judge=JudgeConfig(url=url, parallel=1)), enable_thinking=False).score(items)
+    Rewarder(RewardConfig(answer=0, judge=JudgeConfig(url=url, parallel=1))).score(items)
     assert [item.left_out for item in items] == ["judge"] * 5 + [None] * 3
     assert [item.reward for item in items[5:]] == [0.8, 0.65, 1.0]
     assert all(item.rewards == {} for item in items[:5])

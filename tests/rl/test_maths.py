@@ -71,7 +71,7 @@ def test_hostile_answers_cost_their_time_and_no_more(caplog):
 def test_a_stall_is_left_out_and_counted_and_never_a_zero():
     items = [episode("$4$"), episode(HOSTILE[0]), episode("$5$"), episode("$4$", ending="length")]
     config = RewardConfig(answer_kind="maths", maths_seconds=3.0, repetition=0.1)
-    Rewarder(config, enable_thinking=False).score(items)
+    Rewarder(config).score(items)
     assert [item.left_out for item in items] == [None, "answer", None, None]
     assert [item.rewards.get("answer") for item in items] == [1.0, None, 0.0, 0.0]
     assert left_out_figures(items)["answer_timeouts"] == 1.0

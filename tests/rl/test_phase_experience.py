@@ -116,6 +116,27 @@ def test_answers_that_were_cut_off_are_in_no_update(
     assert line["truncated"] == pytest.approx(2 / 6)
 
 
+def test_a_phase_without_answers_to_learn_from_moves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """All were cut off: a KL term alone pulled at the weights, on answers that are not to be trained on."""
+    loss = PolicyLossConfig(kl_coef=0.5)
+    how = settings(AlgorithmConfig(advantage="batch", drop_truncated=True, loss=loss), prompts=4)
+    source, _ = phases(monkeypatch, tmp_path, how, lambda number, place: float(place), reference=stirred(1))
+    score = source.rollouts.rewarder.score
+
+    def judge(items: Sequence[Trajectory]) -> None:
+        score(items)
+        for item in items:
+            item.ending = "length"
+
+    monkeypatch.setattr(source.rollouts.rewarder, "score", judge)
+    model = source.engine.model
+    for batch in source.micro_batches(0, Share()):
+        PolicyObjective(loss, temperature=1.0)(model, batch).loss_sum.backward()
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    (line,) = map(json.loads, (tmp_path / "rollouts.jsonl").read_text().splitlines())
+    assert abs(line["kl_to_reference"]) > 1e-3  # and yet it is measured
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_every_answer_is_in_one_update_of_every_epoch(processes: int) -> None:
     rng = np.random.default_rng(2)

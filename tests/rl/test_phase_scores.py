@@ -43,7 +43,7 @@ def scored(monkeypatch: pytest.MonkeyPatch, advantage: AdvantageKind, estimator:
         advantage=advantage,
         kl_reward_coef=0.1,
         kl_reward_estimator=estimator,  # type: ignore[arg-type]
-        critic=CriticConfig(gamma=1.0, lam=1.0),
+        critic=CriticConfig(gamma=1.0, lam=1.0) if advantage == "gae" else CriticConfig(),
     )
     critic: Any = SimpleNamespace(values=lambda packed, n: [np.zeros(3, np.float32), np.zeros(1, np.float32)])
     scorer = PhaseScorer(settings(algorithm), policy, reference, critic if advantage == "gae" else None, None)

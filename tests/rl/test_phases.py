@@ -60,10 +60,10 @@ def test_every_preset_runs_and_climbs(start, tmp_path, preset):
     samples = "1" if preset in ("ppo", "spo", "reinforce++") else "4"
     prompts = "16" if samples == "1" else "4"
     rewards = ["--rewards.answer", "0", "--rewards.functions", f"{__name__}:even_ids"]
+    critic = ["--algorithm.critic.learning_rate", "0.003"] if preset == "ppo" else []
     code = rl(
         start, tmp_path / "run", "--preset", preset, *rewards, "--phases", "16", "--optim.matrix_lr", "0.02",
-        "--rollout.samples", samples, "--rollout.prompts", prompts,
-        "--algorithm.critic.learning_rate", "0.003", "--algorithm.drop_truncated", "false",
+        "--rollout.samples", samples, "--rollout.prompts", prompts, *critic,
     )  # fmt: skip
     assert code == 0
     rewards_seen = figures(tmp_path / "run", "reward")
@@ -97,6 +97,33 @@ def test_a_resumed_run_equals_an_uninterrupted_one(start, tmp_path, preset, monk
     whole, cut = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
     assert figures(tmp_path / "whole", "reward") == figures(tmp_path / "cut", "reward")
+
+
+@pytest.mark.parametrize("preset", ["grpo", "ppo"])
+def test_an_update_beyond_the_bound_is_left_out(start, tmp_path, preset, monkeypatch):
+    """The weights stay where they are, to the bit, until the next phase asks the policy anew."""
+    from minnow.training.trainer import Trainer
+
+    original, moved = Trainer.train_step, []
+
+    def watched(self):
+        before = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        figures = original(self)
+        stepped = any(not torch.equal(tensor, before[name]) for name, tensor in self.model.state_dict().items())
+        moved.append((figures["kl_old"], stepped))
+        return figures
+
+    monkeypatch.setattr(Trainer, "train_step", watched)
+    more = ["--preset", preset, "--rollout.samples", "4", "--phases", "3", "--optim.matrix_lr", "0.003"]
+    more += ["--rewards.functions", f"{__name__}:even_ids", "--algorithm.epochs", "4", "--algorithm.minibatches", "1"]
+    assert rl(start, tmp_path / "free", *more) == 0
+    free, moved[:] = list(moved), []
+    assert all(step for _, step in free)
+    bound = sorted(kl for kl, _ in free)[6]  # the middle of what an unbounded run does
+    assert rl(start, tmp_path / "bound", *more, "--algorithm.target_kl", str(bound)) == 0
+    assert [step for _, step in moved] == [kl <= bound for kl, _ in moved]
+    assert [kl for kl, _ in moved[::4]] == pytest.approx([0, 0, 0], abs=1e-9)  # a phase's first update is made
+    assert 3 <= sum(step for _, step in moved) < 12
 
 
 def test_files_that_no_checkpoint_holds_may_not_change_under_a_run(tmp_path, capsys, monkeypatch):
@@ -192,12 +219,41 @@ def test_lora_uses_itself_without_adapters_as_reference(start, tmp_path):
 @pytest.mark.parametrize("preset", ["ppo", "spo"])
 def test_one_answer_a_prompt_is_no_want_of_contrast(start, tmp_path, preset):
     more = ["--preset", preset, "--rollout.prompts", "8", "--watch.patience", "2", "--phases", "4"]
-    more += ["--algorithm.critic.warmup_phases", "1", "--algorithm.epochs", "1", "--watch.truncated", "1"]
+    more += ["--algorithm.epochs", "1", "--watch.truncated", "1"]
+    more += ["--algorithm.critic.warmup_phases", "1"] if preset == "ppo" else []
     dense = ["--rewards.functions", f"{__name__}:even_ids"]
     assert rl(start, tmp_path / "run", *more, *dense) == 0  # a group of one has no contrast of its own
     assert set(figures(tmp_path / "run", "equal_groups")) == {0.0}
     assert rl(start, tmp_path / "same", *more) == 2  # no answer is ever right
     assert set(figures(tmp_path / "same", "equal_groups")) == {1.0}
+
+
+def test_a_run_practises_with_and_without_thinking(start, tmp_path, capsys):
+    """A phase asks all eight prompts: always the same share of them, as at validations."""
+    more = ["--preset", "grpo", "--rollout.samples", "2", "--rollout.prompts", "8", "--phases", "2"]
+    more += ["--rollout.enable_thinking", "true", "--rollout.thinking_share", "0.5", "--held_out", str(start[1])]
+    assert rl(start, tmp_path / "run", *more, "--training.validate_every", "4") == 0
+    share = int(re.search(r"(\d) of 8 prompts are reasoned about", capsys.readouterr().err)[1]) / 8
+    assert 0 < share < 1
+    assert figures(tmp_path / "run", "thinking") == [share] * 2
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["held_out/thinking"] for line in lines if "held_out/reward" in line] == [share] * 2
+
+
+def test_a_critic_that_reads_other_words_is_refused(start, tmp_path, capsys):
+    """Of the same size, it valued noise without a word; smaller, it ended the run in a traceback."""
+    from minnow.tokenizer import train_tokenizer
+
+    model, tokenizer = tiny()
+    save_pretrained(model, tmp_path / "other", tokenizer=train_tokenizer(["fish swim in the pond"] * 50, 320))
+    save_pretrained(RewardModel(model.config), tmp_path / "short", tokenizer=tokenizer)
+    config = tmp_path / "short" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 32}))
+    for folder, told in (("other", "has another tokenizer than the policy"), ("short", "reads at most 32 tokens")):
+        critic = ["--algorithm.critic.init_from", str(tmp_path / folder)]
+        assert rl(start, tmp_path / "run", "--preset", "ppo", *critic) == 2
+        assert told in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_prompts_without_room_for_an_answer_are_left_out_and_counted(start, tmp_path, capsys):

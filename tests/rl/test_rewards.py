@@ -90,7 +90,7 @@ def test_an_object_is_no_mathematics():
     """math-verify found a number in it: whoever answered 7 to {"target": 42, "numbers": [6, 7]} was right."""
     pytest.importorskip("math_verify")
     item = episode("7", reference={"target": 42, "numbers": [6, 7]})
-    rewarder = Rewarder(RewardConfig(answer_kind="maths", maths_seconds=60), enable_thinking=False)
+    rewarder = Rewarder(RewardConfig(answer_kind="maths", maths_seconds=60))
     with pytest.raises(UserError, match=r"is an object.*rewards.answer 0"):
         rewarder.score([item])
 
@@ -101,7 +101,7 @@ def test_a_list_is_its_one_item_or_refused(kind):
     if kind == "maths":
         pytest.importorskip("math_verify")
     items = [episode("4", reference=["4"]), episode("5", reference=["4"])]
-    rewarder = Rewarder(RewardConfig(answer_kind=kind, maths_seconds=60), enable_thinking=False)
+    rewarder = Rewarder(RewardConfig(answer_kind=kind, maths_seconds=60))
     rewarder.score(items)
     assert [item.rewards["answer"] for item in items] == [1, 0]
     with pytest.raises(UserError, match=r"\['3', '4'\] is a list.*answer_kind contains"):
@@ -180,7 +180,7 @@ def test_text_rewards():
 
 def test_a_missing_answer_is_wrong_and_a_cut_off_one_too():
     items = [episode("4"), episode("5"), episode("4", ending="length"), episode("4", reference=None)]
-    Rewarder(RewardConfig(), enable_thinking=False).score(items)
+    Rewarder(RewardConfig()).score(items)
     assert [item.rewards["answer"] for item in items] == [1, 0, 0, 0]
 
 
@@ -188,7 +188,7 @@ def test_rewards_are_weighted_and_kept_one_by_one():
     items = [episode("4"), episode("5", ending="length")]
     items[0].reward = 0.5  # the environment's
     config = RewardConfig(answer=2.0, environment=1.0, format=0.5, overlong=0.25)
-    Rewarder(config, enable_thinking=False).score(items)
+    Rewarder(config).score(items)
     assert items[0].rewards == {"answer": 1, "environment": 0.5, "format": 1, "overlong": 0}
     assert items[0].reward == 2.0 + 0.5 + 0.5
     assert items[1].reward == -0.25
@@ -200,7 +200,7 @@ def test_the_last_tokens_are_punished_gently_before_the_cut():
     assert overlong_reward(100, 100, 0.0) == 0.0
     items = [episode("4", tokens=9), episode("4", tokens=2), episode("4", tokens=3, ending="length")]
     config = RewardConfig(answer=0, overlong=2.0, overlong_buffer=0.2)
-    Rewarder(config, enable_thinking=False, max_tokens=10).score(items)
+    Rewarder(config, max_tokens=10).score(items)
     assert [item.reward for item in items] == [-1.0, 0.0, -2.0]
     with pytest.raises(UserError, match="a share, from 0 to 1"):
         RewardConfig(overlong_buffer=20)
@@ -211,7 +211,7 @@ def test_the_last_tokens_are_punished_gently_before_the_cut():
 
 def test_a_loop_in_the_thoughts_is_seen():
     items = [episode("4", reasoning="round and " * 40), episode("4", reasoning="two and two")]
-    Rewarder(RewardConfig(answer=0, repetition=1.0), enable_thinking=True).score(items)
+    Rewarder(RewardConfig(answer=0, repetition=1.0)).score(items)
     assert items[0].reward < -0.8
     assert items[1].reward == 0
 
@@ -222,29 +222,44 @@ def test_a_loop_of_calls_is_seen():
     loop, usual = [{"expression": "12 + 34"}] * 10, [{"expression": "12 + 34"}, {"expression": "46 * 7"}]
     for item, calls in zip(items, (loop, usual), strict=True):
         item.answers = [Message("assistant", "", None, tuple(ToolCall("calculate", call) for call in calls))]
-    Rewarder(RewardConfig(answer=0, repetition=1.0), enable_thinking=False).score(items)
+    Rewarder(RewardConfig(answer=0, repetition=1.0)).score(items)
     assert items[0].reward < -0.8
     assert items[1].reward == 0
+
+
+def test_a_program_that_is_changed_until_it_runs_is_no_loop():
+    """Three of them were a repetition of more than one half: the watch would have ended the run."""
+    program = (
+        "def total(numbers):\n    return sum(number for number in numbers if number % {} == 0)\nprint(total([1, 2, 3]))"
+    )
+    tried, item = [program.format(n) for n in (2, 3, 5)], episode("4")
+    for calls, repetition in ((tried, 0.0), ([tried[0]] * 3, -0.627)):  # 70% was there before: (0.7 - 0.2) / 0.8
+        item.answers = [Message("assistant", "", None, (ToolCall("python", {"code": call}),)) for call in calls]
+        Rewarder(RewardConfig(answer=0, repetition=1.0)).score([item])
+        assert item.rewards["repetition"] == pytest.approx(repetition, abs=0.001)
+    # A loop within a call, and calls of three letters again and again, are loops as they were.
+    for calls in ([tried[0] + "\nprint(1)" * 60], ["2+2"] * 10):
+        item.answers = [Message("assistant", "", None, (ToolCall("python", {"code": call}),)) for call in calls]
+        Rewarder(RewardConfig(answer=0, repetition=1.0)).score([item])
+        assert item.rewards["repetition"] < -0.5
 
 
 def test_no_answer_of_a_model_stops_a_run_by_its_json():
     schema = {"type": "string"}
     items = [episode(text, row={"schema": schema}) for text in ('"\\ud800"', "[" * 100_000, '"four"')]
-    Rewarder(RewardConfig(answer=0, json_schema=1.0), enable_thinking=False).score(items)
+    Rewarder(RewardConfig(answer=0, json_schema=1.0)).score(items)
     assert [item.reward for item in items] == [0, 0, 1]
     with pytest.raises(UserError, match=r"json_schema: the `schema` of the prompt '2 \+ 2\?' is none"):
-        Rewarder(RewardConfig(answer=0, json_schema=1.0), enable_thinking=False).score(
-            [episode("4", row={"schema": {"type": "strin"}})]
-        )
+        Rewarder(RewardConfig(answer=0, json_schema=1.0)).score([episode("4", row={"schema": {"type": "strin"}})])
 
 
 def test_json_schema():
     schema = {"type": "object", "required": ["n"], "properties": {"n": {"type": "integer"}}}
     items = [episode(text, row={"schema": schema}) for text in ('{"n": 4}', '{"n": "4"}', "4", "{")]
-    Rewarder(RewardConfig(answer=0, json_schema=1.0), enable_thinking=False).score(items)
+    Rewarder(RewardConfig(answer=0, json_schema=1.0)).score(items)
     assert [item.reward for item in items] == [1, 0, 0, 0]
     with pytest.raises(UserError, match="needs a `schema`"):
-        Rewarder(RewardConfig(answer=0, json_schema=1.0), enable_thinking=False).score([episode("4")])
+        Rewarder(RewardConfig(answer=0, json_schema=1.0)).score([episode("4")])
 
 
 def test_a_schema_fetches_nothing():
@@ -260,14 +275,12 @@ def test_a_schema_fetches_nothing():
         Thread(target=server.serve_forever, daemon=True).start()
         schema = {"$ref": f"http://127.0.0.1:{server.server_port}/inside"}
         with pytest.raises(UserError, match="a schema may refer to its own parts only"):
-            Rewarder(RewardConfig(answer=0, json_schema=1.0), enable_thinking=False).score(
-                [episode("4", row={"schema": schema})]
-            )
+            Rewarder(RewardConfig(answer=0, json_schema=1.0)).score([episode("4", row={"schema": schema})])
         server.shutdown()
     assert asked == []
     schema = {"$ref": "#/$defs/four", "$defs": {"four": {"const": 4}}}
     item = episode("4", row={"schema": schema})
-    Rewarder(RewardConfig(answer=0, json_schema=1.0), enable_thinking=False).score([item])
+    Rewarder(RewardConfig(answer=0, json_schema=1.0)).score([item])
     assert item.reward == 1
 
 
@@ -303,24 +316,24 @@ def test_the_function_that_the_handbook_shows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     items = [episode("Yes, please."), episode("No.")]
-    Rewarder(RewardConfig(answer=0, functions=(name,)), enable_thinking=False).score(items)
+    Rewarder(RewardConfig(answer=0, functions=(name,))).score(items)
     assert [item.reward for item in items] == [0.5, 0.0]
 
 
 def test_functions_of_ones_own_and_failures_are_never_silent_zeros():
     here = __name__
     items = [episode("4")]
-    Rewarder(RewardConfig(functions=(f"{here}:constant@0.5",)), enable_thinking=False).score(items)
+    Rewarder(RewardConfig(functions=(f"{here}:constant@0.5",))).score(items)
     assert items[0].rewards[f"{here}:constant"] == 3.0
     assert items[0].reward == 1 + 1.5
     with pytest.raises(UserError, match=r"broken.*ZeroDivisionError: oops \(.*test_rewards.py:\d+\)"):
-        Rewarder(RewardConfig(functions=(f"{here}:broken",)), enable_thinking=False).score(items)
+        Rewarder(RewardConfig(functions=(f"{here}:broken",))).score(items)
     with pytest.raises(UserError, match="finite"):
-        Rewarder(RewardConfig(functions=(f"{here}:nan",)), enable_thinking=False).score(items)
+        Rewarder(RewardConfig(functions=(f"{here}:nan",))).score(items)
     with pytest.raises(UserError, match="MODULE:NAME"):
-        Rewarder(RewardConfig(functions=("nowhere:nothing",)), enable_thinking=False)
+        Rewarder(RewardConfig(functions=("nowhere:nothing",)))
     with pytest.raises(UserError, match="weight 0"):
-        Rewarder(RewardConfig(answer=0, environment=0), enable_thinking=False)
+        Rewarder(RewardConfig(answer=0, environment=0))
 
 
 @pytest.mark.parametrize(
@@ -344,7 +357,7 @@ def test_functions_of_ones_own_and_failures_are_never_silent_zeros():
 )
 def test_what_is_no_list_of_finite_numbers_is_named_with_its_row(value, sign):
     RETURNED[0] = value
-    rewarder = Rewarder(RewardConfig(functions=(f"{__name__}:returns",)), enable_thinking=False)
+    rewarder = Rewarder(RewardConfig(functions=(f"{__name__}:returns",)))
     with pytest.raises(UserError, match=rf"the reward '{__name__}:returns' {sign}"):
         rewarder.score([episode("4", asked="the first"), episode("4", asked="the second")])
 
@@ -353,16 +366,16 @@ def test_what_is_no_list_of_finite_numbers_is_named_with_its_row(value, sign):
 def test_bools_and_tensors_are_numbers(value):
     RETURNED[0] = value
     items = [episode("4"), episode("4")]
-    Rewarder(RewardConfig(answer=0, functions=(f"{__name__}:returns",)), enable_thinking=False).score(items)
+    Rewarder(RewardConfig(answer=0, functions=(f"{__name__}:returns",))).score(items)
     assert [item.reward for item in items] == [1.0, 0.0]
 
 
 def test_a_function_that_hangs_and_a_weight_that_is_none_end_the_run():
     config = RewardConfig(functions=(f"{__name__}:hangs",), functions_seconds=0.2)
     with pytest.raises(UserError, match=r"hangs' took more than rewards.functions_seconds \(0.2\) for 1 answers"):
-        Rewarder(config, enable_thinking=False).score([episode("4")])
+        Rewarder(config).score([episode("4")])
     with pytest.raises(UserError, match="has weight nan"):
-        Rewarder(RewardConfig(functions=(f"{__name__}:constant@nan",)), enable_thinking=False)
+        Rewarder(RewardConfig(functions=(f"{__name__}:constant@nan",)))
     with pytest.raises(UserError, match="rewards.maths_seconds is 0"):
         RewardConfig(maths_seconds=0)
 
@@ -390,14 +403,14 @@ def test_a_reward_model_that_fails_is_no_zero(monkeypatch, number, sign):
     for squash in (False, True):
         config = RewardConfig(reward_model="x", reward_model_squash=squash)
         with pytest.raises(UserError, match=f"the reward 'reward_model' .*{sign}"):
-            Rewarder(config, enable_thinking=False).score([episode("4")])
+            Rewarder(config).score([episode("4")])
 
 
 def test_a_huge_mark_is_squashed(monkeypatch):
     monkeypatch.setattr("minnow.rl.rewards.load_judge", lambda path, device: Marks(-1e4))
     items = [episode("4")]
     config = RewardConfig(answer=0, reward_model="x", reward_model_squash=True)
-    Rewarder(config, enable_thinking=False).score(items)
+    Rewarder(config).score(items)
     assert items[0].reward == 0.0
 
 
@@ -454,7 +467,7 @@ def test_a_reward_model_reads_the_whole_episode(tmp_path):
     looked = (Message("assistant", "", None, (ToolCall("look", {}),)), Message("tool", "4"), items[2].answer)
     items[2].conversation = Conversation((Message("user", "2 + 2?"), *looked))
     config = RewardConfig(answer=0, environment=0, reward_model=str(tmp_path / "rm"), reward_model_weight=2.0)
-    Rewarder(config, enable_thinking=False).score(items)
+    Rewarder(config).score(items)
     judge = RewardModelJudge(reward_model, tokenizer)
     for item in items:
         (expected,) = judge([item.conversation])
@@ -462,15 +475,15 @@ def test_a_reward_model_reads_the_whole_episode(tmp_path):
         assert item.reward == pytest.approx(2 * expected, abs=1e-5)
     raw = [item.rewards["reward_model"] for item in items]
     assert len({round(reward, 5) for reward in raw}) == 3
-    Rewarder(replace(config, reward_model_squash=True), enable_thinking=False).score(items)
+    Rewarder(replace(config, reward_model_squash=True)).score(items)
     assert [item.rewards["reward_model"] for item in items] == pytest.approx([1 / (1 + math.exp(-r)) for r in raw])
     template = "{% for m in messages %}[{{ m.role }}: {{ m.content }}]{% endfor %}"
     (tmp_path / "rm" / "chat_template.jinja").write_text(template)  # not ours: transformers reads it
-    Rewarder(config, enable_thinking=False).score(items)
+    Rewarder(config).score(items)
     theirs = TransformersJudge(tmp_path / "rm", torch.device("cpu"))
     expected = theirs([item.conversation for item in items])
     assert [item.rewards["reward_model"] for item in items] == pytest.approx(expected, abs=1e-5)
     assert expected != pytest.approx(raw, abs=1e-3)
     save_pretrained(model, tmp_path / "lm", tokenizer=tokenizer)
     with pytest.raises(UserError, match="not a sequence-classification model"):
-        Rewarder(replace(config, reward_model=str(tmp_path / "lm")), enable_thinking=False)
+        Rewarder(replace(config, reward_model=str(tmp_path / "lm")))

@@ -141,6 +141,34 @@ def test_a_model_that_is_to_think_begins_every_turn_in_its_thoughts(engine):
     assert opening != plain
 
 
+def test_a_share_of_the_prompts_is_reasoned_about(engine):
+    """The same ones every time and whoever plays them; their turns, and their format, are what each was asked for."""
+    engine = Engine(copy.deepcopy(engine.model), engine.tokenizer)
+    engine.model.head_weight.data[engine.tokenizer.im_end_id] += 0.5  # so that turns end
+    config = RolloutConfig(max_tokens=20, max_turns=2, enable_thinking=True, thinking_share=0.5)
+    asked = echoes(24)
+    played = play(engine, asked, range(24), config, seed=0, longest=128)
+    thinking = [t.thinking for t in played]
+    assert 6 <= sum(thinking) <= 18
+    assert thinking == [config.thinks(each.prompt) for each in asked]
+    again = play(engine, echoes(24)[::2], range(7, 19), config, seed=9, longest=128)
+    assert [t.thinking for t in again] == thinking[::2]
+    for trajectory, environment in zip(played, asked, strict=True):
+        how = {"enable_thinking": trajectory.thinking}
+        opening = render(engine.tokenizer, environment.reset(), add_generation_prompt=True, **how).ids.tolist()
+        assert trajectory.ids[: len(opening)] == opening
+        for turn in trajectory.answers:
+            assert not (turn.content if trajectory.thinking else turn.reasoning_content)  # nobody closes the block
+        if len(trajectory.answers) == 2:
+            reply = render_continuation(engine.tokenizer, [Message("tool", "result 1")], **how)
+            assert f" {' '.join(map(str, reply))} " in " ".join(map(str, trajectory.ids))
+    for kind in (True, False):
+        assert any(len(t.answers) == 2 for t in played if t.thinking == kind)
+        assert any(turn.reasoning_content if kind else turn.content for t in played for turn in t.answers)
+    assert all(RolloutConfig(enable_thinking=True).thinks(each.prompt) for each in asked)
+    assert not any(RolloutConfig().thinks(each.prompt) for each in asked)
+
+
 def test_continuation_is_what_the_template_writes(engine):
     call = Message("assistant", "", tool_calls=(ToolCall("f", {"x": 1}), ToolCall("g", {})))
     before = (Message("user", "hi"), call)

@@ -115,6 +115,29 @@ def test_a_critic_learns_by_adamw_whatever_the_policy_learns_by(start: Path, tmp
     assert muon["critic"] == adamw["critic"]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_critic_is_as_large_as_the_model_that_it_starts_from(start: Path, tmp_path: Path, tied: bool) -> None:
+    """It was counted as large as the policy, and with a head over the vocabulary where the policy has one."""
+    model, tokenizer = tiny()
+    large = CausalLM(dataclasses.replace(model.config, hidden_size=64, num_hidden_layers=3, tie_word_embeddings=tied))
+    save_pretrained(large, tmp_path / "large", tokenizer=tokenizer)
+    critic = RewardModel.from_language_model(load_pretrained(tmp_path / "large"))
+    its = sum(held(critic, [torch.optim.AdamW(critic.parameters())]))
+    own = planned(tmp_path / "large", tmp_path / "plan.json", "ppo")
+    assert own["critic"] == its
+    beside = planned(start, tmp_path / "plan.json", "ppo", "--algorithm.critic.init_from", str(tmp_path / "large"))
+    # Their activations are not there at once: of the larger ones, what goes beyond the policy's.
+    assert beside["critic"] - its == own["policy"]["activations"] - beside["policy"]["activations"] > 0
+
+
+def test_where_a_server_plays_nothing_is_kept_for_playing(start: Path, tmp_path: Path) -> None:
+    words = ["--training.compile", "on"]
+    here = planned(start, tmp_path / "plan.json", "grpo", *words)
+    there = planned(start, tmp_path / "plan.json", "grpo", *words, "--rollout_engine.url", "http://127.0.0.1:9/v1")
+    assert there["keys_and_values"] == there["packed_copy"] == 0
+    assert here["total"] - there["total"] == here["keys_and_values"] + here["packed_copy"] > 0
+
+
 def test_without_a_kl_term_there_is_no_reference(start: Path, tmp_path: Path) -> None:
     nothing = ["--algorithm.loss.kl_coef", "0", "--algorithm.kl_reward_coef", "0", "--algorithm.measure_kl", "false"]
     assert planned(start, tmp_path / "plan.json", "grpo", *nothing)["reference"] == 0

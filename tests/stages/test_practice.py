@@ -73,6 +73,37 @@ def test_a_world_that_replies_needs_a_second_turn(tmp_path: Path) -> None:
     read(2)
 
 
+def test_a_question_has_no_second_turn(tmp_path: Path) -> None:
+    """Turns were given, and no tool was ever called: the first call ended the episode."""
+    config = PracticeConfig(prompts=written(tmp_path / "a.jsonl", "pond"), rollout=RolloutConfig(max_turns=3))
+    with pytest.raises(UserError, match="rollout.max_turns is 3, but environment question is over after one answer"):
+        read_practice(config, TOKENIZER, pytest.fail)
+
+
+@pytest.mark.parametrize("environment", ["question", "calculator"])
+def test_rows_with_tools_that_nobody_has_are_counted(tmp_path: Path, environment: str) -> None:
+    tool = {"type": "function", "function": {"name": "fish", "description": "f", "parameters": {"type": "object"}}}
+    ask = [{"role": "user", "content": "pond"}]
+    rows = [{"messages": ask, "tools": [tool], "answer": "x"}, {"messages": ask, "answer": "x"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rollout = RolloutConfig(max_tokens=8, max_turns=1 if environment == "question" else 2)
+    config = PracticeConfig(prompts=(str(tmp_path / "a.jsonl"),), environment=environment, rollout=rollout)
+    said: list[str] = []
+    read_practice(config, TOKENIZER, said.append)
+    told = ["1 of 2 prompts describe tools, which environment question does not have"]
+    assert [text.partition(":")[0] for text in said] == (told if environment == "question" else [])
+
+
+def test_how_many_prompts_are_reasoned_about_is_said(tmp_path: Path) -> None:
+    rollout = RolloutConfig(max_tokens=8, enable_thinking=True, thinking_share=0.25)
+    config = PracticeConfig(prompts=written(tmp_path / "a.jsonl", *(f"pond {n}" for n in range(100))), rollout=rollout)
+    said: list[str] = []
+    prompts = read_practice(config, TOKENIZER, said.append).prompts
+    thinking = sum(map(rollout.thinks, prompts))
+    assert 15 <= thinking <= 35
+    assert said == [f"{thinking} of 100 prompts are reasoned about, the others answered at once"]
+
+
 def test_a_micro_batch_holds_whole_rows() -> None:
     def rows(tokens: int | str) -> int:
         return practice_rows(TrainingConfig(micro_batch_tokens=tokens), 1024)  # type: ignore[arg-type]

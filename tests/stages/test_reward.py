@@ -68,7 +68,9 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(["yes no gladly maybe fish 0123456789"] * 20, 320)
 
 
-def train(tmp_path: Path, tokenizer: Tokenizer, lora: LoraConfig) -> Path:
+def train(
+    tmp_path: Path, tokenizer: Tokenizer, lora: LoraConfig, loss: RewardLossConfig | None = None, steps: int = 20
+) -> Path:
     """The run folder of a reward model that was taught to like "yes gladly"."""
     # A fresh decoder's layers add nothing: its last token has read nothing, and a head at zero could not move it.
     start = CausalLM(shape(), InitConfig(zero_output_projections=False))
@@ -81,9 +83,10 @@ def train(tmp_path: Path, tokenizer: Tokenizer, lora: LoraConfig) -> Path:
             init_from=str(tmp_path / "start"),
             data=DataConfig(paths=(str(tmp_path / "pairs.jsonl"),), cache_dir=str(tmp_path), validation_fraction=0.2),
             sequence_length=128,
-            training=TrainingConfig(steps=20, batch_tokens=512, device="cpu", precision="fp32", compile="off"),
+            training=TrainingConfig(steps=steps, batch_tokens=512, device="cpu", precision="fp32", compile="off"),
             optim=OptimConfig(optimizer="adamw", matrix_lr=1e-3, embedding_lr=3e-3),
             lora=lora,
+            loss=loss or RewardLossConfig(),
         )
     )
     return tmp_path / "run"
@@ -109,6 +112,26 @@ def test_a_run_learns_and_transformers_reads_the_same_rewards(trained: Path, tok
     assert their_rewards(theirs, trained / "model") == pytest.approx(rewards, abs=1e-4)
     assert min(rewards[::2]) > max(rewards[1::2])
     assert TransformersJudge(trained / "model", CPU)(TALKS) == pytest.approx(rewards, abs=1e-4)
+
+
+def test_a_run_learns_by_the_loss_that_it_was_given(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A margin shows at once, while the head is zero: -log sigmoid(-m). What keeps rewards around zero shows later."""
+    losses = {}
+    for name, loss in {
+        "default": RewardLossConfig(),
+        "margin": RewardLossConfig(margin=0.7),
+        "centred": RewardLossConfig(centering=10.0),
+    }.items():
+        (tmp_path / name).mkdir()
+        run = train(tmp_path / name, tokenizer, LoraConfig(), loss, steps=4)
+        records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        losses[name] = [record["loss"] for record in records if "loss" in record]
+        validated = next(record for record in records if "validation_loss" in record)
+        losses[f"{name}, held out"] = [validated["validation_loss"]]
+    assert losses["margin"][0] == pytest.approx(math.log(1 + math.exp(0.7)), rel=1e-4)
+    assert losses["centred"][0] == pytest.approx(math.log(2), rel=1e-4)
+    assert losses["centred"][-1] > losses["default"][-1] + 0.01
+    assert losses["margin, held out"][0] > losses["default, held out"][0] + 0.1
 
 
 def test_what_the_card_shows_gives_the_judge_s_reward(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minnow.cli import COMMANDS
+from minnow.cli import COMMANDS, PRESETS
 from minnow.config import UserError, config_from_yaml, config_to_yaml, parse_config
 from minnow.data.prepare import DataConfig, prepare
 from minnow.tokenizer import train_tokenizer
@@ -65,6 +65,32 @@ def parse(command: str, words: str) -> object:
             "constant, not wsd or cosine or linear or cosine_restarts",
         ),
         ("sft", "--lora.targets q_proj", "lora.targets", "lora.rank is 0"),
+        ("rl", "--algorithm.critic.gamma 0.9", "algorithm.critic.gamma", "only gae"),
+        ("rl", "--algorithm.critic.init_from judge", "algorithm.critic.init_from", "only gae"),
+        ("rl", "--algorithm.advantage tracker --algorithm.critic.warmup_phases 1", "critic.warmup_phases", "tracker"),
+        ("rl", "--algorithm.tracker_answers 4", "algorithm.tracker_answers", "algorithm.curriculum"),
+        ("rl", "--algorithm.max_redraws 1", "algorithm.max_redraws", "drop_equal_groups is false"),
+        ("rl", "--algorithm.kl_reward_estimator k3", "algorithm.kl_reward_estimator", "kl_reward_coef is 0"),
+        (
+            "rl",
+            "--algorithm.correction_cap null --algorithm.correction_level sequence_sum",
+            "algorithm.correction_level",
+            "correction_cap is null",
+        ),
+        ("rl", "--algorithm.target_kl 0.02", "algorithm.target_kl", "only update"),
+        ("rl", "--algorithm.loss.surrogate cispo --algorithm.loss.clip_low 0.1", "algorithm.loss.clip_low", "cispo"),
+        ("rl", "--algorithm.loss.surrogate cispo --algorithm.loss.dual_clip 3", "algorithm.loss.dual_clip", "cispo"),
+        ("rl", "--algorithm.loss.surrogate none --algorithm.loss.clip_high 0.3", "algorithm.loss.clip_high", "none"),
+        ("rl", "--algorithm.loss.surrogate none --algorithm.loss.ratio sequence_sum", "algorithm.loss.ratio", "none"),
+        ("rl", "--algorithm.loss.kl_estimator k2", "algorithm.loss.kl_estimator", "kl_coef is 0"),
+        ("rl", "--algorithm.loss.kl_ratio true", "algorithm.loss.kl_ratio", "kl_coef is 0"),
+        ("rl", "--rewards.longest 24", "rewards.longest", "rewards.length is 0"),
+        ("rl", "--rewards.overlong_buffer 0.2", "rewards.overlong_buffer", "rewards.overlong is 0"),
+        ("rl", "--rewards.reward_model_squash true", "rewards.reward_model_squash", "rewards.reward_model is null"),
+        ("rl", "--rewards.judge.model whale", "rewards.judge.model", "rewards.judge.url is null"),
+        ("rl", "--rollout_engine.server vllm", "rollout_engine.server", "rollout_engine.url is null"),
+        ("rl", "--rollout.thinking_share 0.5", "rollout.thinking_share", "enable_thinking is false"),
+        ("distill on-policy", "--rollout.thinking_share 0.5", "rollout.thinking_share", "enable_thinking is false"),
     ],
 )
 def test_refused_with_its_name_and_its_owner(command: str, words: str, key: str, owner: str) -> None:
@@ -72,6 +98,14 @@ def test_refused_with_its_name_and_its_owner(command: str, words: str, key: str,
         parse(command, words)
     assert key in str(refused.value)
     assert owner in str(refused.value)
+
+
+def test_what_a_preset_set_can_be_taken_back() -> None:
+    """It cannot be left out: the message says what to give instead."""
+    words = f"--config {PRESETS / 'ppo.yaml'} --algorithm.loss.surrogate none"
+    with pytest.raises(UserError, match="algorithm.loss.dual_clip is 3.0, .* leave it out, or at null$"):
+        parse("rl", words)
+    parse("rl", f"{words} --algorithm.loss.dual_clip null")
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "preference"])
@@ -94,6 +128,14 @@ def test_tags_weigh_in_conversations_only(kind: str, tmp_path: Path) -> None:
         ("rl", "--schedule.shape linear --schedule.final_fraction 0.1"),
         ("dpo", "--optim.optimizer muon --optim.polynomial quintic"),
         ("dpo", "--schedule.shape cosine_restarts --schedule.cycles 2"),
+        ("rl", "--algorithm.advantage gae --algorithm.critic.gamma 0.9 --algorithm.critic.init_from judge"),
+        ("rl", "--algorithm.curriculum true --algorithm.tracker_answers 4"),
+        ("rl", "--algorithm.drop_equal_groups true --algorithm.max_redraws 1"),
+        ("rl", "--algorithm.loss.kl_coef 0.1 --algorithm.loss.kl_estimator k2 --algorithm.loss.kl_ratio true"),
+        ("rl", "--algorithm.loss.surrogate cispo --algorithm.loss.clip_high 4 --algorithm.loss.ratio sequence_sum"),
+        ("rl", "--algorithm.minibatches 2 --algorithm.target_kl 0.02"),
+        ("rl", "--rewards.length 1 --rewards.longest 24 --rewards.overlong 1 --rewards.overlong_buffer 0.2"),
+        ("rl", "--rollout.enable_thinking true --rollout.thinking_share 0.5"),
     ],
 )
 def test_what_has_an_effect_or_was_not_given_passes_and_is_read_back(command: str, words: str, tmp_path: Path) -> None:

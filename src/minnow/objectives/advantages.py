@@ -15,6 +15,7 @@ def group_advantages(rewards_GK: Tensor, *, scale: bool) -> Tensor:
     deviation, 1e-4 added), without it Dr. GRPO (arXiv 2503.20783), which does not favour prompts that are nearly
     always or nearly never solved.
     """
+    rewards_GK = rewards_GK - rewards_GK[:, :1]  # the mean of equal rewards is then exactly theirs
     centred_GK = rewards_GK - rewards_GK.mean(dim=1, keepdim=True)
     if not scale or rewards_GK.shape[1] == 1:
         return centred_GK
@@ -23,6 +24,7 @@ def group_advantages(rewards_GK: Tensor, *, scale: bool) -> Tensor:
 
 def leave_one_out_advantages(rewards_GK: Tensor) -> Tensor:
     """Reward minus the mean of the *other* answers' rewards: RLOO (arXiv 2402.14740, eq. 8); [G, K], K at least 2."""
+    rewards_GK = rewards_GK - rewards_GK[:, :1]  # as above
     K = rewards_GK.shape[1]
     others_GK = (rewards_GK.sum(dim=1, keepdim=True) - rewards_GK) / (K - 1)
     return rewards_GK - others_GK
@@ -33,6 +35,7 @@ def whiten(values_N: Tensor) -> Tensor:
 
     The biased variance with 1e-8 added. A batch without variance comes out as zeros, not as NaN.
     """
+    values_N = values_N - values_N[:1]  # as above
     return (values_N - values_N.mean()) * torch.rsqrt(values_N.var(unbiased=False) + 1e-8)
 
 

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from minnow.config import UserError
+from minnow.config import UserError, refuse_unused
 
 RatioLevel = Literal["token", "sequence_mean", "sequence_sum"]
 Surrogate = Literal["clip", "cispo", "none"]
@@ -65,6 +65,16 @@ class PolicyLossConfig:
                 "kl_estimator k1 as a loss has no gradient on average: take k3_straight_through, set kl_ratio, or put "
                 "the KL divergence into the reward (kl_reward_coef)"
             )
+        refuse_unused(self, self._unused(), "algorithm.loss.")
+
+    def _unused(self) -> dict[str, str]:
+        """Settings of what was not chosen."""
+        clips = ("clip_low", "clip_high", "dual_clip")
+        unread = {"clip": (), "cispo": ("clip_low", "dual_clip"), "none": ("ratio", *clips)}
+        unused = dict.fromkeys(unread[self.surrogate], f"the surrogate is {self.surrogate}, which does not read it")
+        if not self.kl_coef:
+            unused |= dict.fromkeys(("kl_estimator", "kl_ratio"), "algorithm.loss.kl_coef is 0")
+        return unused
 
 
 class PolicyLoss(NamedTuple):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from minnow.config import UserError
+from minnow.config import UserError, refuse_unused
 from minnow.objectives.policy import KLEstimator, PolicyLossConfig, RatioLevel
 
 AdvantageKind = Literal["group", "group_centred", "leave_one_out", "batch", "tracker", "gae"]
@@ -54,6 +54,9 @@ class AlgorithmConfig:
     """Passes over each phase's answers."""
     minibatches: int = 1
     """Updates of one pass; above 1 the later ones are off-policy and the ratio matters."""
+    target_kl: float | None = None
+    """Leave an update out where its answers show that those before it in the phase have taken the policy farther than
+    this from the one that played (`kl_old`, nats a token; 0.01 to 0.05 is usual); null: no bound."""
     kl_reward_coef: float = 0.0
     """Weight of the KL divergence to the reference, taken off the reward: a token pays for itself and those after
     it with gae and batch, else for the whole answer."""
@@ -93,6 +96,27 @@ class AlgorithmConfig:
         for name in ("epochs", "minibatches"):
             if getattr(self, name) < 1:
                 raise UserError(f"algorithm.{name} is {getattr(self, name)}: it must be at least 1")
+        if self.target_kl is not None and self.target_kl <= 0:
+            raise UserError(f"algorithm.target_kl is {self.target_kl}: it must be positive, or null for no bound")
+        refuse_unused(self, self._unused(), "algorithm.")
+
+    def _unused(self) -> dict[str, str]:
+        """Settings of what was not chosen."""
+        unused: dict[str, str] = {}
+        if self.advantage != "gae":
+            critic = f"the advantage is {self.advantage}, and only gae has a critic"
+            unused |= {f"critic.{each.name}": critic for each in fields(CriticConfig)}
+        if not self.tracks_prompts:
+            unused["tracker_answers"] = "it belongs to advantage tracker and to algorithm.curriculum"
+        if not self.drop_equal_groups:
+            unused["max_redraws"] = "algorithm.drop_equal_groups is false"
+        if not self.kl_reward_coef:
+            unused["kl_reward_estimator"] = "algorithm.kl_reward_coef is 0"
+        if self.correction_cap is None:
+            unused["correction_level"] = "algorithm.correction_cap is null"
+        if self.updates_per_phase == 1:
+            unused["target_kl"] = "the only update of a phase is of the policy that played"
+        return unused
 
     @property
     def needs_reference(self) -> bool:

@@ -117,8 +117,10 @@ def environment_maker(
     """The function that makes an episode of a prompt: one of ENVIRONMENTS, or MODULE:CLASS of the user's own.
 
     `pond`: folder with the world that `look_up` knows. `seconds`: longest wait for the making of one of the user's own.
-    UserError for a name that is neither.
+    UserError for a name that is neither, and for a pond that nobody looks into.
     """
+    if pond is not None and name != "look_up":
+        raise UserError(f"--pond {pond} is what environment look_up knows; environment {name} does not read it")
     if ":" in name:
         own: Callable[[Prompt], Environment] = load_object(name, "environment")
         return lambda prompt: make(own, prompt, seconds=seconds)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -149,6 +149,12 @@ class PolicyObjective:
     temperature: float
     constant_length: int = 1
     """What `aggregation: constant` divides by: the longest an answer can be."""
+    target_kl: float | None = None
+    """Largest `kl_old` at which an update is still made; None: any."""
+
+    def leaves_out(self, figures: Mapping[str, float]) -> bool:
+        """Whether the updates before this one, whose figures these are, have gone far enough."""
+        return self.target_kl is not None and figures["kl_old"] > self.target_kl
 
     def count(self, batch: Batch) -> float:
         """Trained tokens, or trajectories."""

@@ -26,14 +26,27 @@ def phase_figures(trajectories: Sequence[Trajectory], scores: PhaseScores, sampl
         "truncated": float(np.mean([t.ending == "length" for t in trajectories])),
         # Mean of -log p over drawn tokens: an unbiased estimate of the entropy where the sampler is the policy.
         "entropy": float(-old.mean()),
-        "repetition": 0.0 - float(np.mean([repetition_reward(t.written) for t in trajectories])),
+        "repetition": 0.0 - float(np.mean([repetition_reward(t.written, t.calls) for t in trajectories])),
         "sampler_mismatch": float(np.abs(old - sampler).mean()),
         "sampler_mismatch_max": float(np.abs(old - sampler).max()),
     }
-    figures |= left_out_figures(trajectories)
+    figures |= left_out_figures(trajectories) | thinking_figures(trajectories)
     if scores.ref is not None:
         figures["kl_to_reference"] = float((old - np.concatenate(scores.ref)).mean())
     return figures
+
+
+def thinking_figures(trajectories: Sequence[Trajectory]) -> dict[str, float]:
+    """Of a mixture: the share of the episodes that were to think, and the mean reward of both kinds."""
+    thinking = [t.reward for t in trajectories if t.thinking]
+    at_once = [t.reward for t in trajectories if not t.thinking]
+    if not thinking or not at_once:
+        return {}
+    return {
+        "thinking": len(thinking) / len(trajectories),
+        "reward_thinking": float(np.mean(thinking)),
+        "reward_at_once": float(np.mean(at_once)),
+    }
 
 
 def pass_figures(trajectories: Sequence[Trajectory], samples: int) -> dict[str, float]:

@@ -10,7 +10,7 @@ import numpy as np
 from minnow.data.prompts import Prompt
 from minnow.model.transformer import CausalLM
 from minnow.rl.environment import Environment
-from minnow.rl.figures import pass_figures
+from minnow.rl.figures import pass_figures, thinking_figures
 from minnow.rl.left_out import left_out_figures, settle
 from minnow.rl.phase_experience import told_to_all
 from minnow.rl.rewards import Rewarder
@@ -41,6 +41,7 @@ class HeldOut:
         for name in trajectories[0].rewards:
             figures[f"held_out/{name}"] = float(np.mean([t.rewards[name] for t in trajectories]))
         figures |= {f"held_out/{name}": count for name, count in left_out_figures(trajectories).items() if count}
+        figures |= {f"held_out/{name}": value for name, value in thinking_figures(trajectories).items()}
         figures["held_out/tokens"] = float(np.mean([t.num_trained for t in trajectories]))
         if self.samples:
             drawn = pass_figures(self._answers(self.samples, greedy=False), self.samples)

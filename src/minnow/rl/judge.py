@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from minnow.config import UserError
+from minnow.config import UserError, refuse_unused
 from minnow.http import ATTEMPTS, post_json
 from minnow.rl.environment_calls import shown
 from minnow.rl.rollouts import Trajectory
@@ -47,6 +47,9 @@ class JudgeConfig:
         if self.parallel < 1:
             raise UserError(f"rewards.judge.parallel is {self.parallel}: it must be at least 1")
         check_seconds("rewards.judge.seconds", self.seconds)
+        if self.url is None:
+            others = ("model", "weight", "instruction")
+            refuse_unused(self, dict.fromkeys(others, "rewards.judge.url is null"), "rewards.judge.")
 
 
 def judge_reward(config: JudgeConfig, trajectories: Sequence[Trajectory]) -> list[float]:

@@ -128,15 +128,16 @@ class Phases:
         with self.stopwatch.timing("scoring"):
             scores = self.scorer.score(trajectories, prompts, share)
         kept = [n for n, t in enumerate(trajectories) if not self._dropped(t)]
+        figures |= phase_figures(trajectories, scores, self.settings.rollout.samples)
         minibatches = self.settings.algorithm.minibatches
-        if len(kept) < minibatches:  # nearly all were cut off, or without contrast: this phase teaches nothing
-            count = max(len(trajectories), minibatches)  # and none of its updates stays without an answer
+        teaches = len(kept) >= minibatches
+        if not teaches:  # nearly all were cut off or left out: nothing is learnt, by a KL term neither
+            count = max(len(trajectories), minibatches)  # and none of the updates stays without an answer
             kept = [n % len(trajectories) for n in range(count)]
-            scores.advantages = [np.zeros_like(advantage) for advantage in scores.advantages]
+            scores.advantages, scores.ref = [np.zeros_like(advantage) for advantage in scores.advantages], None
         self.engine.model.train()
         self.experience = Experience(trajectories, kept, scores)
-        figures |= phase_figures(trajectories, scores, self.settings.rollout.samples)
-        if self.critic is not None:
+        if self.critic is not None and teaches:
             with self.stopwatch.timing("teaching"):
                 figures["value_loss"] = self._teach_critic(phase, self.experience, share)
         updates = max(phase, 0) * self.settings.algorithm.updates_per_phase

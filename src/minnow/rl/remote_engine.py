@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from minnow.config import UserError
+from minnow.config import UserError, refuse_unused
 from minnow.engine import Completion, Completions, SamplingParams
 from minnow.http import post_json
 from minnow.model.pretrained import save_pretrained
@@ -45,6 +45,9 @@ class RemoteEngineConfig:
         if self.parallel < 1:
             raise UserError(f"rollout_engine.parallel is {self.parallel}: it must be at least 1")
         check_seconds("rollout_engine.seconds", self.seconds)
+        if self.url is None:
+            others = ("model", "folder", "server")
+            refuse_unused(self, dict.fromkeys(others, "rollout_engine.url is null"), "rollout_engine.")
 
 
 class RemoteEngine:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from minnow.config import UserError
+from minnow.config import UserError, refuse_unused
 from minnow.data.prompts import Prompt
 from minnow.errors import first_line
 from minnow.evaluation.judge import Judge, load_judge
@@ -66,7 +66,7 @@ class RewardConfig:
     overlong_buffer: float = 0.0
     """Last share of the tokens an episode may have, over which `overlong` already falls from 0 to -1 (DAPO: 0.2)."""
     repetition: float = 0.0
-    """Down to -1 for an episode that goes round in a loop, thoughts included."""
+    """Down to -1 for an episode that goes round in a loop, in its thoughts or by making the same call again too."""
     language: float = 0.0
     """Share of the answer's letters in the script of the prompt, 0 to 1."""
     json_schema: float = 0.0
@@ -96,6 +96,14 @@ class RewardConfig:
             )
         check_seconds("rewards.maths_seconds", self.maths_seconds)
         check_seconds("rewards.functions_seconds", self.functions_seconds)
+        unused: dict[str, str] = {}
+        if not self.length:
+            unused |= dict.fromkeys(("shortest", "longest"), "rewards.length is 0")
+        if not self.overlong:
+            unused["overlong_buffer"] = "rewards.overlong is 0"
+        if self.reward_model is None:
+            unused |= dict.fromkeys(("reward_model_weight", "reward_model_squash"), "rewards.reward_model is null")
+        refuse_unused(self, unused, "rewards.")
 
 
 class Rewarder:
@@ -105,7 +113,6 @@ class Rewarder:
         self,
         config: RewardConfig,
         *,
-        enable_thinking: bool,
         max_tokens: int = RolloutConfig.max_tokens,
         device: torch.device | str = "cpu",
     ) -> None:
@@ -119,13 +126,16 @@ class Rewarder:
         built_in: dict[str, tuple[float, RewardFunction]] = {
             "answer": (config.answer, lambda items: _answers(items, config.answer_kind, maths)),
             "environment": (config.environment, lambda items: [item.reward for item in items]),
-            "format": (config.format, lambda items: [_format(item, enable_thinking) for item in items]),
+            "format": (config.format, lambda items: [_format(item) for item in items]),
             "length": (
                 config.length,
                 lambda items: [length_reward(item.num_trained, config.shortest, config.longest) for item in items],
             ),
             "overlong": (config.overlong, lambda items: [_overlong(item, max_tokens, buffer) for item in items]),
-            "repetition": (config.repetition, lambda items: [repetition_reward(item.written) for item in items]),
+            "repetition": (
+                config.repetition,
+                lambda items: [repetition_reward(item.written, item.calls) for item in items],
+            ),
             "language": (config.language, lambda items: [_language(item) for item in items]),
             "json_schema": (config.json_schema, lambda items: [_fits_schema(item) for item in items]),
         }
@@ -239,8 +249,8 @@ def _said(trajectory: Trajectory) -> str:
     return trajectory.answer.content
 
 
-def _format(trajectory: Trajectory, enable_thinking: bool) -> float:
-    return format_reward(trajectory.answer, thinking=enable_thinking, ended=trajectory.ending != "length")
+def _format(trajectory: Trajectory) -> float:
+    return format_reward(trajectory.answer, thinking=trajectory.thinking, ended=trajectory.ending != "length")
 
 
 def _language(trajectory: Trajectory) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from minnow.config import UserError
+from minnow.config import UserError, refuse_unused
+from minnow.data.prompts import Prompt
 from minnow.engine import Completion, Completions, Engine, SamplingParams
 from minnow.model.transformer import CausalLM
 from minnow.rl.environment import Environment, Reply
@@ -66,6 +68,9 @@ class RolloutConfig:
     """Most turns of the model in an episode; above 1 for environments that reply."""
     enable_thinking: bool = False
     """Open the think block, so that the model reasons before it answers."""
+    thinking_share: float = 1.0
+    """Share of the prompts that are to be reasoned about, with enable_thinking; the others are answered at once. A
+    prompt is asked in the same way every time."""
     environment_seconds: float = 60.0
     """Longest wait for one reset or step of an environment, in seconds. An episode that takes longer is left out of
     the update and counted as `environment_timeouts`."""
@@ -78,7 +83,19 @@ class RolloutConfig:
                 raise UserError(f"rollout.{name} is {getattr(self, name)}: it must be at least 1")
         if self.temperature <= 0:
             raise UserError(f"rollout.temperature is {self.temperature}: it must be positive, or nothing is explored")
+        for name in ("top_p", "thinking_share"):
+            if not 0 < getattr(self, name) <= 1:
+                raise UserError(f"rollout.{name} is {getattr(self, name)}: it must lie above 0 and up to 1")
         check_seconds("rollout.environment_seconds", self.environment_seconds)
+        if not self.enable_thinking:
+            refuse_unused(self, {"thinking_share": "rollout.enable_thinking is false"}, "rollout.")
+
+    def thinks(self, prompt: Prompt) -> bool:
+        """Whether the model is to reason about a prompt: drawn from its text, so that what is remembered of a prompt
+        (by SPO, by a curriculum) is of one way to answer it."""
+        if not self.enable_thinking:
+            return False
+        return random.Random(f"thinking {prompt.conversation.messages}").random() < self.thinking_share
 
 
 @dataclass
@@ -108,6 +125,8 @@ class Trajectory:
     the episode has come from a checkpoint."""
     left_out: LeftOut | None = None
     """Why nobody can say what the episode is worth: it is not trained on. None for an episode like any other."""
+    thinking: bool = False
+    """The model was to reason before it answers."""
 
     @property
     def answer(self) -> Message:
@@ -116,13 +135,15 @@ class Trajectory:
 
     @property
     def written(self) -> str:
-        """All that the model wrote, its thoughts and what its calls say included: what a loop may hide in."""
-        texts: list[str | None] = []
-        for turn in self.answers:
-            texts += [turn.reasoning_content, turn.content]
-            # Without names and brackets, which any two calls have in common.
-            texts += [str(value) for call in turn.tool_calls for value in call.arguments.values()]
+        """What the model thought and said in all its turns."""
+        texts = [text for turn in self.answers for text in (turn.reasoning_content, turn.content)]
         return "\n".join(text for text in texts if text)
+
+    @property
+    def calls(self) -> list[str]:
+        """What each of its calls says, without the names and brackets."""
+        calls = [call for turn in self.answers for call in turn.tool_calls]
+        return ["\n".join(map(str, call.arguments.values())) for call in calls]
 
     @property
     def num_trained(self) -> int:
@@ -161,7 +182,7 @@ def play(
         asking = [
             (place, trajectory)
             for (place, trajectory), output in zip(active, outputs, strict=True)
-            if _take_turn(engine, trajectory, output.completions[0], config)
+            if _take_turn(engine, trajectory, output.completions[0])
         ]
         replies = step_all(
             [trajectory.environment for _, trajectory in asking],
@@ -197,16 +218,15 @@ def _begin(
     """The episode before its first turn. Without an opening it is left out, but asked its plain prompt all the same: a
     phase's episodes all have tokens."""
     conversation = environment.prompt.conversation if opening is None else opening
-    rendered = render(
-        engine.tokenizer, conversation, add_generation_prompt=True, enable_thinking=config.enable_thinking
-    )
+    thinking = config.thinks(environment.prompt)
+    rendered = render(engine.tokenizer, conversation, add_generation_prompt=True, enable_thinking=thinking)
     ids = rendered.ids.tolist()
     if len(ids) + config.max_tokens > longest:
         raise UserError(
             f"the environment for the prompt {shown(environment.prompt)} opens with {len(ids)} tokens; with an answer "
             f"of rollout.max_tokens {config.max_tokens} that does not fit sequence_length {longest}"
         )
-    trajectory = Trajectory(environment, 0, ids, [False] * len(ids), conversation=conversation)
+    trajectory = Trajectory(environment, 0, ids, [False] * len(ids), thinking=thinking, conversation=conversation)
     if opening is None:
         _give_up(trajectory)
     return trajectory
@@ -222,13 +242,13 @@ def _sampling(config: RolloutConfig, seed: int, turn: int, place: int, greedy: b
     )
 
 
-def _take_turn(engine: RolloutEngine, trajectory: Trajectory, completion: Completion, config: RolloutConfig) -> bool:
+def _take_turn(engine: RolloutEngine, trajectory: Trajectory, completion: Completion) -> bool:
     """Append the model's turn. Whether the environment is to hear it."""
     assert completion.logprobs is not None
     trajectory.ids += completion.ids
     trajectory.trained += [True] * len(completion.ids)
     trajectory.sampler_logprobs += completion.logprobs
-    answer = parse_assistant_ids(engine.tokenizer, completion.ids, thinking=config.enable_thinking)
+    answer = parse_assistant_ids(engine.tokenizer, completion.ids, thinking=trajectory.thinking)
     trajectory.answers.append(answer)
     trajectory.conversation = _with(trajectory.conversation, answer)
     if trajectory.left_out is not None:
@@ -264,7 +284,7 @@ def _hear(
         return False
     if last:
         return False
-    ids = render_continuation(engine.tokenizer, reply.messages, enable_thinking=config.enable_thinking)
+    ids = render_continuation(engine.tokenizer, reply.messages, enable_thinking=trajectory.thinking)
     if len(trajectory.ids) + len(ids) + config.max_tokens > longest:
         trajectory.ending = "length"
         return False

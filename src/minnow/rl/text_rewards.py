@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
 from minnow.tokenizer.chat import Message
 
@@ -34,15 +35,25 @@ def overlong_reward(tokens: int, max_tokens: int, buffer: float) -> float:
     return -min(1.0, over / buffer) if over > 0 and buffer > 0 else 0.0
 
 
-def repetition_reward(text: str) -> float:
-    """0 for ordinary text, down to -1 for a loop: the share of character 6-grams that were there before, beyond 20%."""
-    squeezed = re.sub(r"\s+", " ", text.strip())
-    total = len(squeezed) - NGRAM + 1
+def repetition_reward(text: str, calls: Sequence[str] = ()) -> float:
+    """0 for ordinary text, down to -1 for a loop: the share of character 6-grams that were there before, beyond 20%.
+
+    A call is compared with itself, and is a repetition from end to end where the very same was made before. With other
+    calls it may have much in common: a program is changed here and there until it runs.
+    """
+    said = _ngrams(text)
+    made = {call: _ngrams(call, end="\n" * NGRAM) for call in calls}  # the shortest has some, too
+    total = len(said) + sum(len(made[call]) for call in calls)
     if total < 2 * NGRAM:  # too short to tell a loop from a phrase
         return 0.0
-    distinct = len({squeezed[i : i + NGRAM] for i in range(total)})
+    distinct = len(set(said)) + sum(len(set(ngrams)) for ngrams in made.values())
     repeated = 1 - distinct / total
     return -max(0.0, repeated - FREE_REPEATS) / (1 - FREE_REPEATS)
+
+
+def _ngrams(text: str, end: str = "") -> list[str]:
+    squeezed = re.sub(r"\s+", " ", text.strip()) + end
+    return [squeezed[i : i + NGRAM] for i in range(len(squeezed) - NGRAM + 1)]
 
 
 def language_reward(prompt: str, answer: str) -> float:

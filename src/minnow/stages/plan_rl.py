@@ -42,11 +42,11 @@ class PracticeMemory:
     reference: int
     """The frozen model of the KL term; 0 where none is needed, or where it is the policy without its adapters."""
     critic: int
-    """PPO's: weights, gradients, AdamW."""
+    """PPO's: weights, gradients, AdamW, and what its activations, which come by turns with the policy's, take more."""
     packed_copy: int
     """What compiled rollouts read: on a CPU, no adapters or experts. Others read the model."""
     keys_and_values: int
-    """Of the episodes that are played at once, each as long as it may get."""
+    """Of the episodes that are played at once, each as long as it may get; 0 where a server plays."""
 
     @property
     def total(self) -> int:
@@ -82,15 +82,20 @@ def practice_memory(config: rl.Config, shape: ModelConfig, machine: Machine) -> 
     episodes = min(config.rollout.prompts * config.rollout.samples, MAX_ROWS)
     critic = 0
     if config.algorithm.advantage == "gae":
-        head = 4 * shape.hidden_size
-        adamw = training_memory(shape, config.training, OptimConfig(optimizer="adamw"), length, dtype)
+        # One number a token comes of it: a vocabulary's head of its own, where the model had one, is gone.
+        decoder = dataclasses.replace(read_config(rl.critic_folder(config)), tie_word_embeddings=True)
+        adamw = training_memory(decoder, config.training, OptimConfig(optimizer="adamw"), length, dtype)
+        head = 4 * decoder.hidden_size
         critic = adamw.weights + adamw.gradients + adamw.optimizer + 4 * head
-    may_pack = machine.device.type == "cpu" and not config.lora.rank and shape.experts is None
+        critic += max(0, adamw.activations - policy.activations)
+    plays_here = config.rollout_engine.url is None
+    may_pack = plays_here and machine.device.type == "cpu" and not config.lora.rank and shape.experts is None
     packs = may_pack and machine.compiles(config.training, rl.total_flops(config, shape), lambda text: None)
     return PracticeMemory(
         policy=policy,
         reference=weights if config.algorithm.needs_reference and not config.lora.rank else 0,
         critic=critic,
         packed_copy=packed_bytes(shape, dtype) if packs else 0,
-        keys_and_values=2 * episodes * length * bytes_per_token(shape, dtype),  # in blocks, and in the rows' window
+        # In blocks, and in the rows' window.
+        keys_and_values=2 * episodes * length * bytes_per_token(shape, dtype) if plays_here else 0,
     )

@@ -52,7 +52,8 @@ class Practice:
 
 
 def read_practice(config: PracticeConfig, tokenizer: Tokenizer, say: Callable[[str], None]) -> Practice:
-    """Read the prompts, without those that do not fit a row with their answer; `say` is told how many these are.
+    """Read the prompts, without those that do not fit a row with their answer; `say` is told how many these are, how
+    many describe tools that nobody has, and how many are reasoned about if not all are.
 
     A prompt is never cut, and no episode dropped later. UserError where none fits.
     """
@@ -61,10 +62,17 @@ def read_practice(config: PracticeConfig, tokenizer: Tokenizer, say: Callable[[s
     )
     if config.environment != "question" and config.rollout.max_turns < 2:
         raise UserError(f"environment {config.environment} replies to the model: give rollout.max_turns of at least 2")
+    if config.environment == "question" and config.rollout.max_turns > 1:
+        raise UserError(
+            f"rollout.max_turns is {config.rollout.max_turns}, but environment question is over after one answer: name "
+            "an environment that replies, or leave it out"
+        )
     fitting = {
         name: _fitting(config, tokenizer, make_environment, name, read_prompts(paths), say) if paths else []
         for name, paths in (("prompts", config.prompts), ("held_out", config.held_out))
     }
+    for name, prompts in fitting.items():
+        _tell(config, name, prompts, say)
     return Practice(fitting["prompts"], fitting["held_out"], make_environment)
 
 
@@ -92,6 +100,19 @@ def longest_batch(rollout: RolloutConfig, parts: int = 1) -> int:
     How long answers really are is not known before the run: optim.reference_batch_tokens counts these.
     """
     return max(1, rollout.prompts * rollout.samples * rollout.max_tokens * rollout.max_turns // parts)
+
+
+def _tell(config: PracticeConfig, name: str, prompts: Sequence[Prompt], say: Callable[[str], None]) -> None:
+    """Say what the prompts are asked for, where that is not the same for all."""
+    tools = sum(bool(prompt.conversation.tools) for prompt in prompts)
+    if tools and config.environment == "question":
+        say(
+            f"{tools:,} of {len(prompts):,} {name} describe tools, which environment question does not have: an answer "
+            "that calls one is over with its call"
+        )
+    if prompts and config.rollout.thinking_share < 1:
+        thinking = sum(map(config.rollout.thinks, prompts))
+        say(f"{thinking:,} of {len(prompts):,} {name} are reasoned about, the others answered at once")
 
 
 def _fitting(

@@ -19,6 +19,7 @@ from minnow.model.pretrained import (
     is_reward_model,
     load_pretrained,
     load_reward_model,
+    read_config,
     resolve_model_folder,
     save_pretrained,
 )
@@ -136,15 +137,15 @@ def run(config: Config) -> None:
     require_parallel(config.training.parallel, model, machine.device)
     model.config.check_training_rows(config.sequence_length)
     rows_per_micro_batch = practice_rows(config.training, config.sequence_length)
+    _check_critic(config, tokenizer)
     practice = read_practice(config, tokenizer, console.print)
     if config.rollout_engine.url is not None and world_size() > 1:
         raise UserError("rollout_engine.url: one process pushes weights to a server; leave out --nproc and torchrun")
-    thinking = config.rollout.enable_thinking
     longest = config.rollout.max_tokens * config.rollout.max_turns
     rewards = config.rewards
     if config.environment == "guess":  # it pays for the number itself: the last turn is a call, and says nothing
         rewards = replace(rewards, answer=0.0)
-    rewarder = Rewarder(rewards, enable_thinking=thinking, max_tokens=longest, device=machine.device)
+    rewarder = Rewarder(rewards, max_tokens=longest, device=machine.device)
     rewarder.check([*practice.prompts, *practice.held_out])
     _look_for_references(practice, rewarder, console)
 
@@ -193,7 +194,10 @@ def run(config: Config) -> None:
         ),
         schedule=config.schedule,
         objective=PolicyObjective(
-            config.algorithm.loss, config.rollout.temperature, config.rollout.max_tokens * config.rollout.max_turns
+            config.algorithm.loss,
+            config.rollout.temperature,
+            constant_length=longest,
+            target_kl=config.algorithm.target_kl,
         ),
         source=source,
         total_steps=steps,
@@ -315,14 +319,30 @@ def _reference(config: Config, engine: RolloutEngine, machine: Machine) -> Causa
     return _alone(reference, machine)
 
 
+def critic_folder(config: Config) -> Path:
+    """Where PPO's critic starts from."""
+    return resolve_model_folder(config.algorithm.critic.init_from or config.init_from)
+
+
+def _check_critic(config: Config, tokenizer: Tokenizer) -> None:
+    """UserError for a critic that cannot read what the policy writes."""
+    if config.algorithm.critic.init_from is None:
+        return
+    folder, named = critic_folder(config), f"algorithm.critic.init_from {config.algorithm.critic.init_from}"
+    if Tokenizer.from_pretrained(folder).fingerprint != tokenizer.fingerprint:
+        raise UserError(f"{named} has another tokenizer than the policy, and would read other words than it writes")
+    read_config(folder).check_training_rows(config.sequence_length, whose=f"the critic {folder}")
+
+
 def _critic(config: Config, machine: Machine) -> Critic | None:
     if config.algorithm.advantage != "gae":
         return None
-    folder = resolve_model_folder(config.algorithm.critic.init_from or config.init_from)
+    folder = critic_folder(config)
     if is_reward_model(folder):
         model = load_reward_model(folder)
     else:
         model = RewardModel.from_language_model(load_pretrained(folder))
+    model.gradient_checkpointing = config.training.gradient_checkpointing
     return Critic(_alone(model, machine), config.algorithm.critic)
 
 

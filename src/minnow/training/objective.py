@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -64,6 +64,15 @@ class LooksAhead(Protocol[BatchT_contra]):
 
     def look_ahead(self, model: CausalLM, batches: Sequence[BatchT_contra]) -> None:
         """See this process's micro-batches; called before the first of them, on all processes."""
+        ...
+
+
+@runtime_checkable
+class Bounded(Protocol):
+    """An Objective that may want an update left out, once its figures are known."""
+
+    def leaves_out(self, figures: Mapping[str, float]) -> bool:
+        """Whether the optimizer is not to step; `figures` are the means over the whole global batch."""
         ...
 
 

@@ -37,6 +37,7 @@ from minnow.training.non_finite import NonFiniteLossError
 from minnow.training.objective import (
     BatchSource,
     BatchT,
+    Bounded,
     Doubting,
     Growing,
     LooksAhead,
@@ -273,6 +274,8 @@ class Trainer(Generic[BatchT]):
         # Where nothing is to be learnt (answers that all earn the same) no step is taken: decay and momentum would move
         # the weights all the same (bug B9).
         step = finite and figures["grad_norm"] > 0
+        if isinstance(self.objective, Bounded) and self.objective.leaves_out(figures):
+            step = False
         for optimizer in self.optimizers:
             if step:
                 optimizer.step()
