@@ -117,6 +117,8 @@ def test_reasoning_is_apart(client: openai.OpenAI) -> None:
     assert usage is not None
     assert usage.completion_tokens_details is not None
     assert usage.completion_tokens_details.reasoning_tokens == usage.completion_tokens - len("yes") - 1
+    held = client.chat.completions.create(**options, reasoning_effort="low", stop=[">x"]).usage
+    assert held == usage, "the end of the thoughts is held back, and no token of the answer is one of theirs"
     both = client.chat.completions.create(**options, reasoning_effort="low", n=2).usage
     assert both is not None
     assert both.completion_tokens_details is not None

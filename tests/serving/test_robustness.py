@@ -438,6 +438,10 @@ def test_metrics_count(tmp_path: Path) -> None:
         assert 'minnow_aborted_requests_total{model="noise"}' not in text
         assert 'minnow_requests_total{path="/v1/chat/completions",status="200"} 2.0' in text
         assert 'minnow_requests_total{path="other",status="404"} 1.0' in text
+        for name, status in (("noise", 200), ("whale", 404)):
+            assert httpx.get(f"{running.url}/v1/models/{name}").status_code == status
+            line = f'minnow_requests_total{{path="/v1/models/{{name}}",status="{status}"}} 1.0'
+            assert line in httpx.get(f"{running.url}/metrics").text
         assert 'minnow_answers_in_flight{model="noise"} 0.0' in text
         for figure in ("time_to_first_token", "request"):
             assert f'minnow_{figure}_seconds_count{{model="noise"}} 2.0' in text

@@ -104,10 +104,12 @@ class _CountRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        path = scope["path"] if scope["path"] in self._paths else "other"
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
+                # What was refused before it found its endpoint is told by its own path.
+                own = scope["path"] if scope["path"] in self._paths else "other"
+                path = getattr(scope.get("route"), "path_format", own)
                 self._metrics.requests.labels(path, message["status"]).inc()
             await send(message)
 

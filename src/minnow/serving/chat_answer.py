@@ -28,6 +28,7 @@ from minnow.serving.responses import (
 )
 from minnow.tokenizer.assistant import AssistantStream, Content, Event, Reasoning
 from minnow.tokenizer.pieces import PieceStream
+from minnow.tokenizer.special import END_THINK
 from minnow.tokenizer.tool_calls import CallBegins
 
 
@@ -40,6 +41,8 @@ class _Choice:
         self.reasoning_tokens = 0
         self.token_ids: list[int] = []  # not yet told
         self._tokenizer = model.tokenizer
+        self._end_think = model.tokenizer.special_ids[END_THINK]
+        self._thought = False  # whether the thoughts have their end
         self._named = isinstance(body.tool_choice, NamedToolChoice)
         self._pieces: PieceStream[TokenLogprob] = PieceStream(model.tokenizer)
         self._assistant: AssistantStream[TokenLogprob] = AssistantStream(
@@ -49,7 +52,9 @@ class _Choice:
     def push(self, delta: Delta) -> Iterator[Event[TokenLogprob]]:
         """What the next token tells."""
         self.token_ids.append(delta.id)
-        self.reasoning_tokens += self._assistant.reasoning
+        # By the token and not by what it tells: its text may be held back for a stop string.
+        self.reasoning_tokens += self._assistant.reasoning and not self._thought
+        self._thought = self._thought or delta.id == self._end_think
         note = token_logprob(self._tokenizer, delta)
         for piece in self._pieces.push([delta.id], [note], delta.text):
             yield from self._assistant.push(piece)
