@@ -66,13 +66,13 @@ def test_a_choice_is_as_likely_as_transformers_has_it(tmp_path: Path) -> None:
         assert score.details["logprobs"] == pytest.approx(expected, rel=1e-4)
         per_byte = [v / len(e.strip().encode()) for v, e in zip(expected, question.endings, strict=True)]
         winners.append(per_byte.index(max(per_byte)))
-        assert score.value == (winners[-1] == question.right)
+        assert score.value == (winners[-1] in question.right)
 
 
 def test_all_choices_behind_one_context_are_scored_from_the_same_token() -> None:
     """A tokenizer joins the colon with what often follows it; of the other choice the colon must be scored as well."""
     tokenizer = train_tokenizer(["答案：小鱼"] * 20, 320)
-    question = Question(("答案：", "答案："), ("小鱼", "石"), 0)
+    question = Question(("答案：", "答案："), ("小鱼", "石"), (0,))
     joined, apart = (len(tokenizer.encode("答案：" + ending)) for ending in question.endings)
     assert joined == len(tokenizer.encode("答案：")) < apart, "or nothing reaches over the border"
     endings = encode_endings(tokenizer, LabelledQuestion(question, "file"), 96)
@@ -82,10 +82,17 @@ def test_all_choices_behind_one_context_are_scored_from_the_same_token() -> None
 
 @pytest.mark.parametrize(
     ("logprobs", "right", "value"),
-    [([-4.0, -6.0], 0, 0.0), ([-4.0, -6.0], 1, 1.0), ([-4.0, -8.0], 0, 0.5), ([-4.0, -8.1], 0, 1.0)],
+    [
+        ([-4.0, -6.0], (0,), 0.0),
+        ([-4.0, -6.0], (1,), 1.0),
+        ([-4.0, -8.0], (0,), 0.5),
+        ([-4.0, -8.1], (0,), 1.0),
+        ([-4.0, -6.0], (0, 1), 1.0),
+        ([-4.0, -8.0], (0, 1), 1.0),
+    ],
 )
 def test_the_likeliest_choice_per_byte_wins_and_equal_ones_share(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch, logprobs: list[float], right: int, value: float
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, logprobs: list[float], right: tuple[int, ...], value: float
 ) -> None:
     monkeypatch.setattr(choices, "ending_logprobs", lambda *_: [(logprob, False) for logprob in logprobs])
     rows = [LabelledQuestion(Question(("pond", "pond"), (" 小", " minnow"), right), "file")]  # 3 and 6 bytes

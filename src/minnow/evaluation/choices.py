@@ -43,7 +43,8 @@ class ChoicesTask(Task[LabelledQuestion]):
     """Share of the questions whose right choice has the greatest log-probability per byte; equal ones share a point.
 
     Without the division, long choices would lose for being long (Brown et al., 2005.14165, section 2.4, divide by
-    tokens, which differ from model to model). A text to complete is right if each token is the model's likeliest.
+    tokens, which differ from model to model). A text to complete is right if each token is the model's likeliest. Where
+    several choices are right, each of them is, as lm-evaluation-harness has it for AGIEval.
     """
 
     name = "choices"
@@ -74,13 +75,13 @@ class ChoicesTask(Task[LabelledQuestion]):
 
 def _score(question: Question, read: Sequence[tuple[float, bool]]) -> Score:
     logprobs = [logprob for logprob, _ in read]
-    details = {"context": question.contexts[question.right], "choices": question.endings, "right": question.right}
+    details = {"context": question.contexts[question.right[0]], "choices": question.endings, "right": question.right}
     details |= {"logprobs": logprobs, "greedy": [greedy for _, greedy in read]}
     if question.is_completion:
         return Score(float(read[0][1]), details=details)
     per_byte = [value / len(ending.strip().encode()) for value, ending in zip(logprobs, question.endings, strict=True)]
     best = [index for index, value in enumerate(per_byte) if value == max(per_byte)]
-    return Score((question.right in best) / len(best), details=details)
+    return Score(len({*question.right} & {*best}) / len(best), details=details)
 
 
 def encode_endings(tokenizer: Tokenizer, row: LabelledQuestion, longest: int) -> list[Ending]:
