@@ -16,7 +16,13 @@ from minnow.config import UserError
 from minnow.data.questions import Question, parse_question
 from minnow.engine.sampling import SamplingParams
 from minnow.evaluation import Subject, choices
-from minnow.evaluation.choices import ChoicesTask, LabelledQuestion, encode_endings, ending_logprobs
+from minnow.evaluation.choices import (
+    ChoicesTask,
+    LabelledQuestion,
+    encode_endings,
+    ending_logprobs,
+    labelled_questions,
+)
 from minnow.model.pretrained import load_pretrained
 from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.train import train_tokenizer
@@ -145,6 +151,29 @@ def test_batches_change_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatc
         assert first == pytest.approx(second, rel=1e-5)
 
 
+def test_solved_questions_stand_in_front_of_each_but_never_itself(tmp_path: Path) -> None:
+    """As lm-evaluation-harness's sampler `first_n` takes them, with its empty line between."""
+    file, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*QUESTIONS, QUESTIONS[0]]))
+    other.write_text(json.dumps({"goal": "To swim", "sol1": "sink", "sol2": "move", "label": 1}) + "\n")
+    solved = [
+        "Question: What swims?\nAnswer: the little minnow",
+        "问题：谁在池塘里游泳？\n答案：小鱼",
+        "The minnow saw the pond, so the minnow swims in it.",
+    ]
+    plain = [asked(row).question for row in QUESTIONS]
+    shown = [[1, 2], [0, 2], [0, 1], [1, 2]]  # the last row is the first one again, which would give it away
+    for rows, examples in ((labelled_questions([str(file)], 2), shown), (labelled_questions([str(file)]), [[]] * 4)):
+        for row, question, places in zip(rows, [*plain, plain[0]], examples, strict=True):
+            fronts = [solved[place] + "\n\n" for place in places]
+            assert row.question.contexts == tuple("".join(fronts) + context for context in question.contexts)
+            assert (row.question.endings, row.question.right) == (question.endings, question.right)
+    first, *_ = labelled_questions([str(file)], 1, str(other))
+    assert first.question.contexts[0] == "Question: To swim\nAnswer: move\n\nQuestion: What swims?\nAnswer:"
+    with pytest.raises(UserError, match=r"b.jsonl: 1 questions to show in front of another one, but --shots is 2"):
+        labelled_questions([str(file)], 2, str(other))
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(save_lively_model(tmp_path / "model", context=96))
     first, second = tmp_path / "swims.jsonl", tmp_path / "completes.jsonl"
@@ -161,8 +190,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     }
     assert [len(json.loads(line)["logprobs"]) for line in rows.read_text().splitlines()] == [3, 3, 2, 1]
     capsys.readouterr()
+    shown = tmp_path / "shown.jsonl"
+    assert main([*arguments, "--choices", str(first), "--shots", "1", "--rows", str(shown)]) == 0
+    contexts = [json.loads(line)["context"] for line in shown.read_text().splitlines()]
+    assert contexts[1] == "Question: What swims?\nAnswer: the little minnow\n\n问题：谁在池塘里游泳？\n答案："
+    capsys.readouterr()
     assert main(arguments) != 0
     assert "--choices FILE" in capsys.readouterr().err
+    for wrong, told in (
+        (["--shots", "-1"], "--shots -1: give 0 or more"),
+        (["--shots_from", str(second)], "--shots_from is read only with --shots"),
+    ):
+        assert main([*arguments, "--choices", str(first), *wrong]) != 0
+        assert told in capsys.readouterr().err
+    assert main(["eval", folder, "--tasks", "bpb", "--text", str(second), "--shots", "1"]) != 0
+    assert "--shots is read only by choices" in capsys.readouterr().err
     first.write_text(json.dumps(QUESTIONS[0]) + "\n" + json.dumps(QUESTIONS[0] | {"answer": 7}) + "\n")
     assert main([*arguments, "--choices", str(first)]) != 0
     assert "swims.jsonl:2: the right answer is 7" in capsys.readouterr().err

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, replace
+from itertools import islice, takewhile
 from math import isnan
 
 import torch
@@ -146,15 +146,34 @@ def _batches(endings: Sequence[Ending]) -> Iterator[list[Ending]]:
         yield batch
 
 
-def labelled_questions(paths: Sequence[str]) -> list[LabelledQuestion]:
-    """The questions of the files, labelled by file. UserError names a bad row by FILE:LINE, or a file without any."""
+def labelled_questions(paths: Sequence[str], shots: int = 0, shots_from: str | None = None) -> list[LabelledQuestion]:
+    """The questions of the files, labelled by file, behind so many solved ones.
+
+    UserError names a bad row by FILE:LINE, or a file without any or with too few.
+    """
+    solved = None if shots_from is None else _questions(shots_from)
     questions: list[LabelledQuestion] = []
     for path, label in zip(paths, labels(paths), strict=True):
-        of_path = [LabelledQuestion(question, label) for _, question in read_parsed((path,), parse_question)]
+        of_path = _questions(path)
         if not of_path:
             raise UserError(f"{path}: there is not one question to examine; leave it out of --choices")
-        questions += of_path
+        if shots:
+            examples = of_path if solved is None else solved
+            of_path = [_behind(question, examples, shots, shots_from or path) for question in of_path]
+        questions += [LabelledQuestion(question, label) for question in of_path]
     return questions
+
+
+def _questions(path: str) -> list[Question]:
+    return [question for _, question in read_parsed((path,), parse_question)]
+
+
+def _behind(question: Question, examples: Sequence[Question], shots: int, path: str) -> Question:
+    """The question behind the first `shots` examples that are not itself, solved, with empty lines between."""
+    solved = [example.solved for example in islice((each for each in examples if each != question), shots)]
+    if len(solved) < shots:
+        raise UserError(f"{path}: {len(solved)} questions to show in front of another one, but --shots is {shots}")
+    return replace(question, contexts=tuple("\n\n".join([*solved, context]) for context in question.contexts))
 
 
 @register("choices")
@@ -162,4 +181,4 @@ def make(options: TaskOptions) -> Task[LabelledQuestion]:
     """The questions of the files given."""
     if not options.choices:
         raise UserError("--tasks choices examines files of questions: name them with --choices FILE")
-    return ChoicesTask(labelled_questions(options.choices))
+    return ChoicesTask(labelled_questions(options.choices, options.shots, options.shots_from))
