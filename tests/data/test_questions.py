@@ -105,12 +105,19 @@ TWO = (" a fish", " a stone")
     ],
 )
 def test_every_form_of_a_question(row: dict[str, Any], contexts: tuple[str, ...], endings: tuple[str, ...]) -> None:
-    assert parse_question(row) == Question(contexts, endings, 1)
+    assert parse_question(row) == Question(contexts, endings, (1,))
+
+
+def test_several_right_answers() -> None:
+    row = {"question": "What swims?", "options": ["(A)a fish", "(B)a stone", "(C)a minnow"], "label": ["A", "C"]}
+    question = parse_question(row)
+    assert question.right == (0, 2)
+    assert question.solved == "Question: What swims?\nAnswer: a fish"
 
 
 def test_a_text_to_complete_has_one_ending() -> None:
     question = parse_question({"context": "25 - 759 =", "continuation": " -734"})
-    assert question == Question(("25 - 759 =",), (" -734",), 0)
+    assert question == Question(("25 - 759 =",), (" -734",), (0,))
     assert question.is_completion
 
 
@@ -123,7 +130,8 @@ def test_a_text_to_complete_has_one_ending() -> None:
         ({"question": "What?", "choices": ["a", "b"], "answer": True}, "right answer is True"),
         ({"question": "What?", "choices": ["a", "b"], "answer": "C"}, "right answer is 'C'"),
         ({"question": "What?", "choices": ["a", "b"], "answer": ""}, "right answer is ''"),
-        ({"question": "What?", "options": ["(A)a", "(B)b"], "label": ["A", "B"]}, "right answer is"),
+        ({"question": "What?", "options": ["(A)a", "(B)b"], "label": ["A", "D"]}, "right answer is 'D'"),
+        ({"question": "What?", "options": ["(A)a", "(B)b"], "label": []}, "right answer is \\[\\]"),
         ({"question": "What?", "options": ["(A)", "(B)b"], "label": "B"}, "not empty"),
         ({"question": "What?", "choices": {"text": ["a", "b"], "label": 1}, "answerKey": 0}, "list of texts"),
         ({"question": "What?", "choices": ["a"], "answer": 0}, "two choices"),
@@ -151,6 +159,7 @@ def test_what_cannot_be_examined_is_refused(row: dict[str, Any], message: str) -
         ("en_mmlu_subset", {4}),
         ("en_agieval_sat_math", {4}),
         ("zh_agieval_gaokao_history", {4}),
+        ("zh_agieval_gaokao_physics", {4}),  # with several right answers in some rows
     ],
 )
 def test_real_rows_are_read(name: str, choices: set[int]) -> None:

@@ -16,7 +16,13 @@ from minnow.config import UserError
 from minnow.data.questions import Question, parse_question
 from minnow.engine.sampling import SamplingParams
 from minnow.evaluation import Subject, choices
-from minnow.evaluation.choices import ChoicesTask, LabelledQuestion, encode_endings, ending_logprobs
+from minnow.evaluation.choices import (
+    ChoicesTask,
+    LabelledQuestion,
+    encode_endings,
+    ending_logprobs,
+    labelled_questions,
+)
 from minnow.model.pretrained import load_pretrained
 from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.train import train_tokenizer
@@ -66,13 +72,13 @@ def test_a_choice_is_as_likely_as_transformers_has_it(tmp_path: Path) -> None:
         assert score.details["logprobs"] == pytest.approx(expected, rel=1e-4)
         per_byte = [v / len(e.strip().encode()) for v, e in zip(expected, question.endings, strict=True)]
         winners.append(per_byte.index(max(per_byte)))
-        assert score.value == (winners[-1] == question.right)
+        assert score.value == (winners[-1] in question.right)
 
 
 def test_all_choices_behind_one_context_are_scored_from_the_same_token() -> None:
     """A tokenizer joins the colon with what often follows it; of the other choice the colon must be scored as well."""
     tokenizer = train_tokenizer(["答案：小鱼"] * 20, 320)
-    question = Question(("答案：", "答案："), ("小鱼", "石"), 0)
+    question = Question(("答案：", "答案："), ("小鱼", "石"), (0,))
     joined, apart = (len(tokenizer.encode("答案：" + ending)) for ending in question.endings)
     assert joined == len(tokenizer.encode("答案：")) < apart, "or nothing reaches over the border"
     endings = encode_endings(tokenizer, LabelledQuestion(question, "file"), 96)
@@ -82,10 +88,17 @@ def test_all_choices_behind_one_context_are_scored_from_the_same_token() -> None
 
 @pytest.mark.parametrize(
     ("logprobs", "right", "value"),
-    [([-4.0, -6.0], 0, 0.0), ([-4.0, -6.0], 1, 1.0), ([-4.0, -8.0], 0, 0.5), ([-4.0, -8.1], 0, 1.0)],
+    [
+        ([-4.0, -6.0], (0,), 0.0),
+        ([-4.0, -6.0], (1,), 1.0),
+        ([-4.0, -8.0], (0,), 0.5),
+        ([-4.0, -8.1], (0,), 1.0),
+        ([-4.0, -6.0], (0, 1), 1.0),
+        ([-4.0, -8.0], (0, 1), 1.0),
+    ],
 )
 def test_the_likeliest_choice_per_byte_wins_and_equal_ones_share(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch, logprobs: list[float], right: int, value: float
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, logprobs: list[float], right: tuple[int, ...], value: float
 ) -> None:
     monkeypatch.setattr(choices, "ending_logprobs", lambda *_: [(logprob, False) for logprob in logprobs])
     rows = [LabelledQuestion(Question(("pond", "pond"), (" 小", " minnow"), right), "file")]  # 3 and 6 bytes
@@ -138,6 +151,29 @@ def test_batches_change_nothing(subject: Subject, monkeypatch: pytest.MonkeyPatc
         assert first == pytest.approx(second, rel=1e-5)
 
 
+def test_solved_questions_stand_in_front_of_each_but_never_itself(tmp_path: Path) -> None:
+    """As lm-evaluation-harness's sampler `first_n` takes them, with its empty line between."""
+    file, other = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in [*QUESTIONS, QUESTIONS[0]]))
+    other.write_text(json.dumps({"goal": "To swim", "sol1": "sink", "sol2": "move", "label": 1}) + "\n")
+    solved = [
+        "Question: What swims?\nAnswer: the little minnow",
+        "问题：谁在池塘里游泳？\n答案：小鱼",
+        "The minnow saw the pond, so the minnow swims in it.",
+    ]
+    plain = [asked(row).question for row in QUESTIONS]
+    shown = [[1, 2], [0, 2], [0, 1], [1, 2]]  # the last row is the first one again, which would give it away
+    for rows, examples in ((labelled_questions([str(file)], 2), shown), (labelled_questions([str(file)]), [[]] * 4)):
+        for row, question, places in zip(rows, [*plain, plain[0]], examples, strict=True):
+            fronts = [solved[place] + "\n\n" for place in places]
+            assert row.question.contexts == tuple("".join(fronts) + context for context in question.contexts)
+            assert (row.question.endings, row.question.right) == (question.endings, question.right)
+    first, *_ = labelled_questions([str(file)], 1, str(other))
+    assert first.question.contexts[0] == "Question: To swim\nAnswer: move\n\nQuestion: What swims?\nAnswer:"
+    with pytest.raises(UserError, match=r"b.jsonl: 1 questions to show in front of another one, but --shots is 2"):
+        labelled_questions([str(file)], 2, str(other))
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(save_lively_model(tmp_path / "model", context=96))
     first, second = tmp_path / "swims.jsonl", tmp_path / "completes.jsonl"
@@ -154,8 +190,21 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     }
     assert [len(json.loads(line)["logprobs"]) for line in rows.read_text().splitlines()] == [3, 3, 2, 1]
     capsys.readouterr()
+    shown = tmp_path / "shown.jsonl"
+    assert main([*arguments, "--choices", str(first), "--shots", "1", "--rows", str(shown)]) == 0
+    contexts = [json.loads(line)["context"] for line in shown.read_text().splitlines()]
+    assert contexts[1] == "Question: What swims?\nAnswer: the little minnow\n\n问题：谁在池塘里游泳？\n答案："
+    capsys.readouterr()
     assert main(arguments) != 0
     assert "--choices FILE" in capsys.readouterr().err
+    for wrong, told in (
+        (["--shots", "-1"], "--shots -1: give 0 or more"),
+        (["--shots_from", str(second)], "--shots_from is read only with --shots"),
+    ):
+        assert main([*arguments, "--choices", str(first), *wrong]) != 0
+        assert told in capsys.readouterr().err
+    assert main(["eval", folder, "--tasks", "bpb", "--text", str(second), "--shots", "1"]) != 0
+    assert "--shots is read only by choices" in capsys.readouterr().err
     first.write_text(json.dumps(QUESTIONS[0]) + "\n" + json.dumps(QUESTIONS[0] | {"answer": 7}) + "\n")
     assert main([*arguments, "--choices", str(first)]) != 0
     assert "swims.jsonl:2: the right answer is 7" in capsys.readouterr().err

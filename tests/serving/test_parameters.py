@@ -25,7 +25,6 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "functions": ([{"name": "f"}], "use tools"),
     "web_search_options": ({}, "does not search the web"),
     "suffix": ("the end", "not supported"),
-    "echo": (True, "the prompt is not repeated"),
     "dimensions": (8, "not supported"),
 }
 # What makes no difference here: the answer is the one without it.

@@ -57,7 +57,7 @@ def error_of(answer: httpx.Response) -> dict[str, Any]:
         ({"n": True}, "n"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"seed": 10**40}, "seed"),
-        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"messages": []}, "messages"),
         ({"messages": "hi"}, "messages"),

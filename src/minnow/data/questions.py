@@ -24,16 +24,23 @@ class Question:
     """One a choice; all the same but where the choice stands in the middle of a sentence (Winograd's schemas)."""
     endings: tuple[str, ...]
     """The texts to compare, the space in front of them included. A single one is a text to complete word for word."""
-    right: int
+    right: tuple[int, ...]
+    """Which of them are right, mostly one."""
 
     @property
     def is_completion(self) -> bool:
         """Whether there is nothing to choose from."""
         return len(self.endings) == 1
 
+    @property
+    def solved(self) -> str:
+        """The text with its right ending, the first of several."""
+        return self.contexts[self.right[0]] + self.endings[self.right[0]]
+
 
 def parse_question(row: Mapping[str, Any]) -> Question:
-    """Read a row in any of these forms; the right answer is the choice's own label, a letter or an index from 0:
+    """Read a row in any of these forms; the right answer is the choice's own label, a letter or an index from 0, or a
+    list of them where several are right (AGIEval):
 
     - `query`, `choices`, `gold`; `context_options`, `continuation`, `gold`; `context`, `continuation` (llm-foundry);
     - `question`, `choices` (a list, or `text` and `label` lists), `answer` or `answerKey` (MMLU, ARC, CommonsenseQA);
@@ -115,7 +122,8 @@ def _question(
     contexts = tuple(context.rstrip() for context in contexts)
     gaps = ["" if not context or _WIDE.search(context) else " " for context in contexts]
     joined = tuple(gap + ending.strip() for gap, ending in zip(gaps, endings, strict=True))
-    return Question(contexts, joined, _index(right, labels[: len(endings)], len(endings)))
+    every = right if isinstance(right, list) and right else [right]
+    return Question(contexts, joined, tuple(_index(each, labels[: len(endings)], len(endings)) for each in every))
 
 
 def _index(right: Any, labels: Sequence[str], count: int) -> int:

@@ -1,7 +1,7 @@
 """Batched generation: one engine for chat, evaluation, the server and rollouts."""
 
 from minnow.engine.engine import Engine, Prompt
-from minnow.engine.outputs import Completion, Completions, Delta, FinishReason, TopLogprobs, Usage
+from minnow.engine.outputs import Completion, Completions, Delta, FinishReason, PromptLogprobs, TopLogprobs, Usage
 from minnow.engine.sampling import SamplingOptions, SamplingParams
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "Engine",
     "FinishReason",
     "Prompt",
+    "PromptLogprobs",
     "SamplingOptions",
     "SamplingParams",
     "TopLogprobs",

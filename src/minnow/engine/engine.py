@@ -144,6 +144,7 @@ class Engine:
                 prompt_ids=request.prompt_ids,
                 completions=tuple(sequence.completion() for sequence in request.samples),
                 seed=request.seed,
+                prompt_logprobs=request.prompt_logprobs,
             )
             for request in requests
         ]

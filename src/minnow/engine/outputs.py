@@ -14,6 +14,18 @@ TopLogprobs = list[tuple[int, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
+class PromptLogprobs:
+    """How likely the model found the tokens of a prompt, under the softmax of its own logits.
+
+    An item for each token of the prompt. Nothing stands before the first one: its items are None.
+    """
+
+    logprobs: list[float | None]
+    top_logprobs: list[TopLogprobs | None] | None
+    """Lists of `SamplingParams.prompt_logprobs` tokens; None if that is 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Usage:
     """What a request took."""
 
@@ -51,6 +63,8 @@ class Completions:
     """`SamplingParams.n` of them, in the order of their sample index."""
     seed: int
     """The seed used, also where none was asked for: the same one gives the same answers."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """None if not asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,5 +87,7 @@ class Delta:
     """Under the softmax of the model's own logits; None if not asked for."""
     top_logprobs: TopLogprobs | None
     """None if not asked for."""
+    prompt_logprobs: PromptLogprobs | None
+    """On the request's first delta, if asked for; else None."""
     usage: Usage | None
     """On the request's last delta, which ends the last of its samples; else None."""

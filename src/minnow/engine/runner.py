@@ -14,6 +14,7 @@ from minnow.engine.attention import DecodeAttention, MixedAttention
 from minnow.engine.cache import PagedCache, Window
 from minnow.engine.compiled import CompiledDecode
 from minnow.engine.graphs import Capture, Recordings, padded_rows
+from minnow.engine.prompt_logprobs import note_prompt_logprobs
 from minnow.engine.scheduler import Chunk, Plan
 from minnow.engine.sequence import Sequence
 from minnow.model.attention import Attention
@@ -124,6 +125,7 @@ class Runner:
         attention = MixedAttention(self.cache, decode, len(rows), chunks, slots_N)
         with self._adapted(rows, chunks):
             hidden_BTD = model(tokens_N[None], positions_N[None], attention)
+        note_prompt_logprobs(model, hidden_BTD[0, len(rows) :], chunks)
         ends = np.cumsum([chunk.count for chunk in chunks]) + len(rows) - 1
         last = [*range(len(rows)), *(int(end) for chunk, end in zip(chunks, ends, strict=True) if chunk.reaches_end)]
         finished = [*rows, *(chunk.sequence for chunk in chunks if chunk.reaches_end)]

@@ -97,6 +97,9 @@ class SamplingParams(SamplingOptions):
     raw one."""
     top_logprobs: int = 0
     """Return this many of the likeliest tokens, with their raw log-probabilities, at every place."""
+    prompt_logprobs: int | None = None
+    """Return the raw log-probability of every token of the prompt too, and this many of the likeliest tokens in its
+    place. The whole prompt is read for it: what the cache holds of it is not used. None: do not."""
     skip_special_tokens: bool = True
     """Leave control tokens out of the text (they are always in the ids)."""
 
@@ -106,6 +109,12 @@ class SamplingParams(SamplingOptions):
             object.__setattr__(self, "stop", (self.stop,))
         _require(self.n >= 1, "n", self.n, "at least 1")
         _require(self.top_logprobs >= 0, "top_logprobs", self.top_logprobs, "0 or more")
+        _require(
+            self.prompt_logprobs is None or self.prompt_logprobs >= 0,
+            "prompt_logprobs",
+            self.prompt_logprobs,
+            "0 or more",
+        )
         _require(self.min_tokens >= 0, "min_tokens", self.min_tokens, "0 or more")
         _require(
             self.max_tokens is None or self.min_tokens <= self.max_tokens,

@@ -81,6 +81,9 @@ class Scheduler:
             self._free(sequence)
             self.waiting.appendleft(sequence)
         self.running = []
+        for sequence in self.waiting:
+            if not sequence.request.samples[0].ids:  # else they have been handed out
+                sequence.request.forget_prompt_logprobs()
         self.blocks.forget_contents()
 
     def fork(self, leader: Sequence) -> list[Sequence]:
@@ -156,8 +159,7 @@ class Scheduler:
         size = self.blocks.block_size
         found: list[int] = []
         keys: list[bytes] = []
-        # The last token is always computed: its logits are what the step is for.
-        for start in range(0, (sequence.num_tokens - 1) // size * size, size):
+        for start in range(0, sequence.skippable // size * size, size):
             key = block_key(keys[-1] if keys else sequence.first_parent, sequence.tokens[start : start + size])
             block = self.blocks.find(key)
             if block is None:

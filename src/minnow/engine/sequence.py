@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from minnow.config import UserError
 from minnow.engine.counter_random import sample_key
 from minnow.engine.grammar import Constraint
-from minnow.engine.outputs import Completion, Delta, FinishReason, TopLogprobs, Usage
+from minnow.engine.outputs import Completion, Delta, FinishReason, PromptLogprobs, TopLogprobs, Usage
 from minnow.engine.penalties import Penalties
 from minnow.engine.sampling import SamplingParams
 from minnow.engine.stop_strings import StopStrings
@@ -32,6 +32,17 @@ class Request:
     """Why it ended without all of its answers."""
     cached_tokens: int | None = None
     """Of the prompt: found in the cache when it was first read."""
+    prompt_logprobs: PromptLogprobs | None = field(init=False)
+    """Those of the prompt's first tokens, as far as it has been read; None if not asked for."""
+
+    def __post_init__(self) -> None:
+        self.forget_prompt_logprobs()
+
+    def forget_prompt_logprobs(self) -> None:
+        """Begin to note them, anew where the prompt is read anew."""
+        count = self.params.prompt_logprobs
+        none = PromptLogprobs(logprobs=[None], top_logprobs=[None] if count else None)
+        self.prompt_logprobs = None if count is None else none
 
     @property
     def finished(self) -> bool:
@@ -87,6 +98,18 @@ class Sequence:
         """Prompt and answer together."""
         return len(self.tokens)
 
+    @property
+    def skippable(self) -> int:
+        """Tokens at its beginning that need not be computed if the cache holds them.
+
+        The last token is always computed: its logits are what a step is for. So is one that tells how likely the next
+        token of the prompt is, as long as that is to be noted.
+        """
+        noted = self.request.prompt_logprobs
+        if noted is None or len(noted.logprobs) == len(self.request.prompt_ids):
+            return self.num_tokens - 1
+        return len(noted.logprobs) - 1
+
     def take_followers(self) -> list[Sequence]:
         """The request's other samples, once: when its first sample has read the prompt."""
         return self.request.samples[1:] if self.index == 0 and not self.ids else []
@@ -138,6 +161,7 @@ class Sequence:
             logprob=logprob,
             raw_logprob=raw_logprob,
             top_logprobs=top_logprobs,
+            prompt_logprobs=self.request.prompt_logprobs if self.index == 0 and len(self.ids) == 1 else None,
             usage=self.request.usage() if self.finish_reason is not None and self.request.finished else None,
         )
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, replace
+from itertools import islice, takewhile
 from math import isnan
 
 import torch
@@ -43,7 +43,8 @@ class ChoicesTask(Task[LabelledQuestion]):
     """Share of the questions whose right choice has the greatest log-probability per byte; equal ones share a point.
 
     Without the division, long choices would lose for being long (Brown et al., 2005.14165, section 2.4, divide by
-    tokens, which differ from model to model). A text to complete is right if each token is the model's likeliest.
+    tokens, which differ from model to model). A text to complete is right if each token is the model's likeliest. Where
+    several choices are right, each of them is, as lm-evaluation-harness has it for AGIEval.
     """
 
     name = "choices"
@@ -74,13 +75,13 @@ class ChoicesTask(Task[LabelledQuestion]):
 
 def _score(question: Question, read: Sequence[tuple[float, bool]]) -> Score:
     logprobs = [logprob for logprob, _ in read]
-    details = {"context": question.contexts[question.right], "choices": question.endings, "right": question.right}
+    details = {"context": question.contexts[question.right[0]], "choices": question.endings, "right": question.right}
     details |= {"logprobs": logprobs, "greedy": [greedy for _, greedy in read]}
     if question.is_completion:
         return Score(float(read[0][1]), details=details)
     per_byte = [value / len(ending.strip().encode()) for value, ending in zip(logprobs, question.endings, strict=True)]
     best = [index for index, value in enumerate(per_byte) if value == max(per_byte)]
-    return Score((question.right in best) / len(best), details=details)
+    return Score(len({*question.right} & {*best}) / len(best), details=details)
 
 
 def encode_endings(tokenizer: Tokenizer, row: LabelledQuestion, longest: int) -> list[Ending]:
@@ -145,15 +146,34 @@ def _batches(endings: Sequence[Ending]) -> Iterator[list[Ending]]:
         yield batch
 
 
-def labelled_questions(paths: Sequence[str]) -> list[LabelledQuestion]:
-    """The questions of the files, labelled by file. UserError names a bad row by FILE:LINE, or a file without any."""
+def labelled_questions(paths: Sequence[str], shots: int = 0, shots_from: str | None = None) -> list[LabelledQuestion]:
+    """The questions of the files, labelled by file, behind so many solved ones.
+
+    UserError names a bad row by FILE:LINE, or a file without any or with too few.
+    """
+    solved = None if shots_from is None else _questions(shots_from)
     questions: list[LabelledQuestion] = []
     for path, label in zip(paths, labels(paths), strict=True):
-        of_path = [LabelledQuestion(question, label) for _, question in read_parsed((path,), parse_question)]
+        of_path = _questions(path)
         if not of_path:
             raise UserError(f"{path}: there is not one question to examine; leave it out of --choices")
-        questions += of_path
+        if shots:
+            examples = of_path if solved is None else solved
+            of_path = [_behind(question, examples, shots, shots_from or path) for question in of_path]
+        questions += [LabelledQuestion(question, label) for question in of_path]
     return questions
+
+
+def _questions(path: str) -> list[Question]:
+    return [question for _, question in read_parsed((path,), parse_question)]
+
+
+def _behind(question: Question, examples: Sequence[Question], shots: int, path: str) -> Question:
+    """The question behind the first `shots` examples that are not itself, solved, with empty lines between."""
+    solved = [example.solved for example in islice((each for each in examples if each != question), shots)]
+    if len(solved) < shots:
+        raise UserError(f"{path}: {len(solved)} questions to show in front of another one, but --shots is {shots}")
+    return replace(question, contexts=tuple("\n\n".join([*solved, context]) for context in question.contexts))
 
 
 @register("choices")
@@ -161,4 +181,4 @@ def make(options: TaskOptions) -> Task[LabelledQuestion]:
     """The questions of the files given."""
     if not options.choices:
         raise UserError("--tasks choices examines files of questions: name them with --choices FILE")
-    return ChoicesTask(labelled_questions(options.choices))
+    return ChoicesTask(labelled_questions(options.choices, options.shots, options.shots_from))

@@ -122,6 +122,10 @@ class TaskOptions:
     """Files of preference pairs."""
     choices: tuple[str, ...] = ()
     """Files of questions with choices."""
+    shots: int = 0
+    """Solved questions in front of each of them."""
+    shots_from: str | None = None
+    """File that these come from; None: the file of the question itself."""
     judge: str | None = None
     """A reward model's folder."""
     against: str | None = None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from minnow.engine import Delta
+from minnow.engine import Delta, PromptLogprobs, TopLogprobs
 from minnow.serving.logprobs import finite, token_text
 from minnow.serving.models import ServedModel
 from minnow.serving.requests import CompletionBody
@@ -20,20 +22,33 @@ from minnow.serving.responses import (
     now,
     usage,
 )
-from minnow.tokenizer import StreamDecoder
+from minnow.tokenizer import StreamDecoder, Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """A prompt as the model reads it and as the client knows it."""
+
+    ids: list[int]
+    sent: list[int]
+    """Those of the ids that the client sent: of a text, all but the start token."""
+    text: str
+    """Token ids count as the text they stand for."""
 
 
 class _Choice:
     """One continuation."""
 
-    def __init__(self, model: ServedModel, body: CompletionBody, index: int, prompt_ids: list[int], start: int) -> None:
+    def __init__(self, model: ServedModel, body: CompletionBody, index: int, prompt: Prompt) -> None:
         self._tokenizer = model.tokenizer
         self._decoder = StreamDecoder(model.tokenizer, skip_special_tokens=True)
         self._index = index
         self._body = body
-        self._prompt_ids: list[int] | None = prompt_ids if body.return_token_ids else None
-        self._length = start  # characters of the prompt and of the tokens so far
+        self._prompt_ids: list[int] | None = prompt.ids if body.return_token_ids else None
+        self._length = len(prompt.text)  # characters of the prompt and of the tokens so far
         self._clear()
+        if body.echo:
+            self._texts.append(prompt.text)
 
     def _clear(self) -> None:
         self._texts: list[str] = []
@@ -41,8 +56,21 @@ class _Choice:
         self._logprobs: CompletionLogprobs = _no_logprobs(self._body)
         self._finish_reason: Literal["stop", "length"] | None = None
 
+    def begin_with(self, prompt: CompletionLogprobs) -> None:
+        """Take the log-probabilities of the prompt's tokens, before the first delta."""
+        top = prompt["top_logprobs"]
+        self._logprobs = {
+            "tokens": [*prompt["tokens"]],
+            "token_logprobs": [*prompt["token_logprobs"]],
+            "top_logprobs": None if top is None else [*top],
+            "text_offset": [*prompt["text_offset"]],
+        }
+
     def push(self, delta: Delta) -> None:
         """Take the next token."""
+        if self._body.max_tokens == 0:  # nobody asked for it: only the prompt's log-probabilities came with it
+            self._finish_reason = "length"
+            return
         self._token_ids.append(delta.id)
         self._finish_reason = delta.finish_reason
         self._texts.append(delta.text)
@@ -52,14 +80,7 @@ class _Choice:
     def _add_logprob(self, delta: Delta) -> None:
         """Every token has its entry, also the one that ends the answer: they stand beside `token_ids`."""
         assert delta.raw_logprob is not None
-        own, logprob = token_text(self._tokenizer, delta.id), finite(delta.raw_logprob)
-        self._logprobs["tokens"].append(own)
-        self._logprobs["token_logprobs"].append(logprob)
-        self._logprobs["text_offset"].append(self._length)
-        if self._logprobs["top_logprobs"] is not None:
-            likeliest = delta.top_logprobs or ()
-            texts = {token_text(self._tokenizer, token): finite(value) for token, value in likeliest}
-            self._logprobs["top_logprobs"].append(texts | {own: logprob})  # as at OpenAI: one more than asked for
+        _add(self._logprobs, self._tokenizer, delta.id, delta.raw_logprob, delta.top_logprobs, self._length)
         if delta.id < self._tokenizer.vocab_size:  # a model's vocabulary may be padded beyond the tokenizer's
             self._length += len(self._decoder.push(delta.id))
 
@@ -88,28 +109,59 @@ def _no_logprobs(body: CompletionBody) -> CompletionLogprobs:
     return {"tokens": [], "token_logprobs": [], "top_logprobs": [] if body.logprobs else None, "text_offset": []}
 
 
-class CompletionAnswer:
-    """The answer to one request: choice `prompt number x n + sample` continues that prompt.
+def _add(
+    logprobs: CompletionLogprobs,
+    tokenizer: Tokenizer,
+    token: int,
+    logprob: float | None,
+    likeliest: TopLogprobs | None,
+    offset: int,
+) -> None:
+    """Add a token; logprob None stands for one that nothing stands before."""
+    own = token_text(tokenizer, token)
+    logprobs["tokens"].append(own)
+    logprobs["token_logprobs"].append(None if logprob is None else finite(logprob))
+    logprobs["text_offset"].append(offset)
+    if logprobs["top_logprobs"] is not None:
+        texts = {token_text(tokenizer, token): finite(value) for token, value in likeliest or ()}
+        # As at OpenAI: one more than asked for.
+        logprobs["top_logprobs"].append(None if logprob is None else texts | {own: finite(logprob)})
 
-    starts: where each answer begins, in characters from its prompt's start.
-    """
+
+def _prompt_logprobs(
+    tokenizer: Tokenizer, body: CompletionBody, prompt: Prompt, read: PromptLogprobs
+) -> CompletionLogprobs:
+    """Of the tokens that the client sent; the first has none at OpenAI, and so it has none behind a start token."""
+    logprobs = _no_logprobs(body)
+    decoder, offset = StreamDecoder(tokenizer, skip_special_tokens=True), 0
+    before = len(prompt.ids) - len(prompt.sent)
+    likeliest = read.top_logprobs or [None] * len(prompt.ids)
+    for place, token in enumerate(prompt.sent):
+        logprob = None if place == 0 else read.logprobs[before + place]
+        _add(logprobs, tokenizer, token, logprob, likeliest[before + place], offset)
+        if token < tokenizer.vocab_size:
+            offset += len(decoder.push(token))
+    return logprobs
+
+
+class CompletionAnswer:
+    """The answer to one request: choice `prompt number x n + sample` continues that prompt."""
 
     def __init__(
         self,
         model: ServedModel,
         body: CompletionBody,
-        prompts: Sequence[list[int]],
-        starts: Sequence[int],
+        prompts: Sequence[Prompt],
         deltas: AsyncGenerator[tuple[int, Delta], None],
         close: Callable[[], None],
     ) -> None:
+        self._tokenizer = model.tokenizer
         self._body = body
+        self._prompts = prompts
         self._n = body.n or 1
         self._deltas = deltas
         self._close = close
-        self._choices = [
-            _Choice(model, body, i, prompts[i // self._n], starts[i // self._n]) for i in range(len(prompts) * self._n)
-        ]
+        self._choices = [_Choice(model, body, i, prompts[i // self._n]) for i in range(len(prompts) * self._n)]
         self._read = self._written = self._cached = 0
         self._id = new_id("cmpl-")
         self._created = now()
@@ -118,13 +170,22 @@ class CompletionAnswer:
         """The choice that each delta went to."""
         async with aclosing(self._deltas):
             async for number, delta in self._deltas:
+                if delta.prompt_logprobs is not None:
+                    await self._take_prompt(number, delta.prompt_logprobs)
                 choice = self._choices[number * self._n + delta.index]
                 choice.push(delta)
                 if delta.usage is not None:
                     self._read += delta.usage.prompt_tokens
-                    self._written += delta.usage.completion_tokens
+                    self._written += 0 if self._body.max_tokens == 0 else delta.usage.completion_tokens
                     self._cached += delta.usage.cached_tokens
                 yield choice
+
+    async def _take_prompt(self, number: int, read: PromptLogprobs) -> None:
+        """Let the choices of a prompt begin with its tokens; a long one is written in another thread."""
+        prompt = self._prompts[number]
+        logprobs = await asyncio.to_thread(_prompt_logprobs, self._tokenizer, self._body, prompt, read)
+        for choice in self._choices[number * self._n : (number + 1) * self._n]:
+            choice.begin_with(logprobs)
 
     async def whole(self) -> Completion:
         """The answer once it is complete."""

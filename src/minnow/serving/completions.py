@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse
 from starlette.responses import Response
 
 from minnow.engine import Delta
-from minnow.serving.completion_answer import CompletionAnswer
+from minnow.serving.completion_answer import CompletionAnswer, Prompt
 from minnow.serving.connection import EventStream, unless_client_leaves
 from minnow.serving.errors import APIError
 from minnow.serving.models import Generation, ServedModel
@@ -20,7 +20,6 @@ from minnow.serving.requests import CompletionBody, Texts
 from minnow.serving.responses import Completion
 from minnow.serving.sampling import sampling_params
 from minnow.serving.state import documented, state_of
-from minnow.tokenizer import Tokenizer
 
 router = APIRouter(prefix="/v1", tags=["completions"])
 
@@ -33,24 +32,25 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     """Continue one or several prompts, whole or as server-sent events."""
     state = state_of(request)
     model = state.models.get(body.model)
-    prompts = await asyncio.to_thread(prompt_ids, model, body.prompt, "prompt")
-    starts = await asyncio.to_thread(_lengths, model.tokenizer, body.prompt)
+    prompts = await asyncio.to_thread(_prompts, model, body.prompt)
     params = sampling_params(
         body,
         state.config,
         model,
-        max_tokens=body.max_tokens or DEFAULT_MAX_TOKENS,
+        # The engine writes one token at least. With max_tokens 0 it is left out of the answer.
+        max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else max(body.max_tokens, 1),
         prompts=len(prompts),
         logprobs=body.logprobs is not None,
         top_logprobs=body.logprobs or 0,
+        prompt_logprobs=body.logprobs if body.echo else None,
     )
-    generations = await state.models.submit_all(model, prompts, params)
+    generations = await state.models.submit_all(model, [prompt.ids for prompt in prompts], params)
 
     def close() -> None:
         for generation in generations:
             generation.close()
 
-    answer = CompletionAnswer(model, body, prompts, starts, _merged(generations), close)
+    answer = CompletionAnswer(model, body, prompts, _merged(generations), close)
     if body.stream:
         return EventStream(answer.chunks(), close)
     return JSONResponse(await unless_client_leaves(request, answer.whole()))
@@ -74,12 +74,15 @@ def _texts(given: Texts) -> Sequence[Any]:
     return given if several else [given]
 
 
-def _lengths(tokenizer: Tokenizer, given: Texts) -> list[int]:
-    """Characters of every text of a request; token ids count as the text they stand for."""
-    texts = (
-        text if isinstance(text, str) else tokenizer.decode(text, skip_special_tokens=True) for text in _texts(given)
-    )
-    return list(map(len, texts))
+def _prompts(model: ServedModel, given: Texts) -> list[Prompt]:
+    """Every prompt of a request. APIError as in `prompt_ids`."""
+    prompts = []
+    for ids, sent in zip(prompt_ids(model, given, "prompt"), _texts(given), strict=True):
+        if isinstance(sent, str):
+            prompts.append(Prompt(ids=ids, sent=ids[1:], text=sent))
+        else:
+            prompts.append(Prompt(ids=ids, sent=ids, text=model.tokenizer.decode(ids, skip_special_tokens=True)))
+    return prompts
 
 
 async def _merged(generations: Sequence[Generation]) -> AsyncGenerator[tuple[int, Delta], None]:

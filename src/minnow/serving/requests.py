@@ -18,6 +18,8 @@ _Text = Annotated[str, Field(min_length=1)]
 _TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 TokenIds = Annotated[Items[_TokenId], Field(min_length=1)]
 
+MAX_STOPS = 16
+"""Most stop strings; OpenAI takes 4, but tasks of lm-evaluation-harness have up to 7."""
 MAX_BIASES = 1024
 """Most keys of `logit_bias`; OpenAI takes 300."""
 _Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -54,7 +56,7 @@ class GenerationBody(_Body):
     top_p: float | None = Field(None, ge=0, le=1, description="0 takes the likeliest token")
     n: int | None = Field(None, ge=1, le=128)
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: _Text | Annotated[Items[_Text], Field(max_length=4)] | None = None
+    stop: _Text | Annotated[Items[_Text], Field(max_length=MAX_STOPS)] | None = None
     max_tokens: int | None = Field(None, ge=1)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
@@ -259,13 +261,16 @@ class CompletionBody(GenerationBody):
     """POST /v1/completions. A text is read as the start of a document; token ids are taken as they are."""
 
     prompt: Texts
+    max_tokens: int | None = Field(None, ge=0, description="0 only with echo")
     logprobs: int | None = Field(None, ge=0, le=5)
     best_of: int | None = Field(None, ge=1, description="only equal to n")
-    echo: Annotated[Literal[False] | None, refused("the prompt is not repeated before the answer", False)] = None
+    echo: bool | None = Field(None, description="the prompt before the answer, with log-probabilities of its tokens")
     suffix: Annotated[Literal[""] | None, refused("text before a given end is not supported", "")] = None
 
     @model_validator(mode="after")
-    def _no_best_of(self) -> CompletionBody:
+    def _fits_together(self) -> CompletionBody:
+        if self.max_tokens == 0 and not self.echo:
+            raise at_fault("max_tokens", "0 is only allowed with echo")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise at_fault("best_of", "another number than n is not supported")
         return self

@@ -174,8 +174,9 @@ class CompletionLogprobs(TypedDict):
     """Lists of the same length, one item a token."""
 
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]] | None
+    token_logprobs: list[float | None]
+    """Null for the first token of a prompt."""
+    top_logprobs: list[dict[str, float] | None] | None
     """The likeliest ones, and the token that came."""
     text_offset: list[int]
     """Characters before each token, from the prompt's start."""

@@ -24,6 +24,8 @@ READ_BY = {
     "text": ("bpb", "long-context"),
     "pairs": ("preference", "judge"),
     "choices": ("choices",),
+    "shots": ("choices",),
+    "shots_from": ("choices",),
     "against": ("wins",),
     "context": ("long-context",),
     "plot": ("long-context",),
@@ -53,6 +55,10 @@ class Config(ContextConfig, QuantizeConfig):
     """Questions for choices, one figure per file (jsonl, json, parquet) or Hub data set: rows as ARC, HellaSwag, PIQA,
     WinoGrande, MMLU, MMLU-Pro, RACE, C-Eval, CMMLU, AGIEval and llm-foundry write them, or texts to complete as
     LAMBADA's."""
+    shots: int = 0
+    """Solved questions in front of each question of choices: the first ones of its file, itself left out."""
+    shots_from: str | None = None
+    """File whose first questions are shown solved, in place of the examined file's own; for --shots."""
     judge: str | None = None
     """Reward model that judges the model's answers: a folder of minnow reward, or any with one label that transformers
     loads. It adds the task judge."""
@@ -78,11 +84,15 @@ def run(config: Config) -> None:
         raise UserError("--tasks is empty: name at least one task")
     if config.max_rows is not None and config.max_rows < 1:
         raise UserError(f"--max_rows {config.max_rows}: give 1 or more, or leave it out for all rows")
+    if config.shots < 0:
+        raise UserError(f"--shots {config.shots}: give 0 or more")
+    if config.shots_from is not None and not config.shots:
+        raise UserError("--shots_from is read only with --shots: say how many of its questions to show")
     names = config.tasks if config.judge is None or "judge" in config.tasks else (*config.tasks, "judge")
     # What a task of somebody's own reads is not known here.
     ours = all(name in TASKS and TASKS[name].__module__.startswith("minnow.") for name in names)
     for option, tasks_that_read in READ_BY.items() if ours else ():
-        if getattr(config, option) not in (None, ()) and not set(tasks_that_read) & set(names):
+        if getattr(config, option) not in (None, (), 0) and not set(tasks_that_read) & set(names):
             raise UserError(f"--{option} is read only by {', '.join(tasks_that_read)}: name one of them among --tasks")
     folder = resolve_model_folder(config.model)
     model = load_quantized(folder, config.quantize, device=choose_device(config.device))
@@ -98,6 +108,8 @@ def run(config: Config) -> None:
         texts=config.text,
         pairs=config.pairs,
         choices=config.choices,
+        shots=config.shots,
+        shots_from=config.shots_from,
         judge=config.judge,
         against=config.against,
         context=config.context,
