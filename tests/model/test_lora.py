@@ -254,6 +254,16 @@ def test_a_starts_uniform_by_the_width_of_what_it_reads():
         assert not layer.lora_B.weight.any()
 
 
+def test_a_starts_as_the_seed_draws_it():
+    drawn = []
+    for seed in (1, 1, 2):
+        model = tiny_model()
+        add_lora(model, LoraConfig(rank=4), base="", seed=seed)
+        drawn.append([layer.lora_A.weight for layer in lora_layers(model).values()])
+    assert all(map(torch.equal, drawn[0], drawn[1]))
+    assert not any(map(torch.equal, drawn[0], drawn[2]))
+
+
 def test_a_pattern_names_whole_parts_of_a_name():
     """`proj` is the end of every name, and no name."""
     for pattern in ("proj", "_proj", "mlp"):

@@ -165,6 +165,8 @@ def test_start_of_training():
 def test_gain_at_head_dim_128_and_plain_start():
     gain = CausalLM(tiny_config(head_dim=128)).model.layers[0].self_attn.q_norm.weight[0].item()
     assert gain == pytest.approx(1.17, abs=0.01)
+    untied = CausalLM(tiny_config(tie_word_embeddings=False, vocab_size=512))
+    assert untied.head_weight.std().item() == pytest.approx(0.02, rel=0.05)
     plain = InitConfig(max_attention_logit=0, zero_output_projections=False)
     layer = CausalLM(tiny_config(), plain).model.layers[0]
     assert (layer.self_attn.q_norm.weight == 1).all()
