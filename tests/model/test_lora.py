@@ -241,6 +241,8 @@ def test_settings_are_checked():
     for wrong in ({"rank": -1}, {"dropout": 1.0}, {"rank": 1, "targets": ()}, {"rank": 1, "alpha": 0.0}):
         with pytest.raises(UserError, match=r"lora\."):
             LoraConfig(**wrong)
+    with pytest.raises(ValueError, match="adapters already"):
+        add_lora(adapted(), LoraConfig(rank=2), base="")
 
 
 def test_a_starts_uniform_by_the_width_of_what_it_reads():

@@ -42,6 +42,12 @@ def test_wsd_linear():
     assert got == pytest.approx([0.6, 1.0, 1.0, 0.775, 0.55, 0.1225, 0.1])
 
 
+def test_wsd_counts_its_decay_in_the_nearest_whole_steps():
+    # 0.29 x 100 is 28.999999999999996 in floating point: 29 steps, from 71 on.
+    got = factors([71, 72], 100, shape="wsd", warmup_steps=0, decay_fraction=0.29, final_fraction=0.0)
+    assert got == pytest.approx([1.0, 28 / 29])
+
+
 def test_wsd_one_minus_sqrt():
     # The same with factor = 0.1 + 0.9 (1 - sqrt(done)). s = 60: 1.
     # s = 69: done 9/40, sqrt 0.47434. s = 70: sqrt(1/4) = 0.5, 0.55.
