@@ -111,6 +111,24 @@ def test_lots_follow_from_sizes_alone(tmp_path, monkeypatch):
     assert [lot.number for lot in before] == list(range(13))
 
 
+def test_files_come_in_another_order_than_that_of_their_names(tmp_path, monkeypatch):
+    """They are often sorted by what is in them, and training begins with the first."""
+    for name in range(10):
+        (tmp_path / f"{name}.jsonl").write_text("x\n" * 50)
+    small(monkeypatch)
+    order = [lot.spans[0].source for lot in cut_into_lots(find_sources([str(tmp_path)]))]
+    assert order != sorted(order) == list(range(10))
+
+
+@pytest.mark.parametrize(("suffix", "lots"), [("", 1), (".gz", 2)])
+def test_a_packed_file_counts_as_what_it_unpacks_to(tmp_path, monkeypatch, suffix, lots):
+    """Two files of 60 bytes in lots of 100; what is packed is three times as long."""
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl{suffix}").write_bytes(bytes(60))
+    small(monkeypatch)
+    assert len(cut_into_lots(find_sources([str(tmp_path)]))) == lots
+
+
 def shards_of(lots, counts):
     """What `in_order` reads: a lot of n shards has entries 0 .. n - 1, the last one marked."""
     return {

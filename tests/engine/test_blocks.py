@@ -118,6 +118,89 @@ def test_ten_thousand_operations() -> None:
     run_state_machine_as_test(Life, settings=settings(max_examples=120, stateful_step_count=100, deadline=None))
 
 
+def added(scheduler: Scheduler, number: int, prompt: list[int]) -> Sequence:
+    """A request of one endless answer in the waiting line."""
+    params, endless = SamplingParams(seed=0), {"max_tokens": 1000, "end_ids": frozenset()}
+    request = Request(id=number, prompt_ids=prompt, params=params, seed=0, **endless)  # type: ignore[arg-type]
+    request.samples.append(Sequence(request, 0, tiny_tokenizer()))
+    scheduler.add(request)
+    return request.samples[0]
+
+
+def stepped(scheduler: Scheduler) -> dict[Sequence, int]:
+    """One step; how many tokens of each sequence it took."""
+    plan = scheduler.schedule()
+    for chunk in plan.chunks:
+        scheduler.computed(chunk)
+        if chunk.sequence.computed == chunk.sequence.num_tokens:
+            for row in scheduler.fork(chunk.sequence):
+                row.append(60)
+    return {chunk.sequence: chunk.count for chunk in plan.chunks}
+
+
+def test_where_blocks_run_out_the_youngest_makes_room_and_is_the_next() -> None:
+    """Four blocks: two for a prompt of 8, one for one of 4, and one for the next token of only one of them."""
+    scheduler = Scheduler(BlockManager(4, SIZE), max_rows=8, max_step_tokens=100)
+    old, young = added(scheduler, 1, [5] * 8), added(scheduler, 2, [6] * 4)
+    assert stepped(scheduler) == {old: 8, young: 4}
+    last = added(scheduler, 3, [7])
+    assert stepped(scheduler) == {old: 1}
+    assert scheduler.preemptions == 1
+    assert list(scheduler.waiting) == [young, last]
+
+
+def test_who_would_be_sent_away_at_once_waits() -> None:
+    """Both prompts of 8 fill the four blocks, and the first one's next token takes another."""
+    scheduler = Scheduler(BlockManager(4, SIZE), max_rows=8, max_step_tokens=100)
+    old, young = added(scheduler, 1, [5] * 8), added(scheduler, 2, [6] * 8)
+    assert [stepped(scheduler) for _ in range(4)] == [{old: 8}, {old: 1}, {old: 1}, {old: 1}]
+    assert (scheduler.preemptions, list(scheduler.waiting)) == (0, [young])
+
+
+def test_who_made_room_is_in_the_step_no_more() -> None:
+    """A long prompt is read beside younger answers, whose tokens of the step are planned before its own."""
+    scheduler = Scheduler(BlockManager(32, SIZE), max_rows=8, max_step_tokens=8)
+    for number, ids in enumerate(([5] * 5, [5] * 4 + [6] * 100, [7] * 2)):
+        added(scheduler, number, ids)
+    while not scheduler.preemptions:
+        planned = stepped(scheduler)
+    assert set(planned) == set(scheduler.running)
+    assert len(planned) == 2
+
+
+def test_who_is_held_back_for_a_beginning_keeps_its_place_and_its_age() -> None:
+    scheduler = Scheduler(BlockManager(30, SIZE), max_rows=8, max_step_tokens=8)
+    prompts = ([5] * 5, [5] * 5, [7] * 9, [8] * 2)
+    first, held, long, last = (added(scheduler, number, ids) for number, ids in enumerate(prompts))
+    assert stepped(scheduler) == {first: 5, long: 3}
+    assert list(scheduler.waiting) == [held, last]
+    assert stepped(scheduler) == {first: 1, long: 6, held: 1}  # it has found the beginning
+    assert scheduler.running == [first, held, long]
+
+
+def test_of_a_finished_text_the_end_is_forgotten_first() -> None:
+    """Beginnings are what another prompt may share."""
+    blocks = BlockManager(4, SIZE)
+    scheduler = Scheduler(blocks, max_rows=8, max_step_tokens=100)
+    sequence = added(scheduler, 1, list(range(40, 52)))
+    stepped(scheduler)
+    keys = list(sequence.block_keys)
+    assert len(keys) == 3
+    scheduler.finish(sequence)
+    for _ in range(2):  # the free one, and one that is kept
+        blocks.allocate()
+    assert [blocks.find(key) is not None for key in keys] == [True, True, False]
+
+
+def test_an_older_prompt_that_is_long_does_not_halt_a_younger_answer() -> None:
+    """It had to wait for the blocks that it shares with another, and is read while the younger one answers."""
+    scheduler = Scheduler(BlockManager(30, SIZE), max_rows=8, max_step_tokens=8)
+    first, long, young = (added(scheduler, n, ids) for n, ids in enumerate(([5] * 5, [5] * 4 + [6] * 30, [7] * 2)))
+    assert stepped(scheduler) == {first: 5, young: 2}
+    for _ in range(4):
+        assert stepped(scheduler) == {first: 1, young: 1, long: 6}
+
+
 def test_kept_blocks_go_in_the_order_of_their_last_use() -> None:
     blocks = BlockManager(3, 2)
     keys = [block_key(b"", [i, i]) for i in range(3)]

@@ -90,6 +90,12 @@ def test_distribution_equals_transformers(options: dict[str, Any], vocab_size: i
     torch.testing.assert_close(sampling_distribution(logits, rows), expected.log_softmax(-1), atol=1e-5, rtol=1e-5)
 
 
+def test_without_top_p_the_unlikeliest_of_the_k_stays() -> None:
+    """Though the likeliest one's probability is 1 after rounding."""
+    logprobs = sampling_distribution(torch.tensor([[0.0, -50.0, -60.0]]), [make_row(top_k=2)])
+    assert logprobs[0].isfinite().tolist() == [True, True, False]
+
+
 def test_rows_with_different_wishes_do_not_touch_each_other() -> None:
     torch.manual_seed(1)
     wishes = [
@@ -109,6 +115,15 @@ def test_rows_with_different_wishes_do_not_touch_each_other() -> None:
             alone = sample(logits[i : i + 1], [row])
             assert alone.ids == [together.ids[i]]
             assert alone.logprobs == pytest.approx([together.logprobs[i]], abs=1e-5)
+
+
+def test_a_sampler_asks_the_rows_that_come_for_their_wishes() -> None:
+    """It keeps those of the step before while the rows stay; as many other rows are others."""
+    logits, kept = torch.randn(1, 50), Sampler()
+    rows = [make_row(index=index) for index in range(20)]
+    drawn = [kept(logits, [row]).ids for row in rows]
+    assert drawn == [sample(logits, [row]).ids for row in rows]
+    assert len({tuple(ids) for ids in drawn}) > 1
 
 
 def test_repetition_penalty_equals_transformers_also_for_negative_logits() -> None:
@@ -191,6 +206,9 @@ def test_uniforms_are_uniform_and_depend_on_every_argument() -> None:
         {"max_tokens": 2, "min_tokens": 3},
         {"n": 0},
         {"seed": -1},
+        {"logit_bias": {3: math.inf}},
+        {"top_logprobs": -1},
+        {"min_tokens": -1},
         {"stop": [""]},
         {"stop": ""},
     ],

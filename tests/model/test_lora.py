@@ -241,6 +241,8 @@ def test_settings_are_checked():
     for wrong in ({"rank": -1}, {"dropout": 1.0}, {"rank": 1, "targets": ()}, {"rank": 1, "alpha": 0.0}):
         with pytest.raises(UserError, match=r"lora\."):
             LoraConfig(**wrong)
+    with pytest.raises(ValueError, match="adapters already"):
+        add_lora(adapted(), LoraConfig(rank=2), base="")
 
 
 def test_a_starts_uniform_by_the_width_of_what_it_reads():
@@ -252,6 +254,16 @@ def test_a_starts_uniform_by_the_width_of_what_it_reads():
         bound = 1 / math.sqrt(layer.in_features)
         assert 0.98 * bound < layer.lora_A.weight.abs().max() <= bound
         assert not layer.lora_B.weight.any()
+
+
+def test_a_starts_as_the_seed_draws_it():
+    drawn = []
+    for seed in (1, 1, 2):
+        model = tiny_model()
+        add_lora(model, LoraConfig(rank=4), base="", seed=seed)
+        drawn.append([layer.lora_A.weight for layer in lora_layers(model).values()])
+    assert all(map(torch.equal, drawn[0], drawn[1]))
+    assert not any(map(torch.equal, drawn[0], drawn[2]))
 
 
 def test_a_pattern_names_whole_parts_of_a_name():

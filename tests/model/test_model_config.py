@@ -39,6 +39,10 @@ def test_bad_shapes_are_refused(changes, message):
 def test_bad_scaling_is_refused():
     with pytest.raises(UserError, match=r"factor is 0\.5"):
         RopeScaling(type="linear", factor=0.5, original_max_position_embeddings=16)
+    with pytest.raises(UserError, match=r"high_freq_factor \(2\.0\) must be greater than low_freq_factor \(2\.0\)"):
+        RopeScaling(
+            type="llama3", factor=2.0, original_max_position_embeddings=16, low_freq_factor=2.0, high_freq_factor=2.0
+        )
     with pytest.raises(UserError, match="factor is nan"):
         RopeScaling(type="linear", factor=math.nan, original_max_position_embeddings=16)
 
@@ -175,6 +179,10 @@ def test_start_of_training():
 def test_gain_at_head_dim_128_and_plain_start():
     gain = CausalLM(tiny_config(head_dim=128)).model.layers[0].self_attn.q_norm.weight[0].item()
     assert gain == pytest.approx(1.17, abs=0.01)
+    with_biases = CausalLM(tiny_config(qk_norm=False, attention_bias=True, head_dim=12))
+    assert not any(p.any() for name, p in with_biases.named_parameters() if name.endswith(".bias"))
+    untied = CausalLM(tiny_config(tie_word_embeddings=False, vocab_size=512))
+    assert untied.head_weight.std().item() == pytest.approx(0.02, rel=0.05)
     plain = InitConfig(max_attention_logit=0, zero_output_projections=False)
     layer = CausalLM(tiny_config(), plain).model.layers[0]
     assert (layer.self_attn.q_norm.weight == 1).all()

@@ -197,6 +197,9 @@ def test_every_expert_starts_differently_and_adds_nothing():
     assert not torch.equal(gate[0], gate[1])
     assert float(gate.detach().std()) == pytest.approx(0.5 / 48**0.5, rel=0.1)
     assert not model.model.layers[0].mlp.experts.down_proj.any()
+    noisy = CausalLM(tiny_config(experts=softmax_experts(noisy=True))).model.layers[0].mlp.gate
+    assert not noisy.noise_weight.any()  # one deviation for all, softplus(0) = log 2 (1701.06538, appendix A)
+    assert noisy.weight.any()
 
 
 @pytest.mark.parametrize(

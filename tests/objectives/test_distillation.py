@@ -77,6 +77,10 @@ def test_chunks_give_the_loss_and_gradients_of_the_whole(chunk_size: int) -> Non
     gradients = torch.autograd.grad(found.loss_sum, (hidden, weight))
     expected = whole(config, hidden, weight, targets, weights, teacher)
     torch.testing.assert_close(found.loss_sum, expected, rtol=1e-5, atol=1e-5)
+    nll_sum = (weights * F.cross_entropy(hidden @ weight.T, targets, reduction="none")).sum()
+    torch.testing.assert_close(found.nll_sum, nll_sum.detach(), rtol=1e-5, atol=1e-5)
+    of_teacher = 0.3 * found.nll_sum + 0.7 * 2.0**2 * found.divergence_sum
+    torch.testing.assert_close(of_teacher, expected.detach(), rtol=1e-5, atol=1e-4)
     for gradient, other in zip(gradients, torch.autograd.grad(expected, (hidden, weight)), strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-4, atol=1e-5)
 

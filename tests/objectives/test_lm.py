@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from minnow.objectives import bits_per_byte, linear_cross_entropy, token_logprobs
+from minnow.objectives.lm import chunk_tokens
 
 
 def problem(num_tokens=23, hidden=8, vocab=17, dtype=torch.float64, seed=0):
@@ -205,6 +206,12 @@ def test_token_logprobs_equal_log_softmax(chunk_size):
         torch.testing.assert_close(g, w, rtol=1e-11, atol=1e-12)
 
 
+def test_a_chunk_is_what_keeps_a_device_busy():
+    # 2^25 logits in whole 128s: 40 x 128 of 5,242 tokens, 8 x 128 of 1,048, and never less than on a CPU.
+    assert [chunk_tokens(torch.device("cuda"), vocab) for vocab in (6400, 32_000, 150_000)] == [5120, 1024, 512]
+    assert chunk_tokens(torch.device("cpu"), 6400) == 512
+
+
 def test_token_logprobs_gradcheck_and_empty():
     hidden, weight, targets, _ = problem(num_tokens=7)
     assert torch.autograd.gradcheck(lambda h, w: token_logprobs(h, w, targets, chunk_size=3), (hidden, weight))
@@ -215,12 +222,36 @@ def test_token_logprobs_gradcheck_and_empty():
 
 
 def test_token_logprobs_of_bfloat16_are_float32():
-    hidden, weight, targets, _ = problem()
-    master = weight.detach().float().requires_grad_()
-    logprobs = token_logprobs(hidden.detach().bfloat16(), master, targets)
+    """And as exact as that: of logits which bfloat16 holds, only the sums over the vocabulary could be rounded."""
+    hidden = torch.randint(-2, 3, (40, 8), generator=torch.Generator().manual_seed(0)).double()
+    weight = torch.randint(-2, 3, (50, 8), generator=torch.Generator().manual_seed(1)).double()
+    targets = torch.randint(50, (40,), generator=torch.Generator().manual_seed(2))
+    master = weight.float().requires_grad_()
+    logprobs = token_logprobs(hidden.bfloat16(), master, targets)
     assert logprobs.dtype == torch.float32
+    exact = torch.log_softmax(hidden @ weight.T, 1).gather(1, targets[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), exact, rtol=1e-6, atol=1e-5)
+    sums = linear_cross_entropy(hidden.bfloat16(), master, targets, torch.ones(40))
+    assert sums.nll_sum.item() == pytest.approx(-exact.sum().item(), rel=1e-6)
     logprobs.sum().backward()
     assert master.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("loss", ["linear_cross_entropy", "token_logprobs"])
+def test_the_heads_gradient_is_added_up_over_chunks_in_float32(loss):
+    """A token 1,000 times, one a chunk, has 1,000 times its gradient: bfloat16 cannot count beyond 256."""
+    hidden, weight, targets, _ = problem(num_tokens=1)
+    master = weight.detach().float().requires_grad_()
+
+    def gradient(times):
+        tokens = hidden.detach().bfloat16().expand(times, -1), master, targets.expand(times)
+        if loss == "token_logprobs":
+            total = token_logprobs(*tokens, chunk_size=1).sum()
+        else:
+            total = linear_cross_entropy(*tokens, torch.ones(times), chunk_size=1).loss_sum
+        return torch.autograd.grad(total, master)[0]
+
+    torch.testing.assert_close(gradient(1000), 1000 * gradient(1), rtol=1e-4, atol=1e-4)
 
 
 def test_bits_per_byte():

@@ -200,6 +200,45 @@ def test_dual_clip_bounds_the_loss_of_bad_tokens():
     assert logprobs.grad.item() == 0.0
 
 
+def test_dual_clip_bounds_bad_tokens_alone():
+    # A = 2, r = 1: the loss of a good token is -2, which is more than -3 A = -6.
+    one, sequence = torch.zeros(1), torch.zeros(1, dtype=torch.long)
+    result = policy_loss(one, one, torch.tensor([2.0]), sequence, PolicyLossConfig(dual_clip=3.0))
+    assert (result.loss_N.item(), result.clipped_N.item()) == (-2.0, 0.0)
+
+
+def test_what_is_told_of_each_token():
+    """Ratios e^0.5, 1 and e^-1 of one answer; the cap of cispo is 1.2, and e^(-1/6) the geometric mean."""
+    logprobs = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    log_ratio = torch.tensor([0.5, 0.0, -1.0])
+    old, advantages, sequence = logprobs.detach() - log_ratio, torch.ones(3), torch.zeros(3, dtype=torch.long)
+    for config, clipped in (
+        (PolicyLossConfig(surrogate="cispo"), [1.0, 0.0, 0.0]),
+        (PolicyLossConfig(surrogate="clip"), [1.0, 0.0, 0.0]),  # of a good token the lower bound takes nothing
+        (PolicyLossConfig(surrogate="clip", ratio="sequence_mean"), [0.0] * 3),
+        (PolicyLossConfig(surrogate="none"), [0.0] * 3),
+    ):
+        result = policy_loss(logprobs, old, advantages, sequence, config, old)
+        assert result.clipped_N.tolist() == clipped
+        torch.testing.assert_close(result.log_ratio_N, log_ratio)  # a token's, whatever the loss takes
+        assert result.loss_N.requires_grad
+        assert not any(each.requires_grad for each in (result.kl_N, result.clipped_N, result.log_ratio_N))
+
+
+@pytest.mark.parametrize("far", [200.0, -200.0])
+@pytest.mark.parametrize("estimator", ["k2", "k3", "k3_straight_through"])
+@pytest.mark.parametrize("surrogate", ["clip", "cispo", "none"])
+def test_a_policy_that_has_left_its_sampler_far_behind_gives_finite_numbers(surrogate, estimator, far):
+    """e^200 is infinite in float32, and 0 times that is NaN: one such token would end the run."""
+    logprobs = torch.tensor([-250.0, -250.0], requires_grad=True)
+    old, advantages, sequence = logprobs.detach() - far, torch.tensor([0.0, 1.0]), torch.zeros(2, dtype=torch.long)
+    config = PolicyLossConfig(surrogate=surrogate, kl_coef=0.1, kl_estimator=estimator, kl_ratio=True)
+    result = policy_loss(logprobs, old, advantages, sequence, config, old)
+    assert result.loss_N.isfinite().all()
+    (gradient,) = torch.autograd.grad(result.loss_N.sum(), logprobs)
+    assert gradient.isfinite().all()
+
+
 def test_reinforce_needs_no_ratio():
     logprobs = torch.tensor([-1.0, -2.0], requires_grad=True)
     result = policy_loss(
@@ -320,7 +359,7 @@ def test_generalized_advantages_equal_a_loop_per_response():
     assert by_hand.tolist() == [[0.125, 0.75]]
 
 
-@pytest.mark.parametrize("wrong", [{"clip_low": 1.5}, {"clip_high": -0.1}, {"dual_clip": 0.5}, {"kl_coef": -1.0}])
+@pytest.mark.parametrize("wrong", [{"clip_low": 1.5}, {"clip_high": -0.1}, {"dual_clip": 1.0}, {"kl_coef": -1.0}])
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         PolicyLossConfig(**wrong)

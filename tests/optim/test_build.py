@@ -18,6 +18,7 @@ from minnow.optim import (
     parameter_groups,
     set_learning_rates,
 )
+from minnow.optim.config import OF_MUON
 
 
 class Block(nn.Module):
@@ -108,11 +109,38 @@ def test_muon_takes_the_matrices_and_adamw_the_rest():
 
 def test_a_run_without_settings_gets_the_defaults_that_published_figures_were_measured_with():
     muon, adamw = build_optimizers(Toy(), OptimConfig(), tokens_per_batch=512)
-    given = {name: muon.param_groups[0][name] for name in ("momentum", "momentum_start", "momentum_warmup_steps")}
-    assert given == {"momentum": 0.95, "momentum_start": 0.85, "momentum_warmup_steps": 300}
+    assert {name: muon.param_groups[0][name] for name in OF_MUON} == {
+        "momentum": 0.95,
+        "momentum_start": 0.85,
+        "momentum_warmup_steps": 300,
+        "polynomial": "polar_express",
+        "newton_schulz_steps": 5,
+        "update_scale": "original",
+    }
     for group in adamw.param_groups:
         assert (group["betas"], group["eps"]) == ((0.8, 0.95), 1e-10)
     assert {group["weight_decay"] for group in (*muon.param_groups, *adamw.param_groups)} == {0.05, 0.0}
+
+
+def test_every_setting_reaches_its_optimizer():
+    chosen = {
+        "momentum": 0.9,
+        "momentum_start": 0.8,
+        "momentum_warmup_steps": 7,
+        "polynomial": "quintic",
+        "newton_schulz_steps": 3,
+        "update_scale": "match_rms_adamw",
+    }
+    assert set(chosen) == set(OF_MUON)
+    rates = {"matrix_lr": 0.1, "embedding_lr": 0.2, "norm_lr": 0.3, "router_lr": 0.4}
+    config = OptimConfig(**chosen, **rates, betas=(0.7, 0.8), eps=1e-6)
+    muon, adamw = build_optimizers(mixture(), config, tokens_per_batch=512)
+    assert {name: muon.param_groups[0][name] for name in OF_MUON} == chosen
+    for group in adamw.param_groups:
+        assert (group["betas"], group["eps"]) == ((0.7, 0.8), 1e-6)
+    for optimizer in (muon, adamw):
+        for group in optimizer.param_groups:
+            assert group["lr"] == group["base_lr"] == rates[f"{group['kind']}_lr"]
 
 
 def test_adamw_takes_everything_with_one_rate_unless_told():
@@ -127,11 +155,17 @@ def test_adamw_takes_everything_with_one_rate_unless_told():
         "other": (5e-4, 0.1),
     }
     assert all(group["betas"] == (0.9, 0.95) for group in optimizer.param_groups)
+    (plain,) = build_optimizers(Toy(), OptimConfig(optimizer="adamw"), tokens_per_batch=512)
+    assert {group["lr"] for group in plain.param_groups} == {0.002}
+
+
+def mixture():
+    experts = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, noisy=True)
+    return CausalLM(ModelConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, experts=experts))
 
 
 def test_kinds_of_a_mixture_of_experts():
-    experts = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, noisy=True)
-    model = CausalLM(ModelConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, experts=experts))
+    model = mixture()
     groups = {kind: [name for name, _ in members] for kind, members in parameter_groups(model).items()}
     mlp = "model.layers.0.mlp."
     assert groups["router"] == [f"{mlp}gate.weight", f"{mlp}gate.noise_weight"]
@@ -139,7 +173,8 @@ def test_kinds_of_a_mixture_of_experts():
     assert not groups["other"]
     muon, adamw = build_optimizers(model, OptimConfig(), tokens_per_batch=512)
     assert [group["kind"] for group in muon.param_groups] == ["matrix"]
-    assert {group["kind"]: group["lr"] for group in adamw.param_groups}["router"] == 0.001
+    (router,) = (group for group in adamw.param_groups if group["kind"] == "router")
+    assert (router["lr"], router["weight_decay"]) == (0.001, 0.05)
 
 
 def test_batch_size_rule_by_hand():
@@ -239,7 +274,9 @@ def test_state_of_another_model_or_optimizer_is_refused():
     ("values", "message"),
     [
         ({"matrix_lr": -1.0}, "matrix_lr"),
+        ({"router_lr": -1.0}, "router_lr"),
         ({"betas": (0.9, 1.0)}, "betas"),
+        ({"momentum_start": 1.0}, "momentum_start"),
         ({"newton_schulz_steps": 0}, "newton_schulz_steps"),
         ({"weight_decay": float("nan")}, "weight_decay"),
         ({"reference_batch_tokens": 0}, "reference_batch_tokens"),

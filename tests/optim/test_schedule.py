@@ -19,6 +19,11 @@ def test_warm_up_counts_from_one():
     assert factors(range(6), 100, shape="constant", warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
 
 
+def test_a_run_without_settings_gets_the_defaults_that_published_figures_were_measured_with():
+    # 1000 steps: 100 of warm-up, 650 of linear decay from step 350 on (s = 675: half), down to a twentieth.
+    assert factors([0, 99, 349, 675, 1000], 1000) == pytest.approx([0.01, 1.0, 1.0, 0.525, 0.05])
+
+
 def test_constant_stays():
     assert factors([0, 50, 99, 100], 100, shape="constant", warmup_steps=0) == [1.0] * 4
 
@@ -35,6 +40,12 @@ def test_wsd_linear():
         final_fraction=0.1,
     )
     assert got == pytest.approx([0.6, 1.0, 1.0, 0.775, 0.55, 0.1225, 0.1])
+
+
+def test_wsd_counts_its_decay_in_the_nearest_whole_steps():
+    # 0.29 x 100 is 28.999999999999996 in floating point: 29 steps, from 71 on.
+    got = factors([71, 72], 100, shape="wsd", warmup_steps=0, decay_fraction=0.29, final_fraction=0.0)
+    assert got == pytest.approx([1.0, 28 / 29])
 
 
 def test_wsd_one_minus_sqrt():

@@ -40,14 +40,15 @@ def test_the_critic_norms_its_states_once() -> None:
 
 
 def test_a_cut_off_answer_goes_on_being_worth_what_the_critic_says() -> None:
-    """Two answers alike but for their end. gamma 1, lambda 1: a return is what is still to come."""
-    values = [np.array([0.2, 0.6], np.float32)] * 2
-    zeros = [np.zeros(2, np.float32)] * 2
-    answers = [trajectory([5, 6, 7], 2, reward=0.1, ending=ending) for ending in ("stop", "length")]
+    """Answers alike but for their end. gamma 1, lambda 1: a return is what is still to come."""
+    values = [np.array([0.2, 0.6], np.float32)] * 3
+    zeros = [np.zeros(2, np.float32)] * 3
+    answers = [trajectory([5, 6, 7], 2, reward=0.1, ending=ending) for ending in ("stop", "length", "turns")]
     algorithm = AlgorithmConfig(advantage="gae", critic=CriticConfig(gamma=1.0, lam=1.0))
     _, returns = advantages_of(algorithm, answers, PhaseScores(zeros, None, zeros, values), None)
     assert returns[0] == pytest.approx([0.1, 0.1])
     assert returns[1] == pytest.approx([0.7, 0.7])  # 0.1 + 0.6, the last value
+    assert returns[2] == pytest.approx([0.1, 0.1])  # a whole answer, if the last that there was a turn for
 
 
 def test_a_prompt_is_read_whole_or_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

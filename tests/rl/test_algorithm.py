@@ -52,6 +52,7 @@ def test_a_preset_is_what_its_paper_says(preset: str) -> None:
         {"max_redraws": -1},
         {"kl_reward_coef": -0.1},
         {"epochs": 0},
+        {"minibatches": 0},
         {"tracker_answers": -1},
     ],
 )
@@ -64,6 +65,21 @@ def test_settings_that_teach_nothing_are_refused(wrong: dict[str, Any]) -> None:
 def test_a_critic_that_cannot_be(wrong: dict[str, Any]) -> None:
     with pytest.raises(UserError, match=f"algorithm.critic.{next(iter(wrong))} is"):
         CriticConfig(**wrong)
+
+
+def test_a_run_without_settings_gets_the_defaults_that_published_figures_were_measured_with() -> None:
+    """The presets leave them alone, and so do the commands of the handbook."""
+    assert vars(CriticConfig()) == {
+        "init_from": None,
+        "learning_rate": 1e-4,
+        "gamma": 1.0,
+        "lam": 0.95,
+        "value_clip": 0.2,
+        "warmup_phases": 4,
+    }
+    algorithm = AlgorithmConfig()
+    assert (algorithm.correction_cap, algorithm.correction_level, algorithm.kl_reward_estimator) == (2.0, "token", "k1")
+    assert algorithm.loss.kl_estimator == "k3"
 
 
 def test_a_single_answer_has_no_group_to_be_dropped_with() -> None:

@@ -35,6 +35,23 @@ def test_the_watch_names_the_sign_and_the_remedy() -> None:
     looked(0, LOOPING, LOOPING).check()  # off
 
 
+def test_what_lies_within_the_bounds_is_no_sign() -> None:
+    """Five phases in a row and half of the answers looping, 95% cut off or 0.005 nats: what is up to there goes on."""
+    at_bounds = {**HEALTHY, "repetition": 0.5, "truncated": 0.95, "entropy": 0.005}
+    nearly_solved = {**HEALTHY, "entropy": 0.0, "pass@1": 0.9}  # then it may be sure of itself
+    for healthy in (at_bounds, nearly_solved):
+        looked(1, healthy).check()
+    beyond = ({"repetition": 0.51}, {"truncated": 0.96}, {"entropy": 0.0049}, {"entropy": 0.0, "pass@1": 0.89})
+    for sign in beyond:
+        watch = Watch(WatchConfig())
+        for phase in range(4):
+            watch.look({**at_bounds, **sign}, phase)
+        watch.check()
+        watch.look({**at_bounds, **sign}, 4)
+        with pytest.raises(CollapseError, match="for 5 phases"):
+            watch.check()
+
+
 def test_a_run_that_has_solved_everything_is_no_collapse() -> None:
     solved = {"repetition": 0.0, "truncated": 0.0, "equal_groups": 1.0, "entropy": 0.001, "pass@1": 1.0}
     looked(1, solved, solved).check()

@@ -81,6 +81,18 @@ def test_an_update_by_hand(clip: float | None) -> None:
     assert moved[clear].numpy() == pytest.approx((-1e-3 * gradient.sign()[clear]).numpy(), rel=1e-2)
 
 
+def test_a_gradient_is_cut_to_length_1_and_nothing_else_moves_a_weight() -> None:
+    """AdamW's first mean is a tenth of the first gradient; of a token that is not read the embedding stays."""
+    it = critic(value_clip=None)
+    before = it.model.model.embed_tokens.weight.detach().clone()
+    packed = pack_trajectories([EPISODE], [0], 8, 1)
+    it.update(packed, [np.zeros(4, np.float32)], [np.full(4, 1e4, np.float32)], tokens=4)
+    means = [it.optimizer.state[parameter]["exp_avg"] for parameter in it.model.parameters()]
+    assert float(torch.nn.utils.get_total_norm(means)) == pytest.approx(0.1, rel=1e-3)
+    unread = [token for token in range(len(before)) if token not in EPISODE.ids]
+    assert torch.equal(it.model.model.embed_tokens.weight[unread], before[unread])
+
+
 def test_the_critic_has_a_learning_rate_of_its_own() -> None:
     """One step from the same weights: thrice the rate goes thrice as far, the decoder and the head alike."""
     slow, fast = critic(learning_rate=1e-3), critic(learning_rate=3e-3)

@@ -170,3 +170,18 @@ def test_the_share_of_clipped_tokens_is_a_share(aggregation: str) -> None:
     metrics, count = objective(model, batch).metrics, objective.count(batch)
     assert float(metrics["clip_fraction"]) / count == pytest.approx(1.0)
     assert float(metrics["kl_old"]) / count == pytest.approx(math.e - 2, rel=1e-4)  # e - 1 - log e
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence", "constant"])
+def test_the_distance_from_the_reference_is_a_mean(aggregation: str) -> None:
+    """Of k3, exp(-x) + x - 1, over the tokens or over the answers' own means; not weighted as the loss is."""
+    model = stirred()
+    phase = experience(model, reference=True)
+    loss = PolicyLossConfig(aggregation=aggregation, kl_coef=KL_COEF)  # type: ignore[arg-type]
+    (batch,) = phase.minibatch(settings(AlgorithmConfig(loss=loss)), [0, 1], Share())
+    objective = PolicyObjective(loss, temperature=1.0, constant_length=100)
+    found = float(objective(model, batch).metrics["kl_reference"]) / objective.count(batch)
+    estimates = [[math.exp(-x) + x - 1 for x in answer] for answer in DISTANCE]
+    of_tokens = math.fsum(each for answer in estimates for each in answer) / 5
+    of_answers = math.fsum(math.fsum(answer) / len(answer) for answer in estimates) / 2
+    assert found == pytest.approx(of_tokens if aggregation == "token" else of_answers, rel=1e-4)

@@ -49,6 +49,13 @@ def test_loss_scale_halves_on_overflow_and_doubles_after_a_calm_stretch() -> Non
     assert vars(restored) == vars(scale)
 
 
+def test_an_overflow_begins_the_calm_stretch_anew() -> None:
+    scale = LossScale(torch.float16)
+    for overflow in (*[False] * (LossScale.growth_interval - 1), True, False):
+        scale.update(overflow=overflow)
+    assert scale.scale == 16384
+
+
 def test_loss_scale_is_one_where_it_is_not_needed() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         scale = LossScale(dtype)

@@ -233,6 +233,30 @@ def test_clipping(tmp_path: Path, clip_norm: float) -> None:
     assert float(after) == pytest.approx(clip_norm or norm, rel=1e-3)  # 0 switches it off
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("clip_norm", "kept"), [(0.0, 1.0), (1.0, 1.0), (0.1, 0.2)])
+def test_clipping_only_shortens_and_takes_the_loss_scale_out(
+    tmp_path: Path, dtype: torch.dtype, clip_norm: float, kept: float
+) -> None:
+    """Of length 1/2. Losses show no difference: neither Muon nor AdamW asks how long a gradient is."""
+    trainer = make_trainer(tmp_path, clip_norm=clip_norm)
+    trainer.loss_scale = LossScale(dtype)
+    grads = [torch.tensor([0.3, 0.4]) * trainer.loss_scale.scale]
+    assert trainer._clip_gradients(grads, torch.nn.utils.get_total_norm(grads)) == pytest.approx(0.5)
+    assert grads[0].tolist() == pytest.approx([0.3 * kept, 0.4 * kept], rel=1e-4)
+
+
+def test_fp16_that_no_smaller_loss_scale_helps_ends_the_run(tmp_path: Path) -> None:
+    """It would halve the scale at every update to the last one, and train nothing."""
+    trainer = make_trainer(tmp_path)
+    trainer.loss_scale = LossScale(torch.float16)
+    trainer.loss_scale.scale = 1.0
+    trainer.parameters[0].register_hook(lambda gradient: gradient * math.inf)
+    trainer.train_step()  # left out, and tried with a half
+    with pytest.raises(NonFiniteLossError, match="step 1: gradient norm is"):
+        trainer.train_step()
+
+
 def test_the_schedule_starts_at_the_first_update_and_ends_at_the_last(tmp_path: Path) -> None:
     trainer = make_trainer(tmp_path, save_every=0, validate_every=0)
     trainer.fit()

@@ -200,7 +200,7 @@ def sampler_correction(
     behind. (Yao et al., "Your efficient RL framework secretly brings you off-policy RL training", 2025.)
     """
     log_ratio_N = _level(trainer_logprobs_N - sampler_logprobs_N, sequence_N, level)
-    return log_ratio_N.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp().clamp(max=cap)
+    return log_ratio_N.exp().clamp(max=cap)
 
 
 def value_loss(values_N: Tensor, old_values_N: Tensor, returns_N: Tensor, clip: float | None) -> Tensor:
