@@ -14,7 +14,7 @@ from minnow.config import UserError
 from minnow.data.openai_form import nameless_tool, openai_tools
 from minnow.data.records import parse_message
 from minnow.engine import Completions, Delta, Engine, SamplingParams
-from minnow.engine.hidden import mean_hidden, token_logprobs
+from minnow.engine.hidden import mean_hidden, text_logprobs
 from minnow.tokenizer.assistant import AssistantStream, Content, Event, Reasoning
 from minnow.tokenizer.chat import Conversation, Message, ToolCall, render
 from minnow.tokenizer.pieces import PieceStream
@@ -149,7 +149,7 @@ class Model:
         if not ids:
             return []
         with self.engine.adapters.through(adapter, len(before) + len(ids)):
-            logprobs = token_logprobs(self.engine.model, [*before, *ids])[len(before) - 1 :].tolist()
+            logprobs = text_logprobs(self.engine.model, [*before, *ids])[len(before) - 1 :].tolist()
         return [TokenLogprob(i, self.tokenizer.decode([i]), value) for i, value in zip(ids, logprobs, strict=True)]
 
     def embed(self, texts: str | Sequence[str], *, adapter: str | None = None) -> Tensor:

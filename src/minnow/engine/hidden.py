@@ -9,6 +9,7 @@ from torch import Tensor
 
 from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
+from minnow.objectives.lm import token_logprobs
 
 
 @torch.no_grad()
@@ -38,8 +39,8 @@ def mean_hidden(model: CausalLM, texts: Sequence[Sequence[int]]) -> Tensor:
 
 
 @torch.no_grad()
-def token_logprobs(model: CausalLM, ids: Sequence[int]) -> Tensor:
-    """log p(ids[t] | ids[:t]) for t from 1 on: fp32 [T - 1] on the CPU."""
-    logprobs_TV = torch.log_softmax(model.logits(packed_hidden(model, [ids])[:-1]), -1)
-    targets_T = torch.tensor(ids[1:], device=logprobs_TV.device)
-    return logprobs_TV.gather(1, targets_T[:, None])[:, 0].cpu()
+def text_logprobs(model: CausalLM, ids: Sequence[int]) -> Tensor:
+    """log p(ids[t] | ids[:t]) for t from 1 on: fp32 [T - 1] on the CPU. The logits are never held all at once."""
+    hidden_TD = packed_hidden(model, [ids])[:-1]
+    targets_T = torch.tensor(ids[1:], device=hidden_TD.device)
+    return token_logprobs(hidden_TD, model.head_weight, targets_T).cpu()
