@@ -274,6 +274,24 @@ def test_metrics_tell_the_load(tmp_path: Path, family: str) -> None:
         assert 0.9 < line["balance_loss"] <= 4.0
 
 
+def test_the_figures_of_a_step_are_means_over_layers(tmp_path: Path) -> None:
+    """From what the routers decide about its batch, token by token and expert by expert."""
+    trainer = make_trainer(tmp_path, "softmax", 4)
+    batch = batch_with_filler(0)
+    with torch.no_grad(), trainer.balance.watch(batch, step=0, first_row=0) as routing:
+        trainer.objective(trainer.model, batch)
+    expected = {"balance_loss": 0.0, "expert_load_max": 0.0, "expert_load_min": 0.0, "router_entropy": 0.0}
+    for _, (probabilities, experts) in routing.decisions:
+        shares = torch.bincount(experts.flatten(), minlength=4) / experts.numel()
+        expected["balance_loss"] += 4 * float((shares * probabilities.mean(0)).sum()) / 2
+        expected["expert_load_max"] += 4 * float(shares.max()) / 2
+        expected["expert_load_min"] += 4 * float(shares.min()) / 2
+        expected["router_entropy"] -= float((probabilities * probabilities.log()).sum(1).mean()) / 2
+    assert len(routing.decisions) == 2
+    figures = trainer.train_step()
+    assert {name: figures[name] for name in expected} == pytest.approx(expected, rel=1e-4)
+
+
 @pytest.mark.parametrize(
     ("family", "expected"),
     [("softmax", (0.01, 0.0, 0.0)), ("noisy", (0.0, 0.05, 0.0)), ("sigmoid", (0.0, 0.0, 0.0001))],
