@@ -254,6 +254,8 @@ def start(tmp_path_factory):
 
 MORE = ["--preset", "grpo", "--phases", "2", "--rollout.samples", "4", "--rollout.max_turns", "2"]
 MORE += ["--rollout.environment_seconds", "0.4", "--rewards.functions", "tests.rl.test_phases:even_ids"]
+PATIENT = ["--rollout.environment_seconds", "60"]
+"""Where nothing hangs: a loaded machine may be slower than the above."""
 
 
 @pytest.fixture
@@ -263,7 +265,8 @@ def turns_end(monkeypatch):
 
 @pytest.mark.usefixtures("turns_end")
 def test_a_run_goes_on_without_what_hangs(start, tmp_path):
-    assert rl(start, tmp_path / "run", *MORE, "--environment", f"{__name__}:HangsAtThree") == 0
+    words = [*MORE, "--rollout.environment_seconds", "2", "--environment", f"{__name__}:HangsAtThree"]
+    assert rl(start, tmp_path / "run", *words) == 0
     assert figures(tmp_path / "run", "environment_timeouts") == [4.0, 4.0]
 
 
@@ -325,7 +328,7 @@ class OpensLate(SingleTurn):
 
 
 def test_an_opening_that_has_grown_beyond_a_row_is_named(start, tmp_path, capsys):
-    assert rl(start, tmp_path / "run", *MORE, "--environment", f"{__name__}:OpensLate") == 2
+    assert rl(start, tmp_path / "run", *MORE, "--environment", f"{__name__}:OpensLate", *PATIENT) == 2
     assert re.search(
         r"environment for the prompt 'say \d' opens with \d+ tokens.*does not fit", capsys.readouterr().err
     )
