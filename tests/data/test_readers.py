@@ -162,19 +162,35 @@ def test_a_link_that_leads_nowhere_is_not_left_out_without_a_word(path, tmp_path
         find_sources([path.format(tmp=tmp_path)])
 
 
-def test_a_folder_that_may_not_be_read_is_not_left_out_without_a_word(tmp_path, monkeypatch):
-    write(tmp_path / "here.jsonl", ROWS[:1])
-    (tmp_path / "closed").mkdir()
-    scandir = os.scandir
+@pytest.fixture
+def closed(monkeypatch):
+    """Names of folders that may not be read."""
+    names, scandir = set(), os.scandir
 
     def scan(path):
-        if str(path).endswith("closed"):
+        if Path(path).name in names:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", scan)
+    return names
+
+
+def test_a_folder_that_may_not_be_read_is_not_left_out_without_a_word(tmp_path, closed):
+    write(tmp_path / "here.jsonl", ROWS[:1])
+    (tmp_path / "closed").mkdir()
+    closed.add("closed")
     with pytest.raises(PermissionError, match="closed"):
         find_sources([str(tmp_path)])
+
+
+def test_a_disk_may_have_folders_of_the_system(tmp_path, closed):
+    """Only root reads them, and no data are in them: every disk of its own was refused."""
+    write(tmp_path / "here.jsonl", ROWS[:1])
+    for name in ("lost+found", ".Spotlight-V100"):
+        (tmp_path / name).mkdir()
+        closed.add(name)
+    assert [Path(source.name).name for source in find_sources([str(tmp_path)])] == ["here.jsonl"]
 
 
 @pytest.mark.parametrize(

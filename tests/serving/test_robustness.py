@@ -188,6 +188,12 @@ def test_half_a_surrogate_pair_is_no_failure(running: Running) -> None:
     assert "\ufffd" in error_of(unknown)["message"]
     said = json.dumps(CHAT | {"messages": [{"role": "user", "content": "\ud800"}]})
     assert httpx.post(url, content=said, headers=headers).status_code == 200
+    url = f"{running.url}/v1/completions"
+    for stream in (False, True):  # a prompt that is repeated is repeated as the model read it
+        ask = {"model": "noise", "prompt": "a\ud83db", "max_tokens": 0, "echo": True, "stream": stream}
+        echoed = httpx.post(url, content=json.dumps(ask), headers=headers)
+        assert echoed.status_code == 200
+        assert '"text":"a\ufffdb"' in echoed.text
 
 
 def test_a_top_k_that_no_tensor_can_hold_costs_nobody_an_answer(running: Running) -> None:

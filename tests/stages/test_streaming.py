@@ -192,6 +192,26 @@ def test_a_bad_row_far_behind_ends_the_training_in_words(config: pretrain.Config
         pretrain.run(config)
 
 
+def test_data_that_change_meanwhile_end_the_training_in_words(
+    config: pretrain.Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The word went with the folder, and the training said that memory did not suffice."""
+    (path,) = config.data.paths
+    closed, close = [0], Preparation._close_shard
+
+    def close_and_change(self: Preparation, *arguments: Any) -> None:
+        closed[0] += 1
+        if closed[0] == 6:
+            with open(path, "a") as file:
+                file.write('{"text": "One more."}\n')
+        close(self, *arguments)
+
+    monkeypatch.setattr(Preparation, "_close_shard", close_and_change)
+    config = replace(config, training=replace(config.training, steps=100, save_every=0))  # to the end of the data
+    with pytest.raises(UserError, match=r"^the preparation of the data has failed: .*texts\.jsonl: the data changed"):
+        pretrain.run(config)
+
+
 def test_a_preparation_that_ends_without_a_word_is_told(
     config: pretrain.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:

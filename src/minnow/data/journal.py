@@ -168,6 +168,12 @@ class Journal:
                 return str(text)
         return None
 
+    def forget(self) -> None:
+        """Nothing counts of what was done: all of it is to be done again."""
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
+        self._entries.clear()
+
     def delete(self) -> None:
         """The work is done."""
         shutil.rmtree(self.folder)

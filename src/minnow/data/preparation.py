@@ -122,7 +122,7 @@ class Preparation:
             self._work()
             entries = [entry for entry in self.journal.in_order() if entry is not None]
         if not self.job.unchanged:  # what was read is neither what the folder's name says nor what is there now
-            shutil.rmtree(self.job.folder)
+            self.journal.forget()  # no shard: somebody may be training on them, and is to read why that ends
             names = ", ".join([*self.job.config.paths, *self.job.config.validation_paths])
             raise UserError(f"{names}: the data changed while they were being prepared: run the same command again")
         total = _sum(entries)

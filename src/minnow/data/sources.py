@@ -112,7 +112,8 @@ def _is_file(path: Path) -> bool:
 
 def _files_below(folder: str) -> Iterator[Path]:
     """All files of a folder at any depth. Links to folders are followed: large data often lie on another disk. Each
-    folder is read once, wherever links lead. OSError for one that may not be read."""
+    folder is read once, wherever links lead. OSError for one that may not be read, but for those that a disk has for
+    the system: hidden ones and lost+found."""
     seen: set[str] = set()
 
     def stop(error: OSError) -> None:
@@ -123,7 +124,7 @@ def _files_below(folder: str) -> Iterator[Path]:
             folders.clear()
             continue
         seen.add(os.path.realpath(place))
-        folders.sort()
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "lost+found")
         yield from (Path(place, name) for name in names)
 
 

@@ -20,6 +20,7 @@ from minnow.serving.requests import CompletionBody, Texts
 from minnow.serving.responses import Completion
 from minnow.serving.sampling import sampling_params
 from minnow.serving.state import documented, state_of
+from minnow.tokenizer.bytelevel import valid_unicode
 
 router = APIRouter(prefix="/v1", tags=["completions"])
 
@@ -79,7 +80,7 @@ def _prompts(model: ServedModel, given: Texts) -> list[Prompt]:
     prompts = []
     for ids, sent in zip(prompt_ids(model, given, "prompt"), _texts(given), strict=True):
         if isinstance(sent, str):
-            prompts.append(Prompt(ids=ids, sent=ids[1:], text=sent))
+            prompts.append(Prompt(ids=ids, sent=ids[1:], text=valid_unicode(sent)))
         else:
             prompts.append(Prompt(ids=ids, sent=ids, text=model.tokenizer.decode(ids, skip_special_tokens=True)))
     return prompts
