@@ -81,17 +81,18 @@ def test_an_unknown_task_is_one_line(run_folder, capsys):
 
 
 @pytest.mark.parametrize(
-    ("option", "readers"),
+    ("option", "value", "readers"),
     [
-        ("--text", "bpb, long-context"),
-        ("--pairs", "preference, judge"),
-        ("--against", "wins"),
-        ("--context", "long-context"),
+        ("--text", "9", "bpb, long-context"),
+        ("--pairs", "9", "preference, judge"),
+        ("--against", "9", "wins"),
+        ("--context", "9", "long-context"),
+        ("--context", "0", "long-context"),
     ],
 )
-def test_an_option_that_no_named_task_reads_is_refused(option, readers, run_folder, capsys):
+def test_an_option_that_no_named_task_reads_is_refused(option, value, readers, run_folder, capsys):
     """Its figures would be taken for those of the file it names."""
-    assert main(["eval", str(run_folder), "--tasks", "pond", option, "9"]) == 2
+    assert main(["eval", str(run_folder), "--tasks", "pond", option, value]) == 2
     assert f"{option} is read only by {readers}: name one" in " ".join(capsys.readouterr().err.split())
 
 

@@ -92,7 +92,7 @@ def run(config: Config) -> None:
     # What a task of somebody's own reads is not known here.
     ours = all(name in TASKS and TASKS[name].__module__.startswith("minnow.") for name in names)
     for option, tasks_that_read in READ_BY.items() if ours else ():
-        if getattr(config, option) not in (None, (), 0) and not set(tasks_that_read) & set(names):
+        if getattr(config, option) != getattr(Config, option) and not set(tasks_that_read) & set(names):
             raise UserError(f"--{option} is read only by {', '.join(tasks_that_read)}: name one of them among --tasks")
     folder = resolve_model_folder(config.model)
     model = load_quantized(folder, config.quantize, device=choose_device(config.device))
