@@ -32,7 +32,11 @@ FURTHER = [recipe for recipe in RECIPES if not recipe.stem.startswith(("pretrain
 
 def load(recipe: Path, *words: str) -> Any:
     stage = importlib.import_module(f"minnow.stages.{recipe.stem.partition('-')[0]}")
-    return parse_config(stage.Config, ["--config", str(recipe), *words], program=recipe.name)
+    # As the command does that the recipe names: the preset first.
+    preset = re.search(r"minnow (ppo|grpo|spo) --config", recipe.read_text(encoding="utf-8"))
+    files = [str(cli.PRESETS / f"{preset[1]}.yaml")] if preset else []
+    words = tuple(word for file in (*files, str(recipe)) for word in ("--config", file)) + words
+    return parse_config(stage.Config, list(words), program=recipe.name)
 
 
 def needed(recipe: Path) -> list[str]:

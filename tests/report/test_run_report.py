@@ -6,13 +6,14 @@ import html
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from minnow.config import UserError
-from minnow.report.lineage import read_records, read_rollouts, stage_folders
+from minnow.report.lineage import Run, read_records, read_rollouts, stage_folders
 from minnow.report.run_report import write_report
 
 
@@ -55,6 +56,21 @@ def test_updates_without_a_line_took_time_too(tmp_path: Path) -> None:
     """With log_every 10 a run of 25 minutes was said to have taken three."""
     records = [update(10, 3.0, 100.0, 60.0), update(20, 3.0, 100.0, 60.0), update(25, 3.0, 100.0, 60.0)]
     assert table(tmp_path / "run", records)["time in updates"] == "25.0 minutes"
+
+
+def test_a_figure_is_found_in_one_pass_over_the_log() -> None:
+    """Each line asked again which update was kept: after 20,000 updates card and report took minutes."""
+
+    class Counting(list[dict[str, Any]]):
+        passes = 0
+
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            self.passes += 1
+            return super().__iter__()
+
+    records = Counting({"step": step, "validation_loss": 1.0, "tokens": step} for step in range(1, 100))
+    assert Run(Path(), {"training": {"patience": 2}}, records).last("tokens") == 1
+    assert records.passes <= 2
 
 
 def test_under_patience_the_held_out_loss_is_that_of_the_model_that_was_kept(tmp_path: Path) -> None:

@@ -216,6 +216,16 @@ def test_lora_uses_itself_without_adapters_as_reference(start, tmp_path):
     assert drift[1] != 0
 
 
+def test_adapters_keep_a_new_models_rate_where_none_is_given(start, tmp_path):
+    """As in every stage; the help says so."""
+    more = ["--preset", "spo", "--rewards.functions", f"{__name__}:even_ids", "--optim.matrix_lr", "null"]
+    more += ["--phases", "1", "--algorithm.minibatches", "1", "--schedule.warmup_steps", "0"]
+    for rank, rate in ((0, 0.0004), (2, 0.002)):
+        assert rl(start, tmp_path / f"{rank}", *more, "--lora.rank", str(rank)) == 0
+        (line,) = map(json.loads, (tmp_path / f"{rank}" / "metrics.jsonl").read_text().splitlines())
+        assert line["lr"] == pytest.approx(rate)
+
+
 @pytest.mark.parametrize("preset", ["ppo", "spo"])
 def test_one_answer_a_prompt_is_no_want_of_contrast(start, tmp_path, preset):
     more = ["--preset", preset, "--rollout.prompts", "8", "--watch.patience", "2", "--phases", "4"]

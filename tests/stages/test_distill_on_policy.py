@@ -216,6 +216,14 @@ def test_adapters_learn_beside_a_frozen_student(start: Path, tmp_path: Path) -> 
     assert (tmp_path / "run" / "model" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.usefixtures("no_report")
+def test_adapters_keep_a_new_models_rate_where_none_is_given(start: Path, tmp_path: Path) -> None:
+    more: dict[str, Any] = {"training__steps": 1, "schedule__warmup_steps": 0, "optim__matrix_lr": "null"}
+    for rank, rate in ((0, 0.0004), (2, 0.002)):
+        assert distill(start, tmp_path / f"{rank}", lora__rank=rank, **more) == 0
+        assert lines(tmp_path / f"{rank}")[0]["lr"] == pytest.approx(rate)
+
+
 def test_what_a_user_gets_wrong(start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def refused(message: str, **settings: Any) -> None:
         assert distill(start, tmp_path / "run", **settings) == 2

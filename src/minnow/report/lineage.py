@@ -42,8 +42,9 @@ class Run:
 
     def last(self, key: str) -> Any:
         """The newest figure of that name, up to the update whose weights were kept; None if it was never logged."""
-        of_model = [record for record in self.records if record["step"] <= self.kept_step]
-        return next((r[key] for r in reversed(of_model) if r.get(key) is not None), None)
+        kept = self.kept_step
+        of_model = (record for record in reversed(self.records) if record["step"] <= kept)
+        return next((record[key] for record in of_model if record.get(key) is not None), None)
 
 
 def seconds_in_updates(records: Sequence[Mapping[str, Any]]) -> float:

@@ -141,9 +141,11 @@ class Trajectory:
 
     @property
     def calls(self) -> list[str]:
-        """What each of its calls says, without the names and brackets."""
+        """What each of its calls says: whom it calls, and with what; equal for equal calls."""
         calls = [call for turn in self.answers for call in turn.tool_calls]
-        return ["\n".join(map(str, call.arguments.values())) for call in calls]
+        return [
+            "\n".join([call.name, *(f"{name} {value}" for name, value in call.arguments.items())]) for call in calls
+        ]
 
     @property
     def num_trained(self) -> int:

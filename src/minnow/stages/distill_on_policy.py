@@ -140,7 +140,10 @@ def run(config: Config) -> None:
         title="distill on-policy",
         model=student,
         optimizers=build_optimizers(
-            student, config.optim, tokens_per_batch=longest_batch(config.rollout), trained=True
+            student,
+            config.optim,
+            tokens_per_batch=longest_batch(config.rollout),
+            trained=not config.lora.rank,
         ),
         schedule=config.schedule,
         objective=objective,

@@ -190,7 +190,7 @@ def run(config: Config) -> None:
             model,
             config.optim,
             tokens_per_batch=longest_batch(config.rollout, config.algorithm.minibatches),
-            trained=True,
+            trained=not config.lora.rank,
         ),
         schedule=config.schedule,
         objective=PolicyObjective(
