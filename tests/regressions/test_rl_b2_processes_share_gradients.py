@@ -42,6 +42,7 @@ def test_two_processes_make_the_updates_of_one(tmp_path, preset):
         settings |= {"algorithm.critic.warmup_phases": 1}
     if preset == "spo":
         settings |= {"rewards.answer": 0, "rewards.length": 0, "rewards.functions": "tests.rl.helpers:any_reward"}
+        del settings["rewards.longest"]
     if preset == "dapo":  # in 15 updates Muon would make a difference of the last digit in small gradients a large one
         settings |= {"optim.optimizer": "adamw", "optim.eps": 0.1}
     words = ["rl", "--preset", preset, "--init_from", str(start), "--prompts", str(prompts)]
