@@ -53,7 +53,9 @@ def test_prompts_that_leave_room_for_an_answer_are_kept_and_the_others_counted(t
 
 
 def test_without_held_out_prompts_none_are_asked(tmp_path: Path) -> None:
-    config = PracticeConfig(prompts=written(tmp_path / "a.jsonl", "pond"), rollout=RolloutConfig(max_tokens=8))
+    config = PracticeConfig(
+        prompts=written(tmp_path / "a.jsonl", "pond"), sequence_length=1024, rollout=RolloutConfig(max_tokens=8)
+    )
     assert read_practice(config, TOKENIZER, pytest.fail).held_out == []
 
 
@@ -62,7 +64,10 @@ def test_a_world_that_replies_needs_a_second_turn(tmp_path: Path) -> None:
         rollout = RolloutConfig(max_tokens=8, max_turns=max_turns)
         read_practice(
             PracticeConfig(
-                prompts=written(tmp_path / "a.jsonl", "What is 2 + 3?"), environment="calculator", rollout=rollout
+                prompts=written(tmp_path / "a.jsonl", "What is 2 + 3?"),
+                environment="calculator",
+                sequence_length=1024,
+                rollout=rollout,
             ),
             TOKENIZER,
             pytest.fail,
@@ -75,7 +80,9 @@ def test_a_world_that_replies_needs_a_second_turn(tmp_path: Path) -> None:
 
 def test_a_question_has_no_second_turn(tmp_path: Path) -> None:
     """Turns were given, and no tool was ever called: the first call ended the episode."""
-    config = PracticeConfig(prompts=written(tmp_path / "a.jsonl", "pond"), rollout=RolloutConfig(max_turns=3))
+    config = PracticeConfig(
+        prompts=written(tmp_path / "a.jsonl", "pond"), sequence_length=1024, rollout=RolloutConfig(max_turns=3)
+    )
     with pytest.raises(UserError, match="rollout.max_turns is 3, but environment question is over after one answer"):
         read_practice(config, TOKENIZER, pytest.fail)
 
@@ -87,7 +94,9 @@ def test_rows_with_tools_that_nobody_has_are_counted(tmp_path: Path, environment
     rows = [{"messages": ask, "tools": [tool], "answer": "x"}, {"messages": ask, "answer": "x"}]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rollout = RolloutConfig(max_tokens=8, max_turns=1 if environment == "question" else 2)
-    config = PracticeConfig(prompts=(str(tmp_path / "a.jsonl"),), environment=environment, rollout=rollout)
+    config = PracticeConfig(
+        prompts=(str(tmp_path / "a.jsonl"),), environment=environment, sequence_length=1024, rollout=rollout
+    )
     said: list[str] = []
     read_practice(config, TOKENIZER, said.append)
     told = ["1 of 2 prompts describe tools, which environment question does not have"]
@@ -96,7 +105,9 @@ def test_rows_with_tools_that_nobody_has_are_counted(tmp_path: Path, environment
 
 def test_how_many_prompts_are_reasoned_about_is_said(tmp_path: Path) -> None:
     rollout = RolloutConfig(max_tokens=8, enable_thinking=True, thinking_share=0.25)
-    config = PracticeConfig(prompts=written(tmp_path / "a.jsonl", *(f"pond {n}" for n in range(100))), rollout=rollout)
+    config = PracticeConfig(
+        prompts=written(tmp_path / "a.jsonl", *(f"pond {n}" for n in range(100))), sequence_length=1024, rollout=rollout
+    )
     said: list[str] = []
     prompts = read_practice(config, TOKENIZER, said.append).prompts
     thinking = sum(map(rollout.thinks, prompts))

@@ -30,6 +30,12 @@ class ContextConfig:
             return config
         return extend_context(config, self.rope_scaling, factor if self.factor is None else self.factor)
 
+    def reach(self, config: ModelConfig) -> int | None:
+        """Tokens of the longest rows to train on; None where their length says how far to stretch."""
+        if self.rope_scaling is not None and self.factor is None:
+            return None
+        return self.extend(config).max_position_embeddings
+
     def extend_for(self, config: ModelConfig, sequence_length: int) -> ModelConfig:
         """The shape for training on rows of `sequence_length`; UserError where they are too long for it, or too short
         to say how far to stretch."""

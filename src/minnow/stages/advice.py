@@ -9,6 +9,7 @@ from typing import Any
 
 from minnow.engine.engine import usual_memory_share
 from minnow.out_of_memory import explained, is_out_of_memory
+from minnow.stages.rows import ROW_LENGTH
 from minnow.training.hardware import choose_device
 
 
@@ -32,7 +33,7 @@ def _of_training(config: Any) -> Iterator[str]:
     training = getattr(config, "training", None)
     if training is None:
         return
-    length = getattr(config, "sequence_length", 1)
+    length = getattr(config, "sequence_length", 1) or ROW_LENGTH
     tokens = training.micro_batch_tokens
     if isinstance(tokens, int) and tokens > length:
         half = max(length, tokens // 2 // length * length)

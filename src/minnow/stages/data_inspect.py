@@ -14,14 +14,15 @@ from minnow.data.encoding import Kind
 from minnow.data.prepare import DataConfig, prepare
 from minnow.data.shards import Shards
 from minnow.data.summary import length_histogram, loss_runs, summarise
-from minnow.stages.data_prepare import print_summary, write_json
+from minnow.stages.data_prepare import context_beside, print_summary, write_json
+from minnow.stages.rows import RowsConfig, with_row_length
 from minnow.tokenizer.tokenizer import Tokenizer
 
 _BAR_WIDTH = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RowsConfig):
     """Show rows, tokens, lengths and a sample with its loss mask."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -30,8 +31,8 @@ class Config:
     """Tokenizer, model or run folder, or Hugging Face Hub id."""
     kind: Kind = "pretrain"
     """pretrain: rows are texts; sft: rows are conversations; preference: rows are pairs of a better and a worse one."""
-    sequence_length: int = 1024
-    """Positions in a packed row."""
+    sequence_length: int | None = None
+    """Tokens in a packed row. null: 1024, or what the model in the folder `tokenizer` reads where that is less."""
     sample: int = 0
     """Number of the training document to show, from 0."""
     sample_tokens: int = 600
@@ -48,12 +49,13 @@ def run(config: Config) -> None:
     """Prepare (or reuse), then print figures, histogram and sample."""
     console = plain_console()
     tokenizer = Tokenizer.from_pretrained(config.tokenizer)
-    data = prepare(config.data, tokenizer, config.kind, sequence_length=config.sequence_length)
+    config = with_row_length(config, context_beside(config.tokenizer))
+    data = prepare(config.data, tokenizer, config.kind, sequence_length=config.row_length)
     if not 0 <= config.sample < data.train.num_documents:
         raise UserError(f"--sample {config.sample}: there are {data.train.num_documents} training documents, from 0")
-    summary = summarise(data, config.sequence_length)
+    summary = summarise(data, config.row_length)
     histogram = length_histogram(data.train.lengths)
-    print_summary(console, data, summary, config.sequence_length)
+    print_summary(console, data, summary, config.row_length)
     console.print("\nTokens per training document", style="bold")
     print_histogram(console, histogram)
     console.print(f"\n[bold]Training document {config.sample}[/bold] ({sample_legend(console)})", markup=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from minnow.config import UserError
 from minnow.console import plain_console
 from minnow.data.encoding import Kind
 from minnow.data.journal import Part
@@ -17,11 +19,13 @@ from minnow.data.prepare import DataConfig, PreparedData, prepare
 from minnow.data.summary import summarise
 from minnow.disk import atomic_write
 from minnow.json_file import json_text
+from minnow.model.pretrained import is_model_folder, read_config
+from minnow.stages.rows import RowsConfig, with_row_length
 from minnow.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(RowsConfig):
     """Tokenise data into shards ahead of training."""
 
     data: DataConfig = field(default_factory=DataConfig)
@@ -30,9 +34,9 @@ class Config:
     """Tokenizer, model or run folder, or Hugging Face Hub id."""
     kind: Kind = "pretrain"
     """pretrain: rows are texts; sft: rows are conversations; preference: rows are pairs of a better and a worse one."""
-    sequence_length: int = 1024
-    """Positions in a packed row. Longer conversations are cut and longer pairs left out, so for sft and preference it
-    must be the one trained with."""
+    sequence_length: int | None = None
+    """Tokens in a packed row. Longer conversations are cut and longer pairs left out, so for sft and preference it must
+    be the one trained with. null: 1024, or what the model in the folder `tokenizer` reads where that is less."""
     part: str | None = None
     """I/N: do the I-th of N parts of the work, beside other processes or machines that share data.cache_dir; the part
     that is done last puts them together."""
@@ -43,17 +47,27 @@ class Config:
 def run(config: Config) -> None:
     """Prepare, then print what came of it."""
     tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+    config = with_row_length(config, context_beside(config.tokenizer))
     if config.part is not None:
         part = Part.parse(config.part)
-        missing = prepare_part(config.data, tokenizer, config.kind, part, sequence_length=config.sequence_length)
+        missing = prepare_part(config.data, tokenizer, config.kind, part, sequence_length=config.row_length)
         if missing is not None:
             plain_console().print(f"part {config.part} is done. {missing}", soft_wrap=True)
             return
-    data = prepare(config.data, tokenizer, config.kind, sequence_length=config.sequence_length)
-    summary = summarise(data, config.sequence_length)
-    print_summary(plain_console(), data, summary, config.sequence_length)
+    data = prepare(config.data, tokenizer, config.kind, sequence_length=config.row_length)
+    summary = summarise(data, config.row_length)
+    print_summary(plain_console(), data, summary, config.row_length)
     if config.json:
         write_json(config.json, summary)
+
+
+def context_beside(tokenizer: str) -> int | None:
+    """Tokens that the model reads whose folder or run `tokenizer` names; None where it names no model of ours."""
+    for folder in (Path(tokenizer), Path(tokenizer) / "model"):
+        if is_model_folder(folder):
+            with suppress(UserError):  # some other model's tokenizer will do here too
+                return read_config(folder).max_position_embeddings
+    return None
 
 
 def print_summary(console: Console, data: PreparedData, summary: dict[str, Any], sequence_length: int) -> None:

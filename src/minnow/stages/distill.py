@@ -10,7 +10,7 @@ from typing import Literal
 from minnow.config import UserError, refuse_unused
 from minnow.console import plain_console
 from minnow.data.batches import Batch
-from minnow.model.pretrained import load_pretrained, resolve_model_folder
+from minnow.model.pretrained import load_pretrained, read_config, resolve_model_folder
 from minnow.model.transformer import CausalLM
 from minnow.objectives.distillation import DistillationLossConfig
 from minnow.stages import pretrain
@@ -49,13 +49,14 @@ def run(config: Config) -> None:
         raise UserError("--stream: loss.top_k asks the teacher about all rows before training; leave one of them out")
     if config.init_from is None and config.tokenizer is None:
         config = dataclasses.replace(config, tokenizer=str(resolve_model_folder(config.teacher)))
-    config, student, tokenizer = pretrain.start(config)
+    reads = read_config(resolve_model_folder(config.teacher)).max_position_embeddings
+    config, student, tokenizer = pretrain.start(config, longest=reads)
     if config.kind == "sft" and config.init_from is not None:
         tokenizer.require_chat_template(config.init_from)
     elif config.kind == "sft":
         tokenizer.chat_template = chat_template()  # what a new student is taught, whatever its tokenizer came with
-    teacher = load_teacher(config.teacher, tokenizer, config.sequence_length, chats=config.kind == "sft")
-    rows_at_once = config.training.rows_at_once(config.sequence_length)
+    teacher = load_teacher(config.teacher, tokenizer, config.row_length, chats=config.kind == "sft")
+    rows_at_once = config.training.rows_at_once(config.row_length)
     cache = Path(config.data.cache_dir).expanduser()
 
     def lesson(packed: PackedData) -> Lesson[Batch]:
@@ -64,7 +65,7 @@ def run(config: Config) -> None:
         place_beside(teacher, student)
         rows: Rows[Batch] = packed.train
         if config.loss.top_k:
-            key = f"{packed.key}/{config.sequence_length}/{config.training.seed}"
+            key = f"{packed.key}/{config.row_length}/{config.training.seed}"
             with first_goes_first():
                 rows = teacher_store(
                     teacher,

@@ -12,6 +12,7 @@ from minnow.config import UserError, refuse_unused
 from minnow.console import plain_console
 from minnow.data.batches import Batch, Share
 from minnow.data.prepare import DataConfig
+from minnow.model.pretrained import read_config, resolve_model_folder
 from minnow.model.transformer import CausalLM
 from minnow.objectives.distillation import DistillationLossConfig, DivergenceConfig
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
@@ -28,6 +29,7 @@ from minnow.stages.language_model import (
     require_held_out,
 )
 from minnow.stages.practice import PracticeConfig, longest_batch, practice_flops, practice_rows, read_practice
+from minnow.stages.rows import with_row_length
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import NO_Z_LOSS, TrainingConfig
 from minnow.training.distillation import Distillation
@@ -94,10 +96,12 @@ def run(config: Config) -> None:
     config = with_machine(config, machine)
     student, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
     require_parallel("ddp", student, machine.device)
-    student.config.check_training_rows(config.sequence_length)
-    teacher = load_teacher(config.teacher, tokenizer, config.sequence_length, chats=True)
+    reads = read_config(resolve_model_folder(config.teacher)).max_position_embeddings
+    config = with_row_length(config, student.config.max_position_embeddings, reads)
+    student.config.check_training_rows(config.row_length)
+    teacher = load_teacher(config.teacher, tokenizer, config.row_length, chats=True)
     _require_readable(config, student, teacher)
-    rows_per_micro_batch = practice_rows(config.training, config.sequence_length)
+    rows_per_micro_batch = practice_rows(config.training, config.row_length)
     practice = read_practice(config, tokenizer, console.print)
     answers = config.rollout.prompts * config.rollout.samples
     if answers < world_size():
@@ -131,7 +135,7 @@ def run(config: Config) -> None:
         live_engine(student, tokenizer),
         practice.make_environment,
         config.rollout,
-        config.sequence_length,
+        config.row_length,
         rows_per_micro_batch,
     )
     trainer: Trainer[Batch] = Trainer(
@@ -176,8 +180,8 @@ def _require_readable(config: Config, student: CausalLM, teacher: CausalLM) -> N
 
 def _pack(config: Config, tokenizer: Tokenizer) -> PackedData:
     """The data of the other updates. UserError for what would only show when the first of them comes."""
-    rows_per_batch = config.training.rows_per_batch(config.sequence_length)
-    Share(rank(), world_size()).cut(np.arange(rows_per_batch), config.training.rows_at_once(config.sequence_length))
+    rows_per_batch = config.training.rows_per_batch(config.row_length)
+    Share(rank(), world_size()).cut(np.arange(rows_per_batch), config.training.rows_at_once(config.row_length))
     with first_goes_first():
         packed = pack_data(config, tokenizer, "sft", lambda text: None)
     if not packed.train.num_rows:
@@ -187,7 +191,7 @@ def _pack(config: Config, tokenizer: Tokenizer) -> PackedData:
 
 
 def _data_source(config: Config, packed: PackedData) -> PackedBatches[Batch]:
-    length = config.sequence_length
+    length = config.row_length
     rows_per_batch, rows_at_once = config.training.rows_per_batch(length), config.training.rows_at_once(length)
     return PackedBatches(packed.train, config.training.seed, rows_per_batch, rows_at_once)
 

@@ -18,6 +18,7 @@ from minnow.stages.language_model import (
     num_held_out_rows,
     run_lesson,
 )
+from minnow.stages.rows import with_row_length
 from minnow.training.config import NO_Z_LOSS, TrainingConfig
 from minnow.training.preference import PreferenceOptimization
 from minnow.training.reference import (
@@ -64,8 +65,9 @@ def run(config: Config) -> None:
     """Train, and leave the model in `RUN/model`."""
     console = plain_console(stderr=True)
     model, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
-    model.config.check_training_rows(config.sequence_length)
-    rows_at_once = config.training.rows_at_once(config.sequence_length)
+    config = with_row_length(config, model.config.max_position_embeddings)
+    model.config.check_training_rows(config.row_length)
+    rows_at_once = config.training.rows_at_once(config.row_length)
     cache = Path(config.data.cache_dir).expanduser()
 
     def with_reference(dataset: PackedDataset, key: str, num_rows: int) -> PreferenceRows:
@@ -81,7 +83,7 @@ def run(config: Config) -> None:
             unrelated_batch(dataset, range(start, min(start + PAIRS_AT_ONCE, documents // 2)))
             for start in range(0, documents // 2, PAIRS_AT_ONCE)
         )
-        key = f"{key}/{config.sequence_length}/another-prompt"
+        key = f"{key}/{config.row_length}/another-prompt"
         return PreferenceRows(dataset, reference, reference_logprobs(model, unrelated, documents // 2, cache, key))
 
     def lesson(packed: PackedData) -> Lesson[PreferenceBatch]:

@@ -25,6 +25,7 @@ from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
 from minnow.report.model_card import CARD
 from minnow.report.run_report import REPORT, write_report
 from minnow.stages.advice import advised
+from minnow.stages.rows import RowsConfig
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import first_goes_first, is_first, rank, world_size
@@ -41,7 +42,7 @@ FEW_UPDATES = 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class LanguageModelConfig:
+class LanguageModelConfig(RowsConfig):
     """What pretraining and supervised fine-tuning share."""
 
     run: str
@@ -55,8 +56,6 @@ class LanguageModelConfig:
     stream: bool = False
     """Start training on the first rows while the rest of the data is still being read and tokenised, in the order of
     the data; needs training.steps."""
-    sequence_length: int = 1024
-    """Tokens in a packed row; the longest text the model sees at once."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """The training loop."""
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -92,7 +91,7 @@ class Lesson(Generic[BatchT]):
 
 def pack_data(config: LanguageModelConfig, tokenizer: Tokenizer, kind: Kind, say: Callable[[str], None]) -> PackedData:
     """Tokenise (or reuse) and pack; with `stream`, as rows are asked for, and what they wait for is said."""
-    length, seed = config.sequence_length, config.training.seed
+    length, seed = config.row_length, config.training.seed
     if not config.stream:
         prepared = prepare(config.data, tokenizer, kind, sequence_length=length)
         if is_first():  # the disk may have changed what was written, weeks ago perhaps
@@ -106,7 +105,7 @@ def pack_data(config: LanguageModelConfig, tokenizer: Tokenizer, kind: Kind, say
 
 def num_held_out_rows(rows: Rows[Batch], config: LanguageModelConfig) -> int:
     """Return how many held-out rows a validation scores."""
-    wanted, found = max(1, config.training.validation_tokens // config.sequence_length), 0
+    wanted, found = max(1, config.training.validation_tokens // config.row_length), 0
     for window in rows.window_rows:
         found += window
         if found >= wanted:
@@ -116,7 +115,7 @@ def num_held_out_rows(rows: Rows[Batch], config: LanguageModelConfig) -> int:
 
 def held_out_batches(rows: Rows[BatchT], config: LanguageModelConfig) -> list[BatchT]:
     """Return the first `validation_tokens` of the held-out rows, as micro-batches."""
-    rows_at_once = config.training.rows_at_once(config.sequence_length)
+    rows_at_once = config.training.rows_at_once(config.row_length)
     count = num_held_out_rows(rows, config)
     return [rows.batch(range(start, min(start + rows_at_once, count))) for start in range(0, count, rows_at_once)]
 
@@ -191,10 +190,10 @@ def run_lesson(
     require_parallel(config.training.parallel, model, machine.device)
     config = with_machine(config, machine)
     # Everything a user may have got wrong comes before the run folder is touched.
-    rows_per_batch = config.training.rows_per_batch(config.sequence_length)
+    rows_per_batch = config.training.rows_per_batch(config.row_length)
     if not config.overwrite:
         config = run.with_recorded_micro_batch(config)
-    rows_at_once = config.training.rows_at_once(config.sequence_length)
+    rows_at_once = config.training.rows_at_once(config.row_length)
     Share(rank(), world_size()).cut(np.arange(rows_per_batch), rows_at_once)
     with first_goes_first():
         packed = pack_data(config, tokenizer, kind, lambda text: console.print(text))
@@ -227,16 +226,16 @@ def _train(
     console: Console,
     make_lesson: Callable[[PackedData], Lesson[BatchT]],
 ) -> None:
-    rows_per_batch = config.training.rows_per_batch(config.sequence_length)
-    rows_at_once = config.training.rows_at_once(config.sequence_length)
+    rows_per_batch = config.training.rows_per_batch(config.row_length)
+    rows_at_once = config.training.rows_at_once(config.row_length)
     steps = total_steps(config.training, packed.train, rows_per_batch)
-    tokens = steps * rows_per_batch * config.sequence_length
+    tokens = steps * rows_per_batch * config.row_length
     frozen = model.adapter is not None
-    flops = tokens * training_flops_per_token(model.config, config.sequence_length / 4, frozen=frozen)
+    flops = tokens * training_flops_per_token(model.config, config.row_length / 4, frozen=frozen)
     console.print(
         f"{title}: {trained_parameters(model)}; {tokens:,} tokens in {steps} updates of "
-        f"{config.training.batch_tokens:,}; {flops:.2e} FLOPs; rows {packed.train.window_fill(0):.1%} full; "
-        f"{device_name(machine.device)}, {config.training.precision}",
+        f"{config.training.batch_tokens:,}; {flops:.2e} FLOPs; rows of {config.row_length:,} tokens, "
+        f"{packed.train.window_fill(0):.1%} full; {device_name(machine.device)}, {config.training.precision}",
     )
     if config.training.steps is None and steps < FEW_UPDATES:
         console.print(
@@ -261,7 +260,7 @@ def _train(
                 rows_at_once = find_micro_batch(
                     model, optimizers, lesson.objective, rows, rows_per_batch, machine.device
                 )
-            config = with_micro_batch(config, rows_at_once * config.sequence_length)
+            config = with_micro_batch(config, rows_at_once * config.row_length)
             say(f"micro-batches of {config.training.micro_batch_tokens:,} tokens")
     run.record(config)
     source = PackedBatches(lesson.rows, config.training.seed, rows_per_batch, rows_at_once)

@@ -23,6 +23,7 @@ from minnow.model.size import active_parameter_count, parameter_count, training_
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, build_optimizers
 from minnow.stages import pretrain
+from minnow.stages.rows import with_row_length
 from minnow.tokenizer import Tokenizer
 from minnow.training.hardware import matmul_peak, precision_name, synchronize
 from minnow.training.memory import Memory, as_trained, training_memory
@@ -107,13 +108,13 @@ def run(config: Config) -> None:
 
 def make_plan(config: Config) -> Plan:
     """Work out the figures; runs the probe unless `probe_seconds` is 0."""
-    shape = _shape(config)
+    config, shape = _shape(config)
     machine = Machine.choose(config.training)
     parameters = parameter_count(shape)
     tokens, tokens_from = _tokens(config, parameters)
     # A token sees half of its row on average, less where several documents share it.
     frozen = config.lora.rank > 0
-    flops_per_token = training_flops_per_token(shape, (config.sequence_length + 1) / 2, frozen=frozen)
+    flops_per_token = training_flops_per_token(shape, (config.row_length + 1) / 2, frozen=frozen)
     peak, speed = None, None
     if config.probe_seconds > 0:
         peak = matmul_peak(machine.device, machine.dtype)
@@ -126,9 +127,7 @@ def make_plan(config: Config) -> Plan:
         steps=math.ceil(tokens / config.training.batch_tokens),
         flops_per_token=flops_per_token,
         flops=tokens * flops_per_token,
-        memory=training_memory(
-            shape, config.training, config.optim, config.sequence_length, machine.dtype, config.lora
-        ),
+        memory=training_memory(shape, config.training, config.optim, config.row_length, machine.dtype, config.lora),
         device=machine.device.type,
         precision=precision_name(machine.dtype),
         matmul_peak=peak,
@@ -136,19 +135,23 @@ def make_plan(config: Config) -> Plan:
     )
 
 
-def _shape(config: Config) -> ModelConfig:
+def _shape(config: Config) -> tuple[Config, ModelConfig]:
+    """The shape that is trained; the config comes back with the length of its rows."""
     if config.init_from is None:
+        config = with_row_length(config)
         vocab_size = config.model.vocab_size
         if config.tokenizer is not None:  # without one, pretrain asks for it; a plan can do with the stated size
             vocab_size = Tokenizer.from_pretrained(config.tokenizer).vocab_size
-        return dataclasses.replace(config.model, vocab_size=vocab_size, max_position_embeddings=config.sequence_length)
+        shape = dataclasses.replace(config.model, vocab_size=vocab_size, max_position_embeddings=config.row_length)
+        return config, shape
     try:
         shape = read_config(resolve_model_folder(config.init_from))
     except UserError as error:
         raise UserError(f"{error} (give --init_from null and a shape with --model.* instead)") from None
     if config.model.experts is not None:  # the dense model becomes a mixture first
         shape = dataclasses.replace(shape, experts=config.model.experts)
-    return config.extend_for(shape, config.sequence_length)
+    config = with_row_length(config, config.reach(shape))
+    return config, config.extend_for(shape, config.row_length)
 
 
 def _tokens(config: Config, parameters: int) -> tuple[int, str]:
@@ -167,7 +170,7 @@ def _tokens(config: Config, parameters: int) -> tuple[int, str]:
 
 def _probe(config: Config, shape: ModelConfig, machine: Machine, flops_per_token: float, peak: float) -> Speed:
     """Measure a few real steps; a model too large for that is measured with fewer rows, then fewer layers."""
-    length = config.sequence_length
+    length = config.row_length
     affordable = peak * 0.1 * config.probe_seconds / 4  # FLOPs of one step, if a tenth of the peak is reached
     rows = config.training.rows_at_once(length)
     rows = max(1, min(rows, int(affordable / (flops_per_token * length))))

@@ -20,6 +20,7 @@ from minnow.model.size import parameter_count
 from minnow.optim import OptimConfig
 from minnow.stages import rl
 from minnow.stages.plan import in_bytes
+from minnow.stages.rows import with_row_length
 from minnow.training.memory import Memory, training_memory
 from minnow.training.session import Machine
 
@@ -57,6 +58,7 @@ class PracticeMemory:
 def run(config: Config) -> None:
     """Print the plan, and write it to `config.json` if asked."""
     shape = read_config(resolve_model_folder(config.init_from))
+    config = with_row_length(config, shape.max_position_embeddings)
     memory = practice_memory(config, shape, Machine.choose(config.training))
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("parameters", f"{parameter_count(shape):,}")
@@ -76,7 +78,7 @@ def run(config: Config) -> None:
 
 def practice_memory(config: rl.Config, shape: ModelConfig, machine: Machine) -> PracticeMemory:
     """Work out the parts for one process that holds the whole model."""
-    length, dtype = config.sequence_length, machine.dtype
+    length, dtype = config.row_length, machine.dtype
     policy = training_memory(shape, config.training, config.optim, length, dtype, config.lora)
     weights = 4 * parameter_count(shape)
     episodes = min(config.rollout.prompts * config.rollout.samples, MAX_ROWS)

@@ -14,6 +14,7 @@ from minnow.rl.environment_calls import reset_all
 from minnow.rl.environments import environment_maker
 from minnow.rl.phase_rollouts import MakeEnvironment
 from minnow.rl.rollouts import RolloutConfig
+from minnow.stages.rows import RowsConfig
 from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.chat import Conversation, render
 from minnow.training.config import TrainingConfig
@@ -24,7 +25,7 @@ CHECKED_AT_ONCE = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class PracticeConfig:
+class PracticeConfig(RowsConfig):
     """What a model practises on, and how."""
 
     prompts: tuple[str, ...]
@@ -36,8 +37,6 @@ class PracticeConfig:
     closed room), guess (a game), or MODULE:CLASS of yours, called with the prompt (see docs/rl.md)."""
     pond: str | None = None
     """Folder of the world that the environment look_up knows."""
-    sequence_length: int = 1024
-    """Positions of a packed row; no episode is longer."""
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     """How answers are drawn."""
 
@@ -124,7 +123,7 @@ def _fitting(
     say: Callable[[str], None],
 ) -> list[Prompt]:
     """The prompts that leave room for `rollout.max_tokens` in a row."""
-    room = config.sequence_length - config.rollout.max_tokens
+    room = config.row_length - config.rollout.max_tokens
     places: list[int] = []
     longest, shown = 0, ""
     for first in range(0, len(prompts), CHECKED_AT_ONCE):
@@ -141,7 +140,7 @@ def _fitting(
     if len(fitting) < len(prompts):
         why = (
             f"beside an answer of rollout.max_tokens {config.rollout.max_tokens}, sequence_length "
-            f"{config.sequence_length} has room for prompts of {max(room, 0)} tokens; the longest, "
+            f"{config.row_length} has room for prompts of {max(room, 0)} tokens; the longest, "
             f"{shown!r}, has {longest}"
         )
         if not fitting:

@@ -16,6 +16,7 @@ from minnow.model.context import ContextConfig
 from minnow.model.transformer import CausalLM
 from minnow.model.upcycle import upcycle
 from minnow.stages.language_model import LanguageModelConfig, run_language_model
+from minnow.stages.rows import with_row_length
 from minnow.tokenizer import Tokenizer
 from minnow.training.distribution import is_first
 from minnow.training.session import load_start
@@ -45,8 +46,11 @@ def run(config: Config) -> None:
     run_language_model(config, tokenizer, model, "pretrain", plain_console(stderr=True))
 
 
-def start(config: ConfigT) -> tuple[ConfigT, CausalLM, Tokenizer]:
-    """The model to train, continued or new, and its tokenizer; the config comes back with the model's shape."""
+def start(config: ConfigT, longest: int | None = None) -> tuple[ConfigT, CausalLM, Tokenizer]:
+    """The model to train, continued or new, and its tokenizer; the config comes back with the model's shape.
+
+    longest: tokens that a teacher reads, if there is one; rows whose length was not given are no longer.
+    """
     if config.model.experts is not None and not config.model.experts.router_learns:
         raise UserError(
             "--model.experts.norm_topk_prob with one expert a token makes its weight 1 always: the router would "
@@ -70,7 +74,8 @@ def start(config: ConfigT) -> tuple[ConfigT, CausalLM, Tokenizer]:
             )
         if config.model.experts is not None:
             model = upcycle(model, config.model.experts, config.training.seed)
-        model.config = config.extend_for(model.config, config.sequence_length)
+        config = with_row_length(config, longest, config.reach(model.config))
+        model.config = config.extend_for(model.config, config.row_length)
         config = dataclasses.replace(config, model=model.config)
     else:
         if config.rope_scaling is not None:
@@ -83,8 +88,9 @@ def start(config: ConfigT) -> tuple[ConfigT, CausalLM, Tokenizer]:
         if config.tokenizer is None:
             raise UserError("--tokenizer is missing: give a tokenizer folder (make one: minnow tokenizer train)")
         tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+        config = with_row_length(config, longest)
         shape = dataclasses.replace(
-            config.model, vocab_size=tokenizer.vocab_size, max_position_embeddings=config.sequence_length
+            config.model, vocab_size=tokenizer.vocab_size, max_position_embeddings=config.row_length
         )
         config = dataclasses.replace(config, model=shape)
         # `parallelise` gives the others the first one's weights: they need no memory for any of their own.

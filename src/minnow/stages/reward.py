@@ -14,6 +14,7 @@ from minnow.optim import OptimConfig, ScheduleConfig
 from minnow.report.plots import save_figure
 from minnow.report.reliability import expected_calibration_error, reliability, reliability_figure
 from minnow.stages.language_model import LanguageModelConfig, Lesson, PackedData, held_out_batches, run_lesson
+from minnow.stages.rows import with_row_length
 from minnow.training.config import NO_Z_LOSS, TrainingConfig
 from minnow.training.distribution import is_first
 from minnow.training.reward import RewardLossConfig, RewardModeling, reward_margins
@@ -50,7 +51,8 @@ def run(config: Config) -> None:
     """Train, leave the model in `RUN/model` and say how far its confidence can be trusted."""
     console = plain_console(stderr=True)
     start, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
-    start.config.check_training_rows(config.sequence_length)
+    config = with_row_length(config, start.config.max_position_embeddings)
+    start.config.check_training_rows(config.row_length)
     classification_config({"architectures": [architecture(start.config)]})  # before any work: can it be saved?
     model = RewardModel.from_language_model(start)
     held_out: list[Batch] = []

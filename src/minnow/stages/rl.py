@@ -40,6 +40,7 @@ from minnow.rl.rewards import RewardConfig, Rewarder
 from minnow.rl.rollouts import RolloutEngine, live_engine
 from minnow.stages.language_model import conclude_finished
 from minnow.stages.practice import Practice, PracticeConfig, longest_batch, practice_flops, practice_rows, read_practice
+from minnow.stages.rows import with_row_length
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import NO_Z_LOSS, TrainingConfig
 from minnow.training.distribution import is_first, world_size
@@ -135,8 +136,9 @@ def run(config: Config) -> None:
     config.algorithm.check_samples(config.rollout.samples)
     model, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
     require_parallel(config.training.parallel, model, machine.device)
-    model.config.check_training_rows(config.sequence_length)
-    rows_per_micro_batch = practice_rows(config.training, config.sequence_length)
+    config = with_row_length(config, model.config.max_position_embeddings)
+    model.config.check_training_rows(config.row_length)
+    rows_per_micro_batch = practice_rows(config.training, config.row_length)
     _check_critic(config, tokenizer)
     practice = read_practice(config, tokenizer, console.print)
     if config.rollout_engine.url is not None and world_size() > 1:
@@ -168,7 +170,7 @@ def run(config: Config) -> None:
         PhaseSettings(
             algorithm=config.algorithm,
             rollout=config.rollout,
-            sequence_length=config.sequence_length,
+            sequence_length=config.row_length,
             rows_per_micro_batch=rows_per_micro_batch,
             seed=config.training.seed,
         ),
@@ -279,7 +281,7 @@ def _held_out(config: Config, engine: RolloutEngine, practice: Practice, rewarde
         practice.make_environment,
         rewarder,
         config.rollout,
-        longest=config.sequence_length,
+        longest=config.row_length,
         samples=config.held_out_samples,
     )
 
@@ -331,7 +333,7 @@ def _check_critic(config: Config, tokenizer: Tokenizer) -> None:
     folder, named = critic_folder(config), f"algorithm.critic.init_from {config.algorithm.critic.init_from}"
     if Tokenizer.from_pretrained(folder).fingerprint != tokenizer.fingerprint:
         raise UserError(f"{named} has another tokenizer than the policy, and would read other words than it writes")
-    read_config(folder).check_training_rows(config.sequence_length, whose=f"the critic {folder}")
+    read_config(folder).check_training_rows(config.row_length, whose=f"the critic {folder}")
 
 
 def _critic(config: Config, machine: Machine) -> Critic | None:

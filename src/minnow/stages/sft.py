@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from minnow.console import plain_console
 from minnow.optim import OptimConfig, ScheduleConfig
 from minnow.stages.language_model import LanguageModelConfig, run_language_model
+from minnow.stages.rows import with_row_length
 from minnow.tokenizer.template import chat_template
 from minnow.training.config import TrainingConfig
 from minnow.training.session import load_start
@@ -37,5 +38,6 @@ def run(config: Config) -> None:
     if config.replace_chat_template:
         tokenizer.chat_template = chat_template()
     tokenizer.require_chat_template(config.init_from)
-    model.config.check_training_rows(config.sequence_length)
+    config = with_row_length(config, model.config.max_position_embeddings)
+    model.config.check_training_rows(config.row_length)
     run_language_model(config, tokenizer, model, "sft", plain_console(stderr=True))
