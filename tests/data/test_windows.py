@@ -122,6 +122,22 @@ def test_the_order_of_shards_is_the_seeds(dataset, monkeypatch):
     assert ShuffledWindows(rows.shards, 1).window(3) is None
 
 
+def test_each_window_is_shuffled_in_an_order_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(windows_module, "WINDOW_SHARDS", 1)
+    shards = write_shards(tmp_path, documents_of([9] * 32), per_shard=8)  # four windows of the same lengths
+    rows = PackedDataset(shards, 16, split_documents=False, seed=1)
+    # Written down, two documents a row: a change must not silently reorder a resumed run.
+    assert rows.batch(range(rows.num_rows)).document_ids == (
+        *((1, 0), (6, 2), (4, 5), (3, 7)),
+        *((23, 22), (19, 21), (16, 20), (18, 17)),
+        *((31, 25), (26, 29), (24, 27), (30, 28)),
+        *((12, 13), (10, 11), (8, 14), (15, 9)),
+    )
+    assert np.split(windowed_batch_rows(3, 0, 20, lambda: [10] * 2), 2)[1].tolist() == [
+        *(13, 19, 14, 16, 15, 17, 12, 11, 10, 18),  # the first window's, 9, 1, 0, 7, ..., is in test_shards.py
+    ]
+
+
 def test_validation_may_read_the_first_window_alone():
     shards = SimpleNamespace(window=lambda number, side: (side, number), lacking=lambda number: f"waits for {number}")
     train, first = GrowingWindows(shards, "train"), GrowingWindows(shards, "validation", only_first=True)
