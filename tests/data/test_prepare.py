@@ -184,6 +184,10 @@ def test_a_long_conversation_is_cut_and_counted(run, tmp_path, tokenizer):
     assert total[0] == total[1]
     assert "cut at turn borders" in cut.report.warnings()[0]
     PackedDataset(cut.train, 100, split_documents=False)
+    longest = int(whole.train.lengths.max())  # whose first token is no target: it fits a row of one less
+    for length, num_cut in ((longest - 1, 0), (longest - 2, 1)):
+        report = run(path, kind="sft", sequence_length=length, validation_fraction=0.0).report
+        assert report.cut_conversations == num_cut
 
 
 def test_a_system_message_longer_than_a_row_is_told(run, tmp_path):

@@ -290,3 +290,10 @@ def test_ranks_share_a_batch():
         shares = [Share(rank, world_size).of(rows) for rank in range(world_size)]
         assert np.concatenate(shares).tolist() == rows.tolist()
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_a_batch_that_would_give_processes_unequal_micro_batches_is_refused():
+    with pytest.raises(UserError, match="3 rows a batch, 1 at a time, cannot be shared evenly by 2 processes"):
+        Share(0, 2).cut(np.arange(3), 1)  # two of the one, one of the other
+    for rank, expected in enumerate([[[0, 1]], [[2]]]):
+        assert [part.tolist() for part in Share(rank, 2).cut(np.arange(3), 2)] == expected
