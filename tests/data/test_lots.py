@@ -98,6 +98,14 @@ def test_a_lot_without_rows_is_still_a_shard(tmp_path):
     assert (batch.rows, batch.closes, batch.last) == ([], True, True)
 
 
+def test_what_would_have_to_be_downloaded_is_left_out_if_asked(tmp_path):
+    (tmp_path / "a.jsonl").write_text("1\n2\n")
+    sources = [*find_sources([str(tmp_path)]), Source("http://nowhere.invalid/b.jsonl", "jsonl")]
+    (lot,) = cut_into_lots(sources)
+    (batch,) = raw_batches(lot, sources, only_local=True)
+    assert sorted(raw.strip() for _, _, raw in batch.rows) == [b"1", b"2"]
+
+
 def test_lots_follow_from_sizes_alone(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("x\n" * 500)
     (tmp_path / "b.jsonl").write_text("yyy\n" * 75)

@@ -116,7 +116,7 @@ def test_a_repeated_source_repeats_whole_pairs(tmp_path: Path, tokenizer) -> Non
 
 
 def test_all_pairs_of_a_prompt_fall_on_one_side(tmp_path: Path, tokenizer) -> None:
-    rows = [{"prompt": f"say {i}", "chosen": "yes", "rejected": f"no {k}"} for i in range(20) for k in range(3)]
+    rows = [{"prompt": f"say {i}", "chosen": f"yes {k}", "rejected": f"no {k}"} for i in range(20) for k in range(3)]
     data = prepared(tmp_path, tokenizer, rows, validation_fraction=0.3)
     train, validation = (
         {tokenizer.decode(shards.tokens(i)).split("user\n")[1].split("<")[0] for i in range(shards.num_documents)}
