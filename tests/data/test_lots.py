@@ -164,6 +164,16 @@ def test_paths_take_turns_by_their_places():
     ]
 
 
+def test_a_path_of_unknown_size_is_taken_for_as_long_as_the_longest(monkeypatch):
+    """A data set of the Hub: all but its first shard would come after everything else."""
+    small(monkeypatch)
+    lots = cut_into_lots([Source("a.jsonl", "jsonl", size=1000), Source("hub:org/set", "hub", entry=1)])
+    counts = {lot.number: 5 if lot.entry else 1 for lot in lots}  # ten lots of a file, and five shards of 200 bytes
+    there = shards_of(lots, counts)
+    order = [lots[entry["lot"]].entry for entry in in_order(lots, lambda lot, shard: there.get((lot.number, shard)))]
+    assert order == [0, 1, 0] * 5
+
+
 def test_held_out_paths_come_first():
     lots = [replace(lot, begins=-math.inf) if lot.entry == 1 else lot for lot in PATHS]
     there = shards_of(lots, COUNTS)

@@ -199,7 +199,9 @@ def test_a_system_message_longer_than_a_row_is_told(run, tmp_path):
     assert data.train.text_bytes.sum() == len("In the river.")
 
 
-def test_bad_rows_stop_before_any_work(run, tmp_path):
+@pytest.mark.parametrize("batch_bytes", [100, 1 << 20])
+def test_bad_rows_stop_before_any_work(run, tmp_path, monkeypatch, batch_bytes):
+    monkeypatch.setattr(lots, "BATCH_BYTES", batch_bytes)  # many batches, each with few bad rows, or one with all
     rows = [{"text": f"fine {i}"} if i % 2 else {"text": i} for i in range(60)]
     path = write_rows(tmp_path / "a.jsonl", rows)
     with pytest.raises(UserError) as error:
