@@ -110,12 +110,16 @@ def test_neither_side_is_empty_where_two_documents_differ(run, tmp_path, fractio
     assert (data.train.num_documents, data.validation.num_documents) == (5, 0)
 
 
-def test_validation_paths_are_the_whole_validation(run, tmp_path, tokenizer):
+def test_validation_paths_are_the_whole_validation(run, tmp_path, tokenizer, monkeypatch):
+    made = []
+    tokenise = Preparation._tokenise
+    monkeypatch.setattr(Preparation, "_tokenise", lambda self, *rest: (made.append(1), tokenise(self, *rest))[1])
     train = write_texts(tmp_path / "a.jsonl", documents(40))
     held_out = write_texts(tmp_path / "b.jsonl", documents(5, 40))
-    data = run(train, validation_paths=(held_out,))
+    data = run(train, validation_paths=(held_out,), validation_fraction=1e-6)
     assert texts_of(data.train, tokenizer) == documents(40)
     assert texts_of(data.validation, tokenizer) == documents(5, 40)
+    assert len(made) == 1, "no hash decides, so none is looked for that would leave neither side empty"
 
 
 def test_validation_paths_without_a_document_are_refused(run, tmp_path):
