@@ -98,6 +98,14 @@ def test_a_lot_without_rows_is_still_a_shard(tmp_path):
     assert (batch.rows, batch.closes, batch.last) == ([], True, True)
 
 
+def test_what_would_have_to_be_downloaded_is_left_out_if_asked(tmp_path):
+    (tmp_path / "a.jsonl").write_text("1\n2\n")
+    sources = [*find_sources([str(tmp_path)]), Source("http://nowhere.invalid/b.jsonl", "jsonl")]
+    (lot,) = cut_into_lots(sources)
+    (batch,) = raw_batches(lot, sources, only_local=True)
+    assert sorted(raw.strip() for _, _, raw in batch.rows) == [b"1", b"2"]
+
+
 def test_lots_follow_from_sizes_alone(tmp_path, monkeypatch):
     (tmp_path / "a.jsonl").write_text("x\n" * 500)
     (tmp_path / "b.jsonl").write_text("yyy\n" * 75)
@@ -154,6 +162,16 @@ def test_paths_take_turns_by_their_places():
     assert [(entry["lot"], entry["shard"]) for entry in order] == [
         *((0, 0), (1, 0), (1, 1), (2, 0), (1, 2), (2, 1), (3, 0), (1, 3))
     ]
+
+
+def test_a_path_of_unknown_size_is_taken_for_as_long_as_the_longest(monkeypatch):
+    """A data set of the Hub: all but its first shard would come after everything else."""
+    small(monkeypatch)
+    lots = cut_into_lots([Source("a.jsonl", "jsonl", size=1000), Source("hub:org/set", "hub", entry=1)])
+    counts = {lot.number: 5 if lot.entry else 1 for lot in lots}  # ten lots of a file, and five shards of 200 bytes
+    there = shards_of(lots, counts)
+    order = [lots[entry["lot"]].entry for entry in in_order(lots, lambda lot, shard: there.get((lot.number, shard)))]
+    assert order == [0, 1, 0] * 5
 
 
 def test_held_out_paths_come_first():

@@ -49,12 +49,15 @@ def test_a_text_that_begins_with_a_bracket_is_a_prompt(text: str) -> None:
     assert written.prompt == (Message("user", "hi"),)
 
 
-def test_what_is_shared_is_prompt() -> None:
+def test_what_is_shared_is_prompt(tokenizer) -> None:
     again = {"role": "user", "content": "and then?"}
     row = {"chosen": [*PROMPT, GOOD, again, GOOD], "rejected": [*PROMPT, GOOD, again, BAD]}
     pair = parse_preference(row)
     assert [m.role for m in pair.prompt] == ["user", "assistant", "user"]
     assert pair.chosen == (Message("assistant", "hello"),)
+    for rendered, answer in zip(pair.render(tokenizer), ("hello", "go away"), strict=True):
+        learnt = tokenizer.decode(rendered.ids[rendered.weights > 0])
+        assert learnt == f"{answer}<|im_end|>", "the assistant's turn that both share is prompt"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +116,7 @@ def test_a_repeated_source_repeats_whole_pairs(tmp_path: Path, tokenizer) -> Non
 
 
 def test_all_pairs_of_a_prompt_fall_on_one_side(tmp_path: Path, tokenizer) -> None:
-    rows = [{"prompt": f"say {i}", "chosen": "yes", "rejected": f"no {k}"} for i in range(20) for k in range(3)]
+    rows = [{"prompt": f"say {i}", "chosen": f"yes {k}", "rejected": f"no {k}"} for i in range(20) for k in range(3)]
     data = prepared(tmp_path, tokenizer, rows, validation_fraction=0.3)
     train, validation = (
         {tokenizer.decode(shards.tokens(i)).split("user\n")[1].split("<")[0] for i in range(shards.num_documents)}
@@ -132,6 +135,16 @@ def test_long_pairs_are_left_out_and_counted(tmp_path: Path, tokenizer) -> None:
     assert any("do not fit a row" in warning for warning in data.report.warnings())
     with pytest.raises(UserError, match="no pair fits a row"):
         prepared(tmp_path, tokenizer, rows[-1:], validation_fraction=0.0)
+
+
+def test_a_pair_fits_to_the_last_position_of_a_row(tmp_path: Path, tokenizer) -> None:
+    data = prepared(tmp_path, tokenizer, pairs(1), validation_fraction=0.0)
+    positions = int((data.train.lengths - 1).sum())
+    data = prepared(tmp_path, tokenizer, pairs(1), positions, validation_fraction=0.0)
+    rows, _ = data.packed(positions)
+    assert (rows.num_rows, rows.fill) == (1, 1.0)
+    with pytest.raises(UserError, match="no pair fits a row"):
+        prepared(tmp_path, tokenizer, pairs(1), positions - 1, validation_fraction=0.0)
 
 
 @pytest.mark.parametrize(

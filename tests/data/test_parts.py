@@ -12,7 +12,7 @@ import pytest
 from minnow.config import UserError
 from minnow.data import lots
 from minnow.data.job import find_job
-from minnow.data.journal import Part
+from minnow.data.journal import Journal, Part
 from minnow.data.preparation import Preparation, prepare_part
 from minnow.data.prepare import DataConfig, prepare
 
@@ -140,6 +140,17 @@ def test_a_bad_row_ends_its_part_alone(tmp_path, tokenizer, small_lots):
     assert len(ended) == 1
     assert ended[0].startswith(f"{path}:41: `text` must be text, it is a number\n1 of ")
     assert len(list((tmp_path / "parts").glob("*/journal/0*.json"))) > 0
+
+
+def test_a_part_that_is_tried_again_has_not_failed(tmp_path):
+    (tmp_path / "journal").mkdir()
+    journal = Journal(tmp_path, [], threshold=0)
+    with pytest.raises(UserError), journal.failures(Part(1, 2)):
+        raise UserError("a.jsonl:3: bad")
+    with journal.failures(Part(2, 2)):
+        assert journal.failure() == "a.jsonl:3: bad"  # who waits for all parts reads it
+    with journal.failures(Part(1, 2)):
+        assert journal.failure() is None
 
 
 @pytest.mark.timeout(600)

@@ -110,12 +110,16 @@ def test_neither_side_is_empty_where_two_documents_differ(run, tmp_path, fractio
     assert (data.train.num_documents, data.validation.num_documents) == (5, 0)
 
 
-def test_validation_paths_are_the_whole_validation(run, tmp_path, tokenizer):
+def test_validation_paths_are_the_whole_validation(run, tmp_path, tokenizer, monkeypatch):
+    made = []
+    tokenise = Preparation._tokenise
+    monkeypatch.setattr(Preparation, "_tokenise", lambda self, *rest: (made.append(1), tokenise(self, *rest))[1])
     train = write_texts(tmp_path / "a.jsonl", documents(40))
     held_out = write_texts(tmp_path / "b.jsonl", documents(5, 40))
-    data = run(train, validation_paths=(held_out,))
+    data = run(train, validation_paths=(held_out,), validation_fraction=1e-6)
     assert texts_of(data.train, tokenizer) == documents(40)
     assert texts_of(data.validation, tokenizer) == documents(5, 40)
+    assert len(made) == 1, "no hash decides, so none is looked for that would leave neither side empty"
 
 
 def test_validation_paths_without_a_document_are_refused(run, tmp_path):
@@ -184,6 +188,10 @@ def test_a_long_conversation_is_cut_and_counted(run, tmp_path, tokenizer):
     assert total[0] == total[1]
     assert "cut at turn borders" in cut.report.warnings()[0]
     PackedDataset(cut.train, 100, split_documents=False)
+    longest = int(whole.train.lengths.max())  # whose first token is no target: it fits a row of one less
+    for length, num_cut in ((longest - 1, 0), (longest - 2, 1)):
+        report = run(path, kind="sft", sequence_length=length, validation_fraction=0.0).report
+        assert report.cut_conversations == num_cut
 
 
 def test_a_system_message_longer_than_a_row_is_told(run, tmp_path):
@@ -195,7 +203,9 @@ def test_a_system_message_longer_than_a_row_is_told(run, tmp_path):
     assert data.train.text_bytes.sum() == len("In the river.")
 
 
-def test_bad_rows_stop_before_any_work(run, tmp_path):
+@pytest.mark.parametrize("batch_bytes", [100, 1 << 20])
+def test_bad_rows_stop_before_any_work(run, tmp_path, monkeypatch, batch_bytes):
+    monkeypatch.setattr(lots, "BATCH_BYTES", batch_bytes)  # many batches, each with few bad rows, or one with all
     rows = [{"text": f"fine {i}"} if i % 2 else {"text": i} for i in range(60)]
     path = write_rows(tmp_path / "a.jsonl", rows)
     with pytest.raises(UserError) as error:

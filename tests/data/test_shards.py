@@ -248,6 +248,8 @@ def test_batch_by_hand(tmp_path):
     assert batch.cu_seqlens.tolist() == [0, *np.cumsum(lengths).tolist(), 8]
     assert batch.filler_BT[0].tolist() == [False] * 6 + [True] * 2
     assert batch.num_real_tokens == 6
+    supervised = [place for place, weight in enumerate(chain(*(loss[d] for d in order))) if weight]
+    assert batch.to("cpu").supervised_S.tolist() == supervised
 
 
 @given(lengths=st.lists(st.integers(2, 40), min_size=1, max_size=30), sequence_length=st.integers(2, 24))
@@ -290,3 +292,11 @@ def test_ranks_share_a_batch():
         shares = [Share(rank, world_size).of(rows) for rank in range(world_size)]
         assert np.concatenate(shares).tolist() == rows.tolist()
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
+        assert [Share(rank, world_size).first_row(10) for rank in range(world_size)] == [share[0] for share in shares]
+
+
+def test_a_batch_that_would_give_processes_unequal_micro_batches_is_refused():
+    with pytest.raises(UserError, match="3 rows a batch, 1 at a time, cannot be shared evenly by 2 processes"):
+        Share(0, 2).cut(np.arange(3), 1)  # two of the one, one of the other
+    for rank, expected in enumerate([[[0, 1]], [[2]]]):
+        assert [part.tolist() for part in Share(rank, 2).cut(np.arange(3), 2)] == expected

@@ -67,7 +67,7 @@ def test_every_target_of_all_windows_is_predicted_once(dataset):
     assert got == sorted((int(a), int(b)) for d in documents for a, b in pairwise(d))
     assert rows.num_positions == len(got)
     assert rows.fill == len(got) / (rows.num_rows * 24)
-    assert len(rows._open) == OPEN_WINDOWS
+    assert list(rows._open) == list(range(5))[-OPEN_WINDOWS:]
     named = {number: document.tolist() for number, document in enumerate(documents)}
     for row, numbers in zip(batch.tokens_BT, batch.document_ids, strict=True):
         assert row[0].item() in named[numbers[0]], "documents keep the number that they have in the folder"
@@ -120,6 +120,22 @@ def test_the_order_of_shards_is_the_seeds(dataset, monkeypatch):
     assert order(1) == [[0, 2, 4, 9], [1, 3, 7, 8], [5, 6]]
     assert order(2) != order(1)
     assert ShuffledWindows(rows.shards, 1).window(3) is None
+
+
+def test_each_window_is_shuffled_in_an_order_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(windows_module, "WINDOW_SHARDS", 1)
+    shards = write_shards(tmp_path, documents_of([9] * 32), per_shard=8)  # four windows of the same lengths
+    rows = PackedDataset(shards, 16, split_documents=False, seed=1)
+    # Written down, two documents a row: a change must not silently reorder a resumed run.
+    assert rows.batch(range(rows.num_rows)).document_ids == (
+        *((1, 0), (6, 2), (4, 5), (3, 7)),
+        *((23, 22), (19, 21), (16, 20), (18, 17)),
+        *((31, 25), (26, 29), (24, 27), (30, 28)),
+        *((12, 13), (10, 11), (8, 14), (15, 9)),
+    )
+    assert np.split(windowed_batch_rows(3, 0, 20, lambda: [10] * 2), 2)[1].tolist() == [
+        *(13, 19, 14, 16, 15, 17, 12, 11, 10, 18),  # the first window's, 9, 1, 0, 7, ..., is in test_shards.py
+    ]
 
 
 def test_validation_may_read_the_first_window_alone():

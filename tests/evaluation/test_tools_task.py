@@ -188,6 +188,8 @@ def test_bfcl_calls(calls, expected: bool) -> None:
         (True, True, True),
         (1, True, False),
         (True, 1, False),
+        (10, "10", False),
+        ("10", 10, False),
         ("b'x', c/d_e*f^2", 'B"x"CDEF2', True),  # by the leaderboard's rule
         ("b'x", "bx", False),
         (["A of spades", "k of Spades"], ["a of spades", "K-of-spades"], True),

@@ -275,7 +275,9 @@ def test_every_type_has_its_error_and_its_size(tmp_path: Path) -> None:
     steps = {"q8_0": 1 / 508, "q5_1": 1 / 62, "q5_0": 1 / 64, "q4_1": 1 / 30, "q4_0": 1 / 32}
     sizes = {}
     for kind in GGUF_TYPES:
-        sizes[kind] = write_gguf(folder, tmp_path / f"{kind}.gguf", kind).bytes
+        written = write_gguf(folder, tmp_path / f"{kind}.gguf", kind)
+        sizes[kind] = written.bytes
+        assert written.kept_f16 == (), "only what a quantised file leaves as it was is told"
         stored = {t.name: t for t in gguf.GGUFReader(tmp_path / f"{kind}.gguf").tensors}
         assert stored["blk.0.attn_norm.weight"].tensor_type == gguf.GGMLQuantizationType.F32
         named = "ALL_F32" if kind == "f32" else f"MOSTLY_{kind.upper()}"  # what llama.cpp and the Hub show

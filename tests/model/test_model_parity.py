@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from minnow.model.config import RopeScaling
+from minnow.model.norm import RMSNorm
 from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.transformer import CausalLM
 
@@ -153,3 +154,11 @@ def test_generate_of_transformers_stops_by_itself(tmp_path):
     assert reference.generation_config.pad_token_id == 0
     out = reference.generate(torch.tensor([[5], [8]]), max_new_tokens=10, do_sample=False)
     assert out.tolist() == [[5, 6, 7, 2], [8, 0, 0, 0]]
+
+
+def test_the_norm_is_computed_in_fp32_and_rounded_once():
+    norm = randomized(RMSNorm(64, 1e-5))  # fp32, as in training in bf16
+    x = torch.randn(100, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight.double()
+    assert norm(x).dtype == torch.bfloat16
+    assert (norm(x) == exact.bfloat16()).float().mean() > 0.999

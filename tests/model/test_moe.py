@@ -147,6 +147,16 @@ def test_the_selection_bias_chooses_but_does_not_weigh():
     torch.testing.assert_close(before[same].sort(1).values, after[same].sort(1).values)
 
 
+def test_groups_by_hand():
+    """Scores 1/2 plus the bias: (0.2, -0.5) and (0.1, -0.3), so -0.3 and -0.2 for the two best of a group."""
+    groups = {"n_group": 2, "topk_group": 1, "num_experts": 4}
+    router = Router(1, sigmoid_experts(**groups)).requires_grad_(False)
+    router.weight.zero_()
+    router.e_score_correction_bias.copy_(torch.tensor([-0.3, -1.0, -0.4, -0.8]))
+    _, decisions = router(torch.ones(1, 1))
+    assert decisions.experts_Nk.tolist() == [[2, 3]], "both of the better group, of which one is below 0"
+
+
 def test_noise_is_shazeers_and_only_in_training():
     """Equation 4 of 1701.06538: W_g x + noise * softplus(W_noise x). Without noise given, none is taken."""
     router = randomized(Router(8, softmax_experts(noisy=True)))
@@ -162,11 +172,11 @@ def test_noise_is_shazeers_and_only_in_training():
 
 
 def test_filler_goes_to_no_expert():
-    layer = randomized(MoE(8, softmax_experts(), None))
-    x = torch.randn(2, 5, 8, requires_grad=True)
+    layer = randomized(MoE(8, softmax_experts(noisy=True), None))
+    x, noise = torch.randn(2, 5, 8, requires_grad=True), torch.randn(2, 5, 4)
     filler = torch.tensor([[False, False, False, True, True], [False] * 5])
-    out, decisions = layer(x, 0, Routing(filler))
-    whole, _ = layer(x, 0, None)
+    out, decisions = layer(x, 0, Routing(filler, lambda _: noise))
+    whole, _ = layer(x, 0, Routing(torch.zeros_like(filler), lambda _: noise))  # each place has noise of its own
     assert decisions.experts_Nk.shape == (8, 2)
     assert not out[filler].any()
     torch.testing.assert_close(out[~filler], whole[~filler])

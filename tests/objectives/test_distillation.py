@@ -54,26 +54,51 @@ def parts(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def whole(config: DistillationLossConfig, hidden: Tensor, weight: Tensor, *rest: Tensor) -> Tensor:
-    """Hinton's loss on the whole logits, by torch's own functions."""
+    """Hinton's loss on the whole logits, the divergence of the teacher's tokens as its definition has it."""
     targets, weights, teacher = rest
     student = hidden @ weight.T
-    t = config.temperature
-    soft = F.kl_div(F.log_softmax(student / t, 1), F.log_softmax(teacher / t, 1), reduction="none", log_target=True)
+    s, t = (softened.softmax(1) for softened in (student[:, :V] / config.temperature, teacher / config.temperature))
+
+    def kl(p: Tensor, q: Tensor) -> Tensor:
+        return (p * (p / q).log()).sum(1)
+
+    mixture = config.jsd_beta * t + (1 - config.jsd_beta) * s
+    soft = {
+        "forward": kl(t, s),
+        "reverse": kl(s, t),
+        "jsd": config.jsd_beta * kl(t, mixture) + (1 - config.jsd_beta) * kl(s, mixture),
+    }[config.divergence]
     losses = config.alpha * F.cross_entropy(student, targets, reduction="none")
-    return (weights * (losses + (1 - config.alpha) * t**2 * soft.sum(1))).sum()
+    return (weights * (losses + (1 - config.alpha) * config.temperature**2 * soft)).sum()
 
 
+@pytest.mark.parametrize(
+    ("settings", "padding"),
+    [({}, 0), ({"divergence": "reverse"}, 0), ({"divergence": "jsd"}, 0), ({"divergence": "jsd", "jsd_beta": 0.1}, 3)],
+)
 @pytest.mark.parametrize("chunk_size", [5, 37, 512])
-def test_chunks_give_the_loss_and_gradients_of_the_whole(chunk_size: int) -> None:
-    config = DistillationLossConfig(alpha=0.3, temperature=2.0)
+def test_chunks_give_the_loss_and_gradients_of_the_whole(
+    chunk_size: int, settings: dict[str, Any], padding: int
+) -> None:
+    """padding: rows of the student's head that the teacher's does not have."""
+    config = DistillationLossConfig(alpha=0.3, temperature=2.0, **settings)
     hidden, weight, targets, weights, teacher = parts()
     hidden.requires_grad_()
-    weight.requires_grad_()
+    weight = torch.cat([weight, torch.ones(padding, D)]).requires_grad_()
 
     def chunk_of_teacher(chunk: slice) -> tuple[Tensor, None]:
         return F.log_softmax(teacher[chunk] / config.temperature, 1), None
 
-    found = linear_distillation(config, hidden, weight, targets, weights, chunk_of_teacher, chunk_size=chunk_size)
+    found = linear_distillation(
+        config,
+        hidden,
+        weight,
+        targets,
+        weights,
+        chunk_of_teacher,
+        vocab_size=V if padding else None,
+        chunk_size=chunk_size,
+    )
     gradients = torch.autograd.grad(found.loss_sum, (hidden, weight))
     expected = whole(config, hidden, weight, targets, weights, teacher)
     torch.testing.assert_close(found.loss_sum, expected, rtol=1e-5, atol=1e-5)

@@ -133,6 +133,18 @@ def test_weight_zero_positions_are_never_looked_at():
     assert torch.count_nonzero(got_hidden[weights == 0]) == 0
 
 
+def test_places_that_are_known_are_not_looked_for(monkeypatch):
+    """To look for them on a GPU, the host would have to wait for it."""
+    hidden, weight, targets, weights = problem()
+    known = weights.nonzero().squeeze(1)
+    expected = linear_cross_entropy(hidden, weight, targets, weights, chunk_size=4).loss_sum
+    monkeypatch.setattr(torch.Tensor, "nonzero", lambda *_: pytest.fail("it looked"))
+    ours = linear_cross_entropy(hidden, weight, targets, weights, chunk_size=4, supervised_S=known).loss_sum
+    assert ours.item() == expected.item()
+    for got, wanted in zip(gradients(ours, hidden, weight), gradients(expected, hidden, weight), strict=True):
+        assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 5])
 def test_nothing_selected_gives_zero_loss_and_zero_gradients(num_tokens):
     hidden, weight, targets, _ = problem(num_tokens=num_tokens)
