@@ -382,6 +382,19 @@ def test_checkpoints_are_pruned(tmp_path: Path) -> None:
     assert (newest / "config.yaml").read_text() == "sequence_length: 32\n"
 
 
+class Doubted(RandomSource):
+    doubted_since = 6
+    """What the weights of six updates played was the first to be doubted."""
+
+
+def test_the_newest_checkpoint_from_before_the_doubts_is_kept(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, source=Doubted(), keep_last=1, save_every=3, validate_every=0)
+    trainer.fit()
+    assert [c.step for c in list_checkpoints(trainer.checkpoints)] == [3, 12]
+    assert trainer.load_before(12) == 3
+    assert trainer.load_before(3) is None
+
+
 def test_a_step_is_made_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The loop does not wait for the disk, and what is written is the moment of saving all the same."""
     may_write = threading.Event()
