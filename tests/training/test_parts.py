@@ -296,6 +296,12 @@ def test_auto_slices_a_model_whose_training_needs_half_of_a_device(monkeypatch: 
         ("restarts", -1),
         ("z_loss", -1e-4),
         ("validation_tokens", 0),
+        ("batch_tokens", 0),
+        ("log_every", 0),
+        ("keep_last", 0),
+        ("nproc", 0),
+        ("stall_seconds", -1.0),
+        ("steps", 0),
         ("epochs", math.inf),
         ("epochs", math.nan),
     ],
@@ -307,6 +313,7 @@ def test_settings_that_would_silently_spoil_a_run_are_refused(name: str, value: 
     with pytest.raises(UserError, match="patience is 3, but with training.validate_every 0"):
         TrainingConfig(patience=3, validate_every=0)
     TrainingConfig(clip_norm=0.0, patience=0, validate_every=0, save_every=0, z_loss=0.0, validation_tokens=1)
+    TrainingConfig(batch_tokens=1, log_every=1, keep_last=1, nproc=1, stall_seconds=0.0, steps=1)
 
 
 def test_no_z_loss_is_not_the_default_z_loss() -> None:
