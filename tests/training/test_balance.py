@@ -342,6 +342,9 @@ def test_noise_is_drawn_anew_for_every_step_layer_and_row(tmp_path: Path) -> Non
     assert torch.equal(drawn(first_row=5)[0], noise[1]), "a row has its noise wherever the batch is cut"
     for other in (drawn(step=4), drawn(layer=1), noise.flip(0)):
         assert not (other == noise).any()
+    with pytest.raises(RuntimeError, match="lost"), balance.watch(batch_with_filler(0, 2), step=3, first_row=4):
+        raise RuntimeError("lost")
+    assert balance.model.routing is None, "what is held out, and not watched, is read without noise"
 
 
 def test_an_update_that_overflows_moves_neither_biases_nor_statistics(tmp_path: Path) -> None:
