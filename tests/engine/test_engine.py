@@ -295,6 +295,8 @@ def test_bad_prompts_are_refused() -> None:
         engine.generate([[]])
     with pytest.raises(UserError, match="token 320"):
         engine.generate([[320]])
+    with pytest.raises(UserError, match="logit_bias holds token -1"):  # it would be the last one's
+        engine.generate([[5]], SamplingParams(logit_bias={-1: 1.0}))
     with pytest.raises(UserError, match="2 prompts but 1"):
         engine.generate([[5], [6]], [SamplingParams()])
     assert engine.generate([], SamplingParams()) == []

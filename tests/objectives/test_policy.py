@@ -363,3 +363,8 @@ def test_generalized_advantages_equal_a_loop_per_response():
 def test_impossible_settings_are_refused(wrong):
     with pytest.raises(UserError, match=next(iter(wrong))):
         PolicyLossConfig(**wrong)
+
+
+@pytest.mark.parametrize("last", [{"clip_low": 0.0}, {"clip_low": 1.0}, {"clip_high": 0.0}, {"kl_coef": 0.0}])
+def test_settings_at_the_end_of_their_range_are_taken(last):
+    PolicyLossConfig(**last)

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -211,10 +212,15 @@ def test_steps_draw_other_prompts_and_the_weights_of_the_moment(models, tmp_path
     student, _, tokenizer = models
     twin = type(student)(student.config)
     twin.load_state_dict(student.state_dict())
+    twin.train()
     batches = source(make_student(twin, tokenizer), tmp_path)
     first = documents(batches.micro_batches(0, Share()))
+    assert twin.training, "what follows is an update"
     assert documents(batches.micro_batches(0, Share())) == first
     assert documents(batches.micro_batches(1, Share())) != first
+    alone = source(make_student(twin, tokenizer, prompts=1, samples=1), tmp_path)
+    alone.prompts = PROMPTS[:1]  # the same prompt at the same place: the random numbers are the step's
+    assert documents(alone.micro_batches(0, Share())) != documents(alone.micro_batches(1, Share()))
     with torch.no_grad():
         twin.head_weight.neg_()
     assert documents(batches.micro_batches(0, Share())) != first
@@ -228,14 +234,20 @@ class Numbers:
 
 
 def test_lambda_mixes_in_updates_on_data(models, tmp_path):
-    """A share of 0.3 on own answers; the others read the data in its order, leaving nothing out."""
+    """A share of 0.3 on own answers, to each prompt in turn; the others read the data in order, leaving nothing out."""
     student, _, tokenizer = models
-    batches = source(make_student(student, tokenizer, prompts=1, samples=1), tmp_path, 0.3, Numbers())
+    asked: list[Prompt] = []
+    writer = replace(
+        make_student(student, tokenizer, prompts=1, samples=1),
+        make_environment=lambda prompt: asked.append(prompt) or SingleTurn(prompt),
+    )
+    batches = source(writer, tmp_path, 0.3, Numbers())
     assert batches.own.mean() == pytest.approx(0.3, abs=3 * math.sqrt(0.3 * 0.7 / 200))
     from_data = [batches.micro_batches(step, Share())[0] for step in np.flatnonzero(~batches.own)[:30]]
     assert from_data == list(range(30))
-    own = int(np.flatnonzero(batches.own)[0])
-    assert isinstance(batches.micro_batches(own, Share())[0], Batch)
+    for own in np.flatnonzero(batches.own)[:5].tolist():
+        assert isinstance(batches.micro_batches(own, Share())[0], Batch)
+    assert sorted(map(PROMPTS.index, asked)) == [0, 1, 2, 3, 4]
     longer = source(batches.student, tmp_path, 0.3, Numbers(), total_steps=500)
     assert (longer.own[:200] == batches.own).all()
 

@@ -149,6 +149,7 @@ def test_every_answer_is_in_one_update_of_every_epoch(processes: int) -> None:
     assert [len(part) for part in parts] == [4, 3, 3] * 2  # none is dropped for the sake of equal sizes
     assert [sorted(n for part in epoch for n in part) for epoch in (parts[:3], parts[3:])] == [kept, kept]
     assert parts[:3] != parts[3:]
+    assert parts != phase.parts(how, phase=1)
     for part in parts:
         trained = []
         for rank in range(processes):

@@ -41,6 +41,7 @@ def contrast_in(prompts: set[int]) -> Reward:
 
 def test_groups_without_contrast_make_room_for_other_prompts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     rollouts, rounds = dapo(monkeypatch, tmp_path, contrast_in({1, 4, 7, 10}), max_redraws=20)
+    answers = set()
     for phase in range(5):
         rounds.clear()
         trajectories, prompts, figures = rollouts.play(phase, Share())
@@ -53,6 +54,8 @@ def test_groups_without_contrast_make_room_for_other_prompts(monkeypatch: pytest
         assert figures["equal_groups"] == pytest.approx((sum(rounds) - 4) / sum(rounds))
         assert rounds[0] == 4
         assert len(rounds) > 1
+        answers |= {tuple(t.ids) for t in trajectories}
+    assert len(answers) == 5 * 8  # no round and no phase draws the random numbers of another
 
 
 def test_drawing_again_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -79,6 +82,15 @@ def test_without_dapo_equal_groups_stay(monkeypatch: pytest.MonkeyPatch, tmp_pat
     _, prompts, figures = source.rollouts.play(0, Share())
     assert sorted(prompts) == list(range(12))
     assert figures == {"prompts": 12, "equal_groups": 0.75}
+
+
+def test_the_critic_is_warmed_up_on_other_prompts_than_the_first_phases_ask(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source, _ = phases(monkeypatch, tmp_path, settings(AlgorithmConfig(advantage="batch")), contrast_in(set()))
+    for phase in (1, 2):
+        before, then = (source.rollouts._choose(each, 0, 4, []).tolist() for each in (-phase, phase))
+        assert before != then
 
 
 def spo(monkeypatch: pytest.MonkeyPatch, folder: Path) -> tuple[Phases, Clock]:

@@ -61,6 +61,7 @@ def episode(content, *, reference="4", ending="stop", reasoning=None, tokens=3, 
         ("it is 2", "1 + 1 = 2\n#### 2", "auto", True),  # GSM8K's rows
         ("it is 1", "1 + 1 = 2\n#### 2", "auto", False),
         ("it is 1,234", "... so 1234.\n#### 1,234", "number", True),
+        ("It is 2.", "#### 1 is too few\n#### 2", "auto", True),  # the last of them
         ("The lake.", "It swims there. #### the lake", "auto", True),
         ("there are 12", ["2"], "auto", False),
         ("there are 2, not 12", [2, "12"], "auto", True),

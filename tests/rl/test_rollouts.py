@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from minnow.config import UserError
 from minnow.data.prompts import Prompt
 from minnow.engine import Engine
 from minnow.rl.environment import Reply, SingleTurn
@@ -62,6 +63,19 @@ def test_draws_repeat_and_do_not_depend_on_company(engine):
     assert [t.ids for t in first] != [t.ids for t in other]
 
 
+def test_every_turn_of_every_episode_has_draws_of_its_own(engine, monkeypatch):
+    """And is drawn as `rollout` says."""
+    engine = Engine(copy.deepcopy(engine.model), engine.tokenizer)
+    engine.model.head_weight.data[engine.tokenizer.im_end_id] += 0.5  # so that turns end
+    asked, generate = [], engine.generate
+    monkeypatch.setattr(engine, "generate", lambda ids, params: asked.extend(params) or generate(ids, params))
+    config = RolloutConfig(max_tokens=20, max_turns=3, temperature=0.7, top_p=0.9)
+    play(engine, echoes(6), range(6), config, seed=0, longest=256)
+    assert len(asked) > 6, "some have a second turn"
+    assert len({params.seed for params in asked}) == len(asked)
+    assert {(p.temperature, p.top_p, p.max_tokens) for p in asked} == {(0.7, 0.9, 20)}
+
+
 def test_a_compiled_model_plays_compiled_with_the_weights_it_has_then(engine, monkeypatch):
     """Traced as for inductor and run as it is; the second phase follows an update of the weights."""
     model, tokenizer = tiny()
@@ -113,8 +127,41 @@ def test_a_tool_dialogue_stays_tokens_and_its_results_are_not_trained(engine):
                 at += len(reply)
         assert at == len(trajectory.ids)
         assert trajectory.num_trained == sum(trajectory.trained)
-        if trajectory.ending == "stop" and turns == 3:
-            assert trajectory.reward == 3.0
+        assert trajectory.reward == len(environment.seen), "1 for every turn that it heard"
+    assert max(len(environment.seen) for environment in environments) > 1
+
+
+def test_after_the_end_of_the_text_nothing_follows(engine):
+    """It ends more than the turn: the environment is heard, and the model is not asked again."""
+    engine = Engine(copy.deepcopy(engine.model), engine.tokenizer)
+    end = engine.tokenizer.end_of_text_id
+    engine.model.head_weight.data[end] += 0.5
+    played = play(engine, echoes(6), range(6), RolloutConfig(max_tokens=20, max_turns=3), seed=0, longest=256)
+    ended = [t for t in played if end in t.ids]
+    assert ended
+    assert [(t.ids.index(end), t.ending) for t in ended] == [(len(t.ids) - 1, "stop") for t in ended]
+    assert all(t.reward == len(t.answers) for t in ended)
+
+
+def test_what_just_fits_is_played(engine):
+    """A turn needs room for max_tokens: one token less, and it is not begun."""
+    engine = Engine(copy.deepcopy(engine.model), engine.tokenizer)
+    engine.model.head_weight.data[engine.tokenizer.im_end_id] += 0.5  # so that turns end
+    config = RolloutConfig(max_tokens=20, max_turns=2)
+    played = play(engine, echoes(6), range(6), config, seed=0, longest=256)
+    place = next(place for place, t in enumerate(played) if len(t.answers) == 2)
+    trained = played[place].trained
+    opening, second = trained.index(True), len(trained) - trained[::-1].index(False)
+
+    def turns(longest):
+        (found,) = play(engine, [echoes(6)[place]], [place], config, seed=0, longest=longest)
+        return len(found.answers), found.ending == "length"
+
+    assert turns(second + 20)[0] == 2
+    assert turns(second + 19) == (1, True)
+    assert turns(opening + 20)[0] == 1
+    with pytest.raises(UserError, match=f"opens with {opening} tokens"):
+        turns(opening + 19)
 
 
 def test_a_model_that_is_to_think_begins_every_turn_in_its_thoughts(engine):

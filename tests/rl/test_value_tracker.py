@@ -44,5 +44,8 @@ def test_state_goes_round_and_bad_rewards_are_refused():
     other.load_state_dict(tracker.state_dict())
     assert np.array_equal(other.alpha_P, tracker.alpha_P)
     assert np.array_equal(other.beta_P, tracker.beta_P)
-    with pytest.raises(UserError, match="from 0 to 1"):
-        tracker.update(np.array([0]), np.array([1.5]), np.zeros(1))
+    for wrong in (1.5, -0.5):
+        with pytest.raises(UserError, match=f"from 0 to 1, but one is {wrong}"):
+            tracker.update(np.array([0]), np.array([wrong]), np.zeros(1))
+        with pytest.raises(UserError, match=f"from 0 to 1, but one is {wrong}"):
+            tracker.seed(0, np.array([wrong]))

@@ -257,7 +257,10 @@ def test_a_store_of_a_sure_teacher_adds_no_divergence(divergence: Any, tmp_path:
     with torch.no_grad():
         from_store = distillation.Distillation(config, None, 320)(student, found).metrics["divergence"]
         beside = distillation.Distillation(config, teacher, 320)(student, batch).metrics["divergence"]
+        off = dataclasses.replace(found, teacher_logprobs_BTK=found.teacher_logprobs_BTK - 0.5)
+        of_shares = distillation.Distillation(config, None, 320)(student, off).metrics["divergence"]
     assert 0.5 * beside < from_store < 1.001 * beside
+    assert of_shares == pytest.approx(float(from_store), rel=0.02), "what does not sum to one is taken for shares"
 
 
 def test_a_teacher_with_experts_and_a_dense_student(config: distill.Config, tmp_path: Path) -> None:

@@ -242,6 +242,23 @@ def test_sequence_loss_and_statistics_leave_filler_out(tmp_path: Path) -> None:
         assert torch.equal(left, right)
 
 
+def test_two_documents_of_a_row_have_the_sequence_loss_that_they_have_alone(tmp_path: Path) -> None:
+    only = BalanceConfig(load_loss=0.0, kl_loss=0.0, sequence_loss=1.0, bias_rate=0.0)
+    trainer = make_trainer(tmp_path, "sigmoid", balance=only)
+    wide = masked_batch(3, rows=4)
+    tensors = {name: getattr(wide, name).view(8, 16) for name in ("tokens_BT", "targets_BT", "weights_BT", "filler_BT")}
+    positions = torch.arange(16).expand(8, 16)
+    borders = torch.arange(0, 129, 16, dtype=torch.int32)
+    narrow = replace(wide, **tensors, positions_BT=positions, cu_seqlens=borders)
+    packed = replace(wide, positions_BT=positions.reshape(4, 32), cu_seqlens=borders)
+    losses = []
+    for batch in (narrow, packed):
+        with torch.no_grad(), trainer.balance.watch(batch, step=0, first_row=0) as routing:
+            trainer.objective(trainer.model, batch)
+        losses.append(float(trainer.balance.loss_sum(routing, batch)))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 @pytest.mark.parametrize("family", ["softmax", "sigmoid"])
 def test_a_lopsided_router_becomes_even(tmp_path: Path, family: str) -> None:
     """Nearly all tokens go to two of four experts at first; without balancing they still do at the end."""
@@ -325,6 +342,9 @@ def test_noise_is_drawn_anew_for_every_step_layer_and_row(tmp_path: Path) -> Non
     assert torch.equal(drawn(first_row=5)[0], noise[1]), "a row has its noise wherever the batch is cut"
     for other in (drawn(step=4), drawn(layer=1), noise.flip(0)):
         assert not (other == noise).any()
+    with pytest.raises(RuntimeError, match="lost"), balance.watch(batch_with_filler(0, 2), step=3, first_row=4):
+        raise RuntimeError("lost")
+    assert balance.model.routing is None, "what is held out, and not watched, is read without noise"
 
 
 def test_an_update_that_overflows_moves_neither_biases_nor_statistics(tmp_path: Path) -> None:

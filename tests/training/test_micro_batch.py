@@ -88,6 +88,7 @@ def test_memory_that_does_not_grow_along_a_line_is_measured_before_it_is_believe
 def test_equal_pieces() -> None:
     assert equal_pieces(64, 31) == 16
     assert equal_pieces(64, 64) == 64
+    assert equal_pieces(15, 10) == 5  # just half of it
     assert equal_pieces(61, 21) == 21  # a prime number of rows: pieces of 21, 20 and 20
 
 

@@ -6,7 +6,7 @@ import errno
 import math
 import os
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,12 +19,15 @@ from minnow.config import UserError
 from minnow.data.batches import Share
 from minnow.model.quantize import quantize
 from minnow.model.transformer import CausalLM
+from minnow.objectives.distillation import DistillationLossConfig
 from minnow.training import parallel, session
 from minnow.training.checkpoint import random_state, set_random_state
 from minnow.training.config import TrainingConfig
+from minnow.training.distillation import Distillation
 from minnow.training.hardware import _cpu_matmul_peak, _matmul_peak, choose_device, choose_precision, matmul_peak
 from minnow.training.lock import FolderLock
 from minnow.training.loss_scale import LossScale
+from minnow.training.objective import LanguageModeling
 from minnow.training.parallel import choose_parallel
 from minnow.training.run_folder import LogFollower, MetricsLog
 from minnow.training.session import COMPILE_PAYS_AFTER_SECONDS, Machine, RunFolder
@@ -214,8 +217,10 @@ def test_validation_needs_no_float64_of_the_device(tmp_path: Path) -> None:
 
 
 def test_validation_equals_a_naive_loop(tmp_path: Path) -> None:
+    """The weights weigh in the loss; bits per byte count every supervised token as one."""
     trainer = make_trainer(tmp_path)
     batch = masked_batch(7)
+    batch = replace(batch, weights_BT=batch.weights_BT * torch.linspace(0.2, 1.0, 32))
     token_bytes = torch.tensor([i % 4 for i in range(64)], dtype=torch.int32)  # ids 0, 4, 8 ... stand for no text
     result = validate(trainer.model, [batch], token_bytes.numpy(), torch.device("cpu"))
     nats = weight = text_nats = text_bytes = 0.0
@@ -232,6 +237,18 @@ def test_validation_equals_a_naive_loop(tmp_path: Path) -> None:
                 text_nats, text_bytes = text_nats + nll, text_bytes + target % 4
     assert result.loss == pytest.approx(nats / weight, rel=1e-6)
     assert result.bits_per_byte == pytest.approx(text_nats / text_bytes / math.log(2), rel=1e-6)
+
+
+def test_a_target_counts_as_much_as_its_weight_says() -> None:
+    """Two batches that share out the weights of a third have its loss and its count together."""
+    batch = masked_batch(7)
+    share_BT = torch.rand(batch.weights_BT.shape, generator=torch.Generator().manual_seed(0))
+    parts = [replace(batch, weights_BT=batch.weights_BT * share) for share in (share_BT, 1 - share_BT)]
+    teacher = CausalLM(SHAPE, seed=2)
+    for objective in (LanguageModeling(), Distillation(DistillationLossConfig(), teacher, SHAPE.vocab_size)):
+        one, other, whole = (float(objective(CausalLM(SHAPE), each).loss_sum.detach()) for each in (*parts, batch))
+        assert one + other == pytest.approx(whole, rel=1e-5)
+        assert sum(map(objective.count, parts)) == pytest.approx(float(batch.weights_BT.sum()), rel=1e-5)
 
 
 def test_choosing_device_and_precision() -> None:
@@ -279,6 +296,12 @@ def test_auto_slices_a_model_whose_training_needs_half_of_a_device(monkeypatch: 
         ("restarts", -1),
         ("z_loss", -1e-4),
         ("validation_tokens", 0),
+        ("batch_tokens", 0),
+        ("log_every", 0),
+        ("keep_last", 0),
+        ("nproc", 0),
+        ("stall_seconds", -1.0),
+        ("steps", 0),
         ("epochs", math.inf),
         ("epochs", math.nan),
     ],
@@ -290,6 +313,7 @@ def test_settings_that_would_silently_spoil_a_run_are_refused(name: str, value: 
     with pytest.raises(UserError, match="patience is 3, but with training.validate_every 0"):
         TrainingConfig(patience=3, validate_every=0)
     TrainingConfig(clip_norm=0.0, patience=0, validate_every=0, save_every=0, z_loss=0.0, validation_tokens=1)
+    TrainingConfig(batch_tokens=1, log_every=1, keep_last=1, nproc=1, stall_seconds=0.0, steps=1)
 
 
 def test_no_z_loss_is_not_the_default_z_loss() -> None:

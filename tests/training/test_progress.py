@@ -57,8 +57,11 @@ def _on(console: Console, title: str, *, done: int, total: int) -> TrainingProgr
     return TrainingProgress(title, done=done, total=total, console=console)
 
 
-def test_the_figures_of_the_machine_by_hand() -> None:
+def test_the_figures_of_the_machine_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """1,000 tokens in 4 s; 8e9 operations in them of 1e10 that were possible; 25 more such steps."""
     figures = Speedometer(torch.device("cpu"), peak=2.5e9).figures(seconds=4.0, tokens=1000, flops=8e9, steps_left=25)
     assert figures.pop("memory_gb") > 0.01
     assert figures == {"tokens_per_second": 250.0, "mfu": pytest.approx(0.8), "eta_seconds": 100.0, "seconds": 4.0}
+    monkeypatch.setattr("minnow.training.speed.world_size", lambda: 4)  # each has a peak of its own
+    figures = Speedometer(torch.device("cpu"), peak=2.5e9).figures(seconds=4.0, tokens=1000, flops=8e9, steps_left=25)
+    assert figures["mfu"] == pytest.approx(0.2)

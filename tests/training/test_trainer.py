@@ -6,6 +6,7 @@ import json
 import math
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+from minnow.config import UserError
 from minnow.data.batches import Batch, Share
 from minnow.model.transformer import CausalLM
 from minnow.training.checkpoint import list_checkpoints
@@ -176,6 +178,21 @@ def test_metrics_have_physical_units(tmp_path: Path) -> None:
     (validation,) = [line for line in lines if "validation_loss" in line]
     assert validation["step"] == 4
     assert math.isfinite(validation["bits_per_byte"])
+
+
+class Unsupervised(RandomSource):
+    """From the second step on no token has a weight."""
+
+    def micro_batches(self, step: int, share: Share) -> list:
+        batches = super().micro_batches(step, share)
+        return [replace(batch, weights_BT=batch.weights_BT * (step < 1)) for batch in batches]
+
+
+def test_a_batch_without_anything_to_learn_is_told_with_its_step(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, source=Unsupervised(2))
+    trainer.train_step()
+    with pytest.raises(UserError, match="step 1: nothing in the batch is supervised"):
+        trainer.train_step()
 
 
 class PoisonSource(RandomSource):
@@ -380,6 +397,19 @@ def test_checkpoints_are_pruned(tmp_path: Path) -> None:
     assert {path.name for path in newest.iterdir()} == {*sealed, "complete.json"}
     assert json.loads((newest / "complete.json").read_text())["files"].keys() == sealed
     assert (newest / "config.yaml").read_text() == "sequence_length: 32\n"
+
+
+class Doubted(RandomSource):
+    doubted_since = 6
+    """What the weights of six updates played was the first to be doubted."""
+
+
+def test_the_newest_checkpoint_from_before_the_doubts_is_kept(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, source=Doubted(), keep_last=1, save_every=3, validate_every=0)
+    trainer.fit()
+    assert [c.step for c in list_checkpoints(trainer.checkpoints)] == [3, 12]
+    assert trainer.load_before(12) == 3
+    assert trainer.load_before(3) is None
 
 
 def test_a_step_is_made_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

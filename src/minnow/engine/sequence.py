@@ -117,7 +117,7 @@ class Sequence:
     def note_cached(self, tokens: int) -> None:
         """The prompt was found in the cache up to there; what counts is the first reading."""
         if self.request.cached_tokens is None:
-            self.request.cached_tokens = min(tokens, len(self.request.prompt_ids))
+            self.request.cached_tokens = tokens
 
     def append(
         self,
