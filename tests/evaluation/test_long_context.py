@@ -240,7 +240,7 @@ def test_what_is_missing_is_said(subject, texts, tmp_path):
         make_tasks("long-context", replace(asked, pond=tmp_path / "pnod"))
 
 
-def test_minnow_eval_long_context(subject, world, texts, tmp_path, monkeypatch, capsys):
+def test_minnow_eval_long_context(drawn, subject, world, texts, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module, "DOCUMENTS", 2)
     monkeypatch.setattr(module, "FACTS", 2)
     run = tmp_path / "run"

@@ -50,7 +50,7 @@ def a_run(folder: Path, *, data: str, **config: Any) -> Path:
     return folder
 
 
-def test_a_run_and_the_one_before_it(tmp_path: Path) -> None:
+def test_a_run_and_the_one_before_it(drawn: None, tmp_path: Path) -> None:
     pretrained = a_run(tmp_path / "base", data="/secret/texts/poems.jsonl")
     run = a_run(tmp_path / "tuned", data="trl-lib/Capybara:default@2", init_from=str(pretrained))
     bar = {"value": 0.98765, "low": 0.9, "high": 0.995, "rows": 540}

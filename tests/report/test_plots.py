@@ -13,6 +13,8 @@ from minnow.report.long_context import long_context_figure
 from minnow.report.plots import comparison_figure, figures_of, pair_figure, rollout_figure, run_figure, save_figure
 from minnow.stages import report
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 
 def test_the_rollout_figure_draws_every_phase_and_every_examination() -> None:
     phases: list[dict[str, Any]] = [

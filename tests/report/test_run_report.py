@@ -91,7 +91,7 @@ def test_under_patience_the_held_out_loss_is_that_of_the_model_that_was_kept(tmp
     assert found["held-out bits per byte"] == "1.2500"
 
 
-def test_the_table_of_a_run_on_pairs(tmp_path: Path) -> None:
+def test_the_table_of_a_run_on_pairs(drawn: None, tmp_path: Path) -> None:
     records = [
         update(1, 0.7, 100.0, 60.0, accuracy=0.5),
         {"step": 1, "validation_loss": 0.5, "validation_accuracy": 0.625},
@@ -114,7 +114,7 @@ def test_what_a_model_wrote_is_text_on_the_page(tmp_path: Path) -> None:
     assert "<b>" not in page
 
 
-def test_a_loss_that_is_no_number_does_not_keep_the_page_back(tmp_path: Path) -> None:
+def test_a_loss_that_is_no_number_does_not_keep_the_page_back(drawn: None, tmp_path: Path) -> None:
     """The log has null for it; a run that trained to its end failed at its report."""
     records = [update(1, 3.0, 100.0, 90.0), {"step": 1, "validation_loss": None, "bits_per_byte": None}]
     found = table(tmp_path / "run", records)

@@ -137,7 +137,7 @@ def test_a_collapse_leaves_a_checkpoint_the_model_from_before_and_a_report(
 
 
 def test_a_collapse_that_began_at_the_start_says_so(
-    start: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    drawn: None, start: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     PLAYED["phases"] = 3
     assert collapsing(start, tmp_path / "run", 1, "--held_out", str(start[1]), "--training.validate_every", "5") == 2

@@ -26,6 +26,7 @@ from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.signals import Interrupted
 from minnow.training.trainer import Trainer
+from tests.pictures import drawing
 
 TINY = quickstart.Config(
     world=quickstart.WorldConfig(seed=3, creatures=6, held_out=2, mentions=3, conversations=40),
@@ -48,7 +49,8 @@ TINY = quickstart.Config(
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quickstart") / "my run"
-    quickstart.run(replace(TINY, run=str(folder)))
+    with drawing():
+        quickstart.run(replace(TINY, run=str(folder)))
     return folder
 
 

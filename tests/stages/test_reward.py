@@ -97,7 +97,7 @@ def trained(tmp_path: Path, tokenizer: Tokenizer) -> Path:
     return train(tmp_path, tokenizer, LoraConfig())
 
 
-def test_a_run_learns_and_transformers_reads_the_same_rewards(trained: Path, tokenizer: Tokenizer) -> None:
+def test_a_run_learns_and_transformers_reads_the_same_rewards(drawn: None, trained: Path, tokenizer: Tokenizer) -> None:
     from transformers import AutoModelForSequenceClassification
 
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
