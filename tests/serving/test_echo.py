@@ -130,6 +130,22 @@ def test_without_log_probabilities_it_is_the_text_alone(client: openai.OpenAI) -
     assert all(value < 0 for value in logprobs.token_logprobs[1:])
 
 
+@pytest.mark.parametrize("logprobs", [None, 0, 1])
+def test_a_prompt_alone_may_fill_the_context(client: openai.OpenAI, running: Running, logprobs: int | None) -> None:
+    """Prompt and max_tokens together do not exceed it. It was refused."""
+    ids = [number % 200 for number in range(256)]
+    options: dict[str, Any] = {"model": "noise", "max_tokens": 0, "logprobs": logprobs, "echo": True}
+    (choice,) = client.completions.create(prompt=ids, **options).choices
+    assert choice.finish_reason == "length"
+    assert (choice.logprobs is None) == (logprobs is None)
+    if logprobs:
+        assert_right(running, choice.logprobs, ids, 256, choice.text)
+    for tokens, more in (([*ids, 1], 0), (ids, 1)):
+        with pytest.raises(openai.BadRequestError, match=r"maximum context length is 256 tokens") as raised:
+            client.completions.create(prompt=tokens, **options | {"max_tokens": more})
+        assert raised.value.code == "context_length_exceeded"
+
+
 def test_control_tokens_of_a_prompt_have_entries_and_are_no_text(client: openai.OpenAI, running: Running) -> None:
     engine = running.engines["noise"].engine
     ids = [*engine.prompt_ids("the"), engine.tokenizer.im_end_id, *engine.tokenizer.encode("小鱼")]
