@@ -157,6 +157,17 @@ def test_control_tokens_of_a_prompt_have_entries_and_are_no_text(client: openai.
     assert choice.logprobs.tokens[0] == engine.tokenizer.decode([engine.tokenizer.start_id])
 
 
+def test_a_token_behind_half_a_character_has_its_own_offset(client: openai.OpenAI, running: Running) -> None:
+    """It had that of the half, which is a character of the text by then. Parts of a whole one share its offset."""
+    tokenizer = running.engines["noise"].engine.tokenizer
+    one_byte = {string: index for index, string in enumerate(tokenizer.byte_strings) if len(string) == 1}
+    ids = [one_byte[bytes([byte])] for byte in b"a\xe5\xb0b\xe5\xb0\x8fc\xe5"] + [tokenizer.im_end_id, one_byte[b"d"]]
+    choice = client.completions.create(model="noise", prompt=ids, max_tokens=0, echo=True, logprobs=0).choices[0]
+    assert choice.text == "a\ufffdb小c\ufffdd"
+    assert choice.logprobs is not None
+    assert choice.logprobs.text_offset == [0, 1, 1, 2, 3, 3, 3, 4, 5, 6, 6]
+
+
 def test_no_tokens_without_echo(running: Running, client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError, match="0 is only allowed with echo") as raised:
         client.completions.create(model="noise", prompt="x", max_tokens=0)
