@@ -5,10 +5,19 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from minnow.json_file import json_text
+import pytest
+
+from minnow.config import UserError
+from minnow.json_file import json_text, read_json
 from minnow.training.run_folder import MetricsLog
 
 TEXTS = {"whole": "鱼 \U0001f41f \u2028", "half": 'a \ud83d b \udc1f "', "beside": "\\\ud83d"}
+
+
+def test_brackets_without_end_are_no_json(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config.json: not valid JSON .*recursion"):
+        read_json(tmp_path / "config.json")
 
 
 def test_characters_stand_as_they_are_and_half_a_surrogate_pair_comes_back() -> None:

@@ -13,7 +13,7 @@ def read_json(file: Path) -> dict[str, Any]:
     """The object in a JSON file. UserError naming the file where it holds none."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:  # not JSON, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or brackets without end
         raise UserError(f"{file}: not valid JSON ({error}); restore the file") from None
     if not isinstance(content, dict):
         raise UserError(f"{file}: not a JSON object, {type(content).__name__}; restore the file")

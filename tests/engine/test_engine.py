@@ -274,6 +274,7 @@ def test_min_tokens_ignore_eos_and_stop_tokens() -> None:
     assert finished(min_tokens=3) == (7, "stop")  # barred at its first place, it comes at the next
     assert finished(min_tokens=9, ignore_eos=True) == (9, "length")  # no token ends this answer: none is barred
     assert finished(stop=["a"], min_tokens=2) == (3, "stop")
+    assert finished(stop=["ab"], min_tokens=2) == (2, "stop")  # it begins before and ends in time
     with pytest.raises(UserError, match="min_tokens bars the tokens that end an answer, which are all there are"):
         finished(min_tokens=1, stop_token_ids=range(engine.model.config.vocab_size))
 

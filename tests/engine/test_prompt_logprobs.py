@@ -89,6 +89,22 @@ def test_they_are_the_training_modules(settings: dict[str, Any], varlen: bool) -
     assert [[c.ids for c in output.completions] for output in outputs] == answers
 
 
+@pytest.mark.parametrize("varlen", [False, True])
+@pytest.mark.parametrize("settings", [{}, {"max_step_tokens": 50, "blocks": 32}])
+def test_such_a_prompt_may_fill_the_context(settings: dict[str, Any], varlen: bool) -> None:
+    """It was refused for want of room for an answer, which nobody wants."""
+    engine = make_engine(4, varlen=varlen, **settings)
+    context = engine.model.config.max_position_embeddings
+    prompt = [number % 50 for number in range(context)]
+    (output,) = engine.generate([prompt], SamplingParams(seed=1, n=2, max_tokens=4, prompt_logprobs=3))
+    assert_right(engine.model, prompt, output.prompt_logprobs)
+    assert [len(completion.ids) for completion in output.completions] == [1, 1]
+    with pytest.raises(UserError, match=f"{context + 1} tokens, but the model's context is {context}"):
+        engine.generate([[1, *prompt]], ASKED)
+    with pytest.raises(UserError, match=f"{context} tokens, but the model's context is {context}"):
+        engine.generate([prompt], SamplingParams())
+
+
 def test_what_the_cache_holds_is_read_again() -> None:
     engine = make_engine(2)
     prompt = list(range(10, 50))

@@ -46,3 +46,15 @@ def test_stop_strings_do_not_count_before_they_may() -> None:
     assert stops.push("ab", may_stop=False) == "ab"
     assert stops.push("cab") == "c"
     assert stops.found
+
+
+def test_a_stop_string_counts_where_it_ends() -> None:
+    """One that began in a piece that might not stop went through whole."""
+    stops = StopStrings(["ab", "abc"])
+    assert stops.push("xa", may_stop=False) == "x"
+    assert stops.push("b") == ""
+    assert stops.found
+    stops = StopStrings(["ab", "abc"])
+    assert stops.push("ab", may_stop=False) == ""  # it may become the longer one, but has come as the shorter one
+    assert stops.push("d") == "abd"
+    assert not stops.found

@@ -12,9 +12,10 @@ from minnow.data.pond.write import pretraining_documents, write_pond
 from minnow.evaluation import long_context
 from minnow.evaluation.registry import TASKS
 from minnow.model.config import ModelConfig
-from minnow.model.pretrained import save_pretrained
+from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.stages import eval as eval_stage
+from minnow.tokenizer.tokenizer import Tokenizer
 from minnow.tokenizer.train import train_tokenizer
 
 torch.set_num_threads(1)
@@ -62,6 +63,21 @@ def test_bits_per_byte_of_files(run_folder, tmp_path):
     assert main(["eval", str(run_folder), "--tasks", "bpb", "--device", "cpu", *texts, "--json", str(out)]) == 0
     figures = json.loads(out.read_text())["tasks"]["bpb"]["figures"]
     assert set(figures) == {"bits_per_byte/lake.txt", "bits_per_byte/sea.jsonl"}
+
+
+def test_texts_alone_ask_for_bits_per_byte(run_folder, tmp_path, capsys):
+    """A pond was missed where nobody had asked for one."""
+    (tmp_path / "lake.txt").write_text("The lake is calm.\n", encoding="utf-8")
+    save_pretrained(load_pretrained(run_folder / "model"), tmp_path / "model", Tokenizer.from_pretrained(run_folder))
+    out = tmp_path / "figures.json"
+    command = ["eval", str(tmp_path / "model"), "--device", "cpu", "--json", str(out)]
+    text = ["--text", str(tmp_path / "lake.txt")]
+    assert main([*command, *text]) == 0
+    assert set(json.loads(out.read_text())["tasks"]) == {"bpb"}
+    assert main([*command, *text, "--pond", str(run_folder / "pond")]) == 0
+    assert set(json.loads(out.read_text())["tasks"]) == {"pond", "bpb"}
+    assert main(command) == 2
+    assert "no pond beside the model" in capsys.readouterr().err
 
 
 def test_the_file_says_what_was_done_to_the_model_first(run_folder, tmp_path):

@@ -204,6 +204,29 @@ def test_bfcl_values(value, expected, same: bool) -> None:
     assert value_matches(value, expected) == same
 
 
+def test_an_integer_has_no_point(tmp_path: Path) -> None:
+    """JSON Schema takes 5.0 for 5, the leaderboard does not; a float may be written as 10."""
+    properties = {
+        "base": {"type": "float"},
+        "n": {"type": "integer"},
+        "of": {"type": "array", "items": {"type": "integer"}},
+    }
+    row = ROW | {
+        "function": [{"name": "area", "parameters": {"type": "dict", "properties": properties}}],
+        "ground_truth": [{"area": {"base": [10.0], "n": [5], "of": [[1, 2], ""]}}],
+    }
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    task = BfclTask(tmp_path / "rows.jsonl")
+    for arguments, right in (
+        ({"base": 10, "n": 5, "of": [1, 2]}, 1.0),
+        ({"base": 10.0, "n": 5}, 1.0),
+        ({"base": 10.0, "n": 5.0}, 0.0),
+        ({"base": 10.0, "n": 5, "of": [1, 2.0]}, 0.0),
+    ):
+        said = Message("assistant", "", None, (ToolCall("area", arguments),))
+        assert figures(task, subject_with(lambda text, said=said: said)) == {"calls/simple_python": right}
+
+
 def test_parallel_calls_in_any_order() -> None:
     truth = [{"f": {"x": [1]}}, {"f": {"x": [2]}}]
     assert calls_match([ToolCall("f", {"x": 2}), ToolCall("f", {"x": 1})], truth)

@@ -169,6 +169,14 @@ def test_weights_that_do_not_fit_are_refused(folder, change, message):
         load_pretrained(folder)
 
 
+def test_layers_without_end_are_refused_before_they_are_made(folder):
+    """Of ten million of them, the making alone went on until the memory was full."""
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"num_hidden_layers": 1001}))
+    with pytest.raises(UserError, match=r"do not fit config.json: they are \d+ tensors, and it asks for 1001 layers"):
+        load_pretrained(folder)
+
+
 def test_a_hub_id_is_a_folder(folder, tmp_path, monkeypatch):
     """As the Hub's client lays a downloaded model out, and without a network."""
     snapshots = tmp_path / "hub" / "models--somebody--small"

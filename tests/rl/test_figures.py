@@ -7,6 +7,7 @@ import pytest
 
 from minnow.rl.advantages import PhaseScores
 from minnow.rl.figures import pass_figures, phase_figures, thinking_figures
+from minnow.rl.left_out import settle
 from minnow.rl.rollouts import Trajectory
 from minnow.tokenizer.chat import Message
 from tests.rl.phase_helpers import trajectory
@@ -34,7 +35,7 @@ def test_the_figures_of_two_answers_by_hand(reference: bool) -> None:
         "reward_deviation": 1.0,  # 1.5 and -0.5 lie 1 beside their mean
         "reward/answer": 0.5,
         "reward/format": 0.25,
-        "pass@1": 0.5,
+        "pass@1": 1.0,  # of the one that was judged
         "pass@2": 1.0,
         "length": 2.0,  # 3 and 1
         "truncated": 0.5,
@@ -71,6 +72,20 @@ def judged(marks: list[list[float]], *, by: str) -> list[Trajectory]:
         for answer in answers:
             answer.rewards, answer.reward = {"answer": answer.reward}, 1 - answer.reward  # the sum says the opposite
     return answers
+
+
+def test_answers_that_nobody_judged_are_no_trials() -> None:
+    """Settled with the mean of their group, they were right where more than half of it was.
+
+    Prompts: 2 of 3 judged are right; 1 of 2; none was judged. pass@1 = (2/3 + 1/2) / 2.
+    """
+    answers = judged([[1.0, 1.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [1.0] * 4], by="answer")
+    for place in (3, 6, 7, 8, 9, 10, 11):
+        answers[place].left_out = "answer"
+    settle(answers, 4, 100)
+    assert pass_figures(answers, 4) == pytest.approx({"pass@1": 7 / 12, "pass@4": 1.0})
+    settle(answers[8:], 4, 100)
+    assert pass_figures(answers[8:], 4) == {"pass@1": 0.0, "pass@4": 0.0}
 
 
 @pytest.mark.parametrize("by", ["answer", "reward"])

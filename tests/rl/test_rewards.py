@@ -434,7 +434,7 @@ def test_prompt_rows():
     verl = {"prompt": turns[:1], "reward_model": {"style": "rule", "ground_truth": "7"}}
     assert parse_prompt(verl).reference == "7"
     assert parse_prompt(verl | {"answer": "8"}).reference == "8"
-    for nothing in ("", [], None):  # a list without an item would stand in every answer
+    for nothing in ("", [], None, " \n", ["", " "]):  # it would stand in every answer, or an empty one would equal it
         assert parse_prompt(verl | {"answer": nothing}).reference == "7"
         assert parse_prompt({"prompt": "hi", "answer": nothing, "reward_model": "a text"}).reference is None
     assert parse_prompt({"prompt": "hi", "answer": 0, "solution": "none"}).reference == 0

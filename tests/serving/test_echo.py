@@ -130,6 +130,22 @@ def test_without_log_probabilities_it_is_the_text_alone(client: openai.OpenAI) -
     assert all(value < 0 for value in logprobs.token_logprobs[1:])
 
 
+@pytest.mark.parametrize("logprobs", [None, 0, 1])
+def test_a_prompt_alone_may_fill_the_context(client: openai.OpenAI, running: Running, logprobs: int | None) -> None:
+    """Prompt and max_tokens together do not exceed it. It was refused."""
+    ids = [number % 200 for number in range(256)]
+    options: dict[str, Any] = {"model": "noise", "max_tokens": 0, "logprobs": logprobs, "echo": True}
+    (choice,) = client.completions.create(prompt=ids, **options).choices
+    assert choice.finish_reason == "length"
+    assert (choice.logprobs is None) == (logprobs is None)
+    if logprobs:
+        assert_right(running, choice.logprobs, ids, 256, choice.text)
+    for tokens, more in (([*ids, 1], 0), (ids, 1)):
+        with pytest.raises(openai.BadRequestError, match=r"maximum context length is 256 tokens") as raised:
+            client.completions.create(prompt=tokens, **options | {"max_tokens": more})
+        assert raised.value.code == "context_length_exceeded"
+
+
 def test_control_tokens_of_a_prompt_have_entries_and_are_no_text(client: openai.OpenAI, running: Running) -> None:
     engine = running.engines["noise"].engine
     ids = [*engine.prompt_ids("the"), engine.tokenizer.im_end_id, *engine.tokenizer.encode("小鱼")]
@@ -139,6 +155,17 @@ def test_control_tokens_of_a_prompt_have_entries_and_are_no_text(client: openai.
     assert choice.logprobs is not None
     assert choice.logprobs.tokens is not None
     assert choice.logprobs.tokens[0] == engine.tokenizer.decode([engine.tokenizer.start_id])
+
+
+def test_a_token_behind_half_a_character_has_its_own_offset(client: openai.OpenAI, running: Running) -> None:
+    """It had that of the half, which is a character of the text by then. Parts of a whole one share its offset."""
+    tokenizer = running.engines["noise"].engine.tokenizer
+    one_byte = {string: index for index, string in enumerate(tokenizer.byte_strings) if len(string) == 1}
+    ids = [one_byte[bytes([byte])] for byte in b"a\xe5\xb0b\xe5\xb0\x8fc\xe5"] + [tokenizer.im_end_id, one_byte[b"d"]]
+    choice = client.completions.create(model="noise", prompt=ids, max_tokens=0, echo=True, logprobs=0).choices[0]
+    assert choice.text == "a\ufffdb小c\ufffdd"
+    assert choice.logprobs is not None
+    assert choice.logprobs.text_offset == [0, 1, 1, 2, 3, 3, 3, 4, 5, 6, 6]
 
 
 def test_no_tokens_without_echo(running: Running, client: openai.OpenAI) -> None:

@@ -453,6 +453,22 @@ def test_metrics_count(tmp_path: Path) -> None:
             assert f'minnow_{figure}_seconds_count{{model="noise"}} 2.0' in text
 
 
+def test_metrics_count_the_prompts_of_answers_that_were_left(tmp_path: Path) -> None:
+    """Their tokens were read, and counted only where an answer came to its end."""
+    with serving({"noise": save_random_model(tmp_path / "m", context=20_000)}) as running:
+        engine, prompt = running.engines["noise"], list(range(40))
+        body = {"model": "noise", "prompt": prompt, "max_tokens": 19_000, "ignore_eos": True, "stream": True}
+        for number in (1, 2):
+            with httpx.stream("POST", f"{running.url}/v1/completions", json=body | {"logprobs": 0}) as answer:
+                next(answer.iter_lines())
+            wait_until(lambda: engine.in_flight == 0)
+            text = httpx.get(f"{running.url}/metrics").text
+            assert f'minnow_aborted_requests_total{{model="noise"}} {number}.0' in text
+            assert f'minnow_prompt_tokens_total{{model="noise"}} {40 * number}.0' in text
+            assert f'minnow_cached_prompt_tokens_total{{model="noise"}} {32 * (number - 1)}.0' in text
+            assert f'minnow_time_to_first_token_seconds_count{{model="noise"}} {number}.0' in text
+
+
 def test_an_asynchronous_client_that_is_cancelled(tmp_path: Path) -> None:
     folder = save_random_model(tmp_path / "m", context=20_000)
     with serving({"noise": folder}) as running:

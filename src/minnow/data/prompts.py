@@ -42,12 +42,16 @@ def parse_prompt(row: Mapping[str, Any]) -> Prompt:
     `messages`), `prompt` or `question` (a text or a list of messages), Alpaca's `instruction`. What the assistant says
     at the end of a conversation is dropped (some data sets put a dummy there).
     The right answer: `answer`, `reference`, `ground_truth`, `gt` or `solution`, the first that is there, in the row or
-    in its `reward_model` (verl's rows). An empty text or list is none.
+    in its `reward_model` (verl's rows). A blank text, an empty list and a list of blank texts are none.
     """
-    found = (
-        place[key] for place in answer_places(row) for key in REFERENCE_KEYS if place.get(key) not in (None, "", [])
-    )
-    return Prompt(_asked(row), next(found, None), row)
+    found = (place.get(key) for place in answer_places(row) for key in REFERENCE_KEYS)
+    return Prompt(_asked(row), next((value for value in found if not _is_blank(value)), None), row)
+
+
+def _is_blank(value: Any) -> bool:
+    """Whether it says nothing: an empty answer would equal it."""
+    items = value if isinstance(value, list) else [value]
+    return all(item is None or (isinstance(item, str) and not item.strip()) for item in items)
 
 
 def answer_places(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:

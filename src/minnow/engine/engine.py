@@ -222,7 +222,8 @@ class Engine:
         context = self.model.config.max_position_embeddings
         if not ids:
             raise UserError("the prompt has no tokens: give at least one")
-        if len(ids) >= context:
+        # The one token that is drawn behind a prompt which is read for its own sake is not read.
+        if len(ids) > context - (params.prompt_logprobs is None):
             raise UserError(
                 f"the prompt has {len(ids)} tokens, but the model's context is {context} tokens, prompt and "
                 "answer together: shorten the prompt"

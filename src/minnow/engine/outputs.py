@@ -89,5 +89,7 @@ class Delta:
     """None if not asked for."""
     prompt_logprobs: PromptLogprobs | None
     """On the request's first delta, if asked for; else None."""
+    cached_tokens: int | None
+    """Of the prompt's tokens: found in the cache. On the request's first delta; else None."""
     usage: Usage | None
     """On the request's last delta, which ends the last of its samples; else None."""

@@ -99,7 +99,8 @@ class SamplingParams(SamplingOptions):
     """Return this many of the likeliest tokens, with their raw log-probabilities, at every place."""
     prompt_logprobs: int | None = None
     """Return the raw log-probability of every token of the prompt too, and this many of the likeliest tokens in its
-    place. The whole prompt is read for it: what the cache holds of it is not used. None: do not."""
+    place. The whole prompt is read for it: what the cache holds of it is not used. Such a prompt may fill the context:
+    one token is drawn behind it all the same. None: do not."""
     skip_special_tokens: bool = True
     """Leave control tokens out of the text (they are always in the ids)."""
 

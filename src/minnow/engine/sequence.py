@@ -153,6 +153,7 @@ class Sequence:
             self._raw_logprobs.append(raw_logprob)
         if top_logprobs is not None:
             self._top_logprobs.append(top_logprobs)
+        first = self.index == 0 and len(self.ids) == 1
         return Delta(
             index=self.index,
             id=token,
@@ -161,7 +162,8 @@ class Sequence:
             logprob=logprob,
             raw_logprob=raw_logprob,
             top_logprobs=top_logprobs,
-            prompt_logprobs=self.request.prompt_logprobs if self.index == 0 and len(self.ids) == 1 else None,
+            prompt_logprobs=self.request.prompt_logprobs if first else None,
+            cached_tokens=self.request.cached_tokens if first else None,
             usage=self.request.usage() if self.finish_reason is not None and self.request.finished else None,
         )
 

@@ -15,14 +15,13 @@ class StopStrings:
         """Whether a stop string came; the text ends before it."""
 
     def push(self, text: str, *, may_stop: bool = True) -> str:
-        """The text that became certain with this piece."""
+        """The text that became certain with this piece. A stop string counts where it ends in a piece that may stop."""
         if not self._stop:
             return text
+        before = len(self._held)
         self._held += text
-        if not may_stop:
-            return self._release(len(self._held))
-        found = [at for at in (self._held.find(stop) for stop in self._stop) if at >= 0]
-        if found:
+        found = [at for stop in self._stop if (at := self._held.find(stop, max(0, before + 1 - len(stop)))) >= 0]
+        if found and may_stop:
             self.found = True
             return self._release(min(found))
         return self._release(len(self._held) - self._open_tail())

@@ -63,6 +63,7 @@ class BfclTask(Task[BfclRow]):
     def _score(self, row: BfclRow, answer: Message) -> Score:
         said_something = bool(answer.content.strip() or answer.tool_calls)
         right = said_something and calls_match(answer.tool_calls, row.ground_truth)
+        right = right and all(integers_are_whole(call, row.prompt.tools) for call in answer.tool_calls)
         details = {
             "prompt": row.prompt.messages[-1].content,
             "calls": [vars(call) for call in answer.tool_calls],
@@ -101,6 +102,19 @@ def calls_match(calls: Sequence[ToolCall], truth: Sequence[Mapping[str, Mapping[
             return False
         left.remove(fitting)
     return not left
+
+
+def integers_are_whole(call: ToolCall, tools: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether no integer is written with a point, alone or in an array: to the leaderboard 5.0 is of the wrong type.
+
+    call: one that is right but for that.
+    """
+    (schemas,) = (t["function"]["parameters"]["properties"] for t in tools if t["function"]["name"] == call.name)
+    for name, value in call.arguments.items():
+        schema, items = (schemas[name].get("items", {}), value) if isinstance(value, list) else (schemas[name], [value])
+        if schema.get("type") == "integer" and any(isinstance(item, float) for item in items):
+            return False
+    return True
 
 
 def arguments_match(arguments: Mapping[str, Any], allowed: Mapping[str, list[Any]]) -> bool:

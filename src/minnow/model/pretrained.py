@@ -128,6 +128,7 @@ def load_pretrained(
     if architecture(config) == "Glm4MoeForCausalLM" and _is_tied(weights):
         # That class is always stored with a head; a head that is the embedding bit by bit was tied when written.
         config = dataclasses.replace(config, tie_word_embeddings=True)
+    _require_layers(config, weights, folder)
     with torch.device("meta"):
         model = CausalLM(config)
     _fill(model, weights, folder, dtype, device)
@@ -149,9 +150,10 @@ def load_reward_model(
         merged = _merged(load_with_adapter(folder), dtype, device)
         assert isinstance(merged, RewardModel)
         return merged
+    config, weights = read_config(folder), stack_experts(_read_weights(folder))
+    _require_layers(config, weights, folder)
     with torch.device("meta"):
-        model = RewardModel(read_config(folder))
-    weights = stack_experts(_read_weights(folder))
+        model = RewardModel(config)
     weights.pop("lm_head.weight", None)  # some writers leave it in
     _fill(model, weights, folder, dtype, device)
     return model
@@ -324,6 +326,15 @@ def _drop_duplicates(model: CausalLM, weights: dict[str, Tensor]) -> None:
         del weights[name]
     if model.config.tie_word_embeddings and _is_tied(weights):
         del weights["lm_head.weight"]
+
+
+def _require_layers(config: ModelConfig, weights: dict[str, Tensor], folder: Path) -> None:
+    """Before they are made: ten million layers take minutes and all of the memory, though they hold no weights yet."""
+    if config.num_hidden_layers > max(len(weights), 1000):
+        raise UserError(
+            f"{folder}: the weights do not fit config.json: they are {len(weights)} tensors, and it asks for "
+            f"{config.num_hidden_layers} layers"
+        )
 
 
 def _check_weights(model: CausalLM, weights: dict[str, Tensor], folder: Path) -> None:

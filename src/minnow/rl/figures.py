@@ -52,7 +52,13 @@ def thinking_figures(trajectories: Sequence[Trajectory]) -> dict[str, float]:
 def pass_figures(trajectories: Sequence[Trajectory], samples: int) -> dict[str, float]:
     """Share of the answers that are right, and of the prompts with a right one among `samples`, which lie together.
 
-    Right is what the reward `answer` calls right; without it, a reward above one half.
+    Right is what the reward `answer` calls right; without it, a reward above one half. Each prompt weighs the same by
+    its answers that were judged; without any it is left out, and where nothing at all was judged nothing is right.
     """
     right = np.array([t.rewards.get("answer", t.reward) > 0.5 for t in trajectories]).reshape(-1, samples)
-    return {"pass@1": float(right.mean()), f"pass@{samples}": float(right.any(axis=1).mean())}
+    judged = np.array([t.left_out is None for t in trajectories]).reshape(-1, samples)
+    right, judged = right[judged.any(axis=1)], judged[judged.any(axis=1)]
+    if not len(judged):
+        return {"pass@1": 0.0, f"pass@{samples}": 0.0}
+    shares = (right & judged).sum(axis=1) / judged.sum(axis=1)
+    return {"pass@1": float(shares.mean()), f"pass@{samples}": float((shares > 0).mean())}

@@ -36,16 +36,35 @@ class Prompt:
     """Token ids count as the text they stand for."""
 
 
+class _Offsets:
+    """Where each token begins in a text, in characters."""
+
+    def __init__(self, tokenizer: Tokenizer, start: int) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = StreamDecoder(tokenizer, skip_special_tokens=True)
+        self._length = start
+
+    def next(self, token: int) -> int:
+        """That of the next token; parts of one character begin where it does."""
+        if token >= self._tokenizer.vocab_size:  # a model's vocabulary may be padded beyond the tokenizer's
+            return self._length
+        goes_on = self._tokenizer.byte_strings[token][:1]
+        if not b"\x80" <= goes_on < b"\xc0":  # half a character before it gets no other half: it is U+FFFD
+            self._length += len(self._decoder.finish())
+        offset = self._length
+        self._length += len(self._decoder.push(token))
+        return offset
+
+
 class _Choice:
     """One continuation."""
 
     def __init__(self, model: ServedModel, body: CompletionBody, index: int, prompt: Prompt) -> None:
         self._tokenizer = model.tokenizer
-        self._decoder = StreamDecoder(model.tokenizer, skip_special_tokens=True)
+        self._offsets = _Offsets(model.tokenizer, len(prompt.text))
         self._index = index
         self._body = body
         self._prompt_ids: list[int] | None = prompt.ids if body.return_token_ids else None
-        self._length = len(prompt.text)  # characters of the prompt and of the tokens so far
         self._clear()
         if body.echo:
             self._texts.append(prompt.text)
@@ -80,9 +99,8 @@ class _Choice:
     def _add_logprob(self, delta: Delta) -> None:
         """Every token has its entry, also the one that ends the answer: they stand beside `token_ids`."""
         assert delta.raw_logprob is not None
-        _add(self._logprobs, self._tokenizer, delta.id, delta.raw_logprob, delta.top_logprobs, self._length)
-        if delta.id < self._tokenizer.vocab_size:  # a model's vocabulary may be padded beyond the tokenizer's
-            self._length += len(self._decoder.push(delta.id))
+        offset = self._offsets.next(delta.id)
+        _add(self._logprobs, self._tokenizer, delta.id, delta.raw_logprob, delta.top_logprobs, offset)
 
     @property
     def has_news(self) -> bool:
@@ -133,14 +151,12 @@ def _prompt_logprobs(
 ) -> CompletionLogprobs:
     """Of the tokens that the client sent; the first has none at OpenAI, and so it has none behind a start token."""
     logprobs = _no_logprobs(body)
-    decoder, offset = StreamDecoder(tokenizer, skip_special_tokens=True), 0
+    offsets = _Offsets(tokenizer, 0)
     before = len(prompt.ids) - len(prompt.sent)
     likeliest = read.top_logprobs or [None] * len(prompt.ids)
     for place, token in enumerate(prompt.sent):
         logprob = None if place == 0 else read.logprobs[before + place]
-        _add(logprobs, tokenizer, token, logprob, likeliest[before + place], offset)
-        if token < tokenizer.vocab_size:
-            offset += len(decoder.push(token))
+        _add(logprobs, tokenizer, token, logprob, likeliest[before + place], offsets.next(token))
     return logprobs
 
 

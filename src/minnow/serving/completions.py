@@ -33,17 +33,19 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
     """Continue one or several prompts, whole or as server-sent events."""
     state = state_of(request)
     model = state.models.get(body.model)
-    prompts = await asyncio.to_thread(_prompts, model, body.prompt)
+    # The engine writes one token at least. With max_tokens 0, for a prompt's own sake, it is left out of the answer.
+    answered = body.max_tokens != 0
+    scored = body.logprobs if answered else body.logprobs or 0
+    prompts = await asyncio.to_thread(_prompts, model, body.prompt, answered)
     params = sampling_params(
         body,
         state.config,
         model,
-        # The engine writes one token at least. With max_tokens 0 it is left out of the answer.
         max_tokens=DEFAULT_MAX_TOKENS if body.max_tokens is None else max(body.max_tokens, 1),
         prompts=len(prompts),
         logprobs=body.logprobs is not None,
         top_logprobs=body.logprobs or 0,
-        prompt_logprobs=body.logprobs if body.echo else None,
+        prompt_logprobs=scored if body.echo else None,
     )
     generations = await state.models.submit_all(model, [prompt.ids for prompt in prompts], params)
 
@@ -75,10 +77,10 @@ def _texts(given: Texts) -> Sequence[Any]:
     return given if several else [given]
 
 
-def _prompts(model: ServedModel, given: Texts) -> list[Prompt]:
+def _prompts(model: ServedModel, given: Texts, answered: bool) -> list[Prompt]:
     """Every prompt of a request. APIError as in `prompt_ids`."""
     prompts = []
-    for ids, sent in zip(prompt_ids(model, given, "prompt"), _texts(given), strict=True):
+    for ids, sent in zip(prompt_ids(model, given, "prompt", answered=answered), _texts(given), strict=True):
         if isinstance(sent, str):
             prompts.append(Prompt(ids=ids, sent=ids[1:], text=valid_unicode(sent)))
         else:

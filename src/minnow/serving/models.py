@@ -144,7 +144,7 @@ class Models:
         """Start an answer. APIError 429 when the queue is full, 503 when the server drains; UserError."""
         with refusals():
             answer = await model.engine.submit(prompt_ids, params)
-        return Generation(answer, model.name, self.metrics)
+        return Generation(answer, model.name, self.metrics, len(prompt_ids))
 
     async def submit_all(
         self, model: ServedModel, prompts: Sequence[Sequence[int]], params: SamplingParams
@@ -187,10 +187,11 @@ def refusals() -> Iterator[None]:
 class Generation:
     """An `Answer` that is counted in the metrics: iterate for its deltas, close it in the end."""
 
-    def __init__(self, answer: Answer, model: str, metrics: Metrics) -> None:
+    def __init__(self, answer: Answer, model: str, metrics: Metrics, prompt_tokens: int) -> None:
         self._answer = answer
         self._model = model
         self._metrics = metrics
+        self._prompt_tokens = prompt_tokens
         self._start = time.perf_counter()
         self._tokens = 0
         self._finished = False
@@ -205,13 +206,13 @@ class Generation:
         except Exception:  # the engine failed or gave it up: no client has left
             self._finished = True
             raise
-        if not self._tokens:
+        if delta.cached_tokens is not None:  # now, for the answer may have no end
+            self._metrics.prompt_tokens.labels(self._model).inc(self._prompt_tokens)
+            self._metrics.cached_tokens.labels(self._model).inc(delta.cached_tokens)
             self._metrics.first_token_seconds.labels(self._model).observe(time.perf_counter() - self._start)
         self._tokens += 1
         if delta.usage is not None:
             self._finished = True
-            self._metrics.prompt_tokens.labels(self._model).inc(delta.usage.prompt_tokens)
-            self._metrics.cached_tokens.labels(self._model).inc(delta.usage.cached_tokens)
             self._metrics.request_seconds.labels(self._model).observe(time.perf_counter() - self._start)
         return delta
 

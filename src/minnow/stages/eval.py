@@ -39,12 +39,13 @@ class Config(ContextConfig, QuantizeConfig):
 
     model: str = field(metadata={"positional": True})
     """Model folder, run folder or Hub id."""
-    tasks: tuple[str, ...] = ("pond", "bpb")
-    """What to examine: pond (held-out questions, exact match), bpb (bits per byte), long-context (bits per byte by
-    position and hidden facts, beyond the trained length), arithmetic (with thinking on and off), identity (an
-    adapter's persona), tools (function calls), preference (is the better answer of a pair the likelier one), judge
-    (the marks that --judge gives), wins (against the model of --against, by the pond's truth), choices (questions of
-    public benchmarks, answered by the likeliest choice)."""
+    tasks: tuple[str, ...] | None = None
+    """What to examine, by default pond and bpb, or only bpb where there is a --text and no --pond: pond (held-out
+    questions, exact match), bpb (bits per byte), long-context (bits per byte by position and hidden facts, beyond the
+    trained length), arithmetic (with thinking on and off), identity (an adapter's persona), tools (function calls),
+    preference (is the better answer of a pair the likelier one), judge (the marks that --judge gives), wins (against
+    the model of --against, by the pond's truth), choices (questions of public benchmarks, answered by the likeliest
+    choice)."""
     pond: str | None = None
     """Pond folder that the model was trained on; by default the one beside the model or in its run folder."""
     text: tuple[str, ...] = ()
@@ -80,7 +81,7 @@ class Config(ContextConfig, QuantizeConfig):
 
 def run(config: Config) -> None:
     """Examine, print a table, write the files asked for."""
-    if not config.tasks:
+    if config.tasks == ():
         raise UserError("--tasks is empty: name at least one task")
     if config.max_rows is not None and config.max_rows < 1:
         raise UserError(f"--max_rows {config.max_rows}: give 1 or more, or leave it out for all rows")
@@ -88,7 +89,9 @@ def run(config: Config) -> None:
         raise UserError(f"--shots {config.shots}: give 0 or more")
     if config.shots_from is not None and not config.shots:
         raise UserError("--shots_from is read only with --shots: say how many of its questions to show")
-    names = config.tasks if config.judge is None or "judge" in config.tasks else (*config.tasks, "judge")
+    names = config.tasks or (("bpb",) if config.text and config.pond is None else ("pond", "bpb"))
+    if config.judge is not None and "judge" not in names:
+        names = (*names, "judge")
     # What a task of somebody's own reads is not known here.
     ours = all(name in TASKS and TASKS[name].__module__.startswith("minnow.") for name in names)
     for option, tasks_that_read in READ_BY.items() if ours else ():
