@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +17,7 @@ from safetensors.torch import save_file
 
 from minnow.data.shard_writer import ShardWriter
 from minnow.data.shards import file_sha256
-from minnow.disk import DiskFull, atomic_write, opened_to_others, told_when_full
+from minnow.disk import DiskFull, atomic_write, new_folder_beside, opened_to_others, replace_folder, told_when_full
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
@@ -46,6 +49,45 @@ def test_two_machines_that_share_a_folder_choose_other_temporary_names(
         other.write_text("other")
     assert (tmp_path / "file").read_text() == "one", "whole, and the last one to be done counts"
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from minnow import disk
+folder = Path(sys.argv[1])
+with disk.new_folder_beside(folder) as temporary:
+    (temporary / "weights").write_text("new")
+    if sys.argv[2] == "between the renames":
+        os.rename(folder, temporary.with_suffix(".old"))
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no locks: what a killed process left stays there")
+@pytest.mark.parametrize("when", ["while it wrote", "between the renames"])
+def test_what_a_killed_process_left_beside_a_folder_is_taken_away(tmp_path: Path, when: str) -> None:
+    """Gigabytes of a model each, and nobody ever removed them."""
+    folder = tmp_path / "model [1]"
+    folder.mkdir()
+    (folder / "weights").write_text("old")
+    assert subprocess.run([sys.executable, "-c", KILLED, str(folder), when]).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 3
+    with new_folder_beside(folder) as temporary:
+        assert (folder / "weights").read_text() == "old", "and the only model there is comes back"
+        (temporary / "weights").write_text("newer")
+        replace_folder(temporary, folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["model [1]"]
+    assert (folder / "weights").read_text() == "newer"
+
+
+def test_what_another_process_is_writing_beside_a_folder_stays(tmp_path: Path) -> None:
+    with new_folder_beside(tmp_path / "model") as one:
+        (one / "weights").write_text("one")
+        with new_folder_beside(tmp_path / "model") as other:
+            assert other != one
+        assert (one / "weights").read_text() == "one"
+    assert not list(tmp_path.iterdir())
 
 
 def test_two_writers_of_a_shard_do_not_meet(tmp_path: Path) -> None:

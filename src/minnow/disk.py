@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import glob
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Lock
+from typing import IO, Any
 
 from safetensors import SafetensorError
 
@@ -83,3 +86,71 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def lock(file: IO[Any]) -> bool:
+    """Lock an open file until it is closed or the process ends; False where there are no locks (Windows, some file
+    systems of clusters). BlockingIOError when another process has it."""
+    try:
+        import fcntl
+    except ImportError:
+        return False
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
+
+
+@contextmanager
+def new_folder_beside(folder: Path) -> Iterator[Path]:
+    """Give a new hidden folder beside `folder`, to be filled and renamed; what is still there at the end is removed.
+
+    So is, before, what processes left there that were killed: each locks a file beside its own while it lives.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for left_over in folder.parent.glob(f".{glob.escape(folder.name)}.????????.lock"):
+        _take_away(left_over, folder)
+    temporary = temporary_beside(folder)
+    held = temporary.with_suffix(".lock")
+    try:
+        with open(held, "w") as file:
+            lock(file)
+            temporary.mkdir()
+            yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        held.unlink(missing_ok=True)
+
+
+def replace_folder(temporary: Path, folder: Path) -> None:
+    """Put `temporary`, of `new_folder_beside`, in the place of `folder`: the old one stands aside meanwhile."""
+    if not folder.exists():
+        os.rename(temporary, folder)
+        return
+    aside = temporary.with_suffix(".old")
+    os.rename(folder, aside)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        os.rename(aside, folder)
+        raise
+    shutil.rmtree(aside)
+
+
+def _take_away(held: Path, folder: Path) -> None:
+    """Remove what the maker of the lock file `held` left, if it is dead; an old `folder` set aside comes back."""
+    try:
+        with open(held) as file:
+            if not lock(file):
+                return
+            aside = held.with_suffix(".old")
+            if aside.exists() and not folder.exists():  # killed between the two renames
+                os.rename(aside, folder)
+            for left_over in (aside, held.with_suffix(".tmp")):
+                shutil.rmtree(left_over, ignore_errors=True)
+            held.unlink(missing_ok=True)
+    except (BlockingIOError, FileNotFoundError):  # alive, or done just now
+        return

@@ -368,6 +368,22 @@ def test_an_interruption_leaves_nothing(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["rows.jsonl"]
 
 
+def test_of_two_at_once_the_second_to_be_done_says_so(tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", [{"text": "fine"}])
+
+    def slow(*arguments, **options):
+        monkeypatch.setattr(clean_module, "iter_raw", reader)
+        run(tmp_path, path)
+        return reader(*arguments, **options)
+
+    reader = clean_module.iter_raw
+    monkeypatch.setattr(clean_module, "iter_raw", slow)
+    with pytest.raises(UserError, match="out has been made by another process meanwhile: name a new folder"):
+        run(tmp_path, path)
+    assert lines(tmp_path / "out" / "kept" / "rows.jsonl")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "rows.jsonl"]
+
+
 def test_what_makes_no_sense_is_refused_before_any_work(tmp_path):
     path = write(tmp_path / "rows.jsonl", [{"text": "fine"}])
     run(tmp_path, path)

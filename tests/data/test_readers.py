@@ -21,6 +21,7 @@ from minnow.config import UserError
 from minnow.data import readers
 from minnow.data.prompts import read_prompts
 from minnow.data.readers import read_rows, read_texts
+from minnow.data.records import parse_document
 from minnow.data.sources import find_sources, pinned
 
 ROWS = [{"text": "one\ntwo"}, {"text": "三"}, {"text": '"quoted" \u2028 line'}]
@@ -90,6 +91,18 @@ def test_a_json_array_is_read_in_any_blocks(tmp_path_factory, texts, block, inde
     finally:
         readers._BLOCK = before
     assert rows == texts
+
+
+@pytest.mark.parametrize(("indent", "place", "cut"), [(None, 3, 20), (1, 8, 30)])
+def test_a_row_of_an_array_is_told_by_its_line_or_of_a_single_line_by_its_number(tmp_path, indent, place, cut):
+    """Every row of an array in one line was said to be at line 1."""
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps([{"text": "a"}, {"text": "b"}, {"text": 3}, {"text": "c"}], indent=indent))
+    with pytest.raises(UserError, match=rf"rows\.json:{place}: "):
+        list(readers.read_parsed([str(path)], parse_document))
+    path.write_text(path.read_text()[:-cut])
+    with pytest.raises(UserError, match=rf"rows\.json:{place}: the JSON array breaks off"):
+        list(readers.read_rows([str(path)]))
 
 
 def test_a_json_array_of_small_rows_is_read_as_fast_as_lines(tmp_path):
@@ -182,6 +195,25 @@ def test_a_folder_that_may_not_be_read_is_not_left_out_without_a_word(tmp_path, 
     closed.add("closed")
     with pytest.raises(PermissionError, match="closed"):
         find_sources([str(tmp_path)])
+
+
+@pytest.mark.parametrize("pattern", ["closed/*.jsonl", "*/*.jsonl", "**/*.jsonl", "**", "*/deep/*.jsonl"])
+def test_a_glob_does_not_pass_a_folder_that_may_not_be_read(pattern, tmp_path, closed):
+    for folder in ("open/deep", "closed/deep"):
+        (tmp_path / folder).mkdir(parents=True)
+        write(tmp_path / folder / "rows.jsonl", ROWS[:1])
+        write(tmp_path / folder / ".." / "rows.jsonl", ROWS[:1])
+    assert find_sources([str(tmp_path / pattern)]) if pattern != "**" else True
+    closed.add("closed" if pattern != "*/deep/*.jsonl" else "deep")
+    with pytest.raises(PermissionError, match=next(iter(closed))):
+        find_sources([str(tmp_path / pattern)])
+
+
+def test_a_glob_reads_beside_a_folder_that_it_does_not_name(tmp_path, closed):
+    write(tmp_path / "here.jsonl", ROWS[:1])
+    (tmp_path / "closed").mkdir()
+    closed.add("closed")
+    assert [Path(source.name).name for source in find_sources([str(tmp_path / "*.jsonl")])] == ["here.jsonl"]
 
 
 def test_a_disk_may_have_folders_of_the_system(tmp_path, closed):

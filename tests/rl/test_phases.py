@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -124,6 +125,17 @@ def test_an_update_beyond_the_bound_is_left_out(start, tmp_path, preset, monkeyp
     assert [step for _, step in moved] == [kl <= bound for kl, _ in moved]
     assert [kl for kl, _ in moved[::4]] == pytest.approx([0, 0, 0], abs=1e-9)  # a phase's first update is made
     assert 3 <= sum(step for _, step in moved) < 12
+
+
+def test_a_reward_model_must_read_as_long_rows_as_the_policy(start, tmp_path, capsys):
+    """Hours later a long answer ended the run in words."""
+    model, tokenizer = tiny()
+    shape = replace(model.config, max_position_embeddings=40)
+    save_pretrained(RewardModel(shape, seed=1), tmp_path / "judge", tokenizer=tokenizer)
+    more = ["--rewards.reward_model", str(tmp_path / "judge"), "--phases", "1"]
+    assert rl(start, tmp_path / "run", *more) == 2
+    assert "judge reads at most 40 tokens; give 40 or less" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
 
 
 def test_files_that_no_checkpoint_holds_may_not_change_under_a_run(tmp_path, capsys, monkeypatch):

@@ -76,6 +76,18 @@ def read_back(folder: Path) -> list[Conversation]:
     return [parse_conversation(row) for _, row in read_rows([str(folder / "out.jsonl")])]
 
 
+def test_two_at_once_do_not_write_into_one_file(server: str, tmp_path: Path) -> None:
+    """Each asked the teacher everything, and the file had every prompt twice."""
+    fcntl = pytest.importorskip("fcntl")
+    with open(tmp_path / "out.jsonl", "w") as first:
+        fcntl.flock(first, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match=r"out\.jsonl is being written by another process: wait for it"):
+            run(config(tmp_path, endpoint=server, endpoint_model="whale"))
+    assert not Teacher.asked
+    run(config(tmp_path, endpoint=server, endpoint_model="whale"))
+    assert len(written(tmp_path)) == 4
+
+
 def test_good_answers_are_kept_once_each(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "of another server")
     monkeypatch.setenv("WHALE_KEY", "secret")

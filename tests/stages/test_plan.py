@@ -26,6 +26,7 @@ from minnow.stages import lora, pretrain, sft
 from minnow.stages import plan as plan_module
 from minnow.stages.plan import Config, Plan, _duration, in_bytes, make_plan
 from minnow.training.config import TrainingConfig
+from minnow.training.memory import as_trained
 from minnow.training.objective import LanguageModeling
 from minnow.training.probe import random_batch
 from tests.stages.stage_helpers import tiny_tokenizer
@@ -89,9 +90,21 @@ def test_weights_and_optimizer_state_are_exact(optimizer: str) -> None:
     assert figures.memory.weights == figures.memory.gradients == 4 * figures.parameters
 
 
-def test_activations_are_about_what_autograd_keeps() -> None:
+@pytest.mark.parametrize(
+    "lora",
+    [
+        LoraConfig(),
+        LoraConfig(rank=2),
+        LoraConfig(rank=2, targets=("q_proj", "v_proj")),
+        LoraConfig(rank=2, dropout=0.1),
+        LoraConfig(rank=2, dora=True),
+        LoraConfig(rank=2, quantize="int8"),
+    ],
+)
+def test_activations_are_about_what_autograd_keeps(lora: LoraConfig) -> None:
+    """Frozen layers keep no input, dropout keeps one for each adapter: they were counted as if all were trained."""
     kept: dict[int, torch.UntypedStorage] = {}
-    model = CausalLM(SHAPE)
+    model = as_trained(CausalLM(SHAPE), torch.float32, lora)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
@@ -102,7 +115,7 @@ def test_activations_are_about_what_autograd_keeps() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         LanguageModeling()(model, random_batch(SHAPE.vocab_size, 2, 64))
     measured = sum(storage.nbytes() for storage in kept.values())
-    assert plan().memory.activations == pytest.approx(measured, rel=0.1)
+    assert plan(lora=lora).memory.activations == pytest.approx(measured, rel=0.1)
 
 
 def test_checkpointing_needs_less() -> None:
@@ -112,6 +125,17 @@ def test_checkpointing_needs_less() -> None:
     )
     assert full < 0.5 * off
     assert full < selective < 0.7 * off
+
+
+def test_what_dora_makes_of_the_weights_is_no_activation() -> None:
+    """B A of each matrix, which selective checkpointing keeps, was counted for each 64 tokens."""
+    selective = TrainingConfig(**{**vars(TRAINING), "gradient_checkpointing": "selective"})
+    shape = dataclasses.replace(SHAPE, intermediate_size=80)  # no side is as long as the row that is looked at
+    plain, dora = (
+        plan(model=shape, training=selective, lora=LoraConfig(rank=2, dora=dora)).memory.activations
+        for dora in (False, True)
+    )
+    assert dora == plain
 
 
 def test_the_probe_gives_a_time() -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
-import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,7 +29,7 @@ from minnow.data.readers import Raw, iter_raw, parse_row
 from minnow.data.records import RowError, checked_text
 from minnow.data.said import Said, read_said
 from minnow.data.sources import FORMATS, Source, find_sources, require_unweighted
-from minnow.disk import atomic_write, opened_to_others, told_when_full
+from minnow.disk import atomic_write, new_folder_beside, told_when_full
 from minnow.json_file import json_text
 
 Reason = Literal["bad_row", "too_short", "too_long", "language", "contaminated", "exact_duplicate", "near_duplicate"]
@@ -147,16 +145,16 @@ def clean(paths: Sequence[str], out: Path, options: CleanOptions, *, progress: b
     if out.exists():
         raise UserError(f"--out {out} exists already: name a new folder")
     cleaner = Cleaner(options, sources)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
+    with told_when_full(out), new_folder_beside(out) as partial:
         report = _Pass(cleaner, partial, progress).run()
         with atomic_write(partial / "report.json") as temporary:
             temporary.write_text(json_text(report, indent=1), encoding="utf-8")
-        opened_to_others(partial)
-        os.replace(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            os.replace(partial, out)
+        except OSError:
+            if not out.exists():
+                raise
+            raise UserError(f"--out {out} has been made by another process meanwhile: name a new folder") from None
     return report
 
 

@@ -1,8 +1,8 @@
 """Reading sources row by row, never a whole file at once.
 
-A row comes as (number, raw): its line in the file (row number for parquet and Hugging Face data sets) and what is to be
-parsed: bytes of JSON, text, or an object. Parsing is apart (`parse_row`) because it is half of the reading time and is
-done by the processes that tokenise.
+A row comes as (number, raw): its line in the file (row number for parquet, Hugging Face data sets and a JSON array in
+one line) and what is to be parsed: bytes of JSON, text, or an object. Parsing is apart (`parse_row`) because it is half
+of the reading time and is done by the processes that tokenise.
 """
 
 from __future__ import annotations
@@ -220,6 +220,7 @@ def _json_array(path: str) -> Iterator[tuple[int, Raw]]:
     with open_bytes(path) as file:
         text = io.TextIOWrapper(file, encoding="utf-8-sig")
         buffer, place, line, opened = "", 0, 1, False
+        item, first_line, by_line = 0, 1, True  # of an array in one line, items are counted
         block = _BLOCK
 
         def read(size: int) -> str:
@@ -241,6 +242,11 @@ def _json_array(path: str) -> Iterator[tuple[int, Raw]]:
                 if (buffer[place + 1 :] + read(_BLOCK)).strip():  # another array, say: files put together
                     raise UserError(f"{path}:{line}: something follows the JSON array, and would not be read")
                 return
+            if item == 0:
+                first_line = line
+            elif item == 1:
+                by_line = line > first_line
+            number = line if by_line else item + 1
             problem: json.JSONDecodeError | None = None
             try:
                 row, end = decoder.raw_decode(buffer, place)
@@ -248,17 +254,18 @@ def _json_array(path: str) -> Iterator[tuple[int, Raw]]:
             except json.JSONDecodeError as error:
                 problem, whole = error, False
             except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{line}: not valid JSON: {error}") from None
+                raise UserError(f"{path}:{number}: not valid JSON: {error}") from None
             if whole:
-                yield line, row if isinstance(row, Mapping) else json.dumps(row).encode()
+                item += 1
+                yield number, row if isinstance(row, Mapping) else json.dumps(row).encode()
                 line += buffer.count("\n", place, end)
                 place, block = end, _BLOCK
                 continue
             if len(buffer) - place > LONGEST_ROW:
-                raise _endless(path, line)
+                raise _endless(path, number)
             more = read(block)
             if not more:
-                raise UserError(f"{path}:{line}: the JSON array breaks off: {problem or 'no closing bracket'}")
+                raise UserError(f"{path}:{number}: the JSON array breaks off: {problem or 'no closing bracket'}")
             buffer, place = buffer[place:] + more, 0
             block *= 2
 

@@ -92,6 +92,7 @@ def _resolve(written: str) -> list[Source]:
             raise UserError(f"{path}: this folder holds no data file ({_known()})")
         return [_local(p, weight) for p in sorted(found)]
     if glob.has_magic(path):
+        _require_readable(path)
         matches = sorted(p for p in glob.glob(path, recursive=True) if _is_file(Path(p)))
         if not matches:
             raise UserError(f"{path}: no file matches")
@@ -108,6 +109,19 @@ def _is_file(path: Path) -> bool:
     if path.is_symlink() and not path.exists():
         raise UserError(f"{path}: a link to {os.readlink(path)}, which is not there")
     return path.is_file()
+
+
+def _require_readable(pattern: str) -> None:
+    """OSError for a folder that the glob would look into and may not read: it passes it without a word."""
+    parts = Path(pattern).parts
+    for count, part in enumerate(parts):
+        if not glob.has_magic(part):
+            continue
+        above = os.path.join(*parts[:count]) if count else os.curdir
+        below = [*glob.glob(os.path.join(*parts[: count + 1]), recursive=True)] if part == "**" else []
+        for folder in {*glob.glob(above, recursive=True), *below}:
+            if os.path.isdir(folder):
+                os.scandir(folder).close()
 
 
 def _files_below(folder: str) -> Iterator[Path]:

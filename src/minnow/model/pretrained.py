@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minnow.config import UserError
-from minnow.disk import opened_to_others, temporary_beside, told_when_full
+from minnow.disk import new_folder_beside, opened_to_others, replace_folder, told_when_full
 from minnow.errors import first_line
 from minnow.hub import is_hub_id
 from minnow.json_file import read_json
@@ -66,20 +65,17 @@ def save_pretrained(
         weights = _stored_weights(model, dtype)
     if not writes():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_beside(folder)
-    with told_when_full(folder):
-        temporary.mkdir()
-        try:
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
-            if model.adapter is not None:
-                write_adapter(model, weights, temporary)
-            else:
-                _write_model(model, weights, temporary, tokenizer, dtype)
-            _replace_folder(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with told_when_full(folder), new_folder_beside(folder) as temporary:
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if model.adapter is not None:
+            write_adapter(model, weights, temporary)
+        else:
+            _write_model(model, weights, temporary, tokenizer, dtype)
+        for path in temporary.iterdir():
+            with open(path, "rb+") as file:  # Windows flushes only what may be written
+                os.fsync(file.fileno())
+        replace_folder(temporary, folder)
 
 
 def _write_model(
@@ -353,21 +349,3 @@ def _check_weights(model: CausalLM, weights: dict[str, Tensor], folder: Path) ->
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _replace_folder(temporary: Path, folder: Path) -> None:
-    """Put `temporary` in the place of `folder`: the old one stands aside until the new one is there."""
-    for path in temporary.iterdir():
-        with open(path, "rb+") as file:  # Windows flushes only what may be written
-            os.fsync(file.fileno())
-    if not folder.exists():
-        os.rename(temporary, folder)
-        return
-    aside = temporary_beside(folder, "old")
-    os.rename(folder, aside)
-    try:
-        os.rename(temporary, folder)
-    except OSError:
-        os.rename(aside, folder)
-        raise
-    shutil.rmtree(aside)

@@ -153,7 +153,10 @@ class PolicyObjective:
     """Largest `kl_old` at which an update is still made; None: any."""
 
     def leaves_out(self, figures: Mapping[str, float]) -> bool:
-        """Whether the updates before this one, whose figures these are, have gone far enough."""
+        """Whether the updates before this one, whose figures these are, have gone far enough; or whether nothing is to
+        be learnt, where the balance loss alone would move a mixture of experts."""
+        if figures["advantage_share"] == 0 and not (self.config.kl_coef and "kl_reference" in figures):
+            return True
         return self.target_kl is not None and figures["kl_old"] > self.target_kl
 
     def count(self, batch: Batch) -> float:
@@ -181,6 +184,7 @@ class PolicyObjective:
         shares_N = token_weights(batch.sequence_N, batch.num_sequences, "token" if by_token else "sequence")
         ratio_N = result.log_ratio_N.exp()
         metrics = {
+            "advantage_share": (shares_N * (batch.advantages_N != 0)).sum(),
             "clip_fraction": (shares_N * result.clipped_N).sum(),
             # k3 of the policy against the one that began the phase: how far this phase's updates have gone
             "kl_old": (shares_N * (ratio_N - 1 - result.log_ratio_N)).sum(),

@@ -18,7 +18,7 @@ from minnow.data.openai_form import tool_name
 from minnow.data.prompts import parse_prompt
 from minnow.data.readers import parse_row, read_parsed
 from minnow.data.records import RowError, canonical, conversation_row, parse_conversation
-from minnow.disk import told_when_full
+from minnow.disk import lock, told_when_full
 from minnow.json_file import json_text
 from minnow.stages.teacher import Answer, TeacherConfig, ask
 from minnow.tokenizer.chat import Conversation, Message
@@ -53,18 +53,26 @@ def run(config: Config) -> None:
     """Ask, check and append; stopped and started again, it goes on where it was."""
     console = plain_console(stderr=True)
     out = Path(config.out)
-    answered = _answered(out)
-    prompts = [prompt for prompt in _prompts(config) if _key(prompt) not in answered]
+    asked = list(_prompts(config))
     counts: Counter[str] = Counter()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with told_when_full(out), open(out, "a", encoding="utf-8") as file:
-        for prompt, answer in ask(config, prompts) if prompts else ():
-            problem = check(answer, prompt.tools, config.must_match)
-            counts[problem or "kept"] += 1
-            if problem is None and answer.message is not None:
-                row = conversation_row(Conversation((*prompt.messages, answer.message), prompt.tools))
-                file.write(json_text(row) + "\n")
-                file.flush()
+    with told_when_full(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with open(out, "a", encoding="utf-8") as file:
+            try:
+                lock(file)
+            except BlockingIOError:
+                raise UserError(
+                    f"--out {out} is being written by another process: wait for it, or name another"
+                ) from None
+            answered = _answered(out)
+            prompts = [prompt for prompt in asked if _key(prompt) not in answered]
+            for prompt, answer in ask(config, prompts) if prompts else ():
+                problem = check(answer, prompt.tools, config.must_match)
+                counts[problem or "kept"] += 1
+                if problem is None and answer.message is not None:
+                    row = conversation_row(Conversation((*prompt.messages, answer.message), prompt.tools))
+                    file.write(json_text(row) + "\n")
+                    file.flush()
     shown = ", ".join(f"{count} {what}" for what, count in counts.most_common()) or "nothing left to ask"
     console.print(f"{len(prompts)} prompts: {shown}; {config.out}")
 
@@ -115,8 +123,6 @@ def _key(prompt: Conversation) -> str:
 
 def _answered(out: Path) -> set[str]:
     """Prompts that the file answers; a last line that a kill cut short is taken off."""
-    if not out.exists():
-        return set()
     whole, keys = 0, set()
     with open(out, "rb") as file:
         for number, line in enumerate(file, 1):

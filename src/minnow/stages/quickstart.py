@@ -26,7 +26,7 @@ from minnow.data.pond.world import World
 from minnow.data.pond.write import write_pond
 from minnow.data.prepare import DataConfig
 from minnow.data.readers import read_texts
-from minnow.disk import atomic_write, temporary_beside
+from minnow.disk import atomic_write, new_folder_beside
 from minnow.engine.engine import Engine
 from minnow.engine.sampling import SamplingParams
 from minnow.evaluation.evaluate import TaskResult, evaluate, show, write_results, write_rows
@@ -192,12 +192,9 @@ def _copy_model(folder: Path) -> None:
     """The fine-tuned model as the run's own; under its final name only when it is whole."""
     if (folder / "model").exists():
         return
-    temporary = temporary_beside(folder / "model")
-    try:
-        shutil.copytree(folder / "sft" / "model", temporary)
+    with new_folder_beside(folder / "model") as temporary:
+        shutil.copytree(folder / "sft" / "model", temporary, dirs_exist_ok=True)
         os.replace(temporary, folder / "model")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _fit_into_minutes(config: Config, console: Console) -> Config:

@@ -148,6 +148,9 @@ def run(config: Config) -> None:
     if config.environment == "guess":  # it pays for the number itself: the last turn is a call, and says nothing
         rewards = replace(rewards, answer=0.0)
     rewarder = Rewarder(rewards, max_tokens=longest, device=machine.device)
+    if isinstance(rewarder.reward_model, RewardModel):  # what another library reads has its own bounds
+        shape = rewarder.reward_model.config
+        shape.check_training_rows(config.sequence_length, whose=f"the reward model {rewards.reward_model}")
     rewarder.check([*practice.prompts, *practice.held_out])
     _look_for_references(practice, rewarder, console)
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from numpy.lib import format as npy
 from torch import Tensor
 
 from minnow.data.batches import Batch, PackedRows
-from minnow.disk import temporary_beside, told_when_full
+from minnow.disk import new_folder_beside, told_when_full
 from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.distillation import (
@@ -140,18 +139,13 @@ def teacher_store(
     key = [weights_fingerprint(teacher), str(teacher.compute_dtype), *asked]
     folder = cache / f"teacher-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}"
     if not folder.exists():
-        temporary = temporary_beside(folder)
-        temporary.mkdir(parents=True)
-        try:
-            with told_when_full(folder):
-                _ask(teacher, dataset, temporary, config, vocab_size, rows_at_once)
+        with told_when_full(folder), new_folder_beside(folder) as temporary:
+            _ask(teacher, dataset, temporary, config, vocab_size, rows_at_once)
             try:
                 os.replace(temporary, folder)
             except OSError:
                 if not folder.exists():  # else another run has asked the same teacher meanwhile, and was quicker
                     raise
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
     ids, logprobs = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("ids", "logprobs"))
     return TaughtRows(dataset, ids, logprobs)
 

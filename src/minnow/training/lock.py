@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import IO
 
 from minnow.config import UserError
+from minnow.disk import lock
 
 FILE = ".lock"
 
@@ -21,16 +22,12 @@ class FolderLock:
 
     def take(self) -> None:
         """Take the lock. UserError naming its holder when another process has it."""
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
         if self._file is not None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         file = open(self.folder / FILE, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as it is held
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            locked = lock(file)
         except BlockingIOError:
             file.seek(0)
             holder = file.read().strip() or "another process"
@@ -38,7 +35,7 @@ class FolderLock:
             raise UserError(
                 f"{self.folder} is in use by {holder}: wait for it, stop it, or give another --run"
             ) from None
-        except OSError:  # some file systems of clusters know no locks
+        if not locked:
             file.close()
             return
         file.truncate(0)

@@ -86,19 +86,20 @@ def training_memory(
         weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + copies,
         gradients=4 * trained,
         optimizer=averages,
-        activations=_activations(training, length, shape, dtype),
+        activations=_activations(training, length, shape, dtype, lora),
     )
 
 
-def _activations(training: TrainingConfig, length: int, shape: ModelConfig, dtype: torch.dtype) -> int:
+def _activations(
+    training: TrainingConfig, length: int, shape: ModelConfig, dtype: torch.dtype, lora: LoraConfig | None
+) -> int:
     """Bytes kept for the backward pass of one micro-batch: counted by autograd's own hook on a short row."""
     probe_length = min(length, 64)
     counts = []
     first = 1 if shape.experts is None else shape.experts.first_k_dense_replace + 1  # count a layer with experts
     for layers in (first, first + 1):
         small = dataclasses.replace(shape, num_hidden_layers=layers, vocab_size=min(shape.vocab_size, 512))
-        model = CausalLM(small)
-        model.compute_dtype = dtype
+        model = as_trained(CausalLM(small), dtype, lora)
         model.gradient_checkpointing = training.gradient_checkpointing
         counts.append(_saved_bytes(model, probe_length) / probe_length)
     per_layer = counts[1] - counts[0]
@@ -109,12 +110,10 @@ def _activations(training: TrainingConfig, length: int, shape: ModelConfig, dtyp
 def _saved_bytes(model: CausalLM, length: int) -> int:
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}  # holding the storages keeps their addresses apart
-    weight_sizes = {parameter.numel() for parameter in model.parameters() if parameter.ndim == 2}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        is_cast_weight = tensor.ndim == 2 and tensor.numel() in weight_sizes and tensor.shape[0] != length
-        if storage.data_ptr() not in own and not is_cast_weight:
+        if storage.data_ptr() not in own and not _is_made_of_weights(tensor, model, length):
             kept[storage.data_ptr()] = storage
         return tensor
 
@@ -126,9 +125,15 @@ def _saved_bytes(model: CausalLM, length: int) -> int:
     return sum(storage.nbytes() for storage in kept.values()) + selectively
 
 
+def _is_made_of_weights(tensor: torch.Tensor, model: CausalLM, length: int) -> bool:
+    """A matrix in the compute dtype, or DoRA's W + s B A: as large whatever the tokens."""
+    sizes = {parameter.numel() for parameter in model.parameters() if parameter.ndim == 2}
+    return tensor.ndim == 2 and tensor.numel() in sizes and tensor.shape[0] != length
+
+
 def _selectively_kept_bytes(model: CausalLM, batch: Batch) -> int:
     """What selective checkpointing keeps of the layers: autograd's hook does not see it."""
-    kept = 0
+    kept, length = 0, batch.tokens_BT.shape[1]
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -136,7 +141,11 @@ def _selectively_kept_bytes(model: CausalLM, batch: Batch) -> int:
             outputs = func(*args, **(kwargs or {}))
             if keeps_output(func):
                 tensors = outputs if isinstance(outputs, tuple) else (outputs,)
-                kept += sum(tensor.nbytes for tensor in tensors if isinstance(tensor, torch.Tensor))
+                kept += sum(
+                    tensor.nbytes
+                    for tensor in tensors
+                    if isinstance(tensor, torch.Tensor) and not _is_made_of_weights(tensor, model, length)
+                )
             return outputs
 
     with torch.no_grad(), Watch():

@@ -6,8 +6,6 @@ import dataclasses
 import itertools
 import json
 import random
-import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ from minnow.data.pond.stories import PondDocument, statement_documents
 from minnow.data.pond.tools import calculator_conversations, tool_conversations
 from minnow.data.pond.world import Split, World
 from minnow.data.records import conversation_row
-from minnow.disk import opened_to_others, told_when_full
+from minnow.disk import new_folder_beside, replace_folder, told_when_full
 from minnow.tokenizer.chat import Conversation
 
 ENGLISH_SHARE = 0.5  # of documents and conversations; English ones are longer
@@ -128,16 +126,9 @@ def write_pond(
     if long_texts:
         files["long.jsonl"] = map(_document_row, long_documents(world, long_texts, long_characters))
     folder = folder.resolve()  # where a link leads, not in the link's place
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
+    with told_when_full(folder), new_folder_beside(folder) as temporary:
         counts = {name: _write_rows(temporary / name, rows) for name, rows in files.items()}
-        opened_to_others(temporary)
-        if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        replace_folder(temporary, folder)
     return counts
 
 
