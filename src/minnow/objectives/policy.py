@@ -1,9 +1,10 @@
 # ruff: noqa: N815 (fields carry their shape)
 """Policy optimisation as one formula: ratio term x advantage - KL term.
 
-PPO, GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO and SPO differ in three choices and in how tokens are added up. Here are
-the choices, as pure functions. There is no padding: a batch's trained tokens are one flat row [N], and `sequence_N`
-says which response each belongs to. A token of the prompt, or one that a tool wrote, is simply not among them.
+PPO, GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++ and SPO differ in three choices and in how tokens are added
+up. Here are the choices, as pure functions. There is no padding: a batch's trained tokens are one flat row [N], and
+`sequence_N` says which response each belongs to. A token of the prompt, or one that a tool wrote, is simply not among
+them.
 """
 
 from __future__ import annotations
@@ -191,7 +192,7 @@ def token_weights(
 
 
 def aggregation_count(num_tokens: int, num_sequences: int, aggregation: Aggregation) -> float:
-    """What the weighted sum is divided by."""
+    """What `token_weights`' sum is divided by: a micro-batch's trained tokens or responses, to be added up over all."""
     return float(num_tokens if aggregation == "token" else num_sequences)
 
 

@@ -27,7 +27,8 @@ class ValueTracker:
         self.beta_P = np.full(num_prompts, 0.5)
 
     def seed(self, prompt: int, rewards: np.ndarray) -> None:
-        """Start a prompt from n0 answers of the untrained policy, worth 1 / (1 - RHO_MIN) = 8 observations:
+        """Start a prompt from n0 answers of the untrained policy, worth 1 / (1 - RHO_MIN) = 8 observations (as the
+        authors' code does; the halves keep a prompt that is always or never solved from being certain):
 
         alpha = 8 (sum r + 1/2) / (n0 + 1),   beta = 8 (n0 - sum r + 1/2) / (n0 + 1)
         """
