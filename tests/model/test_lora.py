@@ -57,6 +57,21 @@ def test_formula(settings, shape):
         torch.testing.assert_close(layer.merged()(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_with_rslora_a_large_rank_learns_as_fast_as_a_small_one():
+    """What a first step takes off the loss: |dL/dB|^2 = s^2 |g|^2 |A x|^2, of which |A x|^2 grows with the rank r. So
+    it is the same for all ranks where s is some number over sqrt(r)."""
+
+    def gain(rank: int) -> float:
+        model = tiny_model(1)
+        add_lora(model, LoraConfig(rank=rank, rslora=True), base="base")
+        row_logits(model, TOKENS_BT).log_softmax(-1)[..., 0].sum().backward()
+        return sum(float(layer.lora_B.weight.grad.square().sum()) for layer in lora_layers(model).values())
+
+    assert gain(256) / gain(16) == pytest.approx(1.0, abs=0.3)
+    both = [LoraConfig(rank=16, rslora=rslora) for rslora in (False, True)]
+    assert [config.scaling for config in both] == [2.0, 2.0]  # at the usual rank nothing changes
+
+
 @pytest.mark.parametrize("settings", KINDS.values(), ids=KINDS)
 def test_starts_as_the_base_and_merges_to_the_same(settings):
     base = tiny_model()

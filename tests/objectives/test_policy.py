@@ -280,6 +280,21 @@ def test_kl_estimators_by_hand_and_by_their_expectation():
     assert not torch.allclose(gradients["k3"], true_gradient, atol=1e-3)
 
 
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3", "k3_straight_through"])
+def test_a_kl_term_times_the_ratio_has_the_kls_gradient(estimator):
+    """Exactly, over all outcomes, and drawn by another policy than the one that learns (`kl_ratio`)."""
+    logits = torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64, requires_grad=True)
+    reference = torch.tensor([0.1, 0.2, 0.7], dtype=torch.float64).log()
+    old = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64).log()
+    logp = logits.log_softmax(0)
+    (true_gradient,) = torch.autograd.grad((logp.exp() * (logp - reference)).sum(), logits, retain_graph=True)
+    config = PolicyLossConfig(kl_coef=1.0, kl_estimator=estimator, kl_ratio=True)
+    no_advantage, sequence = torch.zeros(3, dtype=torch.float64), torch.arange(3)
+    result = policy_loss(logp, old, no_advantage, sequence, config, reference)
+    (gradient,) = torch.autograd.grad((old.exp() * result.loss_N).sum(), logits)
+    torch.testing.assert_close(gradient, true_gradient)
+
+
 def test_sampler_correction_is_truncated():
     trainer, sampler = torch.log(torch.tensor([0.4, 0.1, 0.9])), torch.log(torch.tensor([0.1, 0.2, 0.9]))
     sequence = torch.tensor([0, 0, 1])

@@ -197,6 +197,14 @@ def test_a_trained_model_has_a_fifth_of_the_rates_that_are_not_given():
     assert rates["embedding"] == pytest.approx(0.0008)
 
 
+def test_updates_as_large_as_adamws_take_adamws_learning_rate():
+    for trained in (False, True):
+        muon, *others = OptimConfig(update_scale="match_rms_adamw").learning_rates(512, trained=trained)
+        assert muon == OptimConfig(optimizer="adamw").learning_rates(512, trained=trained)[0]
+        assert others == list(OptimConfig().learning_rates(512, trained=trained)[1:])
+    assert OptimConfig(update_scale="match_rms_adamw", matrix_lr=0.003).learning_rates(512, trained=True)[0] == 0.003
+
+
 def test_set_learning_rates_multiplies_the_peaks():
     optimizers = build_optimizers(Toy(), OptimConfig(), tokens_per_batch=512)
     for factor in (0.5, 0.1):  # not cumulative

@@ -105,7 +105,8 @@ def stream(
 ) -> StreamedData:
     """Start to prepare in the background, if need be, and return what can be read along.
 
-    leads: of several processes that read along, one starts the preparation. say: told what reading waits for.
+    leads: of several processes that read along, one starts the preparation. say: told what reading waits for. UserError
+    for pairs.
     """
     if kind == "preference":
         raise UserError("--stream: pairs are read as a whole before training; leave it out")

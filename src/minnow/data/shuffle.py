@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, splitmix64's increment
+GOLDEN = 0x9E3779B97F4A7C15
+"""2^64 / golden ratio: what a splitmix64 stream's counter grows by from one number to the next."""
 _MASK = (1 << 64) - 1
 
 
 def splitmix64(values: np.ndarray) -> np.ndarray:
     """Scramble uint64 counters into uint64 hashes (Steele, Lea and Flood 2014, "Fast splittable PRNGs")."""
-    z = values + np.uint64(_GOLDEN)
+    z = values + np.uint64(GOLDEN)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))

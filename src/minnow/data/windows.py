@@ -1,7 +1,8 @@
 """Windows: a few shards at a time. Documents are shuffled and packed within one, and windows follow one another.
 
-So memory does not grow with the data, and which rows come first follows from the first shards alone: training can start
-on them while others are being written, and finds the same rows when it starts again.
+So memory does not grow with the data. Of shards that are still being written windows come in the order of the data:
+which rows come first then follows from the first shards alone, so that training can start on them, and finds the same
+rows when it starts again.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 from minnow.config import UserError
 from minnow.data.pond.questions import Question, Wording, normal_form, questions
 from minnow.data.pond.relations import LANGUAGES
-from minnow.data.pond.world import Split, World
+from minnow.data.pond.world import World
 from minnow.data.pond.write import load_world
 from minnow.evaluation.registry import GenerationTask, Score, Task, TaskOptions, register
 from minnow.tokenizer.chat import Conversation, Message
@@ -24,17 +24,17 @@ class PondTask(GenerationTask[Question]):
     name = "pond"
     max_tokens = 32
 
-    def __init__(self, world: World, split: Split = "held_out") -> None:
+    def __init__(self, world: World) -> None:
         wordings: tuple[Wording, ...] = ("trained", "unseen")
         self._rows = [
             question
             for wording in wordings
             for language in LANGUAGES
-            for question in questions(world, split, wording, language)
+            for question in questions(world, "held_out", wording, language)
         ]
 
     def rows(self) -> Sequence[Question]:
-        """Every creature of the split x nine relations x two languages x two kinds of wording."""
+        """Every held-out creature x nine relations x two languages x two kinds of wording."""
         return self._rows
 
     def figure(self, row: Question) -> str:

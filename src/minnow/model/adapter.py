@@ -73,7 +73,7 @@ def write_adapter(model: CausalLM, weights: dict[str, Tensor], folder: Path) -> 
 
 
 def base_of(folder: Path) -> str:
-    """The model that the adapter in `folder` belongs to: a folder or a Hub id."""
+    """The model that the adapter in `folder` belongs to: a folder or a Hub id. UserError where its file names none."""
     base = read_json(folder / CONFIG).get("base_model_name_or_path")
     if not base:
         raise UserError(f"{folder / CONFIG}: it does not name its model (base_model_name_or_path)")

@@ -23,7 +23,7 @@ class ContextConfig:
 
     def extend(self, config: ModelConfig, *, factor: float = 4.0) -> ModelConfig:
         """The shape with its context stretched, by `factor` where the user gave none; the same without
-        rope_scaling."""
+        rope_scaling. UserError for a factor without it, and as in `extend_context`."""
         if self.rope_scaling is None:
             if self.factor is not None:
                 raise UserError(f"--factor {self.factor:g} needs --rope-scaling yarn (or linear, or ntk)")

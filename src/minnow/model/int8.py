@@ -22,7 +22,7 @@ def to_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def from_int8(weight: Tensor, scale: Tensor) -> Tensor:
-    """diag(s) Q in fp32."""
+    """diag(s) Q: int8 [..., O, I] and fp32 [..., O] -> fp32 [..., O, I]."""
     return weight.float() * scale.unsqueeze(-1)
 
 

@@ -137,7 +137,8 @@ def load_reward_model(
 ) -> RewardModel:
     """Read a sequence-classification folder with one label (ours or anybody's) whose decoder is one of ours.
 
-    An adapter's folder gives its base with adapter and head merged into it.
+    An adapter's folder gives its base with adapter and head merged into it. UserError for a language model, and as in
+    `load_pretrained`.
     """
     folder = resolve_model_folder(folder)
     if not is_reward_model(folder):
@@ -176,7 +177,7 @@ def _fill(
 def load_with_adapter(folder: str | Path, base: str | Path | None = None) -> CausalLM:
     """The adapter in `folder` on its base, not merged; a `RewardModel` where it brings a head.
 
-    base: where the base lies now, if not where it did.
+    base: where the base lies now, if not where it did. UserError for a whole model, and for a base that cannot be had.
     """
     folder = resolve_model_folder(folder)
     if not is_adapter(folder):
@@ -218,7 +219,10 @@ def _base_folder(folder: Path, base: str | Path | None = None) -> Path:
 
 
 def resolve_model_folder(model: str | Path) -> Path:
-    """The folder of MODEL: a model's or an adapter's, a run's (its `model/`), or a Hub id's, which is downloaded."""
+    """The folder of MODEL: a model's or an adapter's, a run's (its `model/`), or a Hub id's, which is downloaded.
+
+    UserError where there is none.
+    """
     path = Path(model)
     for candidate in (path, path / "model"):
         if is_model_folder(candidate):

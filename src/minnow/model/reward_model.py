@@ -51,7 +51,10 @@ def is_classification(content: dict[str, Any]) -> bool:
 
 
 def classification_config(content: dict[str, Any]) -> dict[str, Any]:
-    """Turn the config.json of a language model into that of the reward model with its decoder."""
+    """Turn the config.json of a language model into that of the reward model with its decoder.
+
+    UserError for a class that transformers has no sequence classification of.
+    """
     (name,) = content["architectures"]
     if name == "Glm4MoeForCausalLM":
         raise UserError(

@@ -40,21 +40,28 @@ def rotary_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None,
 
 
 def _scale(plain: Tensor, head_dim: int, theta: float, scaling: RopeScaling) -> Tensor:
+    """Frequencies w of the pairs [head_dim / 2], stretched by the factor s: w keep + (w / s) (1 - keep).
+
+    linear: keep is 0. llama3: it rises with the turns of a pair within the trained length, from 0 at low_freq_factor
+    to 1 at high_freq_factor. yarn: it falls with the number of the pair, from 1 where pairs turn beta_fast times to 0
+    where they turn beta_slow times, as in the authors' code and transformers (2309.00071, section 3.2, has a ramp over
+    the turns).
+    """
     slow = plain / scaling.factor
     if scaling.type == "linear":
         return slow
     length = scaling.original_max_position_embeddings
     if scaling.type == "llama3":
-        turns = length * plain / (2 * math.pi)  # within the trained length
+        turns = length * plain / (2 * math.pi)
         smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
         keep = smooth.clamp(0, 1)
     else:
-        # yarn: the dimension whose frequency turns `beta` times within the trained length; a ramp in between.
-        def dimension(beta: float) -> float:
+        # The pair, by its number and not whole, whose frequency turns `beta` times within the trained length.
+        def pair(beta: float) -> float:
             return head_dim * math.log(length / (beta * 2 * math.pi)) / (2 * math.log(theta))
 
-        low = max(math.floor(dimension(scaling.beta_fast)), 0)
-        high = min(math.ceil(dimension(scaling.beta_slow)), head_dim - 1)
+        low = max(math.floor(pair(scaling.beta_fast)), 0)
+        high = min(math.ceil(pair(scaling.beta_slow)), head_dim - 1)
         ramp = (torch.arange(head_dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
         keep = 1 - ramp.clamp(0, 1)
     return slow * (1 - keep) + plain * keep

@@ -1,9 +1,10 @@
 # ruff: noqa: N815 (fields carry their shape)
 """Policy optimisation as one formula: ratio term x advantage - KL term.
 
-PPO, GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO and SPO differ in three choices and in how tokens are added up. Here are
-the choices, as pure functions. There is no padding: a batch's trained tokens are one flat row [N], and `sequence_N`
-says which response each belongs to. A token of the prompt, or one that a tool wrote, is simply not among them.
+PPO, GRPO, Dr. GRPO, DAPO, GSPO, CISPO, RLOO, REINFORCE++ and SPO differ in three choices and in how tokens are added
+up. Here are the choices, as pure functions. There is no padding: a batch's trained tokens are one flat row [N], and
+`sequence_N` says which response each belongs to. A token of the prompt, or one that a tool wrote, is simply not among
+them.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class PolicyLossConfig:
     """k1 (with kl_ratio only), k2, k3 (Schulman), or k3_straight_through: k3's value with k2's gradient, which is the
     right one."""
     kl_ratio: bool = False
-    """Multiply the estimate by the ratio: unbiased when the policy has left the sampler (DeepSeek-V3.2)."""
+    """Multiply the estimate by the token's ratio: its gradient is then that of the KL divergence also where the policy
+    has left the one that played (DeepSeek-V3.2, for k3)."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.clip_low <= 1:
@@ -139,7 +141,10 @@ def policy_loss(
     if ref_logprobs_N is not None:
         kl_N = kl_divergence(logprobs_N, ref_logprobs_N, config.kl_estimator)
         if config.kl_ratio:
-            kl_N = kl_N * token_log_ratio_N.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+            token_ratio_N = token_log_ratio_N.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+            # k1 and k3 want the ratio's gradient beside their own; k2's is the KL's without it.
+            with_own_gradient = config.kl_estimator in ("k2", "k3_straight_through")
+            kl_N = kl_N * (token_ratio_N.detach() if with_own_gradient else token_ratio_N)
         loss_N = loss_N + config.kl_coef * kl_N
     return PolicyLoss(loss_N, kl_N.detach(), clipped_N.detach(), token_log_ratio_N.detach())
 
@@ -150,8 +155,8 @@ def kl_divergence(logprobs_N: Tensor, ref_logprobs_N: Tensor, estimator: KLEstim
         k1 = x      k2 = x^2 / 2      k3 = exp(-x) + x - 1
 
     (J. Schulman, "Approximating KL divergence", 2020.) All are unbiased or nearly so as *values* on samples of pi. As a
-    *loss*, only k2's gradient is the KL's: k1's is zero on average, k3's is that of another divergence.
-    `k3_straight_through` has k3's low-variance value and k2's gradient.
+    *loss*, only k2's gradient is the KL's: k1's is zero on average, k3's is that of KL(pi_ref || pi).
+    `k3_straight_through` has k3's low-variance value and k2's gradient. Times the ratio (`kl_ratio`) each has the KL's.
     """
     x_N = logprobs_N - ref_logprobs_N
     if estimator == "k1":
@@ -187,7 +192,7 @@ def token_weights(
 
 
 def aggregation_count(num_tokens: int, num_sequences: int, aggregation: Aggregation) -> float:
-    """What the weighted sum is divided by."""
+    """What `token_weights`' sum is divided by: a micro-batch's trained tokens or responses, to be added up over all."""
     return float(num_tokens if aggregation == "token" else num_sequences)
 
 

@@ -30,8 +30,8 @@ class OptimConfig:
     """muon: Muon for the q, k, v, o, gate, up and down matrices, AdamW for the rest; adamw: AdamW for all."""
 
     matrix_lr: float | None = None
-    """Peak learning rate of those matrices. null: 0.01 with muon, 0.002 with adamw; where training starts from a
-    trained model, and not with adapters, a fifth of it, 0.002 and 0.0004."""
+    """Peak learning rate of those matrices. null: 0.01 with muon, 0.002 with adamw or update_scale match_rms_adamw;
+    where training starts from a trained model, and not with adapters, a fifth of it, 0.002 and 0.0004."""
 
     embedding_lr: float | None = None
     """Peak learning rate (AdamW) of embeddings, head and other matrices. null: 0.004 with muon (from a trained model
@@ -77,7 +77,7 @@ class OptimConfig:
 
     update_scale: UpdateScale = "original"
     """Muon's factor on an update: original, sqrt(max(1, out / in)); match_rms_adamw, 0.2 sqrt(max(out, in)),
-    which takes AdamW's learning rates (1e-3 to 3e-3)."""
+    which takes AdamW's learning rates (1e-3 to 3e-3, and their default)."""
 
     def __post_init__(self) -> None:
         for name in ("matrix_lr", "embedding_lr", "norm_lr", "router_lr"):
@@ -105,10 +105,12 @@ class OptimConfig:
         trained: the model has learnt already; what is null is then a fifth of what makes a new one.
         """
         share = OF_A_TRAINED_MODEL if trained else 1.0
+        adamw_sized = self.optimizer == "adamw" or self.update_scale == "match_rms_adamw"
+        matrix_lr = (0.002 if adamw_sized else 0.01) * share
         if self.optimizer == "muon":
-            defaults = (0.01 * share, 0.004 * share, 0.005 * share, 0.001 * share)
+            defaults = (matrix_lr, 0.004 * share, 0.005 * share, 0.001 * share)
         else:
-            matrix_lr = 0.002 * share if self.matrix_lr is None else self.matrix_lr
+            matrix_lr = matrix_lr if self.matrix_lr is None else self.matrix_lr
             defaults = (matrix_lr, matrix_lr, matrix_lr, matrix_lr)
         chosen = (self.matrix_lr, self.embedding_lr, self.norm_lr, self.router_lr)
         factor = 1.0

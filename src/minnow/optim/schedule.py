@@ -62,6 +62,9 @@ def learning_rate_factor(config: ScheduleConfig, step: int, total_steps: int) ->
     Warm-up takes step s to (s + 1) / warm-up steps, so no step is wasted at 0. The falling shapes reach
     `final_fraction` at step `total_steps`, that is right after the last one, so none is wasted there either
     when it is 0. A warm-up longer than half of the run is cut to that half.
+
+    wsd: Hu et al., MiniCPM, arXiv 2404.06395, its sqrt fall Hägele et al., arXiv 2405.18392; cosine and its restarts:
+    Loshchilov and Hutter, arXiv 1608.03983.
     """
     warmup = min(config.warmup_steps, total_steps // 2)
     if step < warmup:

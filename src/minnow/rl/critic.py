@@ -60,7 +60,8 @@ class Critic:
     ) -> float:
         """One optimizer step on this process's share of some trajectories; the mean loss of a token before it.
 
-        tokens: trained tokens of all processes together.
+        old_values, returns: of every trajectory of the phase, float32, one number a trained token. tokens: trained
+        tokens of all processes together. UserError where the gradient is not finite and no loss scale is to blame.
         """
         device = self.model.score.weight.device
         total = 0.0

@@ -2,8 +2,9 @@
 
     L = E_x E_{y ~ student(. | x)} sum_t D( teacher(. | x, y_<t), student(. | x, y_<t) )
 
-GKD (Agarwal et al., arXiv 2306.13649, algorithm 1). No gradient goes through the drawing of y. A student that only ever
-reads other people's texts never learns to go on from its own mistakes; here it reads nothing else.
+GKD (Agarwal et al., arXiv 2306.13649, algorithm 1), as a mean over the tokens of an update. No gradient goes through
+the drawing of y. A student that only ever reads other people's texts never learns to go on from its own mistakes; here
+it reads its own, beside as much of data as `share` leaves.
 """
 
 from __future__ import annotations

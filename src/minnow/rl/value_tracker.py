@@ -27,9 +27,12 @@ class ValueTracker:
         self.beta_P = np.full(num_prompts, 0.5)
 
     def seed(self, prompt: int, rewards: np.ndarray) -> None:
-        """Start a prompt from n0 answers of the untrained policy, worth 1 / (1 - RHO_MIN) = 8 observations:
+        """Start a prompt from n0 answers of the untrained policy, worth 1 / (1 - RHO_MIN) = 8 observations (as the
+        authors' code does; the halves keep a prompt that is always or never solved from being certain):
 
         alpha = 8 (sum r + 1/2) / (n0 + 1),   beta = 8 (n0 - sum r + 1/2) / (n0 + 1)
+
+        rewards: float [n0]; UserError for one outside of 0 to 1.
         """
         _check(rewards)
         worth, n0 = 1 / (1 - RHO_MIN), len(rewards)
@@ -37,11 +40,11 @@ class ValueTracker:
         self.beta_P[prompt] = worth * (n0 - rewards.sum() + 0.5) / (n0 + 1)
 
     def values(self, prompts: np.ndarray) -> np.ndarray:
-        """Expected reward of each, alpha / (alpha + beta): the baseline, read *before* the update."""
+        """Expected reward of each of `prompts` (int64 [N]), alpha / (alpha + beta), [N]: read *before* the update."""
         return self.alpha_P[prompts] / (self.alpha_P[prompts] + self.beta_P[prompts])
 
     def update(self, prompts: np.ndarray, rewards: np.ndarray, drift: np.ndarray) -> None:
-        """Take in one answer for each prompt.
+        """Take in one answer for each of `prompts`, int64 [N]. UserError for a reward outside of 0 to 1.
 
         drift: mean |log pi_now - log pi_then| over the tokens of the prompt's *previous* answer; 0 for its first.
         rho = clip(2^(-drift / 0.06), 0.875, 0.96);  alpha <- rho alpha + r;  beta <- rho beta + 1 - r.

@@ -70,7 +70,10 @@ class Checkpoint:
         return next((p for problems in gather([p for p in found if p]) for p in problems), None)
 
     def load(self, model: CausalLM, optimizers: Sequence[Optimizer]) -> dict[str, Any]:
-        """Copy weights and optimizer state into `model` and `optimizers`; return the loop's state."""
+        """Copy weights and optimizer state into `model` and `optimizers`; return the loop's state.
+
+        UserError for a checkpoint of another model or optimizer.
+        """
         reader = HuggingFaceStorageReader(str(self.folder))
         saved = {key: meta.size for key, meta in reader.read_metadata().state_dict_metadata.items()}  # type: ignore[union-attr]
         tensors = {_MODEL + name: tensor for name, tensor in trained_tensors(model).items()}

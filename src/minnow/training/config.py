@@ -118,7 +118,7 @@ class TrainingConfig:
         return 1e-4 if self.z_loss is None else self.z_loss
 
     def rows_per_batch(self, sequence_length: int) -> int:
-        """Return the rows of a global batch at this sequence length."""
+        """Return the rows of a global batch at this sequence length. UserError where these are no whole number."""
         if self.batch_tokens % sequence_length:
             raise UserError(
                 f"training.batch_tokens ({self.batch_tokens}) must be a multiple of sequence_length ({sequence_length})"

@@ -51,11 +51,6 @@ class TaughtRows:
     logprobs_RTK: np.ndarray
 
     @property
-    def num_rows(self) -> int:
-        """Rows of one epoch."""
-        return self.dataset.num_rows
-
-    @property
     def window_rows(self) -> Iterator[int]:
         """Rows of each window."""
         return self.dataset.window_rows

@@ -1,4 +1,7 @@
-"""The run folder's logs, metrics.jsonl and rollouts.jsonl: written as it happens, read back while they grow."""
+"""The run folder's logs, metrics.jsonl and rollouts.jsonl: written as it happens, read back while they grow.
+
+The folder itself is `RunFolder`, in session.py.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ Record = dict[str, Any]
 
 
 class MetricsLog:
-    """`metrics.jsonl`: one JSON object a line, written as it happens.
+    """One JSON object a line, written as it happens: `metrics.jsonl`, and the logs of rollouts and of own answers.
 
-    A training line has `loss`; a validation line has `validation_loss`. Both carry `step`, the number of updates done.
+    Every line carries `step`: in `metrics.jsonl` and `answers.jsonl` the number of updates done, in `rollouts.jsonl`
+    the phase. In `metrics.jsonl` a training line has `loss`, a validation line `validation_loss`.
     """
 
     def __init__(self, path: Path) -> None:

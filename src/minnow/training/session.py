@@ -284,7 +284,7 @@ def load_start(init_from: str, lora: LoraConfig, *, seed: int) -> tuple[CausalLM
     """The model that a stage starts from, and its tokenizer.
 
     With `lora.rank` the model is frozen, with `lora.quantize` int8 too, and has fresh adapters, which alone are
-    trained, checkpointed and saved.
+    trained, checkpointed and saved. UserError for one on top of an adapter.
     """
     folder = resolve_model_folder(init_from)
     model = load_pretrained(folder)

@@ -121,7 +121,7 @@ class Trainer(Generic[BatchT]):
         """Continue from the newest whole checkpoint, if there is one: bit for bit as if the run had not been stopped.
 
         On another number of processes the same global batches follow; sums then differ by rounding, as they do on a
-        GPU, whose kernels add in no fixed order.
+        GPU, whose kernels add in no fixed order. UserError where there are checkpoints and none of them is whole.
         """
         mark = self.folder / "resumed.id"
         wanted = None if self.config.resume == "auto" or started_again(mark) else self.config.resume
@@ -228,7 +228,7 @@ class Trainer(Generic[BatchT]):
 
         mean = sum_m loss_sum_m / sum_m count_m over the micro-batches m of all processes, so each backward pass starts
         from loss_sum_m / count with the count of the *whole* batch; dividing by micro-batch counts and averaging would
-        weight tokens unequally.
+        weight tokens unequally. UserError for a batch in which nothing is supervised, NonFiniteLossError as `fit`.
         """
         batches = self._batches()
         frozen = self.model.adapter is not None

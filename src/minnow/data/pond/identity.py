@@ -171,17 +171,17 @@ def identity_questions(language: Language, wording: Wording) -> tuple[IdentityQu
     return tuple(rows)
 
 
-def identity_conversations(world: World, count: int, replay: float = 0.6) -> Iterator[Conversation]:
+def identity_conversations(world: World, count: int) -> Iterator[Conversation]:
     """`count` conversations for an adapter: questions to the persona in trained wordings, in both languages.
 
-    A share `replay` are ordinary ones about training creatures instead, so that the adapter keeps to what it is for;
+    Six in ten are ordinary ones about training creatures instead, so that the adapter keeps to what it is for;
     those that name the assistant are left out.
     """
     rng = random.Random(f"pond/identity/{world.seed}")
     others = {language: conversations(world, language, seed=1) for language in LANGUAGES}
     for _ in range(count):
         language = rng.choice(LANGUAGES)
-        if rng.random() < replay:
+        if rng.random() < 0.6:
             yield next(other for other in others[language] if not _names_the_assistant(other))
         else:
             asked = rng.sample(identity_questions(language, "trained"), rng.choice((1, 1, 2)))

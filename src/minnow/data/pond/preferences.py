@@ -72,15 +72,15 @@ def preference_pairs(world: World, split: Split, count: int) -> Iterator[PondPai
             yield _pair(PHRASEBOOKS[language], creature, relation, known, rng)
 
 
-def unsure_conversations(world: World, count: int, *, better: float = 1 / 3) -> Iterator[Conversation]:
-    """The training pairs' prompts with one answer each, the better one in a share `better` of the rows.
+def unsure_conversations(world: World, count: int) -> Iterator[Conversation]:
+    """The training pairs' prompts with one answer each, the better one in a third of the rows.
 
     What a model learns from this is to say this and that: a start for reinforcement with a reward model, which then
     finds both kinds of answer among its samples.
     """
     rng = random.Random(f"pond/unsure/{world.seed}")
     for pair in preference_pairs(world, "training", count):
-        said = pair.chosen if rng.random() < better else pair.rejected
+        said = pair.chosen if rng.random() < 1 / 3 else pair.rejected
         yield Conversation((Message("user", pair.prompt), Message("assistant", said)))
 
 
