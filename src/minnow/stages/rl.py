@@ -150,7 +150,7 @@ def run(config: Config) -> None:
     rewarder = Rewarder(rewards, max_tokens=longest, device=machine.device)
     if isinstance(rewarder.reward_model, RewardModel):  # what another library reads has its own bounds
         shape = rewarder.reward_model.config
-        shape.check_training_rows(config.sequence_length, whose=f"the reward model {rewards.reward_model}")
+        shape.check_training_rows(config.row_length, whose=f"the reward model {rewards.reward_model}")
     rewarder.check([*practice.prompts, *practice.held_out])
     _look_for_references(practice, rewarder, console)
 
