@@ -128,6 +128,16 @@ def assert_same(found: tuple[float, Tensor], expected: tuple[float, Tensor]) -> 
     torch.testing.assert_close(found[1], expected[1], rtol=1e-5, atol=1e-7)
 
 
+def test_simpo_has_a_beta_of_its_own_where_none_is_given() -> None:
+    """At 0.1 its margin gamma / beta would be 10 nats a token, and nothing but an unlearnt answer is so unlikely."""
+    logprobs_A, lengths_A = torch.tensor([-2.0, -6.0]), torch.tensor([4, 4])
+    arguments = (logprobs_A, torch.zeros(2), lengths_A, logprobs_A)
+    # d = -0.5 + 1.5 = 1; 2 d - 1 = 1; -log sigmoid(1) = 0.31326.
+    assert preference_loss(PreferenceLossConfig(name="simpo"), *arguments).item() == pytest.approx(0.31326, abs=1e-5)
+    dpo = preference_loss(PreferenceLossConfig(), *arguments)  # d = 4, beta 0.1: -log sigmoid(0.4) = 0.51302
+    assert dpo.item() == pytest.approx(0.51302, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "settings", "options"),
     [
@@ -226,7 +236,7 @@ def naive(config: PreferenceLossConfig, kl: float) -> tuple[float, Tensor]:
     logprobs, mask = padded_logprobs()
     answers = [logprobs[row][mask[row, 1:].bool()].double().requires_grad_() for row in (0, 2, 1, 3)]
     references = REFERENCE[[0, 2, 1, 3]].double()
-    beta, e, losses = config.beta, config.label_smoothing, []
+    beta, e, losses = config.chosen_beta, config.label_smoothing, []
     for pair in range(2):
         both = answers[2 * pair : 2 * pair + 2]
         shorter = min(len(both[0]), len(both[1]))

@@ -227,7 +227,7 @@ def test_the_figures_are_those_of_answers_one_by_one(
         for a, b in zip(ours, theirs, strict=True):
             ratio = a - b if loss.needs_reference else a
             shared = min(map(len, ours))
-            reward = loss.beta * (ratio[:shared].sum() + loss.length_alpha * ratio[shared:].sum())
+            reward = loss.chosen_beta * (ratio[:shared].sum() + loss.length_alpha * ratio[shared:].sum())
             rewards.append(float(reward) / (len(a) if loss.average or loss.name in ("ipo", "simpo", "orpo") else 1))
             likelihoods.append(float(a.sum()))
             drifts.append(float((a - b).square().mean()) / 2)

@@ -47,8 +47,9 @@ class PreferenceLossConfig:
     name: LossName = "dpo"
     """dpo (Rafailov 2023), ipo (Azar 2023), hinge (Zhao 2023, SLiC), robust (Chowdhury 2024), simpo (Meng 2024), orpo
     (Hong 2024), kto (Ethayarajh 2024: each answer judged alone). simpo and orpo need no reference model."""
-    beta: float = 0.1
-    """How closely to stay with the reference: greater is closer. simpo takes about 2, orpo about 0.1 (its lambda)."""
+    beta: float | None = None
+    """How closely to stay with the reference: greater is closer (orpo: its lambda). null: 2 for simpo, which has no
+    reference and is content with a margin of simpo_gamma / beta nats a token; 0.1 for the others."""
     average: bool = False
     """Log-probabilities per token instead of sums, so that long answers do not count more; ipo, simpo, orpo always."""
     label_smoothing: float = 0.0
@@ -67,7 +68,7 @@ class PreferenceLossConfig:
     """kto: weight of rejected answers."""
 
     def __post_init__(self) -> None:
-        if not self.beta > 0:
+        if not self.chosen_beta > 0:
             raise UserError(f"loss.beta is {self.beta}: it must be positive")
         if not 0 <= self.label_smoothing < 0.5:
             raise UserError(f"loss.label_smoothing is {self.label_smoothing}: it must lie from 0 to below 0.5")
@@ -90,6 +91,13 @@ class PreferenceLossConfig:
     def averages(self) -> bool:
         """Whether log-probabilities count per token."""
         return self.average or self.name in AVERAGED
+
+    @property
+    def chosen_beta(self) -> float:
+        """`beta`, or its default."""
+        if self.beta is not None:
+            return self.beta
+        return 2.0 if self.name == "simpo" else 0.1
 
     @property
     def chosen_nll_weight(self) -> float:
@@ -189,7 +197,7 @@ def preference_loss(
         assert kl is not None
         desirable_A = torch.arange(len(logprobs_A), device=logprobs_A.device) % 2 == 0
         weights = (config.desirable_weight, config.undesirable_weight)
-        losses_P = kto_loss(logprobs_A - reference_A, desirable_A, kl, config.beta, weights).view(-1, 2).mean(1)
+        losses_P = kto_loss(logprobs_A - reference_A, desirable_A, kl, config.chosen_beta, weights).view(-1, 2).mean(1)
     else:
         scale_A = lengths_A.to(logprobs_A.dtype) if config.averages else torch.ones_like(logprobs_A)
         chosen_P, rejected_P = ((logprobs_A - reference_A) / scale_A).view(-1, 2).unbind(1)
@@ -203,14 +211,14 @@ def _pairwise(config: PreferenceLossConfig, chosen_P: Tensor, rejected_P: Tensor
     margins_P = chosen_P - rejected_P
     match config.name:
         case "dpo":
-            return dpo_loss(margins_P, config.beta, config.label_smoothing)
+            return dpo_loss(margins_P, config.chosen_beta, config.label_smoothing)
         case "robust":
-            return robust_loss(margins_P, config.beta, config.label_smoothing)
+            return robust_loss(margins_P, config.chosen_beta, config.label_smoothing)
         case "hinge":
-            return hinge_loss(margins_P, config.beta)
+            return hinge_loss(margins_P, config.chosen_beta)
         case "ipo":
-            return ipo_loss(margins_P, config.beta)
+            return ipo_loss(margins_P, config.chosen_beta)
         case "simpo":
-            return simpo_loss(margins_P, config.beta, config.simpo_gamma, config.label_smoothing)
+            return simpo_loss(margins_P, config.chosen_beta, config.simpo_gamma, config.label_smoothing)
         case _:
-            return odds_ratio_loss(chosen_P, rejected_P, config.beta)
+            return odds_ratio_loss(chosen_P, rejected_P, config.chosen_beta)

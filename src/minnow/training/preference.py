@@ -79,7 +79,7 @@ class PreferenceOptimization:
         (the k2 estimate of http://joschu.net/blog/kl-approx.html). reference_point: kto's, in nats per answer.
         """
         scale_A = lengths_A if self.loss.averages else torch.ones_like(lengths_A)
-        rewards_P2 = (self.loss.beta * (logprobs_A - reference_A) / scale_A).view(-1, 2)
+        rewards_P2 = (self.loss.chosen_beta * (logprobs_A - reference_A) / scale_A).view(-1, 2)
         chosen_P, rejected_P = rewards_P2.unbind(1)
         tokens_P2 = lengths_A.float().view(-1, 2)
         return {
