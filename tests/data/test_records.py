@@ -61,10 +61,14 @@ def test_one_conversation_in_every_format(name):
 
 
 def test_alpaca_with_everything():
-    row = {"instruction": "Add", "input": "1 2", "output": "3", "system": "Be brief.", "history": [["hi", "hello"]]}
-    messages = parse_conversation(row).messages
-    assert [m.role for m in messages] == ["system", "user", "assistant", "user", "assistant"]
-    assert messages[3].content == "Add\n1 2"
+    history = [["hi", "hello"], ["how?", "well"]]
+    row = {"instruction": "Add", "input": "1 2", "output": "3", "system": "Be brief.", "history": history}
+    assert [(m.role, m.content) for m in parse_conversation(row).messages] == [
+        ("system", "Be brief."),
+        *(("user", "hi"), ("assistant", "hello")),
+        *(("user", "how?"), ("assistant", "well")),
+        *(("user", "Add\n1 2"), ("assistant", "3")),
+    ]
 
 
 @pytest.mark.parametrize("opening", [[], [("system", {"content": "Be brief."})]])
@@ -287,3 +291,22 @@ def test_a_developers_message_may_declare_the_tools():
     turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The owl."}]
     row = {"messages": [{"role": "developer", "content": "Be brief.", "tools": [tool]}, *turns]}
     assert parse_conversation(row).tools == ({"type": "function", "function": tool},)
+
+
+def test_what_differs_in_anything_that_a_model_reads_is_another_content():
+    """By it answers are found again, and documents fall on a side of the split."""
+    call = {"name": "weather", "arguments": {"city": "Ulm"}}
+
+    def content(tools=(), **answer):
+        messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello", **answer}]
+        return canonical(parse_conversation({"messages": messages, "tools": list(tools)}))
+
+    contents = [
+        content(),
+        content(content="ho"),
+        content(reasoning_content="hm"),
+        content(tool_calls=[call]),
+        content(tool_calls=[call | {"arguments": {"city": "Bonn"}}]),
+        content(tools=[{"name": "weather"}]),
+    ]
+    assert len(set(contents)) == len(contents)

@@ -106,15 +106,23 @@ def test_the_likeliest_choice_per_byte_wins_and_equal_ones_share(
     assert score.value == value
 
 
-def test_a_text_is_completed_where_every_token_is_the_likeliest(subject: Subject) -> None:
+def test_a_text_is_completed_where_every_token_is_the_likeliest(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(choices, "LOGITS_AT_ONCE", 2)
     tokenizer = subject.tokenizer
     context = tokenizer.encode("the little minnow")
     prompt = [tokenizer.start_id, *context]
-    greedy = subject.engine.generate([prompt], SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True))
-    likeliest = list(greedy[0].completions[0].ids)
-    wrong = [*likeliest[:-1], likeliest[-1] ^ 1]
-    endings = [choices.Ending([*prompt, *ids], len(prompt)) for ids in (likeliest, wrong)]
-    assert [completed for _, completed in ending_logprobs(subject.model, endings)] == [True, False]
+
+    def likeliest_behind(ids: list[int]) -> list[int]:
+        params = SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True)
+        return list(subject.engine.generate([ids], params)[0].completions[0].ids)
+
+    likeliest = likeliest_behind(prompt)
+    wrong_end, wrong_start = [*likeliest[:-1], likeliest[-1] ^ 1], [likeliest[0] ^ 1]
+    wrong_start += likeliest_behind([*prompt, *wrong_start])  # all but the first
+    endings = [choices.Ending([*prompt, *ids], len(prompt)) for ids in (likeliest, wrong_end, wrong_start)]
+    assert [completed for _, completed in ending_logprobs(subject.model, endings)] == [True, False, False]
     row = LabelledQuestion(parse_question({"context": "the little", "continuation": "minnow"}), "file")
     assert ChoicesTask([row]).figure(row) == "completed/file"
 
@@ -127,6 +135,10 @@ def test_a_long_context_loses_its_beginning_and_a_long_choice_is_refused(subject
         assert subject.tokenizer.decode(ending.ids[1:]).endswith(f"pond has {text}")
         assert subject.tokenizer.decode(ending.ids[ending.start :]) == f" {text}"
     assert ChoicesTask([asked(long)]).score_rows(subject, [asked(long)])
+    choice = max(len(ending.ids) - ending.start for ending in endings)
+    assert encode_endings(subject.tokenizer, asked(long), choice)  # nothing is left of the context
+    with pytest.raises(UserError, match=f"of {choice} tokens does not fit .* of {choice - 1}:"):
+        encode_endings(subject.tokenizer, asked(long), choice - 1)
     told = r"file: a choice of \d+ tokens does not fit into the model's context of 96: ' the pond the pond"
     with pytest.raises(UserError, match=told):
         encode_endings(subject.tokenizer, asked(long | {"choices": ["pond", "the pond " * 200]}), 96)

@@ -225,6 +225,18 @@ def test_what_is_told_of_each_token():
         assert not any(each.requires_grad for each in (result.kl_N, result.clipped_N, result.log_ratio_N))
 
 
+@pytest.mark.parametrize("ratio", ["token", "sequence_mean", "sequence_sum"])
+def test_the_kl_term_takes_the_ratio_of_its_token_and_no_correction(ratio):
+    """k3 of log pi - log pi_ref = log 2 is 1/2 + log 2 - 1; the tokens are twice and half as likely as before."""
+    logprobs = torch.tensor([-1.0, -2.0], dtype=torch.float64)
+    old, reference = logprobs - torch.tensor([2.0, 0.5], dtype=torch.float64).log(), logprobs - math.log(2)
+    config = PolicyLossConfig(ratio=ratio, kl_coef=0.1, kl_ratio=True)
+    nothing, one_answer = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.long)
+    result = policy_loss(logprobs, old, nothing, one_answer, config, reference, correction_N=torch.full((2,), 3.0))
+    k3 = math.log(2) - 0.5
+    assert result.loss_N.tolist() == pytest.approx([0.1 * 2.0 * k3, 0.1 * 0.5 * k3])
+
+
 @pytest.mark.parametrize("far", [200.0, -200.0])
 @pytest.mark.parametrize("estimator", ["k2", "k3", "k3_straight_through"])
 @pytest.mark.parametrize("surrogate", ["clip", "cispo", "none"])

@@ -52,14 +52,13 @@ def generalized_advantages(
     """
     L = rewards_SL.shape[1]
     advantages_SL = torch.zeros_like(rewards_SL)
-    following_S = torch.zeros_like(bootstrap_S)  # A_{t+1}
+    following_S = torch.zeros_like(bootstrap_S)  # A_{t+1}, 0 beyond the last token
     for t in range(L - 1, -1, -1):
         inside_S = lengths_S > t
         last_S = lengths_S == t + 1
         next_value_S = torch.where(last_S, bootstrap_S, values_SL[:, t + 1] if t + 1 < L else bootstrap_S)
         delta_S = rewards_SL[:, t] + gamma * next_value_S - values_SL[:, t]
-        carried_S = torch.where(last_S, torch.zeros_like(following_S), following_S)
-        following_S = torch.where(inside_S, delta_S + gamma * lam * carried_S, torch.zeros_like(delta_S))
+        following_S = torch.where(inside_S, delta_S + gamma * lam * following_S, torch.zeros_like(delta_S))
         advantages_SL[:, t] = following_S
     inside_SL = torch.arange(L, device=lengths_S.device) < lengths_S.unsqueeze(1)
     returns_SL = torch.where(inside_SL, advantages_SL + values_SL, torch.zeros_like(values_SL))
