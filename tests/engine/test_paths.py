@@ -176,6 +176,15 @@ def test_paged_logits_equal_uncached_ones() -> None:
     assert engine._parts().scheduler.preemptions > 0
 
 
+def test_a_row_is_gathered_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it begins to decode: anew for every token it would copy its whole past every time."""
+    gathered, gather = [], Window._gather
+    monkeypatch.setattr(Window, "_gather", lambda self, rows, *rest: gathered.append(rows) or gather(self, rows, *rest))
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
+    make_engine(3).generate([[5, 6], [7, 8, 9]], params)
+    assert gathered == [[0, 1]]
+
+
 def test_abort_in_every_state_frees_the_blocks() -> None:
     params = SamplingParams(seed=7, n=3, max_tokens=20, ignore_eos=True)
     for steps in range(12):

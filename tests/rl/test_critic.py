@@ -132,6 +132,17 @@ def test_the_critic_learns_before_the_policy_does(monkeypatch: pytest.MonkeyPatc
     assert all(torch.equal(tensor, kept[name]) for name, tensor in policy.state_dict().items())
 
 
+def test_a_phase_s_value_loss_is_the_mean_of_its_updates(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    learner, said = critic(warmup_phases=0), iter([1.0, 3.0, 5.0, 9.0])
+    monkeypatch.setattr(learner, "update", lambda *words: next(said))
+    algorithm = AlgorithmConfig(advantage="gae", critic=learner.config, minibatches=2)
+    source, _ = phases(monkeypatch, tmp_path, settings(algorithm), lambda number, place: float(place), critic=learner)
+    for step in range(4):
+        source.micro_batches(step, Share())
+    lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert [(line["updates"], line["value_loss"]) for line in lines] == [(0, 2.0), (2, 7.0)]
+
+
 def test_the_critic_keeps_no_more_activations_than_the_policy(tmp_path: Path) -> None:
     """It kept all of them, whatever training.gradient_checkpointing said: it, and not the policy, filled the memory."""
     words = f"--config {PRESETS / 'ppo.yaml'} --init_from {saved(tmp_path / 'start')} --prompts x --training.device cpu"

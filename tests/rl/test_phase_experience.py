@@ -97,7 +97,10 @@ def test_the_correction_for_the_sampler_reaches_the_loss(level: str | None, surr
 def test_answers_that_were_cut_off_are_in_no_update(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, drop: bool
 ) -> None:
-    """If the algorithm says so: the second and the fifth of six are cut off, and of all the log still tells."""
+    """If the algorithm says so: the second and the fifth of six are cut off, and of all the log still tells.
+
+    The fourth is left out: nobody could judge it, and it is in no update whatever the algorithm says.
+    """
     algorithm = AlgorithmConfig(advantage="batch", drop_truncated=drop, minibatches=2)
     how = settings(algorithm, prompts=6)
     source, _ = phases(monkeypatch, tmp_path, how, lambda number, place: float(number % 3))
@@ -106,11 +109,12 @@ def test_answers_that_were_cut_off_are_in_no_update(
     def judge(items: Sequence[Trajectory]) -> None:
         score(items)
         items[1].ending = items[4].ending = "length"
+        items[3].left_out = "judge"
 
     monkeypatch.setattr(source.rollouts.rewarder, "score", judge)
     batches = [batch for step in (0, 1) for batch in source.micro_batches(step, Share())]
     trained = sorted(number for batch in batches for row in batch.document_ids for number in row)
-    assert trained == ([0, 2, 3, 5] if drop else [0, 1, 2, 3, 4, 5])
+    assert trained == ([0, 2, 5] if drop else [0, 1, 2, 4, 5])
     assert any(batch.advantages_N.any() for batch in batches)  # this phase teaches something
     (line,) = map(json.loads, (tmp_path / "rollouts.jsonl").read_text().splitlines())
     assert line["truncated"] == pytest.approx(2 / 6)

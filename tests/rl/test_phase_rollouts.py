@@ -84,6 +84,16 @@ def test_without_dapo_equal_groups_stay(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert figures == {"prompts": 12, "equal_groups": 0.75}
 
 
+@pytest.mark.parametrize(("differ", "equal"), [(False, 1.0), (True, 0.0)])
+def test_single_answers_are_equal_where_all_of_the_phase_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, differ: bool, equal: float
+) -> None:
+    """Of its own prompt each is alone; the watch ends a run in which no phase has a difference."""
+    how = settings(AlgorithmConfig(advantage="batch"))
+    source, _ = phases(monkeypatch, tmp_path, how, lambda number, place: float(differ and place == 0))
+    assert source.rollouts.play(0, Share())[2] == {"prompts": 4, "equal_groups": equal}
+
+
 def test_the_critic_is_warmed_up_on_other_prompts_than_the_first_phases_ask(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

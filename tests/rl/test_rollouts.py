@@ -52,6 +52,26 @@ def echoes(count):
     return [Echo(prompt, 3) for prompt in prompts(count)]
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": 0.0},  # nothing is explored
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+        {"thinking_share": 0.0, "enable_thinking": True},
+        {"prompts": 0},
+        {"samples": 0},
+        {"max_tokens": 0},
+        {"max_turns": 0},
+        {"environment_threads": 0},
+    ],
+)
+def test_settings_that_nothing_can_be_played_with_are_refused(wrong):
+    with pytest.raises(UserError, match=f"rollout.{next(iter(wrong))} is"):
+        RolloutConfig(**wrong)
+    RolloutConfig(prompts=1, samples=1, max_tokens=1, max_turns=1, environment_threads=1, top_p=1.0)
+
+
 def test_draws_repeat_and_do_not_depend_on_company(engine):
     config = RolloutConfig(max_tokens=12)
     first = play(engine, [SingleTurn(p) for p in prompts(4)], range(4), config, seed=3, longest=128)

@@ -33,6 +33,7 @@ from minnow.training.reference import (
     repeated_prompts,
     row_batches,
     unrelated_batch,
+    weights_fingerprint,
 )
 from tests.regressions.preference_helpers import write_start
 
@@ -158,6 +159,23 @@ def test_the_reference_is_asked_once(
     model.compute_dtype = torch.bfloat16
     ask(model, dataset, tmp_path, "other data")
     assert len(asked) == 3, "and another precision"
+
+
+def test_a_fingerprint_is_of_names_types_and_shapes_too() -> None:
+    """The same bytes under another name, in another shape or as other numbers are another model."""
+    numbers = torch.arange(8.0)
+    found = [
+        weights_fingerprint(torch.nn.ParameterDict({name: torch.nn.Parameter(tensor, requires_grad=False)}))
+        for name, tensor in (
+            ("a", numbers.view(2, 4)),
+            ("a", numbers.view(2, 4).clone()),
+            ("b", numbers.view(2, 4)),
+            ("a", numbers.view(4, 2)),
+            ("a", numbers.view(torch.int32).view(2, 4)),
+        )
+    ]
+    assert found[0] == found[1]
+    assert len(set(found)) == 4
 
 
 def test_the_reference_drops_nothing(tokenizer: Tokenizer, dataset: PackedDataset, tmp_path: Path) -> None:

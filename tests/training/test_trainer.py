@@ -20,7 +20,7 @@ from minnow.data.batches import Batch, Share
 from minnow.model.transformer import CausalLM
 from minnow.training.checkpoint import list_checkpoints
 from minnow.training.loss_scale import LossScale
-from minnow.training.objective import LanguageModeling, ObjectiveOutput, PackedBatches, totals
+from minnow.training.objective import LanguageModeling, ObjectiveOutput, PackedBatches, SourceStopsError, totals
 from minnow.training.probe import random_batch
 from minnow.training.trainer import NonFiniteLossError, Trainer
 
@@ -397,6 +397,38 @@ def test_checkpoints_are_pruned(tmp_path: Path) -> None:
     assert {path.name for path in newest.iterdir()} == {*sealed, "complete.json"}
     assert json.loads((newest / "complete.json").read_text())["files"].keys() == sealed
     assert (newest / "config.yaml").read_text() == "sequence_length: 32\n"
+
+
+class Ends(RandomSource):
+    """Sees no sense in going on after so many updates."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def micro_batches(self, step: int, share: Share) -> list:
+        if step == self.after:
+            raise SourceStopsError("no sense in it")
+        return super().micro_batches(step, share)
+
+
+@pytest.mark.parametrize(("after", "saved"), [(3, [3]), (4, [3, 4])])
+def test_where_a_source_ends_a_checkpoint_is_left_and_none_is_written_twice(
+    tmp_path: Path, after: int, saved: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tmp_path, source=Ends(after), save_every=3, validate_every=0)
+    written: list[int] = []
+    save = trainer.writer.save
+
+    def noted(step: int, *rest: Any, **more: Any) -> None:
+        written.append(step)
+        save(step, *rest, **more)
+
+    monkeypatch.setattr(trainer.writer, "save", noted)
+    with pytest.raises(SourceStopsError, match="no sense in it"):
+        trainer.fit()
+    assert written == saved
+    assert [c.step for c in list_checkpoints(trainer.checkpoints)] == saved
 
 
 class Doubted(RandomSource):
