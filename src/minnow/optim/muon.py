@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from minnow.model.slices import local
+from minnow.model.slices import is_sliced, local
 from minnow.optim.newton_schulz import Polynomial, fast_dtype, orthogonalise
 from minnow.optim.slices import on_whole_matrices
 
@@ -97,7 +96,7 @@ class Muon(torch.optim.Optimizer):
             state["step"] += 1
             # A slice of a stack of experts is some whole experts; a slice of a matrix is some rows of it. They do not
             # go together, though an expert may be shaped like a matrix.
-            sliced = p.ndim if isinstance(p, DTensor) else None
+            sliced = p.ndim if is_sliced(p) else None
             buckets.setdefault((momentum, (p.shape[-2:], p.dtype, p.device, sliced)), []).append(p)
         return buckets
 
@@ -131,7 +130,7 @@ def _update_stack(params: list[Tensor], buffers: list[Tensor], momentum: float, 
         steps=group["newton_schulz_steps"],
         dtype=group["orthogonalise_dtype"] or fast_dtype(first),
     )
-    if isinstance(first, DTensor) and first.ndim == 2:
+    if is_sliced(first) and first.ndim == 2:
         update_BMN = on_whole_matrices(orthogonal, update_BMN, first)
     elif update_BMN.numel():
         update_BMN = orthogonal(update_BMN)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 def on_whole_matrices(function: Callable[[Tensor], Tensor], slices_BrN: Tensor, parameter: DTensor) -> Tensor:
@@ -18,7 +21,7 @@ def on_whole_matrices(function: Callable[[Tensor], Tensor], slices_BrN: Tensor, 
     is orthogonalised once, and travels once each way.
     """
     assert parameter.ndim == 2
-    (dim,) = [i for i, placement in enumerate(parameter.placements) if isinstance(placement, Shard)]
+    (dim,) = [i for i, placement in enumerate(parameter.placements) if placement.is_shard()]
     group = parameter.device_mesh.get_group(dim)
     me, processes = dist.get_rank(group), dist.get_world_size(group)
     (M, N), B = parameter.shape, slices_BrN.shape[0]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from minnow.report.plots import BLUE, ORANGE, new_figure
 
-from minnow.report.plots import BLUE, ORANGE
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Bars = Mapping[str, Mapping[str, float]]
 """Figures by name, READING/POSITIONS, each with value, low and high."""
@@ -22,7 +24,7 @@ def long_context_figure(bits: Bars, facts: Bars, trained: int, title: str) -> Fi
     Without the figures' intervals: these tell how texts differ, and all curves are of the same texts.
     trained: the trained length in tokens, drawn as a line across.
     """
-    figure = Figure(figsize=(11 if facts else 6, 4.2), layout="constrained")
+    figure = new_figure(11 if facts else 6, 4.2)
     figure.suptitle(title, fontsize="medium")
     panels = figure.subplots(1, 2 if facts else 1, squeeze=False)[0]
     _curves(panels[0], bits, trained)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from minnow.config import UserError
 from minnow.disk import atomic_write
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 Record = dict[str, Any]
 
@@ -42,7 +43,7 @@ def learns_from_pairs(records: Sequence[Mapping[str, Any]]) -> bool:
 
 def run_figure(records: Sequence[Record], title: str) -> Figure:
     """Four panels: loss, bits per byte, learning rate with gradient norm, tokens per second."""
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure = new_figure(11, 6.5)
     figure.suptitle(title)
     (loss, bits), (rate, speed) = figure.subplots(2, 2)
     _curve(loss, records, "loss", BLUE, label="training", smooth=True)
@@ -65,7 +66,7 @@ def run_figure(records: Sequence[Record], title: str) -> Figure:
 
 def pair_figure(records: Sequence[Record], title: str) -> Figure:
     """Four panels of a run on pairs (preferences, a reward model): loss, accuracy, rewards, learning rate."""
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure = new_figure(11, 6.5)
     figure.suptitle(title)
     (loss, accuracy), (rewards, rate) = figure.subplots(2, 2)
     _curve(loss, records, "loss", BLUE, label="training", smooth=True)
@@ -97,7 +98,7 @@ def comparison_figure(runs: Mapping[Path, Sequence[Record]]) -> Figure:
     if not panels:
         raise UserError(f"{', '.join(map(str, runs))}: no held-out figure stands in the metrics of all of them")
     names = _short_names(list(runs))
-    figure = Figure(figsize=(5.5 * len(panels), 3.8), layout="constrained")
+    figure = new_figure(5.5 * len(panels), 3.8)
     for axes, (key, title) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         for i, (name, records) in enumerate(zip(names, runs.values(), strict=True)):
             _curve(axes, records, key, f"C{i}", label=name)
@@ -105,6 +106,13 @@ def comparison_figure(runs: Mapping[Path, Sequence[Record]]) -> Figure:
         axes.grid(alpha=0.25)
         axes.legend(frameon=False)
     return figure
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty one, in inches. A command that draws nothing is spared the second that matplotlib takes to import."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
 
 
 def _has(records: Sequence[Record], key: str) -> bool:
@@ -123,7 +131,7 @@ def rollout_figure(phases: Sequence[Record], updates: Sequence[Record], title: s
 
     phases: lines of rollouts.jsonl; updates: lines of metrics.jsonl.
     """
-    figure = Figure(figsize=(11, 6.5), layout="constrained")
+    figure = new_figure(11, 6.5)
     figure.suptitle(title)
     (reward, held_out), (length, health) = figure.subplots(2, 2)
     asked = dict.fromkeys(key for record in phases for key in record)

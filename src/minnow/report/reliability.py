@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from matplotlib.figure import Figure
+from minnow.report.plots import BLUE, ORANGE, new_figure
 
-from minnow.report.plots import BLUE, ORANGE
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ def expected_calibration_error(bins: Sequence[Bin]) -> float:
 
 def reliability_figure(bins: Sequence[Bin], title: str) -> Figure:
     """Accuracy over confidence with the diagonal of perfect calibration, and how many pairs stand behind each point."""
-    figure = Figure(figsize=(6, 6.5), layout="constrained")
+    figure = new_figure(6, 6.5)
     figure.suptitle(f"{title}: expected calibration error {expected_calibration_error(bins):.1%}")
     curve, counts = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     confidences = [b.confidence for b in bins]

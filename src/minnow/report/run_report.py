@@ -8,15 +8,18 @@ import io
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
-from matplotlib.figure import Figure
 
 from minnow.config import UserError
 from minnow.disk import atomic_write
 from minnow.report.lineage import Run, read_records, read_rollouts, seconds_in_updates, stage_folders
 from minnow.report.model_card import write_model_card
 from minnow.report.plots import figures_of, learns_from_pairs
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 REPORT = "report.html"
 STYLE = """

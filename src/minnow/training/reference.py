@@ -18,14 +18,13 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from minnow.config import UserError
 from minnow.data.batches import Batch, PackedDataset
 from minnow.data.shards import Shards
 from minnow.disk import atomic_write, opened_to_others
 from minnow.model.attention import PackedAttention
-from minnow.model.slices import examined
+from minnow.model.slices import examined, is_sliced
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import token_logprobs
 from minnow.training.distribution import from_first, is_first
@@ -239,7 +238,7 @@ def weights_fingerprint(model: nn.Module, *, frozen: bool = False) -> str:
         state = {name: p for name, p in model.named_parameters() if not p.requires_grad}
     for name, tensor in state.items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        if isinstance(tensor, DTensor):
+        if is_sliced(tensor):
             tensor = tensor.full_tensor()
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()
