@@ -114,6 +114,22 @@ def test_a_run_learns_and_transformers_reads_the_same_rewards(drawn: None, train
     assert TransformersJudge(trained / "model", CPU)(TALKS) == pytest.approx(rewards, abs=1e-4)
 
 
+def test_a_picture_that_a_kill_prevented_is_made_by_the_next_call(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run was finished by then, and said so for ever."""
+    picture = train(tmp_path, tokenizer, LoraConfig()) / "reliability.png"
+    found = re.findall(r"expected calibration error [\d.]+%", capsys.readouterr().err)
+    picture.unlink()
+    train(tmp_path, tokenizer, LoraConfig())
+    error = capsys.readouterr().err
+    assert "is finished" in error
+    assert re.findall(r"expected calibration error [\d.]+%", error) == found
+    assert picture.stat().st_size > 1000
+    train(tmp_path, tokenizer, LoraConfig())
+    assert "calibration" not in capsys.readouterr().err
+
+
 def test_a_run_learns_by_the_loss_that_it_was_given(tmp_path: Path, tokenizer: Tokenizer) -> None:
     """A margin shows at once, while the head is zero: -log sigmoid(-m). What keeps rewards around zero shows later."""
     losses = {}

@@ -9,6 +9,7 @@ from minnow.config import refuse_unused
 from minnow.console import plain_console
 from minnow.data.batches import Batch
 from minnow.model.hf_config import architecture
+from minnow.model.pretrained import load_reward_model
 from minnow.model.reward_model import RewardModel, classification_config
 from minnow.optim import OptimConfig, ScheduleConfig
 from minnow.report.plots import save_figure
@@ -56,19 +57,25 @@ def run(config: Config) -> None:
     classification_config({"architectures": [architecture(start.config)]})  # before any work: can it be saved?
     model = RewardModel.from_language_model(start)
     held_out: list[Batch] = []
+    trained = False
+
+    def check(packed: PackedData) -> None:
+        held_out.extend(held_out_batches(packed.validation, config))
 
     def lesson(packed: PackedData) -> Lesson[Batch]:
+        nonlocal trained
+        trained = True
         objective = RewardModeling(config.loss)
-        held_out.extend(held_out_batches(packed.validation, config))
         validation = ObjectiveValidation(objective, held_out, model.score.weight.device) if held_out else None
         return Lesson(packed.train, objective, validation)
 
-    run_lesson(config, tokenizer, model, "reward", "preference", console, lesson)
-    if held_out:
-        bins = reliability(reward_margins(model, held_out))
+    folder = run_lesson(config, tokenizer, model, "reward", "preference", console, lesson, check)
+    picture = Path(config.run) / "reliability.png"
+    if held_out and (trained or not picture.exists()):  # a run that was killed behind its last step has none
+        bins = reliability(reward_margins(model if trained else load_reward_model(folder), held_out))
         if not is_first():
             return
-        save_figure(reliability_figure(bins, Path(config.run).name), Path(config.run) / "reliability.png")
+        save_figure(reliability_figure(bins, Path(config.run).name), picture)
         console.print(
             f"held-out pairs: expected calibration error {expected_calibration_error(bins):.1%}, see "
             f"{config.run}/reliability.png",
