@@ -27,12 +27,13 @@ import re
 import sys
 import typing
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
 import yaml
 
-from minnow.errors import UserError
+from minnow.errors import UnusedSetting, UserError
 from minnow.given import CommandLine, Given, read_yaml, split_list
 from minnow.settings import (
     Setting,
@@ -73,13 +74,16 @@ def parse_config(config_class: type[T], argv: Sequence[str], *, program: str) ->
         given |= read_yaml(Path(file), config_class, settings)
     given |= command_line.given
     values = {key: _convert(settings[key], item) for key, item in given.items()}
+    places = {key: item.where for key, item in given.items()}
     if command_line.print_config:
+        with suppress(UserError, TypeError):  # takes out what has become idle; what is wrong is told by the run
+            _build(config_class, values, "", places, program)
         print(_dump(_tree(settings.values(), values), escape=not _is_utf8(sys.stdout)), end="")
         raise SystemExit(0)
     missing = [setting.flag for setting in settings.values() if _is_missing(setting, values)]
     if missing:
         raise UserError(f"{program}: {', '.join(missing)} must be given; {program} --help tells more")
-    return _build(config_class, values, "", {key: item.where for key, item in given.items()}, program)
+    return _build(config_class, values, "", places, program)
 
 
 def config_from_yaml(config_class: type[T], path: str | Path) -> T:
@@ -103,15 +107,15 @@ def refuse_unused(config: Any, unused: Mapping[str, str], section: str = "") -> 
         section: what stands before the keys in front of the user, "" or ending in ".".
 
     Raises:
-        UserError: one of them is not at its default.
+        UnusedSetting: one of them is not at its default.
     """
     defaults = {setting.key: setting.default for setting in settings_of(type(config))}
     for key, owner in unused.items():
         value = operator.attrgetter(key)(config)
         if value != defaults[key]:
             default = "null" if defaults[key] is None else defaults[key]
-            raise UserError(
-                f"{section}{key} is {value}, which has no effect here: {owner}; leave it out, or at {default}"
+            raise UnusedSetting(
+                f"{section}{key} is {value}, which has no effect here: {owner}; leave it out, or at {default}", key
             )
 
 
@@ -152,15 +156,20 @@ def _build(
 ) -> T:
     """Make a `cls`; a field that was not given keeps the value in `default`, or the class's own default.
 
+    What a file set and the command line made idle is taken out of `values`.
+
     places: where each key of `values` was given.
     """
     hints = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
+    starts: dict[str, Any] = {}
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         if not field.init:
             continue
         key, section = prefix + field.name, section_class(hints[field.name])
         start = getattr(default, field.name) if default is not None else default_of(field)
+        if start is not dataclasses.MISSING:
+            starts[field.name] = start
         if key in values:
             arguments[field.name] = values[key]
         elif section is not None and (_is_used(key, values) or start is dataclasses.MISSING):
@@ -169,10 +178,40 @@ def _build(
         elif start is not dataclasses.MISSING:
             arguments[field.name] = start
     try:
-        return cls(**arguments)
+        while True:
+            try:
+                return cls(**arguments)
+            except UnusedSetting as unused:
+                if not _made_idle(
+                    cls, unused.name, arguments, starts, {n: places.get(prefix + n) for n in arguments}, program
+                ):
+                    raise
+                del arguments[unused.name], values[prefix + unused.name]
     except ValueError as error:
         label = "" if prefix[:-1] in str(error) else f"{prefix[:-1]}: "
         raise UserError(f"{_place(str(error), prefix, places) or program}: {label}{error}") from None
+
+
+def _made_idle(
+    cls: type[Any],
+    name: str,
+    arguments: dict[str, Any],
+    starts: dict[str, Any],
+    places: dict[str, str | None],
+    program: str,
+) -> bool:
+    """Whether a file gave the unused setting `name`, and had a use for it before the command line changed another one:
+    `--schedule.shape constant` beside a recipe need not take its `final_fraction` back."""
+    if places.get(name) in (None, program):
+        return False
+    before = {n: value for n, value in arguments.items() if places[n] != program} | {
+        n: starts[n] for n, place in places.items() if place == program and n in starts
+    }
+    try:
+        cls(**before)
+    except (ValueError, TypeError):
+        return False
+    return True
 
 
 def _place(problem: str, prefix: str, places: dict[str, str]) -> str | None:

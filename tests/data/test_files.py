@@ -3,6 +3,7 @@
 import gzip
 import json
 import sys
+import tracemalloc
 
 import fsspec
 import pyarrow as pa
@@ -13,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from minnow.config import UserError
 from minnow.data.clean import output_names
-from minnow.data.files import content_identity
+from minnow.data.files import content_identity, open_bytes
 from minnow.data.prepare import DataConfig, prepare
 from minnow.data.readers import read_rows
 from minnow.data.sources import find_sources
@@ -170,3 +171,18 @@ def test_a_web_address_may_end_in_a_query(store, name):
     assert [row for _, row in read_rows([url])] == ROWS
     packed = name.endswith((".gz", ".zst"))
     assert output_names(find_sources([url]), None) == ["data.jsonl.zst" if packed else "data.jsonl"]
+
+
+def test_what_is_unpacked_at_once_is_bounded(tmp_path):
+    """Zeros pack to a 32,768th: a file of 16 KB took half a gigabyte before a byte of it was looked at."""
+    path = tmp_path / "zeros.txt.zst"
+    with open(path, "wb") as file, zstandard.ZstdCompressor().stream_writer(file) as packed:
+        for _ in range(300):
+            packed.write(bytes(1 << 20))
+    assert path.stat().st_size < 1 << 14
+    tracemalloc.start()
+    with open_bytes(str(path)) as file:
+        file.read(1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 150 << 20

@@ -216,6 +216,22 @@ def test_a_glob_reads_beside_a_folder_that_it_does_not_name(tmp_path, closed):
     assert [Path(source.name).name for source in find_sources([str(tmp_path / "*.jsonl")])] == ["here.jsonl"]
 
 
+@pytest.mark.parametrize("name", ["export.CSV", "data.tsv.gz", "part.arrow", "rows.jsonl.xz", "rows.parquet.zip"])
+def test_a_folder_does_not_pass_data_that_are_not_read(name, tmp_path):
+    """A builder's table beside two files of lines was missing from the run, without a word."""
+    write(tmp_path / "here.jsonl", ROWS[:1])
+    (tmp_path / "deep").mkdir()
+    for other in ("README.md", "picture.zip", ".hidden.csv"):
+        (tmp_path / "deep" / other).write_text("no data")
+    assert len(find_sources([str(tmp_path)])) == 1
+    (tmp_path / "deep" / name).write_text("a,b\n")
+    with pytest.raises(
+        UserError, match=rf"{re.escape(name)}: this format is not read .*: convert it, or name the files"
+    ):
+        find_sources([str(tmp_path)])
+    assert len(find_sources([str(tmp_path / "*.jsonl")])) == 1
+
+
 def test_a_disk_may_have_folders_of_the_system(tmp_path, closed):
     """Only root reads them, and no data are in them: every disk of its own was refused."""
     write(tmp_path / "here.jsonl", ROWS[:1])
@@ -254,16 +270,20 @@ def test_a_weight_is_refused_where_every_row_is_read_once(tmp_path):
     ("name", "data", "message"),
     [
         ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl:2: not valid JSON"),
-        ("a.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"a\.jsonl:2: not UTF-8: byte 10 is 0xff"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "\xff"}\n',
+            r"a\.jsonl:2: not UTF-8: byte 10 is 0xff; save the file as UTF-8",
+        ),
         ("a.jsonl", b"[1]\n", r"a\.jsonl:1: a row must be a JSON object"),
         ("a.json", b'[{"text": "a"},\n{"text": ', r"a\.json:2: the JSON array breaks off"),
         ("a.json", b'[{"text": "a"}]\n[{"text": "b"}]\n', r"a\.json:1: something follows the JSON array"),
-        ("a.json", b'[{"text": "a"}]\xff', r"a\.json: not UTF-8 after line 1"),
+        ("a.json", b'[{"text": "a"}]\xff', r"a\.json: not UTF-8 after line 1: .*; save the file as UTF-8"),
         ("a.jsonl", b'{"text": "a", "n": %s}\n' % (b"9" * 5000), r"a\.jsonl:1: not valid JSON"),
         ("a.json", b'[{"text": "a"},\n{"text": "a", "n": %s}]' % (b"9" * 5000), r"a\.json:2: not valid JSON"),
         ("a.json", b'[{"text": %s' % (b"[" * 9999), r"a\.json:1: not valid JSON"),
         ("a.json", b'{"text": %s' % (b"[" * 9999), r"a\.json:1: not valid JSON"),
-        ("a.txt", b"fine\nbad \xff\n", r"a\.txt:2: not UTF-8"),
+        ("a.txt", b"fine\nbad \xff\n", r"a\.txt:2: not UTF-8: .*; save the file as UTF-8"),
         ("a.jsonl.gz", b"no gzip", r"a\.jsonl\.gz: cannot be read"),
         ("a.jsonl.zst", b"no zstd", r"a\.jsonl\.zst: cannot be read"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 9, mtime=0)[:-9], r"a\.jsonl\.gz: cannot be read"),

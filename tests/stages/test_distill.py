@@ -20,8 +20,9 @@ from minnow.model.config import ModelConfig
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.init import InitConfig
 from minnow.model.moe import MoE
-from minnow.model.pretrained import save_pretrained
+from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.transformer import CausalLM
+from minnow.model.upcycle import upcycle
 from minnow.objectives.distillation import DistillationLossConfig
 from minnow.optim import OptimConfig
 from minnow.stages import distill
@@ -264,12 +265,17 @@ def test_a_store_of_a_sure_teacher_adds_no_divergence(divergence: Any, tmp_path:
 
 
 def test_a_teacher_with_experts_and_a_dense_student(config: distill.Config, tmp_path: Path) -> None:
-    experts = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16)
-    tokenizer = train_tokenizer(["yes no maybe fish 0123456789"] * 20, 320)
-    save_pretrained(CausalLM(dataclasses.replace(SHAPE, experts=experts)), tmp_path / "moe", tokenizer)
-    short = dataclasses.replace(config.training, steps=3)
-    distill.run(dataclasses.replace(config, teacher=str(tmp_path / "moe"), training=short))
-    assert (Path(config.run) / "model" / "config.json").exists()
+    """It teaches what it is: made of the dense teacher, it says the same at first, and the same is learnt."""
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=3))
+    distill.run(config)
+    experts = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=SHAPE.intermediate_size)
+    mixture, tokenizer = (load(tmp_path / "teacher") for load in (load_pretrained, Tokenizer.from_pretrained))
+    save_pretrained(upcycle(mixture, experts, 1), tmp_path / "moe", tokenizer)
+    of_mixture = dataclasses.replace(config, teacher=str(tmp_path / "moe"), run=str(tmp_path / "of-mixture"))
+    distill.run(of_mixture)
+    divergences = [[line["divergence"] for line in metrics(c) if "divergence" in line] for c in (config, of_mixture)]
+    assert divergences[1] == pytest.approx(divergences[0], rel=1e-4)
+    assert divergences[1][-1] < divergences[1][0]
 
 
 def test_a_teacher_chooses_its_experts_in_fp32() -> None:

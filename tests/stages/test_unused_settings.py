@@ -10,6 +10,7 @@ import pytest
 from minnow.cli import COMMANDS, PRESETS
 from minnow.config import UserError, config_from_yaml, config_to_yaml, parse_config
 from minnow.data.prepare import DataConfig, prepare
+from minnow.optim import ScheduleConfig
 from minnow.tokenizer import train_tokenizer
 from minnow.training.config import TrainingConfig
 
@@ -100,12 +101,36 @@ def test_refused_with_its_name_and_its_owner(command: str, words: str, key: str,
     assert owner in str(refused.value)
 
 
-def test_what_a_preset_set_can_be_taken_back() -> None:
-    """It cannot be left out: the message says what to give instead."""
-    words = f"--config {PRESETS / 'ppo.yaml'} --algorithm.loss.surrogate none"
-    with pytest.raises(UserError, match="algorithm.loss.dual_clip is 3.0, .* leave it out, or at null$"):
-        parse("rl", words)
-    parse("rl", f"{words} --algorithm.loss.dual_clip null")
+def test_what_a_file_set_need_not_be_taken_back_by_whoever_makes_it_idle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who changes a recipe's shape to constant has not asked for its final_fraction."""
+    config = parse("rl", f"--config {PRESETS / 'ppo.yaml'} --algorithm.loss.surrogate none")
+    assert config.algorithm.loss.dual_clip is None  # type: ignore[attr-defined]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("schedule: {shape: linear, warmup_steps: 7, final_fraction: 0}\n")
+    config = parse("sft", f"--config {recipe} --schedule.shape constant")
+    assert config.schedule == ScheduleConfig(shape="constant", warmup_steps=7)  # type: ignore[attr-defined]
+    with pytest.raises(SystemExit):
+        parse("sft", f"--config {recipe} --schedule.shape constant --print_config")
+    recipe.write_text(capsys.readouterr().out)
+    assert parse("sft", f"--config {recipe}") == config
+
+
+@pytest.mark.parametrize(
+    ("yaml", "words"),
+    [
+        ("{shape: constant, final_fraction: 0}", ""),
+        ("{shape: constant, final_fraction: 0}", "--schedule.warmup_steps 3"),
+        ("{shape: linear}", "--schedule.shape constant --schedule.final_fraction 0"),
+        ("{final_fraction: 0}", "--schedule.shape constant --schedule.cycles 3"),
+    ],
+)
+def test_what_was_idle_before_or_is_asked_for_is_refused(yaml: str, words: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"schedule: {yaml}\n")
+    with pytest.raises(UserError, match="has no effect here: the shape is constant"):
+        parse("sft", f"--config {recipe} {words}")
 
 
 @pytest.mark.parametrize("kind", ["pretrain", "preference"])

@@ -105,7 +105,7 @@ class _ZstdFrames(io.RawIOBase):
     for the end, and the rest would be missing without a word.
     """
 
-    _PACKED_BLOCK = 1 << 14  # small: all that it holds is unpacked at once, and it may hold ten thousand times as much
+    _PACKED_BLOCK = 1 << 12  # small: all that it holds is unpacked at once, 32,768 times as much at worst
 
     def __init__(self, file: IO[bytes]):
         self._file = file

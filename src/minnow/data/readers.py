@@ -106,7 +106,8 @@ def parse_row(raw: Raw) -> Mapping[str, Any]:
         try:
             raw = json.loads(raw)
         except UnicodeDecodeError as error:
-            raise RowError(f"not UTF-8: byte {error.start} is {error.object[error.start]:#04x}") from None
+            byte = f"byte {error.start} is {error.object[error.start]:#04x}"
+            raise RowError(f"not UTF-8: {byte}; save the file as UTF-8") from None
         except (ValueError, RecursionError) as error:  # a number of thousands of digits is no JSONDecodeError
             raise RowError(f"not valid JSON: {error}") from None
     if not isinstance(raw, Mapping):
@@ -227,7 +228,9 @@ def _json_array(path: str) -> Iterator[tuple[int, Raw]]:
             try:
                 return text.read(size)
             except UnicodeDecodeError as error:
-                raise UserError(f"{path}: not UTF-8 after line {line}: {error.reason}") from None
+                raise UserError(
+                    f"{path}: not UTF-8 after line {line}: {error.reason}; save the file as UTF-8"
+                ) from None
 
         while True:
             # Looked for in place: to cut the buffer at each row would copy a megabyte for every one.
@@ -281,7 +284,7 @@ def _txt(path: str) -> Iterator[tuple[int, Raw]]:
             try:
                 line = decoder.decode(chunk, final=not chunk).replace("\r\n", "\n")
             except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{number}: not UTF-8: {error.reason}") from None
+                raise UserError(f"{path}:{number}: not UTF-8: {error.reason}; save the file as UTF-8") from None
             border = line.strip() == END_OF_TEXT_LINE
             blank = chunk.isspace()
             if border or not chunk or size > 4 * TEXT_CHARACTERS or (size > TEXT_CHARACTERS and blank):

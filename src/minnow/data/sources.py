@@ -15,6 +15,8 @@ from minnow.errors import first_line
 from minnow.hub import is_hub_id
 
 FORMATS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".parquet": "parquet", ".txt": "txt"}
+_NOT_READ = (".csv", ".tsv", ".xlsx", ".arrow", ".feather")
+_NOT_UNPACKED = (".xz", ".bz2", ".lz4", ".zip")
 
 _WEIGHT = re.compile(r"(.+)@([0-9.eE+-]+)")
 
@@ -87,7 +89,13 @@ def _resolve(written: str) -> list[Source]:
     if Path(path).is_file():
         return [_local(path, weight)]
     if Path(path).is_dir():
-        found = [p for p in _files_below(path) if _is_data(p.relative_to(path)) and _is_file(p)]
+        below = list(_files_below(path))
+        if others := sorted(p for p in below if _is_other_data(p)):
+            raise UserError(
+                f"{others[0]}: this format is not read ({_known()} are): convert it, or name the files to read instead "
+                f"of the folder, such as '{path.rstrip('/')}/*.jsonl'"
+            )
+        found = [p for p in below if _is_data(p.relative_to(path)) and _is_file(p)]
         if not found:
             raise UserError(f"{path}: this folder holds no data file ({_known()})")
         return [_local(p, weight) for p in sorted(found)]
@@ -181,6 +189,15 @@ def _suffix(path: str | Path) -> str:
 
 def _is_data(path: Path) -> bool:
     return _suffix(path) in FORMATS and not any(part.startswith(".") for part in path.parts)
+
+
+def _is_other_data(path: Path) -> bool:
+    """Whether it is data by its name, which a folder must not pass without a word; notes and pictures it may."""
+    endings = [ending.lower() for ending in path.suffixes]
+    packed = endings[-1:] if endings and endings[-1] in (*_NOT_UNPACKED, *COMPRESSIONS) else []
+    kind = endings[len(endings) - len(packed) - 1] if len(endings) > len(packed) else ""
+    not_unpacked = bool(packed) and packed[0] in _NOT_UNPACKED and kind in FORMATS
+    return not path.name.startswith(".") and (kind in _NOT_READ or not_unpacked)
 
 
 def _format(path: str | Path) -> str:
