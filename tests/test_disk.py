@@ -21,7 +21,7 @@ from minnow.disk import DiskFull, atomic_write, new_folder_beside, opened_to_oth
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
-from minnow.training.run_folder import MetricsLog
+from minnow.training.metrics_log import MetricsLog
 
 from .full_disk import full_disk
 

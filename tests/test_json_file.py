@@ -9,7 +9,7 @@ import pytest
 
 from minnow.config import UserError
 from minnow.json_file import json_text, read_json
-from minnow.training.run_folder import MetricsLog
+from minnow.training.metrics_log import MetricsLog
 
 TEXTS = {"whole": "鱼 \U0001f41f \u2028", "half": 'a \ud83d b \udc1f "', "beside": "\\\ud83d"}
 

@@ -23,7 +23,7 @@ from minnow.rl.phases import Phases
 from minnow.rl.rollouts import RolloutConfig, Trajectory
 from minnow.rl.stopwatch import Stopwatch
 from minnow.tokenizer.chat import Conversation, Message
-from minnow.training.run_folder import MetricsLog
+from minnow.training.metrics_log import MetricsLog
 from tests.rl.helpers import tiny
 
 Reward = Callable[[int, int], float]

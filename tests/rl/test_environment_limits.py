@@ -23,7 +23,7 @@ from minnow.rl.rollouts import RolloutConfig, Trajectory, play
 from minnow.stages import practice
 from minnow.stages.rl import Config
 from minnow.tokenizer.chat import Conversation, Message
-from minnow.training.session import RunFolder
+from minnow.training.run_folder import RunFolder
 from tests.rl.helpers import saved, tiny, write_prompts
 from tests.rl.test_phases import figures, rl
 from tests.rl.test_rollouts import prompts

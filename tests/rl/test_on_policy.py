@@ -22,7 +22,7 @@ from minnow.rl.rollouts import RolloutConfig
 from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.chat import Conversation, Message
 from minnow.training.distillation import Distillation
-from minnow.training.run_folder import MetricsLog
+from minnow.training.metrics_log import MetricsLog
 from tests.rl.helpers import saved
 
 PROMPTS = [Prompt(Conversation((Message("user", f"say {number}"),))) for number in range(5)]

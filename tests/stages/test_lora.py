@@ -18,7 +18,7 @@ from minnow.model.pretrained import load_pretrained, load_with_adapter, save_pre
 from minnow.report.lineage import MERGED_FROM, lineage
 from minnow.report.model_card import write_model_card
 from minnow.tokenizer import Tokenizer
-from minnow.training.run_folder import MetricsLog
+from minnow.training.metrics_log import MetricsLog
 from minnow.training.signals import Interrupted
 from minnow.training.trainer import Trainer
 

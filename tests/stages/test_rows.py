@@ -12,7 +12,7 @@ import yaml
 from minnow import cli
 from minnow.stages import language_model
 from minnow.stages.rows import RowsConfig, with_row_length
-from minnow.training.session import RunFolder
+from minnow.training.run_folder import RunFolder
 from tests.rl.helpers import saved
 from tests.training.distributed.stages import write_world
 

@@ -15,7 +15,7 @@ import pytest
 
 from minnow import cli
 from minnow.stages.watch import Watch
-from minnow.training.run_folder import MetricsLog
+from minnow.training.metrics_log import MetricsLog
 
 FIGURES = {
     "loss": 2.0,

@@ -18,7 +18,7 @@ from minnow import disk
 from minnow.config import UserError
 from minnow.data.batches import Share
 from minnow.disk import DiskFull
-from minnow.training import run_folder
+from minnow.training import metrics_log
 from minnow.training.checkpoint import list_checkpoints
 from minnow.training.lock import FolderLock
 from minnow.training.trainer import Trainer
@@ -207,7 +207,7 @@ def test_a_full_disk_while_logging(tmp_path: Path, straight: Trainer, monkeypatc
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     trainer = make_trainer(tmp_path)
-    trainer.source = DoAt(7, lambda: monkeypatch.setattr(run_folder, "open", full, raising=False))
+    trainer.source = DoAt(7, lambda: monkeypatch.setattr(metrics_log, "open", full, raising=False))
     with pytest.raises(DiskFull, match=r"metrics.jsonl: could not be written: the disk is full"):
         trainer.fit()
     monkeypatch.undo()
@@ -283,7 +283,7 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
     program = """
 import sys, time
 from pathlib import Path
-from minnow.training import run_folder
+from minnow.training import metrics_log
 from minnow.training.lock import FolderLock
 lock = FolderLock(Path(sys.argv[1]))
 lock.take()

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from minnow.training.checkpoint import list_checkpoints
-from minnow.training.run_folder import MetricsLog
+from minnow.training.metrics_log import MetricsLog
 
 from .helpers import make_trainer
 from .test_trainer import VOLATILE

@@ -27,10 +27,11 @@ from minnow.training.distillation import Distillation
 from minnow.training.hardware import _cpu_matmul_peak, _matmul_peak, choose_device, choose_precision, matmul_peak
 from minnow.training.lock import FolderLock
 from minnow.training.loss_scale import LossScale
+from minnow.training.metrics_log import LogFollower, MetricsLog
 from minnow.training.objective import LanguageModeling
 from minnow.training.parallel import choose_parallel
-from minnow.training.run_folder import LogFollower, MetricsLog
-from minnow.training.session import COMPILE_PAYS_AFTER_SECONDS, Machine, RunFolder
+from minnow.training.run_folder import RunFolder
+from minnow.training.session import COMPILE_PAYS_AFTER_SECONDS, Machine
 from minnow.training.signals import Interrupted, stop_requests
 from minnow.training.speed import batch_flops
 from minnow.training.validation import validate

@@ -11,9 +11,9 @@ import torch
 from rich.console import Console
 
 from minnow.training import observer, progress
+from minnow.training.metrics_log import METRICS, MetricsLog
 from minnow.training.observer import Observer
 from minnow.training.progress import TrainingProgress
-from minnow.training.run_folder import METRICS, MetricsLog
 from minnow.training.speed import Speedometer
 
 from .helpers import make_trainer

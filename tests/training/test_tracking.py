@@ -19,7 +19,7 @@ from minnow import cli
 from minnow.config import UserError
 from minnow.data.batches import Share
 from minnow.training import trackers, tracking
-from minnow.training.run_folder import MetricsLog
+from minnow.training.metrics_log import MetricsLog
 from minnow.training.signals import Interrupted
 from minnow.training.tracking import TrackedRun, Tracking, require_trackers
 

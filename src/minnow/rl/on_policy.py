@@ -26,8 +26,8 @@ from minnow.rl.phase_rollouts import MakeEnvironment
 from minnow.rl.rollouts import RolloutConfig, RolloutEngine, Trajectory, play
 from minnow.training.distillation import Distillation
 from minnow.training.distribution import gather, is_first, rank, sum_over_ranks, world_size
+from minnow.training.metrics_log import MetricsLog
 from minnow.training.objective import BatchSource
-from minnow.training.run_folder import MetricsLog
 
 _OWN = 0x6BD  # keeps the choice of own answers or data apart from other draws with the same seed
 

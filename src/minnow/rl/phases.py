@@ -27,7 +27,7 @@ from minnow.rl.rollouts import RolloutEngine, Trajectory
 from minnow.rl.stopwatch import Stopwatch
 from minnow.rl.value_tracker import ValueTracker
 from minnow.training.distribution import is_first
-from minnow.training.run_folder import MetricsLog
+from minnow.training.metrics_log import MetricsLog
 
 
 class Phases:

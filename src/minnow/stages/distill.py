@@ -22,7 +22,7 @@ from minnow.training.distillation import Distillation, teacher_store
 from minnow.training.distribution import first_goes_first
 from minnow.training.memory import hold_in_memory
 from minnow.training.objective import Rows
-from minnow.training.session import RunFolder
+from minnow.training.run_folder import RunFolder
 from minnow.training.validation import LanguageModelValidation
 
 

@@ -34,10 +34,11 @@ from minnow.tokenizer import Tokenizer
 from minnow.training.config import NO_Z_LOSS, TrainingConfig
 from minnow.training.distillation import Distillation
 from minnow.training.distribution import first_goes_first, is_first, rank, world_size
+from minnow.training.metrics_log import MetricsLog
 from minnow.training.objective import PackedBatches
 from minnow.training.parallel import require_parallel
-from minnow.training.run_folder import MetricsLog
-from minnow.training.session import Machine, RunFolder, load_chat_start, train, with_machine
+from minnow.training.run_folder import RunFolder
+from minnow.training.session import Machine, load_chat_start, train, with_machine
 from minnow.training.trainer import Trainer
 from minnow.training.validation import LanguageModelValidation
 

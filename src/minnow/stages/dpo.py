@@ -30,7 +30,8 @@ from minnow.training.reference import (
     row_batches,
     unrelated_batch,
 )
-from minnow.training.session import RunFolder, load_chat_start
+from minnow.training.run_folder import RunFolder
+from minnow.training.session import load_chat_start
 from minnow.training.validation import ObjectiveValidation
 
 PAIRS_AT_ONCE = 32

@@ -33,7 +33,8 @@ from minnow.training.hardware import device_name
 from minnow.training.micro_batch import find_micro_batch
 from minnow.training.objective import BatchT, LanguageModeling, Objective, PackedBatches, Rows, StreamedBatches
 from minnow.training.parallel import require_parallel
-from minnow.training.session import Machine, RunFolder, train, with_machine, with_micro_batch
+from minnow.training.run_folder import RunFolder, with_micro_batch
+from minnow.training.session import Machine, train, with_machine
 from minnow.training.trainer import Trainer
 from minnow.training.validation import Evaluation, LanguageModelValidation
 

@@ -43,7 +43,8 @@ from minnow.tokenizer.chat import Conversation, Message, render
 from minnow.training.config import TrainingConfig
 from minnow.training.hardware import DeviceName, precision_name
 from minnow.training.probe import random_batch, tokens_per_second
-from minnow.training.session import Machine, RunFolder
+from minnow.training.run_folder import RunFolder
+from minnow.training.session import Machine
 
 # Generating the pond, the tokenizer, the evaluation and the report take about this long beside the training.
 OTHER_MINUTES = 0.8

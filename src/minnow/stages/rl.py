@@ -44,9 +44,10 @@ from minnow.stages.rows import with_row_length
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import NO_Z_LOSS, TrainingConfig
 from minnow.training.distribution import is_first, world_size
+from minnow.training.metrics_log import METRICS, ROLLOUTS, MetricsLog
 from minnow.training.parallel import choose_parallel, require_parallel
-from minnow.training.run_folder import METRICS, ROLLOUTS, MetricsLog
-from minnow.training.session import Machine, RunFolder, load_chat_start, train, with_machine
+from minnow.training.run_folder import RunFolder
+from minnow.training.session import Machine, load_chat_start, train, with_machine
 from minnow.training.trainer import Trainer
 
 ModelT = TypeVar("ModelT", bound=CausalLM)

@@ -16,7 +16,7 @@ from minnow.console import plain_console
 from minnow.report.dashboard import Record, RunView, dashboard, state_of
 from minnow.report.lineage import stage_folders
 from minnow.training.heartbeat import HEARTBEAT
-from minnow.training.run_folder import METRICS, ROLLOUTS, LogFollower
+from minnow.training.metrics_log import METRICS, ROLLOUTS, LogFollower
 
 # Of a run whose stall detector is off.
 STALLED_AFTER_SECONDS = 300.0

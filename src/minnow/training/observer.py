@@ -15,9 +15,9 @@ import torch
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import is_first, rank
 from minnow.training.heartbeat import Heartbeat, StallDetector, State
+from minnow.training.metrics_log import MetricsLog, Record
 from minnow.training.profile import StepProfiler
 from minnow.training.progress import TrainingProgress
-from minnow.training.run_folder import MetricsLog, Record
 from minnow.training.signals import Interrupted
 from minnow.training.tracking import Tracking
 

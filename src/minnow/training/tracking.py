@@ -18,7 +18,7 @@ import yaml
 
 from minnow.config import UserError
 from minnow.disk import atomic_write
-from minnow.training.run_folder import METRICS, ROLLOUTS, LogFollower, Record
+from minnow.training.metrics_log import METRICS, ROLLOUTS, LogFollower, Record
 
 TrackerName = Literal["tensorboard", "wandb", "swanlab", "trackio"]
 

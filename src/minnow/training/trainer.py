@@ -33,6 +33,7 @@ from minnow.training.distribution import (
 )
 from minnow.training.hardware import synchronize
 from minnow.training.loss_scale import LossScale
+from minnow.training.metrics_log import METRICS, ROLLOUTS, MetricsLog
 from minnow.training.non_finite import NonFiniteLossError
 from minnow.training.objective import (
     BatchSource,
@@ -50,7 +51,6 @@ from minnow.training.objective import (
 )
 from minnow.training.observer import Observer
 from minnow.training.parallel import sync_gradients
-from minnow.training.run_folder import METRICS, ROLLOUTS, MetricsLog
 from minnow.training.signals import Interrupted, StopRequest, stop_requests
 from minnow.training.speed import Speedometer, batch_flops
 from minnow.training.validation import Evaluation
