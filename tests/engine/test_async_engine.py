@@ -258,7 +258,7 @@ def test_a_cache_without_memory_refuses_its_request_and_the_next_may_find_some(
 
     async def ask() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr("minnow.engine.engine.PagedCache", fail)
+            patch.setattr("minnow.engine.parts.PagedCache", fail)
             with pytest.raises(MemoryError):
                 await engine.submit([5])
             assert not await engine.call(lambda own: own.has_work)

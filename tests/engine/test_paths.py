@@ -9,7 +9,7 @@ from engine_helpers import full_logits, random_prompts, tiny_model, tiny_tokeniz
 from minnow.engine import Delta, Engine, SamplingParams
 from minnow.engine.blocks import BlockManager
 from minnow.engine.cache import PagedCache, Window
-from minnow.engine.engine import Parts
+from minnow.engine.parts import Parts
 from minnow.engine.runner import Runner
 from minnow.engine.scheduler import Scheduler
 

@@ -14,7 +14,7 @@ from minnow.config import UserError
 from minnow.engine import Delta, Engine, PromptLogprobs, SamplingParams
 from minnow.engine.blocks import BlockManager
 from minnow.engine.cache import PagedCache, Window
-from minnow.engine.engine import Parts
+from minnow.engine.parts import Parts
 from minnow.engine.runner import Runner
 from minnow.engine.scheduler import Scheduler
 from minnow.engine.varlen_runner import VarlenRunner

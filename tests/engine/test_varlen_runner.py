@@ -17,8 +17,8 @@ from torch import Tensor
 from minnow.engine import Engine, SamplingParams
 from minnow.engine.blocks import BlockManager
 from minnow.engine.cache import PagedCache, Window
-from minnow.engine.engine import Parts
 from minnow.engine.graphs import Capture, NoWaiting, Recordings, padded_rows
+from minnow.engine.parts import Parts
 from minnow.engine.runner import Runner, padded_reach
 from minnow.engine.scheduler import Scheduler
 from minnow.engine.varlen_runner import VarlenRunner, block_table, decode_inputs

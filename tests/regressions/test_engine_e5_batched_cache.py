@@ -30,7 +30,7 @@ def test_one_cache_and_one_forward_pass_a_step() -> None:
         return caches[-1]
 
     prompts = [[40] * length for length in (1, 9, 4)]
-    with patch("minnow.engine.engine.PagedCache", allocate):
+    with patch("minnow.engine.parts.PagedCache", allocate):
         engine = Engine(model, tokenizer, cache_bytes=2**22)
         for _ in range(2):
             engine.generate(prompts, SamplingParams(max_tokens=5, ignore_eos=True))

@@ -16,8 +16,8 @@ from torch import nn
 
 from minnow import cli
 from minnow.data.batches import Share
-from minnow.engine.engine import MAX_ROWS
 from minnow.engine.packed import packed_bytes
+from minnow.engine.parts import MAX_ROWS
 from minnow.model.config import ModelConfig
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.lora import LoraConfig

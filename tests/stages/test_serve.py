@@ -23,8 +23,7 @@ import torch
 import uvicorn
 
 from minnow.config import UserError
-from minnow.engine import Engine, SamplingParams
-from minnow.engine import engine as engine_module
+from minnow.engine import Engine, SamplingParams, parts
 from minnow.model.context import ContextConfig
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
@@ -63,12 +62,12 @@ def test_a_port_that_cannot_be_is_refused_in_words(port: int) -> None:
 def test_models_share_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory_share: float | None, together: float
 ) -> None:
-    monkeypatch.setattr(engine_module, "host_memory", lambda: 2**40)
+    monkeypatch.setattr(parts, "host_memory", lambda: 2**40)
     folder = save_random_model(tmp_path / "m")
     named = name_models([f"{name}={folder}" for name in "abcd"])
     config = Config(models=tuple(named), memory_share=memory_share, device="cpu", precision="fp32")
     engines = [model.engine for model in build_app(config, named, {}, local=True).state.minnow.models]
-    assert [engine.engine._memory(torch.device("cpu")) for engine in engines] == [int(2**40 * together / 4)] * 4
+    assert [engine.engine._memory() for engine in engines] == [int(2**40 * together / 4)] * 4
     for engine in engines:
         engine.close()
 

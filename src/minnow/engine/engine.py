@@ -7,27 +7,21 @@ from collections import deque
 from collections.abc import Generator, Mapping
 from collections.abc import Sequence as Listing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from minnow.config import UserError
 from minnow.engine.adapters import Adapters
-from minnow.engine.attention import VARLEN_BLOCK_SIZE, varlen_attention
-from minnow.engine.blocks import BlockManager
-from minnow.engine.cache import PagedCache, Window, bytes_per_token
 from minnow.engine.compiled import CompiledDecode
 from minnow.engine.grammar import Constraint, Grammars
-from minnow.engine.graphs import CudaGraphs
 from minnow.engine.outputs import Completions, Delta
 from minnow.engine.packed import PackedModel, can_pack
+from minnow.engine.parts import MAX_ROWS, Parts, make_parts, shared_memory
 from minnow.engine.runner import Decoder, Runner
 from minnow.engine.sampler import Sampler
 from minnow.engine.sampling import SamplingParams
-from minnow.engine.scheduler import Scheduler
 from minnow.engine.sequence import Request, Sequence
-from minnow.engine.varlen_runner import VarlenRunner
-from minnow.host import host_memory
 from minnow.model.context import AS_TRAINED, ContextConfig
 from minnow.model.lora import Quantization
 from minnow.model.pretrained import resolve_model_folder
@@ -38,12 +32,6 @@ from minnow.tokenizer.tokenizer import Tokenizer
 Prompt = str | Listing[int]
 """Token ids, taken as they are, or a text, taken as the start of a document: the end-of-text token, then
 the text."""
-
-
-MAX_ROWS = 256
-"""Requests that are answered side by side, unless the engine is told otherwise."""
-USUAL_LENGTH = 1024
-"""Tokens that memory is set aside for in each row; rows may be longer, to the end of the context."""
 
 
 class Engine:
@@ -358,55 +346,18 @@ class Engine:
     def _parts(self) -> Parts:
         """Scheduler and runner, made when first needed: until then the model may change its device."""
         if self._made is None:
-            config, dtype, device = self.model.config, self.model.compute_dtype, self.model.head_weight.device
-            attend = varlen_attention(device, dtype, config.head_dim)
-            size = self._block_size or (16 if attend is None else VARLEN_BLOCK_SIZE)
-            context = config.max_position_embeddings
-            needed = -(-context // size)  # blocks of a whole context
-            fitting = self._memory(device) // bytes_per_token(config, dtype)  # tokens
-            max_rows = self._max_rows
-            if attend is None:
-                # One half of the memory is for the blocks, the other for the window on the rows that decode. Only a
-                # CPU's window takes no memory where nothing stands.
-                fitting //= 2
-                row = min(context, USUAL_LENGTH) if device.type == "cpu" else context
-                max_rows = max(1, min(max_rows, fitting // row))
-            num_blocks = max(needed, min(fitting // size, max_rows * needed))
-            capture = CudaGraphs() if device.type == "cuda" else None
-            spare = 0 if capture is None else 1  # what rows that fill up a recorded step write to
-            cache = PagedCache(config, num_blocks + spare, size, dtype, device)
-            runner: Runner | VarlenRunner
-            if attend is None:
-                runner = Runner(cache, Window(config, max_rows, dtype, device), capture)
-            else:
-                runner = VarlenRunner(cache, config, max_rows, attend, capture)
-            runner.adapters = self.adapters.choice if self.adapters.names else None
-            scheduler = Scheduler(BlockManager(num_blocks, size), max_rows, self._max_step_tokens)
-            self._made = Parts(scheduler, runner)
+            self._made = make_parts(
+                self.model,
+                self._memory(),
+                max_rows=self._max_rows,
+                max_step_tokens=self._max_step_tokens,
+                block_size=self._block_size,
+            )
+            self._made.runner.adapters = self.adapters.choice if self.adapters.names else None
         return self._made
 
-    def _memory(self, device: torch.device) -> int:
+    def _memory(self) -> int:
+        """Bytes for keys and values."""
         if self._cache_bytes is not None:
             return self._cache_bytes
-        share = usual_memory_share(device) if self._memory_share is None else self._memory_share
-        if device.type == "cuda":
-            return int(torch.cuda.mem_get_info(device)[0] * share)
-        return int(host_memory() * share)
-
-
-def usual_memory_share(device: torch.device) -> float:
-    """Part of a GPU's free memory, or of the host's, that keys and values get unless told otherwise."""
-    return 0.5 if device.type == "cuda" else 0.25
-
-
-def check_memory_share(share: float | None) -> None:
-    """UserError for a `--memory_share` that is no part of the memory."""
-    if share is not None and not 0 < share <= 1:
-        raise UserError(f"--memory_share is {share:g}: it is a part of the memory, above 0 and up to 1")
-
-
-class Parts(NamedTuple):
-    """What works together on one cache."""
-
-    scheduler: Scheduler
-    runner: Runner | VarlenRunner
+        return shared_memory(self.model.head_weight.device, self._memory_share)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from minnow.engine.engine import usual_memory_share
+from minnow.engine.parts import usual_memory_share
 from minnow.out_of_memory import explained, is_out_of_memory
 from minnow.stages.rows import ROW_LENGTH
 from minnow.training.hardware import choose_device

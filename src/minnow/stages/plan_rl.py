@@ -12,8 +12,8 @@ from rich.table import Table
 from minnow.console import plain_console
 from minnow.disk import atomic_write
 from minnow.engine.cache import bytes_per_token
-from minnow.engine.engine import MAX_ROWS
 from minnow.engine.packed import packed_bytes
+from minnow.engine.parts import MAX_ROWS
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import read_config, resolve_model_folder
 from minnow.model.size import parameter_count

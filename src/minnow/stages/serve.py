@@ -17,7 +17,7 @@ from minnow.console import plain_console
 from minnow.cpu import in_passing_thread
 from minnow.engine import Engine, SamplingParams
 from minnow.engine.async_engine import AsyncEngine
-from minnow.engine.engine import check_memory_share, usual_memory_share
+from minnow.engine.parts import check_memory_share, usual_memory_share
 from minnow.evaluation.quantization import quantization_note
 from minnow.model.adapter import base_of, is_adapter
 from minnow.model.context import ContextConfig

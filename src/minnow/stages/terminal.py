@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from minnow.console import plain_console
 from minnow.engine import Engine, SamplingOptions
-from minnow.engine.engine import check_memory_share
+from minnow.engine.parts import check_memory_share
 from minnow.evaluation.quantization import quantization_note
 from minnow.model.context import ContextConfig
 from minnow.model.pretrained import resolve_model_folder
