@@ -175,8 +175,7 @@ def test_the_copied_model_is_whole_or_absent(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "sft" / "model").mkdir(parents=True)
     (tmp_path / "sft" / "model" / "config.json").write_text("{}")
 
-    def dies_half_way(source: Path, target: Path) -> None:
-        target.mkdir()
+    def dies_half_way(source: Path, target: Path, dirs_exist_ok: bool) -> None:
         (target / "config.json").write_text("{}")
         raise OSError(28, "No space left on device")
 
