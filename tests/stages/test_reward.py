@@ -119,11 +119,12 @@ def test_a_picture_that_a_kill_prevented_is_made_by_the_next_call(
 ) -> None:
     """The run was finished by then, and said so for ever."""
     picture = train(tmp_path, tokenizer, LoraConfig()) / "reliability.png"
-    found = re.findall(r"expected calibration error [\d.]+%", capsys.readouterr().err)
+    found = re.findall(r"expected calibration error [\d.]+%", " ".join(capsys.readouterr().err.split()))
     picture.unlink()
     train(tmp_path, tokenizer, LoraConfig())
-    error = capsys.readouterr().err
-    assert "is finished" in " ".join(error.split())
+    error = " ".join(capsys.readouterr().err.split())
+    assert found
+    assert "is finished" in error
     assert re.findall(r"expected calibration error [\d.]+%", error) == found
     assert picture.stat().st_size > 1000
     train(tmp_path, tokenizer, LoraConfig())
