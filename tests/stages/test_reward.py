@@ -115,7 +115,7 @@ def test_a_run_learns_and_transformers_reads_the_same_rewards(drawn: None, train
 
 
 def test_a_picture_that_a_kill_prevented_is_made_by_the_next_call(
-    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+    drawn: None, tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The run was finished by then, and said so for ever."""
     picture = train(tmp_path, tokenizer, LoraConfig()) / "reliability.png"
