@@ -65,7 +65,8 @@ def test_readme(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_the_package_alone_does_not_load_torch() -> None:
     code = "import sys, minnow; assert 'torch' not in sys.modules; minnow.load; assert 'torch' in sys.modules"
     # What only several processes or pictures need costs a second of imports each.
-    code += "; import minnow.stages.chat, minnow.stages.serve, minnow.report.run_report"
+    stages = ("chat", "serve", "generate", "eval", "export")
+    code += f"; import minnow.report.run_report, {', '.join(f'minnow.stages.{stage}' for stage in stages)}"
     code += "; assert not {'torch.distributed.tensor', 'torch.distributed.fsdp', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
     with pytest.raises(AttributeError, match="lood"):

@@ -22,6 +22,7 @@ from minnow.model.presets import preset
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.settings import settings_of
+from minnow.stages.dpo import Config as Dpo
 from minnow.tokenizer import Tokenizer, train_tokenizer
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
@@ -59,6 +60,15 @@ def test_what_trains_further_says_only_what_differs_from_its_stage(recipe: Path)
     keys = [f"{section}.{key}" for section in ("optim", "schedule") for key in written.get(section, {})]
     keys = [key for key in keys if key != "optim.optimizer"]
     assert not [key for key in keys if operator.attrgetter(key)(config) == defaults[key]]
+
+
+@pytest.mark.parametrize(
+    "recipe", [recipe for recipe in RECIPES if recipe.stem.startswith("dpo-")], ids=lambda p: p.stem
+)
+def test_another_preference_loss_has_a_beta_of_its_own_beside_a_recipe(recipe: Path) -> None:
+    """SimPO at a recipe's 0.1, DPO's default, would want a margin of 10 nats a token."""
+    loss = parse_config(Dpo, ["--config", str(recipe), "--loss.name", "simpo"], program="minnow dpo").loss
+    assert loss.chosen_beta == 2.0
 
 
 def test_every_size_has_both_recipes() -> None:

@@ -9,7 +9,7 @@ import time
 from functools import cache
 from pathlib import Path
 
-from tests.training.distributed.imported import Imported, Program
+from tests.training.distributed.imported import Forked, Imported, Program
 
 ROOT = Path(__file__).parents[3]
 
@@ -45,20 +45,23 @@ def run_processes(
     """Run `python -m MODULE ARGUMENTS` in `world_size` processes; return what each has said. All must succeed."""
     port = free_port()
     files = [tempfile.NamedTemporaryFile("w+") for _ in range(world_size)]  # noqa: SIM115 - closed below
-    started = []
-    for rank, file in enumerate(files):
-        variables = environment(rank, world_size, local_world_size or world_size, port)
-        started.append(imported(rank % 2).start(Program(module, arguments, variables, Path(file.name))))
-    deadline = time.monotonic() + timeout
-    while any(process.poll() is None for process in started):
-        failed = any(process.returncode for process in started)  # the others would wait for it
-        if failed or time.monotonic() > deadline:
-            break
-        time.sleep(0.05)
-    time.sleep(0.5 if failed else 0.0)
-    for process in started:
-        process.kill()
-    codes = [process.wait() for process in started]
+    started: list[Forked] = []
+    failed = False
+    try:
+        for rank, file in enumerate(files):
+            variables = environment(rank, world_size, local_world_size or world_size, port)
+            started.append(imported(rank % 2).start(Program(module, arguments, variables, Path(file.name))))
+        deadline = time.monotonic() + timeout
+        while any(process.poll() is None for process in started):
+            failed = any(process.returncode for process in started)  # the others would wait for it
+            if failed or time.monotonic() > deadline:
+                break
+            time.sleep(0.05)
+        time.sleep(0.5 if failed else 0.0)
+    finally:  # also where Ctrl-C or the test's own time limit ends it
+        for process in started:
+            process.kill()
+        codes = [process.wait() for process in started]
     said = []
     for file in files:
         file.seek(0)
