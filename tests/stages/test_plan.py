@@ -15,7 +15,7 @@ from minnow.data.batches import Batch
 from minnow.data.prepare import DataConfig
 from minnow.model.config import ModelConfig
 from minnow.model.experts_config import ExpertsConfig
-from minnow.model.lora import LoraConfig, Quantization
+from minnow.model.lora import LoraConfig, Quantization, lora_layers
 from minnow.model.pretrained import save_pretrained
 from minnow.model.quantize import is_quantized
 from minnow.model.size import training_flops_per_token
@@ -116,6 +116,24 @@ def test_activations_are_about_what_autograd_keeps(lora: LoraConfig) -> None:
         LanguageModeling()(model, random_batch(SHAPE.vocab_size, 2, 64))
     measured = sum(storage.nbytes() for storage in kept.values())
     assert plan(lora=lora).memory.activations == pytest.approx(measured, rel=0.1)
+
+
+def test_adapters_may_be_of_a_layer_that_activations_are_not_counted_on() -> None:
+    """They are counted on two layers: a plan for the third was refused, as a pattern that fits none."""
+    everywhere, third = (
+        plan(lora=LoraConfig(rank=2, targets=(target,))).memory for target in ("up_proj", "layers.2.mlp.up_proj")
+    )
+    assert third.gradients == everywhere.gradients / 3
+    assert third.activations == everywhere.activations
+
+
+@pytest.mark.parametrize(("peak", "layers"), [(1e9, 3), (1e3, 1)])
+def test_adapters_may_be_of_a_layer_that_is_not_probed(
+    peak: float, layers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = probe(monkeypatch, peak, lora=LoraConfig(rank=2, targets=("layers.2.mlp.up_proj",)))
+    assert model.config.num_hidden_layers == layers
+    assert list(lora_layers(model)) == [f"model.layers.{layers - 1}.mlp.up_proj"]
 
 
 def test_checkpointing_needs_less() -> None:

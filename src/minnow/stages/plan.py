@@ -26,7 +26,7 @@ from minnow.stages import pretrain
 from minnow.stages.rows import with_row_length
 from minnow.tokenizer import Tokenizer
 from minnow.training.hardware import matmul_peak, precision_name, synchronize
-from minnow.training.memory import Memory, as_trained, training_memory
+from minnow.training.memory import Memory, as_trained, in_every_layer, training_memory
 from minnow.training.probe import random_batch, tokens_per_second
 from minnow.training.session import Machine
 
@@ -180,7 +180,11 @@ def _probe(config: Config, shape: ModelConfig, machine: Machine, flops_per_token
     while small.num_hidden_layers // 2 >= least and rows * length * small_flops > affordable:
         small = dataclasses.replace(small, num_hidden_layers=small.num_hidden_layers // 2)
         small_flops = training_flops_per_token(small, (length + 1) / 2, frozen=frozen)
-    model = as_trained(CausalLM(small), machine.dtype, config.lora).to(machine.device)
+    lora = config.lora
+    if frozen and small is not shape:
+        with torch.device("meta"):
+            lora = in_every_layer(lora, as_trained(CausalLM(shape), machine.dtype, lora))
+    model = as_trained(CausalLM(small), machine.dtype, lora).to(machine.device)
     model.gradient_checkpointing = config.training.gradient_checkpointing
     measured = tokens_per_second(model, random_batch(small.vocab_size, rows, length), seconds=config.probe_seconds)
     share = parameter_count(small) / parameter_count(shape)

@@ -13,7 +13,7 @@ from minnow.data.batches import Batch
 from minnow.model.attention import PackedAttention
 from minnow.model.checkpointing import keeps_output
 from minnow.model.config import ModelConfig
-from minnow.model.lora import LoraConfig, add_lora
+from minnow.model.lora import LoraConfig, add_lora, lora_layers
 from minnow.model.quantize import quantize
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, kind_of, parameter_groups
@@ -62,6 +62,12 @@ def as_trained(model: CausalLM, dtype: torch.dtype, lora: LoraConfig | None) -> 
     return model
 
 
+def in_every_layer(lora: LoraConfig, model: CausalLM) -> LoraConfig:
+    """The adapters of `model`, made with `lora`, for a model of fewer layers: patterns may name layers by number."""
+    kinds = {name.partition(".layers.")[2].partition(".")[2] for name in lora_layers(model)}
+    return dataclasses.replace(lora, targets=tuple(sorted(kinds))) if kinds else lora
+
+
 def training_memory(
     shape: ModelConfig,
     training: TrainingConfig,
@@ -72,13 +78,16 @@ def training_memory(
 ) -> Memory:
     """Weights, gradients and optimizer state are exact; activations are counted on two layers and scaled.
 
-    length: positions of a row. lora: only its adapters have gradients and optimizer state, if its rank is above 0.
+    length: positions of a row. lora: only its adapters have gradients and optimizer state, if its rank is above 0; their
+    activations are counted as if all layers had them where some do.
     """
     with torch.device("meta"):
         model = as_trained(CausalLM(shape), dtype, lora)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     matrices = sum(parameter.numel() for _, parameter in parameter_groups(model)["matrix"])
     averages = 4 * matrices + 8 * (trained - matrices) if optim.optimizer == "muon" else 8 * trained
+    if lora is not None:
+        lora = in_every_layer(lora, model)
     copies = 0
     if dtype != torch.float32:  # every step's trained matrices in the compute dtype
         copies = dtype.itemsize * matrices
