@@ -69,21 +69,25 @@ def parse_config(config_class: type[T], argv: Sequence[str], *, program: str) ->
     if command_line.help:
         print(help_text(config_class, settings.values(), program))
         raise SystemExit(0)
-    given: dict[str, Given] = {}
+    of_files: dict[str, Given] = {}
     for file in command_line.files:
-        given |= read_yaml(Path(file), config_class, settings)
-    given |= command_line.given
+        of_files |= read_yaml(Path(file), config_class, settings)
+    given = of_files | command_line.given
     values = {key: _convert(settings[key], item) for key, item in given.items()}
     places = {key: item.where for key, item in given.items()}
+    replaced: dict[str, Any] = {}
+    for key in of_files.keys() & command_line.given.keys():
+        with suppress(UserError):  # nobody reads what it would have been
+            replaced[key] = _convert(settings[key], of_files[key])
     if command_line.print_config:
         with suppress(UserError, TypeError):  # takes out what has become idle; what is wrong is told by the run
-            _build(config_class, values, "", places, program)
+            _build(config_class, values, "", places, replaced, program)
         print(_dump(_tree(settings.values(), values), escape=not _is_utf8(sys.stdout)), end="")
         raise SystemExit(0)
     missing = [setting.flag for setting in settings.values() if _is_missing(setting, values)]
     if missing:
         raise UserError(f"{program}: {', '.join(missing)} must be given; {program} --help tells more")
-    return _build(config_class, values, "", places, program)
+    return _build(config_class, values, "", places, replaced, program)
 
 
 def config_from_yaml(config_class: type[T], path: str | Path) -> T:
@@ -152,13 +156,19 @@ def _is_used(section: str, values: dict[str, Any]) -> bool:
 
 
 def _build(
-    cls: type[T], values: dict[str, Any], prefix: str, places: dict[str, str], program: str, default: Any = None
+    cls: type[T],
+    values: dict[str, Any],
+    prefix: str,
+    places: dict[str, str],
+    replaced: dict[str, Any],
+    program: str,
+    default: Any = None,
 ) -> T:
     """Make a `cls`; a field that was not given keeps the value in `default`, or the class's own default.
 
     What a file set and the command line made idle is taken out of `values`.
 
-    places: where each key of `values` was given.
+    places: where each key of `values` was given. replaced: what files gave where the command line gave something else.
     """
     hints = typing.get_type_hints(cls)
     arguments: dict[str, Any] = {}
@@ -168,13 +178,13 @@ def _build(
             continue
         key, section = prefix + field.name, section_class(hints[field.name])
         start = getattr(default, field.name) if default is not None else default_of(field)
-        if start is not dataclasses.MISSING:
-            starts[field.name] = start
+        if key in replaced or start is not dataclasses.MISSING:
+            starts[field.name] = replaced.get(key, start)
         if key in values:
             arguments[field.name] = values[key]
         elif section is not None and (_is_used(key, values) or start is dataclasses.MISSING):
             instance = start if dataclasses.is_dataclass(start) else None
-            arguments[field.name] = _build(section, values, f"{key}.", places, program, instance)
+            arguments[field.name] = _build(section, values, f"{key}.", places, replaced, program, instance)
         elif start is not dataclasses.MISSING:
             arguments[field.name] = start
     try:
@@ -201,7 +211,10 @@ def _made_idle(
     program: str,
 ) -> bool:
     """Whether a file gave the unused setting `name`, and had a use for it before the command line changed another one:
-    `--schedule.shape constant` beside a recipe need not take its `final_fraction` back."""
+    `--schedule.shape constant` beside a recipe need not take its `final_fraction` back.
+
+    starts: what each setting is where the command line gives none.
+    """
     if places.get(name) in (None, program):
         return False
     before = {n: value for n, value in arguments.items() if places[n] != program} | {

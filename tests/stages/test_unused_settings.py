@@ -118,9 +118,27 @@ def test_what_a_file_set_need_not_be_taken_back_by_whoever_makes_it_idle(
 
 
 @pytest.mark.parametrize(
+    ("command", "yaml", "words"),
+    [
+        ("dpo", "loss: {name: simpo, simpo_gamma: 2}", "--loss.name dpo"),
+        ("sft", "lora: {rank: 8, dora: true, alpha: 4}", "--lora.rank 0"),
+        ("sft", "schedule: {shape: cosine_restarts, cycles: 3, final_fraction: 0}", "--schedule.shape constant"),
+    ],
+)
+def test_what_a_file_had_a_use_for_is_asked_of_what_the_file_says(
+    command: str, yaml: str, words: str, tmp_path: Path
+) -> None:
+    """The default of what the command line changed was asked instead, beside which it was idle too."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"{yaml}\n")
+    assert parse(command, f"--config {recipe} {words}") == parse(command, words)
+
+
+@pytest.mark.parametrize(
     ("yaml", "words"),
     [
         ("{shape: constant, final_fraction: 0}", ""),
+        ("{shape: constant, final_fraction: 0}", "--schedule.shape constant"),
         ("{shape: constant, final_fraction: 0}", "--schedule.warmup_steps 3"),
         ("{shape: linear}", "--schedule.shape constant --schedule.final_fraction 0"),
         ("{final_fraction: 0}", "--schedule.shape constant --schedule.cycles 3"),
