@@ -78,8 +78,8 @@ def training_memory(
 ) -> Memory:
     """Weights, gradients and optimizer state are exact; activations are counted on two layers and scaled.
 
-    length: positions of a row. lora: only its adapters have gradients and optimizer state, if its rank is above 0; their
-    activations are counted as if all layers had them where some do.
+    length: positions of a row. lora: only its adapters have gradients and optimizer state, if its rank is above 0;
+    their activations are counted as if all layers had them where some do.
     """
     with torch.device("meta"):
         model = as_trained(CausalLM(shape), dtype, lora)
