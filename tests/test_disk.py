@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from minnow import disk
 from minnow.data.shard_writer import ShardWriter
 from minnow.data.shards import file_sha256
 from minnow.disk import DiskFull, atomic_write, new_folder_beside, opened_to_others, replace_folder, told_when_full
@@ -88,6 +90,20 @@ def test_what_another_process_is_writing_beside_a_folder_stays(tmp_path: Path) -
             assert other != one
         assert (one / "weights").read_text() == "one"
     assert not list(tmp_path.iterdir())
+
+
+def test_a_lock_that_another_process_is_looking_at_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It had found the file before this process locked it: that ended in a BlockingIOError."""
+    monkeypatch.setattr(disk, "temporary_beside", lambda folder: tmp_path / ".model.12345678.tmp")
+    another = open(tmp_path / ".model.12345678.lock", "w")  # noqa: SIM115 - closed by the timer
+    assert disk.lock(another)
+    done = threading.Timer(0.2, another.close)
+    done.start()
+    with new_folder_beside(tmp_path / "model") as temporary:
+        assert another.closed
+        assert temporary.is_dir()
 
 
 def test_two_writers_of_a_shard_do_not_meet(tmp_path: Path) -> None:

@@ -88,15 +88,15 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def lock(file: IO[Any]) -> bool:
+def lock(file: IO[Any], *, wait: bool = False) -> bool:
     """Lock an open file until it is closed or the process ends; False where there are no locks (Windows, some file
-    systems of clusters). BlockingIOError when another process has it."""
+    systems of clusters). BlockingIOError when another process has it, unless that is waited for (`wait`)."""
     try:
         import fcntl
     except ImportError:
         return False
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
         raise
     except OSError:
@@ -117,7 +117,7 @@ def new_folder_beside(folder: Path) -> Iterator[Path]:
     held = temporary.with_suffix(".lock")
     try:
         with open(held, "w") as file:
-            lock(file)
+            lock(file, wait=True)  # another may have found the file before it was locked, and taken it for a dead one's
             temporary.mkdir()
             yield temporary
     finally:
@@ -152,5 +152,5 @@ def _take_away(held: Path, folder: Path) -> None:
             for left_over in (aside, held.with_suffix(".tmp")):
                 shutil.rmtree(left_over, ignore_errors=True)
             held.unlink(missing_ok=True)
-    except (BlockingIOError, FileNotFoundError):  # alive, or done just now
+    except OSError:  # alive, done just now, or another user's
         return

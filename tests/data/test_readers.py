@@ -239,6 +239,14 @@ def test_a_disk_may_have_folders_of_the_system(tmp_path, closed):
         (tmp_path / name).mkdir()
         closed.add(name)
     assert [Path(source.name).name for source in find_sources([str(tmp_path)])] == ["here.jsonl"]
+    (tmp_path / "further").mkdir()
+    write(tmp_path / "further" / "there.jsonl", ROWS[:1])
+    for pattern, found in (
+        ("*/*.jsonl", ["further/there.jsonl"]),
+        ("**/*.jsonl", ["further/there.jsonl", "here.jsonl"]),
+    ):
+        sources = find_sources([str(tmp_path / pattern)])
+        assert [str(Path(source.name).relative_to(tmp_path)) for source in sources] == found
 
 
 @pytest.mark.parametrize(

@@ -120,7 +120,8 @@ def _is_file(path: Path) -> bool:
 
 
 def _require_readable(pattern: str) -> None:
-    """OSError for a folder that the glob would look into and may not read: it passes it without a word."""
+    """OSError for a folder that the glob would look into and may not read, but for a disk's lost+found: it passes it
+    without a word."""
     parts = Path(pattern).parts
     for count, part in enumerate(parts):
         if not glob.has_magic(part):
@@ -128,7 +129,7 @@ def _require_readable(pattern: str) -> None:
         above = os.path.join(*parts[:count]) if count else os.curdir
         below = [*glob.glob(os.path.join(*parts[: count + 1]), recursive=True)] if part == "**" else []
         for folder in {*glob.glob(above, recursive=True), *below}:
-            if os.path.isdir(folder):
+            if os.path.isdir(folder) and os.path.basename(folder) != "lost+found":
                 os.scandir(folder).close()
 
 
