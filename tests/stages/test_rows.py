@@ -70,6 +70,16 @@ def test_a_plain_command_fits_the_model(name: str, world: Path, tmp_path: Path, 
     assert cli.main([*words_of(name, world, tmp_path / "run"), "--sequence_length", "192"]) == 2
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_rows_of_nothing_are_refused(
+    name: str, world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """0 ended in a ZeroDivisionError."""
+    for length in ("0", "-8"):
+        assert cli.main([*words_of(name, world, tmp_path / "run"), "--sequence_length", length]) == 2
+        assert f"sequence_length is {length}: it must be at least 1" in capsys.readouterr().err
+
+
 def test_a_new_student_reads_what_its_teacher_does(world: Path, tmp_path: Path, opened: None) -> None:
     words = words_of("distill", world, tmp_path / "run")
     words[words.index("--init_from") : words.index("--init_from") + 2] = ["--tokenizer", str(world / "start")]

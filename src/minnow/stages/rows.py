@@ -6,6 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TypeVar
 
+from minnow.config import UserError
+
 ROW_LENGTH = 1024
 """Tokens of a row where none are asked for and the model reads as many."""
 
@@ -31,9 +33,11 @@ RowsConfigT = TypeVar("RowsConfigT", bound=RowsConfig)
 def with_row_length(config: RowsConfigT, *limits: int | None) -> RowsConfigT:
     """Put a number in the place of a `sequence_length` that was not given: what the shortest of the models reads.
 
-    limits: longest sequence of each model, in tokens; None has no limit.
+    limits: longest sequence of each model, in tokens; None has no limit. UserError for rows of no token.
     """
     if config.sequence_length is not None:
+        if config.sequence_length < 1:
+            raise UserError(f"sequence_length is {config.sequence_length}: it must be at least 1")
         return config
     length = min([ROW_LENGTH, *(limit for limit in limits if limit is not None)])
     return dataclasses.replace(config, sequence_length=length)
