@@ -108,11 +108,10 @@ def lock(file: IO[Any], *, wait: bool = False) -> bool:
 def new_folder_beside(folder: Path) -> Iterator[Path]:
     """Give a new hidden folder beside `folder`, to be filled and renamed; what is still there at the end is removed.
 
-    So is, before, what processes left there that were killed: each locks a file beside its own while it lives.
+    So is, before, what processes left there that were killed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in folder.parent.glob(f".{glob.escape(folder.name)}.????????.lock"):
-        _take_away(left_over, folder)
+    clear_left_overs(folder)
     temporary = temporary_beside(folder)
     held = temporary.with_suffix(".lock")
     try:
@@ -123,6 +122,12 @@ def new_folder_beside(folder: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         held.unlink(missing_ok=True)
+
+
+def clear_left_overs(folder: Path) -> None:
+    """Remove what killed processes left beside `folder`: each locks a file beside its own while it lives."""
+    for held in folder.parent.glob(f".{glob.escape(folder.name)}.????????.lock"):
+        _take_away(held, folder)
 
 
 def replace_folder(temporary: Path, folder: Path) -> None:

@@ -14,7 +14,7 @@ import yaml
 from torch import nn
 
 from minnow.config import UserError, config_to_yaml
-from minnow.disk import atomic_write
+from minnow.disk import atomic_write, clear_left_overs
 from minnow.model.pretrained import is_model_folder
 from minnow.training.distribution import first_goes_first, from_first, is_first, mark_start, started_again
 from minnow.training.lock import FILE as LOCK
@@ -160,8 +160,7 @@ class RunFolder:
         self.lock.take()
         if overwrite:
             self.clear("config.yaml")
-        for left_over in self.path.glob(".model.????????.tmp"):  # of a process that was killed while it wrote its model
-            shutil.rmtree(left_over)
+        clear_left_overs(self.model_folder)
         text = config_to_yaml(config)
         if self.config_file.exists():
             before = _flatten(yaml.safe_load(self.config_file.read_text(encoding="utf-8")))
