@@ -43,6 +43,10 @@ class Batch:
     """Documents of each row, in order."""
     supervised_S: Tensor | None = field(default=None, kw_only=True)
     """int64: where the flattened targets have a weight; `to` looks, as asking the device would make the host wait."""
+    pixels_ICHW: Tensor | None = field(default=None, kw_only=True)
+    """uint8 [pictures, 3, size, size], in the order in which they stand in the rows; None where there are none."""
+    image_places_M: Tensor | None = field(default=None, kw_only=True)
+    """int64: places of the image tokens in the flattened positions, picture after picture."""
 
     def to(self, device: torch.device | str) -> Self:
         """Return the batch with its tensors on `device`; `cu_seqlens` stays on the CPU."""

@@ -42,7 +42,8 @@ def initialize(model: nn.Module, config: InitConfig, seed: int) -> None:
             parameter.zero_()  # the noise too: one standard deviation for all experts, log 2 (1701.06538, appendix A)
         else:
             is_table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
-            std = config.embedding_std if is_table else config.matrix_gain / math.sqrt(parameter.shape[-1])
+            inputs = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1]  # 4: a patch of a picture
+            std = config.embedding_std if is_table else config.matrix_gain / math.sqrt(inputs)
             drawn = torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator)
             parameter.copy_(drawn)
 

@@ -28,11 +28,22 @@ from minnow.model.adapter import (
 )
 from minnow.model.config import ModelConfig
 from minnow.model.hf_config import architecture, from_hf_config, to_hf_config
+from minnow.model.hf_vision import (
+    from_llava_config,
+    from_llava_names,
+    is_vision_language,
+    to_llava_config,
+    to_llava_names,
+    tower_weights,
+    vision_config_from_hf,
+)
 from minnow.model.lora import merge_lora
 from minnow.model.reward_model import RewardModel, classification_config, is_classification
 from minnow.model.slices import whole, writes
 from minnow.model.stacking import stack_experts, unstack_experts
 from minnow.model.transformer import CausalLM
+from minnow.model.vision_language import VisionLanguageModel
+from minnow.model.vision_tower import VisionConfig, VisionTower
 
 if TYPE_CHECKING:
     from minnow.tokenizer.tokenizer import Tokenizer
@@ -90,11 +101,15 @@ def _write_model(
     stops = generation.get("eos_token_id")
     token_ids = {name: generation.get(name) for name in _TOKEN_IDS}
     token_ids["eos_token_id"] = stops[0] if isinstance(stops, list) else stops
+    if isinstance(model, VisionLanguageModel):
+        weights = to_llava_names(weights)
     save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
     opened_to_others(folder / _WEIGHTS)
     content = to_hf_config(model.config, stored, token_ids)
     if isinstance(model, RewardModel):
         content = classification_config(content)
+    if isinstance(model, VisionLanguageModel):
+        content = to_llava_config(content, model.vision, model.image_token_id)
     _write_json(folder / "config.json", content)
     if generation:
         _write_json(folder / "generation_config.json", generation)
@@ -109,6 +124,8 @@ def load_pretrained(
 ) -> CausalLM:
     """Read a Qwen3, Qwen2, Llama, Qwen3-MoE or GLM-4-MoE folder (ours or anybody's), a run folder or a Hub id.
 
+    A LLaVA folder whose language model is one of these gives a `VisionLanguageModel`.
+
     An adapter's folder gives its base with the adapter merged into it: a plain model. base: where that lies now, if
     not where it did; only of an adapter.
     dtype: of the parameters and of compute_dtype; None keeps what is stored. Every tensor must be there in
@@ -119,14 +136,15 @@ def load_pretrained(
         raise UserError(f"{folder}: a reward model, which writes nothing (use it with minnow eval --judge)")
     if is_adapter(folder) or base is not None:
         return _merged(load_with_adapter(folder, base), dtype, device)
-    config = read_config(folder)
-    weights = stack_experts(_read_weights(folder))
+    config, weights = read_config(folder), _read_weights(folder)
+    seeing = read_vision(folder)
+    weights = stack_experts(weights if seeing is None else from_llava_names(weights))
     if architecture(config) == "Glm4MoeForCausalLM" and _is_tied(weights):
         # That class is always stored with a head; a head that is the embedding bit by bit was tied when written.
         config = dataclasses.replace(config, tie_word_embeddings=True)
     _require_layers(config, weights, folder)
     with torch.device("meta"):
-        model = CausalLM(config)
+        model = CausalLM(config) if seeing is None else VisionLanguageModel(config, *seeing)
     _fill(model, weights, folder, dtype, device)
     model.generation_config = _read_generation_config(folder)
     return model
@@ -208,7 +226,32 @@ def read_config(folder: str | Path) -> ModelConfig:
     folder = Path(folder)
     if is_adapter(folder):
         return read_config(_base_folder(folder))
-    return from_hf_config(read_json(folder / "config.json"), str(folder / "config.json"))
+    content, where = read_json(folder / "config.json"), str(folder / "config.json")
+    if is_vision_language(content):
+        content, _, _ = from_llava_config(content, where)
+    return from_hf_config(content, where)
+
+
+def read_vision(folder: Path) -> tuple[VisionConfig, int] | None:
+    """The tower's shape and the image token of the model in a resolved folder; None for one that only reads."""
+    content, where = read_json(folder / "config.json"), str(folder / "config.json")
+    return from_llava_config(content, where)[1:] if is_vision_language(content) else None
+
+
+def load_vision_tower(folder: str | Path) -> tuple[VisionConfig, VisionTower]:
+    """The vision tower of a SigLIP checkpoint: a folder, or a Hub id, with or without the text side.
+
+    UserError as in `load_pretrained`.
+    """
+    folder = resolve_model_folder(folder)
+    content, where = read_json(folder / "config.json"), str(folder / "config.json")
+    config = vision_config_from_hf(content.get("vision_config") or content, where)
+    weights = tower_weights(_read_weights(folder))
+    with torch.device("meta"):
+        tower = VisionTower(config)
+    _check_weights(tower, weights, folder)
+    tower.load_state_dict(weights, assign=True)
+    return config, tower
 
 
 def _base_folder(folder: Path, base: str | Path | None = None) -> Path:
@@ -337,7 +380,7 @@ def _require_layers(config: ModelConfig, weights: dict[str, Tensor], folder: Pat
         )
 
 
-def _check_weights(model: CausalLM, weights: dict[str, Tensor], folder: Path) -> None:
+def _check_weights(model: torch.nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in weights]
     problems += [f"unexpected {name} {tuple(weights[name].shape)}" for name in weights if name not in expected]

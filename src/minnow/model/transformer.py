@@ -1,3 +1,4 @@
+# ruff: noqa: N815 (fields carry their shape)
 """The decoder: embedding, layers, final norm, head; its modules bear transformers' names."""
 
 from __future__ import annotations
@@ -24,6 +25,19 @@ if TYPE_CHECKING:
     from minnow.model.lora import Adapter
 
 QKV = tuple[Tensor, Tensor, Tensor]
+
+
+class ImageEmbeddings(NamedTuple):
+    """What stands in the places of image tokens instead of their embedding."""
+
+    places_M: Tensor
+    """int64 [M]: places in the flattened batch, each once."""
+    embeddings_MD: Tensor
+    """[M, D], in the model's compute dtype."""
+
+    def put_into(self, x_BTD: Tensor) -> Tensor:
+        """x [B, T, D] -> the same, with the embeddings in their places."""
+        return x_BTD.flatten(0, 1).index_copy(0, self.places_M, self.embeddings_MD).view_as(x_BTD)
 
 
 class Linear(nn.Linear):
@@ -240,6 +254,7 @@ class CausalLM(nn.Module):
         attention: Attention,
         *,
         allow_beyond_trained_length: bool = False,
+        images: ImageEmbeddings | None = None,
     ) -> Tensor:
         """Hidden states [B, T, D] after the final norm, in compute_dtype.
 
@@ -247,7 +262,7 @@ class CausalLM(nn.Module):
         out would turn every new token as if it stood at place 0. `attention` decides who sees whom.
         UserError when a position lies beyond max_position_embeddings (looked at on the CPU only, where it
         costs no synchronisation, and not while compiling), unless `allow_beyond_trained_length`: an examination of
-        just that.
+        just that. `images` stand in the places of their tokens.
         """
         if tokens_BT.shape != positions_BT.shape:
             raise ValueError(f"tokens {tuple(tokens_BT.shape)} and positions {tuple(positions_BT.shape)} differ")
@@ -257,6 +272,8 @@ class CausalLM(nn.Module):
         config = self.config
         cos, sin = rotary_tables(positions_BT, config.head_dim, config.rope_theta, config.rope_scaling)
         x_BTD = self.model.embed_tokens(tokens_BT).to(self.compute_dtype)
+        if images is not None:
+            x_BTD = images.put_into(x_BTD)
         # Compiled parts serve training: generation and evaluation come in too many shapes to compile for.
         parts = self._compiled if self._compiled and torch.is_grad_enabled() else _PLAIN_PARTS
         # Taken now: when checkpointing runs a layer again, in the backward pass, the training loop has put it away.

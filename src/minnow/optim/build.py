@@ -16,6 +16,7 @@ Kind = Literal["matrix", "embedding", "norm", "router", "other"]
 
 MATRIX_NAMES = frozenset(
     {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj", "lora_A", "lora_B"}
+    | {"out_proj", "fc1", "fc2"}  # a vision tower's
 )
 ROUTER_NAMES = ("mlp.gate.weight", "mlp.gate.noise_weight")
 EMBEDDING_NAMES = frozenset({"embed_tokens", "lm_head"})
@@ -24,11 +25,11 @@ EMBEDDING_NAMES = frozenset({"embed_tokens", "lm_head"})
 def kind_of(name: str, parameter: Tensor) -> Kind:
     """Sort a parameter by name and dimensions.
 
-    - "matrix": q, k, v, o, gate, up, down, also stacked [experts, out, in], and the matrices of LoRA;
+    - "matrix": q, k, v, o, gate, up, down, also stacked [experts, out, in], a vision tower's, and the matrices of LoRA;
     - "embedding": token embedding and head;
     - "norm": everything of one dimension (norm gains and biases);
     - "router": what chooses a token's experts;
-    - "other": the rest (projectors).
+    - "other": the rest (what a tower begins with, and the projector behind it).
     """
     if parameter.ndim <= 1:
         return "norm"

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from minnow.config import UserError
+from minnow.tokenizer.images import Image
 from minnow.tokenizer.special import (
     CHAT_TOKENS,
     END_THINK,
@@ -26,6 +27,8 @@ from minnow.tokenizer.special import (
     IM_START,
     THINK,
     TOOL_CALL,
+    VISION_END,
+    VISION_START,
 )
 from minnow.tokenizer.tokenizer import Tokenizer
 
@@ -68,10 +71,14 @@ class Message:
     """What an assistant calls after its content."""
     weight: float = 1.0
     """Loss weight of what an assistant said: 0 for an answer that is read and not learnt, as OpenAI writes it."""
+    images: tuple[Image, ...] = ()
+    """Pictures that a user shows, in the order in which they stand in the content."""
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
             raise UserError(f"role {self.role!r} of a message is none of {', '.join(ROLES)}")
+        if self.images and self.role != "user":
+            raise UserError(f"a picture in a message of role {self.role}: only users show pictures")
 
 
 @dataclass(frozen=True)
@@ -92,6 +99,8 @@ class Rendered:
     """float32 [T]: loss weight of predicting `ids[t]`."""
     turn_starts: np.ndarray
     """int64 [user messages]: index in `ids` where each user turn starts; a long conversation is cut there."""
+    images: tuple[bytes, ...] = ()
+    """The pictures' files, in order: each has `ImageFormat.num_tokens` image tokens in `ids`, one after the other."""
 
 
 def render(
@@ -109,7 +118,8 @@ def render(
     `<|im_end|>`, without an empty think block, which the prompt gives. `add_generation_prompt` opens the
     next assistant turn: with an empty think block, or with an open one where `enable_thinking` is true.
     Messages before index `trained_from` are prompt and carry no loss.
-    Raises `UserError` for a tokenizer without chat tokens.
+    A picture is its two border tokens and an image token for each patch between them, none with a loss.
+    Raises `UserError` for a tokenizer without chat tokens, and for pictures shown to a model that only reads.
     """
     writer = _Writer(tokenizer)
     _write(writer, conversation, trained=range(trained_from, len(conversation.messages)))
@@ -134,7 +144,8 @@ def render_continuation(
             _write_tool_result(writer, tuple(messages), i)
         else:
             writer.control(IM_START)
-            writer.text(f"{message.role}\n{message.content}")
+            writer.text(f"{message.role}\n")
+            _write_content(writer, message)
             _end(writer)
     writer.template(_opening(think=enable_thinking))
     return writer.rendered().ids.tolist()
@@ -198,6 +209,7 @@ class _Writer:
         self._text: list[str] = []
         self._weight = 0.0
         self._turn_starts: list[int] = []
+        self._images: list[bytes] = []
 
     def control(self, token: str, weight: float = 0.0) -> None:
         self.flush()
@@ -215,6 +227,15 @@ class _Writer:
                 self.control(part, weight)
             elif part:
                 self.text(part, weight)
+
+    def image(self, data: bytes) -> None:
+        """A picture: as many image tokens as it has patches."""
+        num_tokens = self._tokenizer.require_images().num_tokens
+        self._images.append(data)
+        self.control(VISION_START)
+        self._ids += [self._tokenizer.image_id] * num_tokens
+        self._weights += [0.0] * num_tokens
+        self.control(VISION_END)
 
     def flush(self) -> None:
         """Encode the text so far apart from what follows."""
@@ -235,6 +256,7 @@ class _Writer:
             ids=np.array(self._ids, dtype=np.int32),
             weights=np.array(self._weights, dtype=np.float32),
             turn_starts=np.array(self._turn_starts, dtype=np.int64),
+            images=tuple(self._images),
         )
 
 
@@ -248,12 +270,23 @@ def _write(writer: _Writer, conversation: Conversation, trained: Collection[int]
             if message.role == "user":
                 writer.user_turn()
             writer.control(IM_START)
-            writer.text(f"{message.role}\n{message.content}")
+            writer.text(f"{message.role}\n")
+            _write_content(writer, message)
             _end(writer)
         elif message.role == "assistant":
             _write_assistant(writer, message, think=i > last_user, weight=message.weight if i in trained else 0.0)
         elif message.role == "tool":
             _write_tool_result(writer, messages, i)
+
+
+def _write_content(writer: _Writer, message: Message) -> None:
+    """A message's text with its pictures in their places."""
+    written = 0
+    for image in message.images:
+        writer.text(message.content[written : image.offset])
+        writer.image(image.data)
+        written = image.offset
+    writer.text(message.content[written:])
 
 
 def _write_system(writer: _Writer, conversation: Conversation) -> None:

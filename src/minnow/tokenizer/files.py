@@ -13,6 +13,7 @@ from minnow.config import UserError
 from minnow.disk import atomic_write
 from minnow.errors import first_line
 from minnow.json_file import read_json
+from minnow.tokenizer.images import ImageFormat, processor_files, read_image_format
 from minnow.tokenizer.roles import Roles, read_roles
 from minnow.tokenizer.special import END_OF_TEXT
 from minnow.tokenizer.template import folder_template
@@ -20,7 +21,13 @@ from minnow.tokenizer.template import folder_template
 _UNLIMITED = 131072  # the model's config.json knows the trained length; transformers warns beyond this one
 
 
-def save(folder: Path, tokenizer: tokenizers.Tokenizer, roles: Roles, template: str | None) -> None:
+def save(
+    folder: Path,
+    tokenizer: tokenizers.Tokenizer,
+    roles: Roles,
+    template: str | None,
+    image_format: ImageFormat | None = None,
+) -> None:
     """Write the files so that `transformers.AutoTokenizer` (4 and 5) gives the same ids beside any config.json.
 
     The class is named PreTrainedTokenizerFast, which takes tokenizer.json as it is: the class transformers
@@ -41,6 +48,9 @@ def save(folder: Path, tokenizer: tokenizers.Tokenizer, roles: Roles, template: 
     _write(folder / "tokenizer_config.json", json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     if template is not None:
         _write(folder / "chat_template.jinja", template)
+    if image_format is not None:
+        for name, content in processor_files(image_format).items():
+            _write(folder / name, json.dumps(content, indent=2) + "\n")
 
 
 def _write(path: Path, text: str) -> None:
@@ -48,8 +58,9 @@ def _write(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def load(folder_or_hub_id: str | Path) -> tuple[tokenizers.Tokenizer, Roles, str | None]:
-    """The `tokenizers` tokenizer, which of its tokens begin, end and fill, and the chat template if there is one.
+def load(folder_or_hub_id: str | Path) -> tuple[tokenizers.Tokenizer, Roles, str | None, ImageFormat | None]:
+    """The `tokenizers` tokenizer, which of its tokens begin, end and fill, the chat template and what the model beside
+    it looks at, if there are such.
 
     Raises `UserError` where there is no tokenizer."""
     path = Path(folder_or_hub_id)
@@ -73,7 +84,7 @@ def load(folder_or_hub_id: str | Path) -> tuple[tokenizers.Tokenizer, Roles, str
             raise UserError(f"{file}: not a tokenizer that can be read ({reason}); restore the file") from error
     else:
         tokenizer = _gpt2(folder)
-    return tokenizer, read_roles(folder, tokenizer), folder_template(folder)
+    return tokenizer, read_roles(folder, tokenizer), folder_template(folder), read_image_format(folder)
 
 
 def _is_tokenizer(folder: Path) -> bool:
@@ -104,7 +115,7 @@ def _gpt2(folder: Path) -> tokenizers.Tokenizer:
 def _download(hub_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
-    patterns = ["tokenizer*.json", "special_tokens_map.json", "*.jinja", "vocab.json", "merges.txt"]
+    patterns = ["tokenizer*.json", "special_tokens_map.json", "*.jinja", "config.json", "vocab.json", "merges.txt"]
     try:
         folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
     except Exception as error:

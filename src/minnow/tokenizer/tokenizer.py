@@ -20,8 +20,9 @@ import tokenizers
 from minnow.config import UserError
 from minnow.tokenizer import fast, files, template
 from minnow.tokenizer.bytelevel import is_control, token_byte_strings, valid_unicode
+from minnow.tokenizer.images import ImageFormat
 from minnow.tokenizer.roles import Roles
-from minnow.tokenizer.special import CHAT_TOKENS, IM_END, IM_START
+from minnow.tokenizer.special import CHAT_TOKENS, IM_END, IM_START, IMAGE_TOKENS
 
 _STARTS = ("", "a", " ", "\n")
 
@@ -31,12 +32,17 @@ class Tokenizer:
     `minnow.tokenizer.train.train_tokenizer`.
 
     `roles` name the tokens that begin, end and fill; `chat_template` is the one it came with, which is
-    saved with it: by default minnow's, where the tokens for it are there. Raises `UserError` where the vocabulary
+    saved with it: by default minnow's, where the tokens for it are there. `image_format` is what the model beside it
+    looks at, None where it only reads. Raises `UserError` where the vocabulary
     lacks an end of text, or where the text of a control token could not be told from the token itself.
     """
 
     def __init__(
-        self, tokenizer: tokenizers.Tokenizer, roles: Roles | None = None, chat_template: str | None = None
+        self,
+        tokenizer: tokenizers.Tokenizer,
+        roles: Roles | None = None,
+        chat_template: str | None = None,
+        image_format: ImageFormat | None = None,
     ) -> None:
         tokenizer.no_padding()
         tokenizer.no_truncation()
@@ -56,6 +62,8 @@ class Tokenizer:
             self.roles = replace(self.roles, eos=IM_END)
         self.vocab_size: int = max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         """Largest id + 1: special and reserved tokens included."""
+        self.image_format = image_format
+        """How pictures are put to the model; None for one that only reads."""
         self.chat_template = chat_template or (template.chat_template() if self.has_chat_tokens else None)
         """What other programs render conversations by (Jinja); minnow always renders by its own template."""
 
@@ -79,8 +87,11 @@ class Tokenizer:
         return cls(*files.load(folder_or_hub_id))
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write tokenizer.json, tokenizer_config.json and, where there is a chat template, chat_template.jinja."""
-        files.save(Path(folder), self._tokenizer, self.roles, self.chat_template)
+        """Write tokenizer.json, tokenizer_config.json and, where there is a chat template, chat_template.jinja.
+
+        With an `image_format` also preprocessor_config.json and processor_config.json.
+        """
+        files.save(Path(folder), self._tokenizer, self.roles, self.chat_template, self.image_format)
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -149,6 +160,21 @@ class Tokenizer:
                 "use one made by `minnow tokenizer train`, or one that has them"
             )
 
+    @property
+    def image_id(self) -> int:
+        """Id that stands for a patch of a picture. Raises `UserError` where pictures cannot be shown."""
+        self.require_images()
+        return self.special_ids[IMAGE_TOKENS[1]]
+
+    def require_images(self) -> ImageFormat:
+        """How pictures are put to the model. Raises `UserError` for one that only reads."""
+        if self.image_format is None:
+            raise UserError("the model reads text only, and was shown a picture: `minnow vlm` gives a model eyes")
+        missing = [token for token in IMAGE_TOKENS if token not in self.special_ids]
+        if missing:
+            raise UserError(f"this tokenizer cannot show pictures: its special tokens lack {', '.join(missing)}")
+        return self.image_format
+
     def require_chat_template(self, whose: str) -> None:
         """Raise `UserError` where minnow does not write conversations as WHOSE model was taught them."""
         self.require_chat_tokens()
@@ -208,4 +234,6 @@ class Tokenizer:
             "begin_and_end": [self.start_id, self.end_of_text_id],
             "chat_template": template.chat_template(),  # what renders, whatever the folder's own says
         }
+        if self.image_format is not None:
+            decisive["image_format"] = [self.image_format.image_size, self.image_format.patch_size]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,113 @@
+"""Pictures in a conversation: where they stand, and how a file's bytes become the pixels that a vision tower reads."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minnow.config import UserError
+from minnow.json_file import read_json
+from minnow.tokenizer.special import IMAGE
+
+MEAN, STD = 0.5, 0.5
+"""SigLIP's: pixels go from 0 ... 1 to -1 ... 1."""
+_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
+_MOST_PIXELS = 1 << 26
+"""Of a picture as it is stored. A small file can claim a picture that fills the memory."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """A picture in a message: an encoded file, and where in the message's content it stands."""
+
+    data: bytes
+    """The file's content: PNG, JPEG, WebP, GIF (its first frame) or BMP."""
+    offset: int = 0
+    """Characters of the content before it."""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of the file, in hex."""
+        return hashlib.sha256(self.data).hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What a vision tower reads: square pictures of `image_size` pixels, cut into patches; each patch is a token."""
+
+    image_size: int
+    """Pixels of an edge."""
+    patch_size: int
+    """Pixels of a patch's edge; divides image_size."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Image tokens that a picture takes in a text, without the two around them."""
+        return (self.image_size // self.patch_size) ** 2
+
+    def pixels(self, data: bytes) -> np.ndarray:
+        """An encoded picture as uint8 [3, image_size, image_size], stretched to the square as SigLIP's processor does.
+
+        UserError for what is no picture, and for one of more than 67 million pixels.
+        """
+        import PIL.Image  # imported here: only those who look at pictures need it
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # the bound below is ours
+                with PIL.Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+                    if picture.width * picture.height > _MOST_PIXELS:
+                        raise UserError(
+                            f"a picture of {picture.width} x {picture.height} pixels: at most {_MOST_PIXELS:,} are read"
+                        )
+                    square = (self.image_size, self.image_size)
+                    resized = picture.convert("RGB").resize(square, PIL.Image.Resampling.BICUBIC)
+        except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+            raise UserError(f"not a picture that can be read ({', '.join(_FORMATS)}): {error}") from error
+        return np.ascontiguousarray(np.asarray(resized, np.uint8).transpose(2, 0, 1))
+
+
+def read_image_format(folder: Path) -> ImageFormat | None:
+    """What the model in `folder` looks at; None for one that only reads."""
+    if not (folder / "config.json").is_file():
+        return None
+    vision = read_json(folder / "config.json").get("vision_config")
+    if not isinstance(vision, dict):
+        return None
+    try:
+        return ImageFormat(int(vision["image_size"]), int(vision["patch_size"]))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder / 'config.json'}: its vision_config lacks image_size or patch_size") from None
+
+
+def processor_files(image_format: ImageFormat) -> dict[str, dict[str, Any]]:
+    """The files by which transformers' `AutoProcessor` prepares the same pixels and the same ids, by their names."""
+    size = {"height": image_format.image_size, "width": image_format.image_size}
+    image_processor = {
+        "image_processor_type": "SiglipImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": size,
+        "resample": 3,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [MEAN] * 3,
+        "image_std": [STD] * 3,
+        "processor_class": "LlavaProcessor",
+    }
+    processor = {
+        "processor_class": "LlavaProcessor",
+        "patch_size": image_format.patch_size,
+        "vision_feature_select_strategy": "full",
+        "num_additional_image_tokens": 0,
+        "image_token": IMAGE,
+    }
+    return {"preprocessor_config.json": image_processor, "processor_config.json": processor}
