@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minnow.config import UserError
+from minnow.data.picture_files import State, state_of
 from minnow.data.values import RowError, checked_text, from_json, kind_of
 from minnow.tokenizer.chat import Message
 from minnow.tokenizer.images import Image, ImageFormat
@@ -44,6 +45,8 @@ class Pictures:
     skip: leave them out of the messages; refuse: whoever reads these rows reads only text."""
     image_format: ImageFormat | None = None
     """What they must be fit for: each that is read is decoded once. None: they are taken as they are."""
+    seen: dict[str, State] | None = None
+    """Files that are read are noted here, if anywhere."""
 
     def content(self, value: Any, what: str) -> tuple[str, tuple[Image, ...]]:
         """Read a user's content, a text or a list of parts; pictures stand where they stand. Raises RowError."""
@@ -98,7 +101,10 @@ class Pictures:
         try:
             if not place.is_file():
                 raise RowError(f"{what} shows {Path(self.folder, shown)}, and there is no such file")
-            return str(place), place.read_bytes() if self.use == "read" else b""
+            data = place.read_bytes() if self.use == "read" else b""
+            if self.use == "read" and self.seen is not None:
+                self.seen[os.path.abspath(place)] = state_of(place, data)
+            return str(place), data
         except (OSError, ValueError) as error:  # no name at all, perhaps: a picture's base64
             if isinstance(error, RowError):
                 raise
