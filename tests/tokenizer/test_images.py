@@ -1,6 +1,7 @@
 """Pictures in a conversation, against transformers' LlavaProcessor: the same ids and the same pixels."""
 
 import io
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -140,3 +141,14 @@ def test_an_example_a_turn_has_the_pictures_before_it(tokenizer: Tokenizer) -> N
 def test_what_a_model_looks_at_is_part_of_what_its_data_is_cached_by(tokenizer: Tokenizer) -> None:
     other = Tokenizer(small_tokenizer()._tokenizer, image_format=ImageFormat(32, 8))
     assert len({small_tokenizer().fingerprint, tokenizer.fingerprint, other.fingerprint}) == 3
+
+
+def test_a_palette_that_is_transparent_in_parts_is_no_warning_for_each_picture() -> None:
+    """Seen on 1,702 real icons, of which most have one."""
+    indexed = picture().convert("P", palette=PIL.Image.Palette.ADAPTIVE)
+    file = io.BytesIO()
+    indexed.save(file, "PNG", transparency=bytes(range(0, 256)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pixels = FORMAT.pixels(file.getvalue())
+    np.testing.assert_array_equal(pixels, FORMAT.pixels(encoded(indexed.convert("RGB"))))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import warnings
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -60,15 +59,16 @@ class ImageFormat:
         import PIL.Image  # imported here: only those who look at pictures need it
 
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)  # the bound below is ours
-                with PIL.Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
-                    if picture.width * picture.height > _MOST_PIXELS:
-                        raise UserError(
-                            f"a picture of {picture.width} x {picture.height} pixels: at most {_MOST_PIXELS:,} are read"
-                        )
-                    square = (self.image_size, self.image_size)
-                    resized = picture.convert("RGB").resize(square, PIL.Image.Resampling.BICUBIC)
+            with PIL.Image.open(io.BytesIO(data), formats=_FORMATS) as picture:
+                if picture.width * picture.height > _MOST_PIXELS:
+                    raise UserError(
+                        f"a picture of {picture.width} x {picture.height} pixels: at most {_MOST_PIXELS:,} are read"
+                    )
+                # The same pixels by way of RGBA, without a warning for each palette that is transparent in parts. No
+                # filter of warnings: those are one for all threads, and pictures are decoded in several.
+                coloured = picture.convert("RGBA") if picture.mode == "P" else picture
+                square = (self.image_size, self.image_size)
+                resized = coloured.convert("RGB").resize(square, PIL.Image.Resampling.BICUBIC)
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             raise UserError(f"not a picture that can be read ({', '.join(_FORMATS)}): {error}") from error
         return np.ascontiguousarray(np.asarray(resized, np.uint8).transpose(2, 0, 1))
