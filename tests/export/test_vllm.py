@@ -14,6 +14,8 @@ import tokenizers
 import torch
 import vllm_model
 from export_models import ARCHITECTURES, reference_greedy, reference_logits, tiny_model
+from tests.model.model_helpers import randomized
+from tests.tokenizer.tokenizer_helpers import small_tokenizer
 
 from minnow.engine import Engine, SamplingParams
 from minnow.evaluation.pond import PondTask, find_world
@@ -24,8 +26,6 @@ from minnow.model.vision_language import VisionLanguageModel
 from minnow.model.vision_tower import VisionConfig
 from minnow.tokenizer import Conversation, Message, Tokenizer, render
 from minnow.tokenizer.images import Image
-from tests.model.model_helpers import randomized
-from tests.tokenizer.tokenizer_helpers import small_tokenizer
 
 pytestmark = [
     pytest.mark.slow,
