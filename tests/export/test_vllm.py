@@ -2,30 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import pytest
-import tokenizers
 import torch
 import vllm_model
-from export_models import ARCHITECTURES, reference_greedy, reference_logits, tiny_model
-from tests.model.model_helpers import randomized
-from tests.tokenizer.tokenizer_helpers import small_tokenizer
+from export_models import (
+    ARCHITECTURES,
+    noise_pictures,
+    reference_greedy,
+    reference_logits,
+    seeing_model,
+    seen_greedy,
+    tiny_model,
+)
 
 from minnow.engine import Engine, SamplingParams
 from minnow.evaluation.pond import PondTask, find_world
 from minnow.evaluation.registry import TaskOptions
-from minnow.model.config import ModelConfig
-from minnow.model.pretrained import save_pretrained
-from minnow.model.vision_language import VisionLanguageModel
-from minnow.model.vision_tower import VisionConfig
-from minnow.tokenizer import Conversation, Message, Tokenizer, render
-from minnow.tokenizer.images import Image
+from minnow.tokenizer import render
 
 pytestmark = [
     pytest.mark.slow,
@@ -50,26 +48,15 @@ def test_greedy(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_pictures(tied: bool, tmp_path: Path) -> None:
-    """vLLM's own template, processor and tower, on a folder that looks at pictures."""
-    text = ModelConfig(**SHAPE, vocab_size=512, intermediate_size=128, num_hidden_layers=2, tie_word_embeddings=tied)
-    vision = VisionConfig(image_size=32, patch_size=8, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
-    model = randomized(VisionLanguageModel(text, vision, small_tokenizer().special_ids["<|image_pad|>"]))
-    assert isinstance(model, VisionLanguageModel)
-    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(small_tokenizer().definition)))
-    tokenizer.image_format = model.image_format
-    save_pretrained(model, tmp_path / "m", tokenizer)
-    pictures = [tmp_path / f"{seed}.png" for seed in range(3)]
-    for seed, path in enumerate(pictures):
-        noise = np.random.default_rng(seed).integers(0, 256, (40, 50, 3), np.uint8)
-        PIL.Image.fromarray(noise).save(path)
-    theirs = vllm_model.vllm_sees(tmp_path / "m", pictures, "What is this?", 12)
-    asked = [Message("user", "What is this?", images=(Image(path.read_bytes()),)) for path in pictures]
-    prompts = [render(tokenizer, Conversation((each,)), add_generation_prompt=True) for each in asked]
-    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, logprobs=True)
-    for ours, (ids, logprobs) in zip(Engine(model, tokenizer).generate(prompts, params), theirs, strict=True):
-        assert list(ours.completions[0].ids) == ids
-        np.testing.assert_allclose(ours.completions[0].raw_logprobs, logprobs, atol=1e-3)
-    assert len({tuple(ids) for ids, _ in theirs}) > 1  # the pictures matter
+    """vLLM's own template, processor and tower on a folder that looks at pictures, stretched ones too."""
+    folder = seeing_model(tmp_path, tie_word_embeddings=tied)
+    pictures = noise_pictures(tmp_path, 3, (50, 40))
+    theirs = vllm_model.vllm_sees(folder, pictures, "What is this?", 12)
+    for picture, (ids, logprobs) in zip(pictures, theirs, strict=True):
+        expected, expected_logprobs = seen_greedy(folder, picture, "What is this?", 12)
+        assert ids == expected
+        np.testing.assert_allclose(logprobs, expected_logprobs, atol=1e-3)
+    assert len({round(logprobs[0], 2) for _, logprobs in theirs}) > 1  # what is shown matters
 
 
 @pytest.mark.skipif("MINNOW_POND_MODEL" not in os.environ, reason="MINNOW_POND_MODEL: a run of minnow quickstart")
