@@ -75,9 +75,12 @@ class ImageFormat:
 
 
 def read_image_format(folder: Path) -> ImageFormat | None:
-    """What the model in `folder` looks at; None for one that only reads."""
+    """What the model in `folder` looks at; None for one that only reads.
+
+    An adapter's folder has no config.json: there it is what its processor files say.
+    """
     if not (folder / "config.json").is_file():
-        return None
+        return _processor_format(folder)
     vision = read_json(folder / "config.json").get("vision_config")
     if not isinstance(vision, dict):
         return None
@@ -85,6 +88,17 @@ def read_image_format(folder: Path) -> ImageFormat | None:
         return ImageFormat(int(vision["image_size"]), int(vision["patch_size"]))
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{folder / 'config.json'}: its vision_config lacks image_size or patch_size") from None
+
+
+def _processor_format(folder: Path) -> ImageFormat | None:
+    files = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
+    if not all(file.is_file() for file in files):
+        return None
+    images, texts = map(read_json, files)
+    try:
+        return ImageFormat(int(images["size"]["height"]), int(texts["patch_size"]))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder}: its processor files lack size or patch_size") from None
 
 
 def processor_files(image_format: ImageFormat) -> dict[str, dict[str, Any]]:
