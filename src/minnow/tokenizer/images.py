@@ -77,10 +77,10 @@ class ImageFormat:
 def read_image_format(folder: Path) -> ImageFormat | None:
     """What the model in `folder` looks at; None for one that only reads.
 
-    An adapter's folder has no config.json: there it is what its processor files say.
+    Where a tokenizer lies without a model, its `processor_files` say it.
     """
     if not (folder / "config.json").is_file():
-        return _processor_format(folder)
+        return _read_processor_files(folder)
     vision = read_json(folder / "config.json").get("vision_config")
     if not isinstance(vision, dict):
         return None
@@ -90,15 +90,14 @@ def read_image_format(folder: Path) -> ImageFormat | None:
         raise UserError(f"{folder / 'config.json'}: its vision_config lacks image_size or patch_size") from None
 
 
-def _processor_format(folder: Path) -> ImageFormat | None:
-    files = [folder / name for name in ("preprocessor_config.json", "processor_config.json")]
-    if not all(file.is_file() for file in files):
+def _read_processor_files(folder: Path) -> ImageFormat | None:
+    pixels, tokens = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if not (pixels.is_file() and tokens.is_file()):
         return None
-    images, texts = map(read_json, files)
     try:
-        return ImageFormat(int(images["size"]["height"]), int(texts["patch_size"]))
+        return ImageFormat(int(read_json(pixels)["size"]["height"]), int(read_json(tokens)["patch_size"]))
     except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder}: its processor files lack size or patch_size") from None
+        raise UserError(f"{folder}: its processor files lack the height of `size` or patch_size") from None
 
 
 def processor_files(image_format: ImageFormat) -> dict[str, dict[str, Any]]:
