@@ -140,3 +140,12 @@ def test_an_example_a_turn_has_the_pictures_before_it(tokenizer: Tokenizer) -> N
 def test_what_a_model_looks_at_is_part_of_what_its_data_is_cached_by(tokenizer: Tokenizer) -> None:
     other = Tokenizer(small_tokenizer()._tokenizer, image_format=ImageFormat(32, 8))
     assert len({small_tokenizer().fingerprint, tokenizer.fingerprint, other.fingerprint}) == 3
+
+
+def test_what_the_base_looks_at_is_known_beside_an_adapter(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """There is no config.json in such a folder."""
+    tokenizer.save_pretrained(tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path).image_format == FORMAT
+    (tmp_path / "processor_config.json").write_text("{}")
+    with pytest.raises(UserError, match="patch_size"):
+        Tokenizer.from_pretrained(tmp_path)
