@@ -77,7 +77,7 @@ class ImageFormat:
 def read_image_format(folder: Path) -> ImageFormat | None:
     """What the model in `folder` looks at; None for one that only reads."""
     if not (folder / "config.json").is_file():
-        return None
+        return _of_processor(folder)
     vision = read_json(folder / "config.json").get("vision_config")
     if not isinstance(vision, dict):
         return None
@@ -85,6 +85,17 @@ def read_image_format(folder: Path) -> ImageFormat | None:
         return ImageFormat(int(vision["image_size"]), int(vision["patch_size"]))
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{folder / 'config.json'}: its vision_config lacks image_size or patch_size") from None
+
+
+def _of_processor(folder: Path) -> ImageFormat | None:
+    """What the processor's files say, where they lie without a model, as beside an adapter."""
+    size, patches = (folder / name for name in ("preprocessor_config.json", "processor_config.json"))
+    if not (size.is_file() and patches.is_file()):
+        return None
+    try:
+        return ImageFormat(int(read_json(size)["size"]["height"]), int(read_json(patches)["patch_size"]))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder}: {size.name} or {patches.name} lacks the size of pictures or of patches") from None
 
 
 def processor_files(image_format: ImageFormat) -> dict[str, dict[str, Any]]:
