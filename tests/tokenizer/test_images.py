@@ -174,11 +174,6 @@ def test_pictures_that_are_prepared_otherwise_are_refused_by_name(
         Tokenizer.from_pretrained(tmp_path)
 
 
-def test_a_tokenizer_folder_without_a_model_says_what_is_looked_at(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    tokenizer.save_pretrained(tmp_path)
-    assert Tokenizer.from_pretrained(tmp_path).image_format == FORMAT
-
-
 def test_the_tokenizer_of_another_kind_of_model_with_pictures_is_read_as_one_that_only_reads(tmp_path: Path) -> None:
     small_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "vision_config": {"depth": 32}}))

@@ -108,7 +108,7 @@ def read_image_format(folder: Path) -> ImageFormat | None:
     else:
         return None
     if not isinstance(image_size, int) or not isinstance(patch_size, int):
-        raise UserError(f"{folder}: neither config.json nor the processor's files say the size of pictures and patches")
+        raise UserError(f"{folder}: its config.json, or its processor's files, lack image_size or patch_size")
     for key, plain in _PREPARED.items():
         if image_processor.get(key, plain) != plain:
             raise UserError(f"{folder}: pictures with {key} {image_processor[key]} are not supported (only {plain})")
