@@ -93,7 +93,7 @@ class ImageFormat:
 def read_image_format(folder: Path) -> ImageFormat | None:
     """What the model in `folder` looks at; None for one that only reads.
 
-        image_size, patch_size = map((content.get("vision_config") or {}).get, ("image_size", "patch_size"))
+    Where a tokenizer lies without a model, its `processor_files` say it. UserError where pictures are prepared otherwise
     than SigLIP's are.
     """
     image_processor = _image_processor(folder)
@@ -101,7 +101,7 @@ def read_image_format(folder: Path) -> ImageFormat | None:
         content = read_json(folder / "config.json")
         if content.get("model_type") != MODEL_TYPE:
             return None
-        image_size, patch_size = ((content.get("vision_config") or {}).get(key) for key in ("image_size", "patch_size"))
+        image_size, patch_size = map((content.get("vision_config") or {}).get, ("image_size", "patch_size"))
     elif image_processor and (folder / _PROCESSOR).is_file():
         image_size = (image_processor.get("size") or {}).get("height")
         patch_size = read_json(folder / _PROCESSOR).get("patch_size")
