@@ -49,7 +49,7 @@ class ImageFormat:
 
     @property
     def num_tokens(self) -> int:
-        """Image tokens that a picture takes in a text, without the two around them."""
+        """Image tokens that a picture takes in a text."""
         return (self.image_size // self.patch_size) ** 2
 
     def pixels(self, data: bytes) -> np.ndarray:
@@ -75,9 +75,12 @@ class ImageFormat:
 
 
 def read_image_format(folder: Path) -> ImageFormat | None:
-    """What the model in `folder` looks at; None for one that only reads."""
+    """What the model in `folder` looks at; None for one that only reads.
+
+    Where a tokenizer lies without a model, its `processor_files` say it.
+    """
     if not (folder / "config.json").is_file():
-        return None
+        return _read_processor_files(folder)
     vision = read_json(folder / "config.json").get("vision_config")
     if not isinstance(vision, dict):
         return None
@@ -85,6 +88,16 @@ def read_image_format(folder: Path) -> ImageFormat | None:
         return ImageFormat(int(vision["image_size"]), int(vision["patch_size"]))
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{folder / 'config.json'}: its vision_config lacks image_size or patch_size") from None
+
+
+def _read_processor_files(folder: Path) -> ImageFormat | None:
+    pixels, tokens = folder / "preprocessor_config.json", folder / "processor_config.json"
+    if not (pixels.is_file() and tokens.is_file()):
+        return None
+    try:
+        return ImageFormat(int(read_json(pixels)["size"]["height"]), int(read_json(tokens)["patch_size"]))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{folder}: its processor files lack the height of `size` or patch_size") from None
 
 
 def processor_files(image_format: ImageFormat) -> dict[str, dict[str, Any]]:
