@@ -93,7 +93,7 @@ class ImageFormat:
 def read_image_format(folder: Path) -> ImageFormat | None:
     """What the model in `folder` looks at; None for one that only reads.
 
-    Where a tokenizer lies without a model, its `processor_files` say it. UserError where pictures are prepared otherwise
+    Where a tokenizer lies without a model, `processor_files` say so. UserError where pictures are otherwise prepared
     than SigLIP's are.
     """
     image_processor = _image_processor(folder)
