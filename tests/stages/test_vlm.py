@@ -64,7 +64,9 @@ def test_a_language_model_gets_a_new_tower_and_everything_learns(
     assert model.image_token_id == tokenizer.image_id
     assert tokenizer.image_format == model.image_format
     assert changed(start, folder) == {"model"}
-    assert "train: all" in (tmp_path / "run" / "config.yaml").read_text()
+    recorded = (tmp_path / "run" / "config.yaml").read_text()
+    assert "train: all" in recorded
+    assert "image_size: 8" in recorded
     said = " ".join(capsys.readouterr().err.split())
     total = sum(parameter.numel() for parameter in model.parameters())
     assert f"{total:,} parameters, of which" in said
