@@ -76,11 +76,13 @@ class Model:
     ) -> Message | Iterator[str]:
         """Answer a conversation: {"role": ..., "content": ...} each, or a text as the user's only message.
 
+        A user's content may be a list of parts, {"type": "text", "text": ...} and, for a model that looks at pictures,
+        {"type": "image", "image": X}: X is a path, a file's bytes or a `data:` URL.
         The answer is a `Message` with content, reasoning_content and tool_calls; with `stream`, the pieces of its
         content alone as they come, without thoughts and calls. What looks like a call and is none is content, and
         comes once that is known. thinking: let the model reason first. tools: JSON schemas of functions it may call.
-        UserError for a grammar with thinking, which it would bind too, for control tokens in the text and for a tool
-        without a name.
+        UserError for a grammar with thinking, which it would bind too, for control tokens in the text, for a tool
+        without a name, and for pictures that cannot be read or that a model which only reads is shown.
         """
         items = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         if not items:
@@ -101,7 +103,7 @@ class Model:
                 "skip_special_tokens=False: a message holds no control tokens; `engine.generate` gives text with them"
             )
         rendered = render(self.tokenizer, conversation, add_generation_prompt=True, enable_thinking=thinking)
-        events = self._events(self.engine.stream(rendered.ids.tolist(), params), thinking)
+        events = self._events(self.engine.stream(rendered, params), thinking)
         if stream:
             return (event.text for event in events if isinstance(event, Content))
         return _message(events)

@@ -410,7 +410,7 @@ def test_weights_and_state_of_a_model_that_looks_at_pictures_are_exact(train: Tr
     assert figures.parameters == sum(parameter.numel() for parameter in model.model.parameters())
     of_tower, of_projector = (sum(parameter.numel() for parameter in part.parameters()) for part in model.eyes)
     assert (figures.tower_parameters, figures.projector_parameters) == (of_tower, of_projector)
-    assert figures.picture_tokens == 18
+    assert figures.picture_tokens == 16
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
@@ -473,7 +473,7 @@ def test_a_configuration_of_vlm_is_planned(reads: str, tmp_path: Path, capsys: p
     assert cli.main(["plan", "--config", str(file), "--probe_seconds", "0"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert "in the tower" in said
-    assert "a picture takes 6 tokens" in said
+    assert "a picture takes 4 tokens" in said
 
 
 @pytest.mark.parametrize(
@@ -482,7 +482,7 @@ def test_a_configuration_of_vlm_is_planned(reads: str, tmp_path: Path, capsys: p
         ("sees", {"tower": TOWER}, "has eyes already"),
         ("reads", {"train": "language"}, "leaves the new tower as it was drawn"),
         (None, {"train": "all"}, "give --init_from"),
-        ("reads", {"tower": VisionConfig(image_size=256)}, "a picture takes 258 tokens, and a row has 64"),
+        ("reads", {"tower": VisionConfig(image_size=256)}, "a picture takes 256 tokens, and a row has 64"),
     ],
 )
 def test_a_plan_refuses_what_vlm_refuses(

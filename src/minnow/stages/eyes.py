@@ -58,7 +58,7 @@ class EyesConfig:
 
 def require_room(vision: VisionConfig, row_length: int) -> None:
     """UserError where a picture leaves a row no room for words."""
-    tokens = vision.num_patches + 2
+    tokens = vision.num_patches
     if tokens >= row_length:
         raise UserError(
             f"a picture takes {tokens} tokens, and a row has {row_length}: give a greater --sequence_length, smaller "

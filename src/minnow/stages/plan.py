@@ -139,7 +139,7 @@ def make_plan(config: Config) -> Plan:
         parameters=parameters,
         tower_parameters=0 if eyes is None else tower_parameter_count(eyes.vision),
         projector_parameters=0 if eyes is None else projector_parameter_count(eyes.vision, shape.hidden_size),
-        picture_tokens=0 if eyes is None else eyes.vision.num_patches + 2,
+        picture_tokens=0 if eyes is None else eyes.vision.num_patches,
         active_parameters=active_parameter_count(shape),
         tokens=tokens,
         tokens_from=tokens_from,

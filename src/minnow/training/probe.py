@@ -33,7 +33,7 @@ def random_batch(vocab_size: int, rows: int, sequence_length: int, *, seed: int 
 def tokens_between_pictures(vision: VisionConfig) -> int:
     """Tokens from one picture to the next where nothing is known of the data: one in 64, or one after the other where
     they take more."""
-    return max(64, vision.num_patches + 2)
+    return max(64, vision.num_patches)
 
 
 def with_pictures(batch: Batch, vision: VisionConfig) -> Batch:
