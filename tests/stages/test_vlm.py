@@ -64,7 +64,9 @@ def test_a_language_model_gets_a_new_tower_and_everything_learns(
     assert model.image_token_id == tokenizer.image_id
     assert tokenizer.image_format == model.image_format
     assert changed(start, folder) == {"model"}
-    assert "train: all" in (tmp_path / "run" / "config.yaml").read_text()
+    recorded = (tmp_path / "run" / "config.yaml").read_text()
+    assert "train: all" in recorded
+    assert "image_size: 8" in recorded
     said = " ".join(capsys.readouterr().err.split())
     total = sum(parameter.numel() for parameter in model.parameters())
     assert f"{total:,} parameters, of which" in said
@@ -84,7 +86,7 @@ def test_transformers_reads_what_was_trained_as_its_card_says(
     assert "pipeline_tag: image-text-to-text" in card
     assert "vision-language model (LlavaForConditionalGeneration)" in card
     assert "pictures of 8 x 8 pixels" in card
-    assert "a picture takes 6 tokens" in card
+    assert "a picture takes 4 tokens" in card
     assert "minnow export" not in card
     code = card.partition("```python\n")[2].partition("```")[0]
     (tmp_path / "picture.png").write_bytes(picture((220, 30, 30)))

@@ -59,8 +59,9 @@ def seeing(seed: int = 0, **changes: object) -> tuple[VisionLanguageModel, Token
     return model, tokenizer
 
 
-def seeing_model(folder: Path, seed: int = 0) -> Path:
-    save_pretrained(*seeing(seed)[:1], folder, seeing(seed)[1])
+def seeing_model(folder: Path, seed: int = 0, **changes: object) -> Path:
+    model, tokenizer = seeing(seed, **changes)
+    save_pretrained(model, folder, tokenizer)
     return folder
 
 

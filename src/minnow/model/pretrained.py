@@ -244,14 +244,19 @@ def read_vision(folder: Path) -> tuple[VisionConfig, int] | None:
     return from_llava_config(content, where)[1:] if is_vision_language(content) else None
 
 
+def read_tower(folder: Path) -> VisionConfig:
+    """The shape of the vision tower of a SigLIP checkpoint in a resolved folder."""
+    content, where = read_json(folder / "config.json"), str(folder / "config.json")
+    return vision_config_from_hf(content.get("vision_config") or content, where)
+
+
 def load_vision_tower(folder: str | Path) -> tuple[VisionConfig, VisionTower]:
     """The vision tower of a SigLIP checkpoint: a folder, or a Hub id, with or without the text side.
 
     UserError as in `load_pretrained`.
     """
     folder = resolve_model_folder(folder)
-    content, where = read_json(folder / "config.json"), str(folder / "config.json")
-    config = vision_config_from_hf(content.get("vision_config") or content, where)
+    config = read_tower(folder)
     weights = tower_weights(_read_weights(folder))
     with torch.device("meta"):
         tower = VisionTower(config)

@@ -145,7 +145,7 @@ def _looks_at(vision: dict[str, Any]) -> str:
     return (
         f"It looks at pictures of {size} x {size} pixels, to which every picture is stretched, in patches of {patch} x "
         f"{patch}, through a SigLIP tower of {vision['num_hidden_layers']} layers of width {vision['hidden_size']}: a "
-        f"picture takes {(size // patch) ** 2 + 2:,} tokens."
+        f"picture takes {(size // patch) ** 2:,} tokens."
     )
 
 

@@ -15,7 +15,7 @@ from minnow.console import plain_console
 from minnow.disk import told_when_full
 from minnow.model.adapter import base_of, is_adapter
 from minnow.model.context import ContextConfig
-from minnow.model.pretrained import resolve_model_folder
+from minnow.model.pretrained import read_vision, resolve_model_folder
 from minnow.report.model_card import write_model_card
 
 if TYPE_CHECKING:
@@ -68,6 +68,11 @@ def run(config: Config) -> None:
     home = folder if Path(config.model).exists() else Path(config.model.rpartition("/")[2])
     if home == folder and config.to != "hub":
         _renew_card(folder, console)
+    if config.to != "hub" and read_vision(folder) is not None:
+        raise UserError(
+            f"{config.model} looks at pictures, and --to {config.to} would write a model that only reads: transformers "
+            "and vLLM read the folder as it is (export the language model that it was made of for the rest)"
+        )
     ways = {"gguf": _gguf, "ollama": _ollama, "onnx": _onnx, "hub": _hub}
     with told_when_full(config.out or home):
         ways[config.to](config, folder, home, console)

@@ -225,14 +225,20 @@ class Tokenizer:
         """UTF-8 bytes each token stands for: int32 [vocab_size]; 0 for control tokens."""
         return np.array([len(string) for string in self.byte_strings], dtype=np.int32)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of what decides ids and rendering: vocabulary, merges, pre-tokenizer, chat
-        template."""
+        """SHA-256 (hex) of what decides ids and rendering: vocabulary, merges, pre-tokenizer, chat template, and how
+        pictures are put to the model."""
+        if self.image_format is None:
+            return self.text_fingerprint
+        decisive = [self.text_fingerprint, self.image_format.image_size, self.image_format.patch_size]
+        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """The same without pictures: two models whose ids stand for the same texts share it, whatever they look at."""
         decisive = self._definition | {
             "begin_and_end": [self.start_id, self.end_of_text_id],
             "chat_template": template.chat_template(),  # what renders, whatever the folder's own says
         }
-        if self.image_format is not None:
-            decisive["image_format"] = [self.image_format.image_size, self.image_format.patch_size]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
