@@ -40,17 +40,17 @@ def asked(*images: Image, text: str = "What is this?") -> Conversation:
     return Conversation((Message("user", text, images=images), Message("assistant", "A fish.")))
 
 
-def test_a_picture_is_its_borders_and_a_token_for_each_patch(tokenizer: Tokenizer) -> None:
+def test_a_picture_is_a_token_for_each_patch(tokenizer: Tokenizer) -> None:
     data = encoded(picture())
     rendered = render(tokenizer, asked(Image(data, 5)))
     ids = rendered.ids.tolist()
-    begin, patch, end = (tokenizer.special_ids[f"<|{name}|>"] for name in ("vision_start", "image_pad", "vision_end"))
-    place = ids.index(begin)
-    assert ids[place : place + 11] == [begin, *[patch] * 9, end]
-    assert ids.count(patch) == 9
+    place = ids.index(tokenizer.image_id)
+    assert ids[place : place + 9] == [tokenizer.image_id] * 9
+    assert ids.count(tokenizer.image_id) == 9
     assert rendered.images == (data,)
-    assert not rendered.weights[place : place + 11].any()
+    assert not rendered.weights[place : place + 9].any()
     assert tokenizer.decode(ids[:place]).endswith("user\nWhat ")
+    assert tokenizer.decode(ids[place + 9 :]).startswith("is this?")
 
 
 @pytest.mark.parametrize("offsets", [(0,), (13,), (0, 0), (5, 13), (0, 5, 5)])

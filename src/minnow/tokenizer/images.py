@@ -49,7 +49,7 @@ class ImageFormat:
 
     @property
     def num_tokens(self) -> int:
-        """Image tokens that a picture takes in a text, without the two around them."""
+        """Image tokens that a picture takes in a text."""
         return (self.image_size // self.patch_size) ** 2
 
     def pixels(self, data: bytes) -> np.ndarray:

@@ -22,7 +22,7 @@ from minnow.tokenizer import fast, files, template
 from minnow.tokenizer.bytelevel import is_control, token_byte_strings, valid_unicode
 from minnow.tokenizer.images import ImageFormat
 from minnow.tokenizer.roles import Roles
-from minnow.tokenizer.special import CHAT_TOKENS, IM_END, IM_START, IMAGE_TOKENS
+from minnow.tokenizer.special import CHAT_TOKENS, IM_END, IM_START, IMAGE
 
 _STARTS = ("", "a", " ", "\n")
 
@@ -164,15 +164,14 @@ class Tokenizer:
     def image_id(self) -> int:
         """Id that stands for a patch of a picture. Raises `UserError` where pictures cannot be shown."""
         self.require_images()
-        return self.special_ids[IMAGE_TOKENS[1]]
+        return self.special_ids[IMAGE]
 
     def require_images(self) -> ImageFormat:
         """How pictures are put to the model. Raises `UserError` for one that only reads."""
         if self.image_format is None:
             raise UserError("the model reads text only, and was shown a picture: `minnow vlm` gives a model eyes")
-        missing = [token for token in IMAGE_TOKENS if token not in self.special_ids]
-        if missing:
-            raise UserError(f"this tokenizer cannot show pictures: its special tokens lack {', '.join(missing)}")
+        if IMAGE not in self.special_ids:
+            raise UserError(f"this tokenizer cannot show pictures: its special tokens lack {IMAGE}")
         return self.image_format
 
     def require_chat_template(self, whose: str) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minnow.data.batches import Batch
-from minnow.model.attention import PackedAttention
 from minnow.model.checkpointing import keeps_output
 from minnow.model.config import ModelConfig
 from minnow.model.lora import LoraConfig, add_lora, lora_layers
@@ -18,6 +17,7 @@ from minnow.model.quantize import quantize
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, kind_of, parameter_groups
 from minnow.training.config import TrainingConfig
+from minnow.training.forward import hidden_states
 from minnow.training.objective import LanguageModeling
 from minnow.training.probe import random_batch
 
@@ -42,7 +42,14 @@ def hold_in_memory(model: CausalLM, dtype: torch.dtype) -> None:
     """Hold what is trained in fp32. Frozen matrices need no master: they are held in the compute dtype.
 
     But for those that are read in fp32 whatever it is: routers, whose choices rounding would change, and int8's scales.
+    And where a frozen part is saved beside a trained one (eyes, or the language model behind a projector that is
+    trained), it stays as it came: rounded once a stage, it would be another model's.
     """
+    if model.adapter is None and any(parameter.requires_grad for parameter in model.parameters()):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return
     model.to(torch.float32)
     for name, parameter in model.named_parameters():
         is_read_in_fp32 = name.endswith("_scale") or kind_of(name, parameter) == "router"
@@ -158,5 +165,5 @@ def _selectively_kept_bytes(model: CausalLM, batch: Batch) -> int:
             return outputs
 
     with torch.no_grad(), Watch():
-        model(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens))
+        hidden_states(model, batch)
     return kept
