@@ -74,9 +74,9 @@ def test_pictures_that_do_not_fit_stay_until_a_reset(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = ChatSession(Engine.from_pretrained(folder), PARAMS)
-    shown = talked(session, monkeypatch, *[f"/image {picture_file(tmp_path, 0)}"] * 45, "what?")
+    shown = talked(session, monkeypatch, *[f"/image {picture_file(tmp_path, 0)}"] * 65, "what?")
     assert "show fewer pictures (/reset forgets them)" in shown
-    assert len(session.pictures) == 45
+    assert len(session.pictures) == 65
     assert not session.messages
 
 
