@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from minnow.data.shard_writer import ShardWriter, finish_folder
+from minnow.data.shard_writer import ShardWriter, finish_folder, folder_meta
 from minnow.data.shards import Shards
 
 VOCAB = 1000
@@ -19,7 +19,7 @@ def write_shards(folder: Path, documents, weights=None, *, vocab_size=VOCAB, per
         part_weights = None if weights is None else np.concatenate(weights[first : first + per_shard])
         writer.append(np.concatenate(part), lengths, lengths - 2, part_weights)
         entries.append(writer.finish())
-    finish_folder(folder, entries, vocab_size, weights is not None)
+    finish_folder(folder, folder_meta(entries, vocab_size, weights is not None))
     shards = Shards.open(folder)
     shards.verify()
     return shards

@@ -12,9 +12,9 @@ from minnow.cli import main
 from minnow.config import UserError
 from minnow.data import clean as clean_module
 from minnow.data.clean import CleanOptions, clean, output_names
-from minnow.data.records import RowError
 from minnow.data.said import read_said
 from minnow.data.sources import Source
+from minnow.data.values import RowError
 
 pytest.importorskip("rensa")
 pytest.importorskip("py3langid")

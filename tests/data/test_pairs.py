@@ -11,7 +11,7 @@ import pytest
 from minnow.config import UserError
 from minnow.data.pairs import parse_preference
 from minnow.data.prepare import DataConfig, PreparedData, prepare
-from minnow.data.records import RowError
+from minnow.data.values import RowError
 from minnow.tokenizer.chat import Message
 
 PROMPT = [{"role": "user", "content": "hi"}]

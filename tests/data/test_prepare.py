@@ -409,7 +409,7 @@ def test_a_worker_that_is_left_alone_ends_without_a_word(tmp_path, tokenizer):
     worker.stdout.close()
     rows = [(0, number, json.dumps({"text": text}).encode()) for number, text in enumerate(documents(9), 1)]
     options = EncodeOptions("pretrain", 64, weights=(1.0,), sides=("split",))
-    pickle.dump(("encode", RawBatch(0, 0, 0, 0.0, rows, True, True), options), worker.stdin)
+    pickle.dump(("encode", RawBatch(0, 0, 0, 0.0, rows, (None,), True, True), options), worker.stdin)
     worker.stdin.flush()
     assert worker.wait(60) == 1
     assert worker.stderr.read() == b""

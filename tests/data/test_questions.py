@@ -11,7 +11,7 @@ import pytest
 
 from minnow.data.questions import Question, parse_question
 from minnow.data.readers import read_rows
-from minnow.data.records import RowError
+from minnow.data.values import RowError
 
 ASKED = ("Question: What swims?\nAnswer:",) * 2
 TWO = (" a fish", " a stone")

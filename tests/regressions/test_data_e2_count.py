@@ -6,7 +6,7 @@ import pytest
 
 from minnow.data.batches import PackedDataset, Share
 from minnow.data.order import global_batch_rows
-from minnow.data.shard_writer import ShardWriter, finish_folder
+from minnow.data.shard_writer import ShardWriter, finish_folder, folder_meta
 from minnow.data.shards import Shards
 
 
@@ -19,7 +19,7 @@ def test_the_count_of_a_global_batch_does_not_depend_on_its_division(tmp_path, w
     weights = rng.integers(0, 2, lengths.sum())
     writer = ShardWriter(tmp_path, "00000", 50, has_weights=True)
     writer.append(tokens, lengths, lengths, weights)
-    finish_folder(tmp_path, [writer.finish()], 50, True)
+    finish_folder(tmp_path, folder_meta([writer.finish()], 50, True))
     dataset = PackedDataset(Shards.open(tmp_path), 40, split_documents=False)
     rows = global_batch_rows(0, 0, 16, dataset.num_rows)
     whole = dataset.batch(rows)
@@ -38,7 +38,7 @@ def test_an_epoch_counts_each_supervised_token_once_and_no_filler(tmp_path):
     writer = ShardWriter(tmp_path, "00000", 50, has_weights=True)
     weights = np.array([9, 1, 0, 9, 1, 1, 0.5])
     writer.append(np.arange(7), np.array([3, 4]), np.array([3, 4]), weights)
-    finish_folder(tmp_path, [writer.finish()], 50, True)
+    finish_folder(tmp_path, folder_meta([writer.finish()], 50, True))
     dataset = PackedDataset(Shards.open(tmp_path), 8, split_documents=False)
     batch = dataset.batch([0])
     assert float(batch.weights_BT.sum()) == 3.5

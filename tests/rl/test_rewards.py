@@ -16,7 +16,7 @@ import torch
 
 from minnow.config import UserError
 from minnow.data.prompts import Prompt, parse_prompt
-from minnow.data.records import RowError
+from minnow.data.values import RowError
 from minnow.evaluation.judge import RewardModelJudge, TransformersJudge
 from minnow.model.pretrained import save_pretrained
 from minnow.model.reward_model import RewardModel

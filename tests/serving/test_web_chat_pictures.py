@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import pytest
+
+from minnow.data.readers import read_rows
+from minnow.data.records import parse_conversation
+from minnow.tokenizer.chat import Message
+from minnow.tokenizer.images import Image
 
 from ..seeing import data_url, picture, picture_file, save_seeing_model
 from ..stages.stage_helpers import save_parrot_model
@@ -62,8 +66,9 @@ def test_a_chosen_picture_is_seen_answered_kept_and_saved(page: Any, tmp_path: P
     assert page.evaluate("[...document.querySelectorAll('.user img')].every((image) => image.naturalWidth === 32)")
     page.reload()
     page.wait_for_selector(".user .pictures img")  # the tab remembers it
-    saved = json.loads(export(page, "#json", tmp_path).read_text(encoding="utf-8"))
-    assert saved["messages"][0]["content"] == [*shown(2), {"type": "text", "text": "What is this?"}]
+    ((_, row),) = read_rows([str(export(page, "#json", tmp_path))])
+    asked = Message("user", "What is this?", images=(Image(picture(0)), Image(picture(1))))
+    assert parse_conversation(row).messages[0] == asked
     assert f"![]({data_url(picture(0))})" in export(page, "#markdown", tmp_path).read_text(encoding="utf-8")
 
 

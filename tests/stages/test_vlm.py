@@ -156,7 +156,7 @@ def test_a_frozen_part_that_has_changed_stops_a_run_that_goes_on(tmp_path: Path)
         (False, {"train": "projector"}, "leaves the new tower as it was drawn"),
         (False, {"train": "language"}, "leaves the new tower as it was drawn"),
         (False, {"lora.rank": 4}, "without the projector"),
-        (False, {"tower.image_size": 64, "tower.patch_size": 8}, "a picture takes 66 tokens, and a row has 64"),
+        (False, {"tower.image_size": 64, "tower.patch_size": 8}, "a picture takes 64 tokens, and a row has 64"),
         (False, {"siglip": "nowhere/at all"}, "nowhere/at all: no such folder"),
         (False, {"tower.patch_size": 5}, "must divide"),
         (False, {"sequence_length": 128}, "128"),

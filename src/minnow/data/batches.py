@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -20,6 +21,7 @@ from minnow.transfer import to_device
 
 OPEN_WINDOWS = 2
 """Windows in memory: a batch may end one and begin the next."""
+_DECODERS = 4  # threads: PIL lets go of Python's lock while it decodes
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,17 @@ class PackedWindow:
         positions[filler_at] = filler_at % T - used[filler_at // T]
         borders = np.sort(np.concatenate([begins, filler_begins, [B * T]])).astype(np.int32)
 
+        shown = self.shards.pictures(documents)
+        pixels, image_places = None, None
+        if shown:
+            image_format = self.shards.image_format
+            assert image_format is not None
+            with ThreadPoolExecutor(_DECODERS) as pool:
+                pixels = torch.from_numpy(np.stack([*pool.map(image_format.pixels, (data for _, _, data in shown))]))
+            # A document that shows pictures is one piece, so a place in it is a place in the piece.
+            first_places = np.array([begins[piece] + place for piece, place, _ in shown], np.int64)
+            image_places = torch.from_numpy((first_places[:, None] + np.arange(image_format.num_tokens)).ravel())
+
         def rows_BT(values: np.ndarray) -> Tensor:
             return torch.from_numpy(values).view(B, T)
 
@@ -119,6 +132,8 @@ class PackedWindow:
             document_ids=tuple(
                 tuple(part.tolist()) for part in np.split(self.shards.numbers(documents), piece_ends[:-1])
             ),
+            pixels_ICHW=pixels,
+            image_places_M=image_places,
         )
 
 
@@ -238,6 +253,12 @@ def _join(batches: Sequence[Batch]) -> Batch:
     """Put the rows of batches one below the other."""
     ends = np.cumsum([0, *(batch.tokens_BT.numel() for batch in batches)]).tolist()
     borders = [batch.cu_seqlens[:-1] + end for batch, end in zip(batches, ends[:-1], strict=True)]
+    pixels = [batch.pixels_ICHW for batch in batches if batch.pixels_ICHW is not None]
+    places = [
+        batch.image_places_M + end
+        for batch, end in zip(batches, ends[:-1], strict=True)
+        if batch.image_places_M is not None
+    ]
     return Batch(
         tokens_BT=torch.cat([batch.tokens_BT for batch in batches]),
         targets_BT=torch.cat([batch.targets_BT for batch in batches]),
@@ -246,6 +267,8 @@ def _join(batches: Sequence[Batch]) -> Batch:
         cu_seqlens=torch.cat([*borders, torch.tensor([ends[-1]], dtype=torch.int32)]),
         filler_BT=torch.cat([batch.filler_BT for batch in batches]),
         document_ids=tuple(row for batch in batches for row in batch.document_ids),
+        pixels_ICHW=torch.cat(pixels) if pixels else None,
+        image_places_M=torch.cat(places) if places else None,
     )
 
 

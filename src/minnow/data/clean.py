@@ -26,9 +26,9 @@ from minnow.data.languages import LanguageFilter
 from minnow.data.near_duplicates import NearDuplicates
 from minnow.data.progress import NUM_SHOWN, complaint, progress_bar
 from minnow.data.readers import Raw, iter_raw, parse_row
-from minnow.data.records import RowError, checked_text
 from minnow.data.said import Said, read_said
 from minnow.data.sources import FORMATS, Source, find_sources, require_unweighted
+from minnow.data.values import RowError, checked_text
 from minnow.disk import atomic_write, new_folder_beside, told_when_full
 from minnow.json_file import json_text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,11 +13,14 @@ import numpy as np
 
 from minnow.data.long_conversations import Piece, cut_conversation
 from minnow.data.pairs import PreferencePair, parse_preference
+from minnow.data.pictures import Pictures
 from minnow.data.progress import NUM_SHOWN
 from minnow.data.readers import Raw, parse_row
-from minnow.data.records import Document, RowError, canonical, parse_conversation, parse_document
+from minnow.data.records import Document, canonical, parse_conversation, parse_document
 from minnow.data.shards import token_dtype
+from minnow.data.values import RowError
 from minnow.tokenizer.chat import Conversation, training_examples
+from minnow.tokenizer.images import ImageFormat
 from minnow.tokenizer.tokenizer import Tokenizer
 
 Example = Document | Conversation | PreferencePair
@@ -43,6 +46,8 @@ class RawBatch:
     """Where in the path the shard lies, see `Lot.place`."""
     rows: list[tuple[int, int, Raw]]
     """(span of the lot, number in it, row)."""
+    folders: tuple[str | None, ...]
+    """For each span of the lot: the folder that paths of pictures are relative to, see `Source.folder`."""
     closes: bool
     """Whether the shard ends with this batch."""
     last: bool
@@ -59,6 +64,8 @@ class EncodeOptions:
     """Weight of each path in the mixture."""
     sides: tuple[Side, ...]
     """For each path: split by hash, or all to one side."""
+    image_format: ImageFormat | None = None
+    """How the model looks at pictures; None for one that only reads."""
     tag_weight: float = 1.0
     """Loss weight of the tags of an assistant's turn."""
     threshold: int = 0
@@ -86,22 +93,29 @@ class Encoded(Checked):
     weights: np.ndarray | None = None
     lengths: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     text_bytes: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    images: list[bytes] = field(default_factory=list)
+    """The pictures' files, in the order of the tokens."""
+    image_places: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
+    """Where in `tokens` each picture's first image token stands."""
     copies: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     is_validation: np.ndarray = field(default_factory=lambda: np.empty(0, bool))
 
 
 def check(batch: RawBatch, options: EncodeOptions) -> Checked:
-    """Parse every row and say what is wrong with which, and how the split hashes lie."""
+    """Parse every row and say what is wrong with which, and how the split hashes lie.
+
+    Pictures in files of their own are looked for and not read: that is half of the work of encoding.
+    """
     found = Checked()
-    for _ in _examples(batch, options, found):
+    for _ in _examples(batch, options, found, "find"):
         pass
     return found
 
 
 def encode(batch: RawBatch, options: EncodeOptions, tokenizer: Tokenizer, *, num_threads: int) -> Encoded:
-    """Tokenise every good row, texts in `num_threads` threads."""
+    """Tokenise every good row, texts in `num_threads` threads. A row with a picture that does not decode is bad."""
     found = Encoded()
-    kept = list(_examples(batch, options, found))
+    kept = list(_examples(batch, options, found, "read"))
     if options.kind == "pretrain":
         _encode_documents(found, [example for example, _, _ in kept], tokenizer, num_threads)  # type: ignore[misc]
         repeats = np.ones(len(kept), np.int64)
@@ -116,21 +130,23 @@ def encode(batch: RawBatch, options: EncodeOptions, tokenizer: Tokenizer, *, num
     return found
 
 
-_PARSERS: dict[Kind, Callable[[Mapping[str, Any]], Example]] = {
-    "pretrain": parse_document,
-    "sft": parse_conversation,
-    "preference": parse_preference,
-}
+def _parse(kind: Kind, row: Mapping[str, Any], pictures: Pictures) -> Example:
+    if kind == "sft":
+        return parse_conversation(row, pictures)
+    return parse_document(row) if kind == "pretrain" else parse_preference(row)
 
 
-def _examples(batch: RawBatch, options: EncodeOptions, found: Checked) -> Iterator[tuple[Example, int, bool]]:
+def _examples(
+    batch: RawBatch, options: EncodeOptions, found: Checked, use: Literal["find", "read"]
+) -> Iterator[tuple[Example, int, bool]]:
     """Yield (example, copies, is validation) of the good rows that the mixture takes; note the bad ones."""
-    parse = _PARSERS[options.kind]
+    looks = options.image_format is not None
+    pictures = [Pictures(folder, use if looks else "refuse", options.image_format) for folder in batch.folders]
     weight, side = options.weights[batch.entry], options.sides[batch.entry]
     for span, number, raw in batch.rows:
         found.counts["rows"] += 1
         try:
-            example = parse(parse_row(raw))
+            example = _parse(options.kind, parse_row(raw), pictures[span])
         except RowError as error:
             found.counts["bad_rows"] += 1
             if len(found.bad) < NUM_SHOWN:
@@ -174,6 +190,10 @@ def _encode_conversations(
     for conversation in conversations:
         num_pieces = 0
         for rendered in training_examples(tokenizer, conversation, tag_weight=options.tag_weight):
+            if rendered.images and len(rendered.ids) > sequence_length + 1:
+                found.counts["long_shown"] += 1  # a cut could part an answer from the picture that it speaks of
+                continue
+            found.images += rendered.images
             pieces, long_turns = cut_conversation(rendered, sequence_length)
             if len(rendered.ids) > sequence_length + 1:
                 found.counts["cut_conversations"] += 1
@@ -184,6 +204,9 @@ def _encode_conversations(
             num_pieces += len(pieces)
         repeats.append(num_pieces)
     _store(found, pieces_of_all, tokenizer)
+    if options.image_format is not None:
+        found.image_places = np.flatnonzero(found.tokens == tokenizer.image_id)[:: options.image_format.num_tokens]
+        assert len(found.image_places) == len(found.images)
     return np.array(repeats, np.int64)
 
 

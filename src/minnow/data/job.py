@@ -13,11 +13,12 @@ from minnow.config import UserError, refuse_unused
 from minnow.data.encoding import EncodeOptions, Kind, Side
 from minnow.data.fingerprint import fingerprint
 from minnow.data.lots import Lot, cut_into_lots
+from minnow.data.shard_writer import folder_meta
 from minnow.data.shards import FORMAT_VERSION
 from minnow.data.sources import Source, find_sources, pinned
 from minnow.tokenizer.tokenizer import Tokenizer
 
-_ENCODING_VERSION = 5  # goes into the cache key: raise it when the same rows should give other tokens or another order
+_ENCODING_VERSION = 6  # goes into the cache key: raise it when the same rows should give other tokens or another order
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,11 @@ class Job:
     tokenizer: Tokenizer
     folder: Path
     """Shards go here; `meta.json` is written last."""
+
+    def shards_meta(self, shards: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What meta.json says of one side, see `folder_meta`."""
+        has_weights = self.options.kind != "pretrain"
+        return folder_meta(shards, self.tokenizer.vocab_size, has_weights, self.options.image_format)
 
     @property
     def done(self) -> bool:
@@ -144,6 +150,7 @@ def find_job(config: DataConfig, tokenizer: Tokenizer, kind: Kind, sequence_leng
             sequence_length,
             weights=tuple(weights[entry] for entry in range(len(sides))),
             sides=tuple(sides),
+            image_format=tokenizer.image_format if kind == "sft" else None,
             tag_weight=config.tag_weight,
             threshold=int(config.validation_fraction * 2**64),
         ),

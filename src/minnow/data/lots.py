@@ -28,6 +28,10 @@ SHARD_BYTES = 1 << 26
 BATCH_BYTES = 1 << 20
 """Raw rows that a worker gets at a time."""
 
+ROW_OF_PICTURES = 1 << 15
+"""Bytes that a row of data with pictures counts for beside its own: its pictures may lie in files, which only those who
+encode it read, and hold in memory."""
+
 _UNPACKED = 3  # bytes of text that a stored byte of .gz, .zst or parquet stands for, roughly
 
 
@@ -125,13 +129,15 @@ def interleaved(lots: Sequence[Lot], batches: Callable[[Lot], Iterator[RawBatch]
 
 
 def raw_batches(
-    lot: Lot, sources: Sequence[Source], first_shard: int = 0, *, only_local: bool = False
+    lot: Lot, sources: Sequence[Source], first_shard: int = 0, *, only_local: bool = False, with_pictures: bool = False
 ) -> Iterator[RawBatch]:
     """Cut a lot's rows into batches of about BATCH_BYTES, and these into shards; the same every time.
 
-    There is at least one batch, be it empty. only_local: leave out what would have to be downloaded.
+    There is at least one batch, be it empty. only_local: leave out what would have to be downloaded. with_pictures:
+    rows may show some.
     """
-    chunks = _chunks(lot, sources, only_local)
+    chunks = _chunks(lot, sources, only_local, ROW_OF_PICTURES if with_pictures else 0)
+    folders = tuple(sources[span.source].folder for span in lot.spans)
     shard, in_shard = 0, 0
     following: tuple[list[tuple[int, int, Raw]], int] | None = next(chunks, ([], 0))
     while following is not None:
@@ -141,7 +147,7 @@ def raw_batches(
         last = following is None
         closes = last or in_shard >= SHARD_BYTES
         if shard >= first_shard:
-            yield RawBatch(lot.entry, lot.number, shard, lot.place(shard), rows, closes, last)
+            yield RawBatch(lot.entry, lot.number, shard, lot.place(shard), rows, folders, closes, last)
         if closes:
             shard, in_shard = shard + 1, 0
 
@@ -182,7 +188,9 @@ def _stretches(number: int, source: Source) -> Iterator[tuple[Span, int]]:
                 first, size = group, 0
 
 
-def _chunks(lot: Lot, sources: Sequence[Source], only_local: bool) -> Iterator[tuple[list[tuple[int, int, Raw]], int]]:
+def _chunks(
+    lot: Lot, sources: Sequence[Source], only_local: bool, bytes_beside: int
+) -> Iterator[tuple[list[tuple[int, int, Raw]], int]]:
     rows: list[tuple[int, int, Raw]] = []
     size = 0
     for number, span in enumerate(lot.spans):
@@ -191,7 +199,7 @@ def _chunks(lot: Lot, sources: Sequence[Source], only_local: bool) -> Iterator[t
             continue
         for row_number, raw in iter_raw(source, start=span.start, stop=span.stop):
             rows.append((number, row_number, raw))
-            size += _size(raw)
+            size += _size(raw) + bytes_beside
             if size >= BATCH_BYTES:
                 yield rows, size
                 rows, size = [], 0

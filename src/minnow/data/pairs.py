@@ -13,19 +13,17 @@ from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
+from minnow.data.pictures import TEXT_ONLY
 from minnow.data.records import (
     CONVERSATION_KEYS,
-    RowError,
     alpaca_messages,
     behind_system,
     canonical,
     check_order,
-    from_json,
-    keys_of,
-    kind_of,
     parse_message,
     parse_tools,
 )
+from minnow.data.values import RowError, from_json, keys_of, kind_of
 from minnow.tokenizer.chat import Conversation, Message, Rendered, render
 from minnow.tokenizer.tokenizer import Tokenizer
 
@@ -109,8 +107,8 @@ def _answer(value: Any, what: str, has_prompt: bool) -> list[Any]:
 def _conversation(prompt: list[Any], answer: list[Any]) -> tuple[Message, ...]:
     """The whole conversation of one side; an answer that repeats the prompt is already one, also where only one of
     the two begins with the system message."""
-    numbered = enumerate([*prompt, *answer], 1)
-    both = [replace(parse_message(item, number), weight=1.0) for number, item in numbered]  # weights are for imitation
+    numbered = enumerate([*prompt, *answer], 1)  # weights of messages are for imitation
+    both = [replace(parse_message(item, number, TEXT_ONLY), weight=1.0) for number, item in numbered]
     opening, before = _split_opening(both[: len(prompt)])
     own_opening, messages = _split_opening(both[len(prompt) :])
     differ = opening and own_opening and opening != own_opening

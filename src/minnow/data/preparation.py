@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
+from itertools import compress
 from typing import Any
 
 import numpy as np
@@ -136,9 +137,7 @@ class Preparation:
         for left_over in self.job.folder.glob("*/.*.tmp"):  # of processes that were killed
             left_over.unlink()
         for side in ("train", "validation"):
-            shards = [entry[side] for entry in entries]
-            has_weights = self.job.options.kind != "pretrain"
-            finish_folder(self.job.folder / side, shards, self.job.tokenizer.vocab_size, has_weights)
+            finish_folder(self.job.folder / side, self.job.shards_meta([entry[side] for entry in entries]))
         meta = {
             "settings": self.job.settings,
             "sources": [asdict(source) for source in self.job.sources],
@@ -172,7 +171,7 @@ class Preparation:
         total = self.journal.checked(self.part)
         if total is None:
             total = Tally()
-            batches = (batch for lot in lots for batch in raw_batches(lot, self.job.sources, only_local=True))
+            batches = (batch for lot in lots for batch in self._raw_batches(lot, only_local=True))
             with progress_bar(self.progress, "checking rows", None) as advance:
                 for batch, found in pool.map("check", batches, self.job.options):
                     total.add(found, self._located(batch, found))
@@ -199,6 +198,8 @@ class Preparation:
             return f"{names}: the data set is empty, there is not one row"
         if total.counts["bad_rows"] == total.counts["rows"]:
             return f"{names}: none of the {total.counts['rows']} rows is usable; the first: {total.bad[0]}"
+        if total.counts["long_shown"]:
+            return f"{names}: no conversation with its pictures fits a row; give a longer sequence_length"
         if total.counts["long_pairs"]:
             return f"{names}: no pair fits a row; give a longer sequence_length"
         return f"{names}: the weights of the mixture leave no document"
@@ -242,7 +243,11 @@ class Preparation:
                     shard = None
 
     def _batches(self, lot: Lot) -> Iterator[RawBatch]:
-        return raw_batches(lot, self.job.sources, self.journal.num_shards(lot))
+        return self._raw_batches(lot, self.journal.num_shards(lot))
+
+    def _raw_batches(self, lot: Lot, first_shard: int = 0, *, only_local: bool = False) -> Iterator[RawBatch]:
+        looks = self.job.options.image_format is not None
+        return raw_batches(lot, self.job.sources, first_shard, only_local=only_local, with_pictures=looks)
 
     def _entries(self, lot: Lot) -> list[Any]:
         return [self.journal.entry(lot, shard) for shard in range(self.journal.num_shards(lot))]
@@ -269,7 +274,8 @@ class _OpenShard:
         for side, chosen in (("train", ~part.is_validation), ("validation", part.is_validation)):
             if not chosen.any():
                 continue
-            of_tokens = slice(None) if chosen.all() else np.repeat(chosen, part.lengths)
+            of_tokens = np.repeat(chosen, part.lengths)
+            there = of_tokens[part.image_places]  # pictures of this side
             self.sides[side].append(
                 part.tokens[of_tokens],
                 part.lengths[chosen],
@@ -277,6 +283,8 @@ class _OpenShard:
                 None if part.weights is None else part.weights[of_tokens],
                 part.copies[chosen],
                 self.group,
+                list(compress(part.images, there)),
+                np.cumsum(of_tokens)[part.image_places[there]] - 1,
             )
 
     def finish(self) -> dict[str, Any]:

@@ -30,6 +30,8 @@ class PrepareReport:
     """FILE:LINE and what is wrong, of the first 20 rows left out."""
     long_pairs: int = 0
     """Preference pairs left out because both answers, each with the prompt, do not fit a row together."""
+    long_shown: int = 0
+    """Conversations with pictures left out because they do not fit a row."""
 
     @classmethod
     def of(cls, counts: Mapping[str, int], bad_rows: Sequence[str]) -> PrepareReport:
@@ -44,6 +46,7 @@ class PrepareReport:
             long_systems=counts["long_systems"],
             bad_rows=tuple(bad_rows),
             long_pairs=counts["long_pairs"],
+            long_shown=counts["long_shown"],
         )
 
     @classmethod
@@ -73,5 +76,10 @@ class PrepareReport:
             found.append(
                 f"{self.long_pairs} of {self.documents} pairs do not fit a row (both answers, each with the prompt) "
                 "and were left out: a longer sequence_length would keep them"
+            )
+        if self.long_shown:
+            found.append(
+                f"{self.long_shown} conversations with pictures are longer than a row and were left out, as a cut "
+                "could part an answer from the picture it speaks of: a longer sequence_length would keep them"
             )
         return found

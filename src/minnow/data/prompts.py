@@ -7,16 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from minnow.config import UserError
+from minnow.data.pictures import TEXT_ONLY
 from minnow.data.readers import read_parsed
 from minnow.data.records import (
     CONVERSATION_KEYS,
-    RowError,
     alpaca_messages,
-    from_json,
-    keys_of,
-    kind_of,
     parse_conversation,
 )
+from minnow.data.values import RowError, from_json, keys_of, kind_of
 from minnow.tokenizer.chat import Conversation
 
 ASKED_KEYS = ("prompt", "question", "instruction")
@@ -91,7 +89,9 @@ def _without_answer(turns: Any, key: str, row: Mapping[str, Any]) -> Conversatio
     if not isinstance(turns, list):
         raise RowError(f"`{key}` must be a list of messages, it is {kind_of(turns)}")
     others = {name: value for name, value in row.items() if name not in CONVERSATION_KEYS}
-    conversation = parse_conversation({**others, "messages": [*turns, {"role": "assistant", "content": "."}]})
+    conversation = parse_conversation(
+        {**others, "messages": [*turns, {"role": "assistant", "content": "."}]}, TEXT_ONLY
+    )
     messages = conversation.messages
     while messages and messages[-1].role == "assistant":
         messages = messages[:-1]

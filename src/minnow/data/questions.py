@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minnow.data.records import RowError
+from minnow.data.values import RowError
 
 _LETTERS = tuple("ABCDEFGHIJ")
 _LETTER_IN_FRONT = re.compile(r"^\s*[(（]?[A-J][)）.．、:：]\s*")

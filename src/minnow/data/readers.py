@@ -21,15 +21,17 @@ import zstandard
 from minnow.config import UserError
 from minnow.data.files import BLOCK, is_packed, is_url, open_bytes
 from minnow.data.parquet import read_parquet, row_groups
+from minnow.data.pictures import TEXT_ALONE, Pictures
 from minnow.data.records import (
     CONVERSATION_KEYS,
     OTHER_KEYS,
     TEXT_KEYS,
-    RowError,
+    is_conversation,
     parse_conversation,
     parse_document,
 )
 from minnow.data.sources import Source, find_sources, require_unweighted
+from minnow.data.values import RowError
 from minnow.tokenizer.chat import Conversation, written_texts
 
 Raw = bytes | str | Mapping[str, Any]
@@ -44,7 +46,7 @@ damaged or a wrong file, and would be read whole into memory."""
 
 _BLOCK = BLOCK
 _SPACE, _BETWEEN = re.compile(r"[ \t\r\n]*"), re.compile(r"[ \t\r\n,]*")
-_COLUMNS = {*TEXT_KEYS, *CONVERSATION_KEYS, *OTHER_KEYS, "image_bytes", "prompt", "chosen", "rejected", "input_ids"}
+_COLUMNS = {*TEXT_KEYS, *CONVERSATION_KEYS, *OTHER_KEYS, "prompt", "chosen", "rejected", "input_ids"}
 
 
 def read_rows(paths: Sequence[str], *, every_column: bool = True) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -75,16 +77,18 @@ def read_parsed(paths: Sequence[str], parse: Callable[[Mapping[str, Any]], Recor
 
 
 def read_texts(
-    paths: Sequence[str], of_conversation: Callable[[Conversation], Iterable[str]] = written_texts
+    paths: Sequence[str],
+    of_conversation: Callable[[Conversation], Iterable[str]] = written_texts,
+    pictures: Pictures = TEXT_ALONE,
 ) -> Iterator[str]:
     """Yield every text in `paths`: documents, and the texts of conversations, by default as tokenizers learn them.
 
-    Raises UserError at the first row that is neither.
+    `pictures`: what is done with them, by default nothing. Raises UserError at the first row that is neither.
     """
     for location, row in read_rows(paths, every_column=False):
         try:
-            if any(row.get(key) is not None for key in (*CONVERSATION_KEYS, "instruction")):
-                yield from of_conversation(parse_conversation(row))
+            if is_conversation(row):
+                yield from of_conversation(parse_conversation(row, pictures))
             else:
                 yield parse_document(row).text
         except RowError as error:

@@ -3,8 +3,8 @@
 Pretraining rows hold `text` or `content`. Conversation rows hold `conversations` or `messages` (a list, or its JSON)
 of `role`/`content` or of ShareGPT's `from`/`value`, or Alpaca's `instruction`/`input`/`output`. Tools stand in `tools`
 (or `functions`) of the row or of the system message, calls in `tool_calls` (or OpenAI's older `function_call`) of the
-assistant's, each as JSON text or as objects, flat or in OpenAI's `function` wrapper. A row that fits none of this
-raises RowError with what is wrong.
+assistant's, each as JSON text or as objects, flat or in OpenAI's `function` wrapper. Users may show pictures, see
+`minnow.data.pictures`. A row that fits none of this raises RowError with what is wrong.
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from minnow.data.openai_form import nameless_tool, openai_tools
+from minnow.data.pictures import MARKER, PICTURE_KEYS, Pictures, content_parts, has_pictures, in_place
+from minnow.data.values import RowError, checked_text, from_json, keys_of, kind_of, require_json
 from minnow.tokenizer.chat import Conversation, Message, ToolCall
 
 TEXT_KEYS = ("text", "content")
 CONVERSATION_KEYS = ("conversations", "messages")
-OTHER_KEYS = ("instruction", "input", "output", "system", "history", "tools", "functions")
+OTHER_KEYS = ("instruction", "input", "output", "system", "history", "tools", "functions", "caption", *PICTURE_KEYS)
 
 _ROLES = {
     "system": "system",
@@ -38,14 +40,11 @@ _ROLES = {
     "observation": "tool",
     "tool_response": "tool",
 }
+_READ = Pictures()
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # R1 text: the reasoning stands in the content, before the answer; only at its very start, never searched for.
 _R1 = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 _ANSWER = re.compile(r"\s*<answer>\n?(.*?)\n?</answer>\s*", re.DOTALL)
-
-
-class RowError(ValueError):
-    """What is wrong with one row, without its location."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ def parse_document(row: Mapping[str, Any]) -> Document:
     present = [key for key in TEXT_KEYS if row.get(key) is not None]
     if not present:
         hint = ""
-        if any(row.get(key) is not None for key in (*CONVERSATION_KEYS, "instruction")):
-            hint = "; it looks like a conversation, which is for `minnow sft`"
+        if is_conversation(row):
+            hint = "; it looks like a conversation, which is for `minnow sft`, or for `minnow vlm` if it has pictures"
         elif row.get("input_ids") is not None:
             hint = "; ids of another tokenizer cannot be used, give the text they came from"
         nulls = [f"`{key}` is null" for key in TEXT_KEYS if key in row]
@@ -72,7 +71,14 @@ def parse_document(row: Mapping[str, Any]) -> Document:
     return Document(text)
 
 
-def parse_conversation(row: Mapping[str, Any]) -> Conversation:
+def is_conversation(row: Mapping[str, Any]) -> bool:
+    """Whether a row looks like a conversation."""
+    if any(row.get(key) is not None for key in (*CONVERSATION_KEYS, "instruction")):
+        return True
+    return row.get("caption") is not None and has_pictures(row)
+
+
+def parse_conversation(row: Mapping[str, Any], pictures: Pictures = _READ) -> Conversation:
     """Read a conversation row; it has a user turn first and something to train on. Raises RowError."""
     key = next((key for key in CONVERSATION_KEYS if row.get(key) is not None), None)
     if key is not None:
@@ -84,15 +90,25 @@ def parse_conversation(row: Mapping[str, Any]) -> Conversation:
         if row.get("output") is None:
             raise RowError("an `instruction` without an `output`")
         raw = [*alpaca_messages(row), {"role": "assistant", "content": row["output"]}]
+    elif is_conversation(row):  # a picture with its caption: what is to be said where it is shown without a word
+        raw = [{"role": "user", "content": MARKER}, {"role": "assistant", "content": row["caption"]}]
     else:
         raise RowError(_no_conversation(row))
     if not raw:
         raise RowError("the conversation is empty")
-    if row.get("image_bytes") is not None and any("<image>" in str(item) for item in raw):
-        raise RowError("the conversation shows an image, and this stage trains on text only")
-    messages = behind_system(row, tuple(parse_message(item, number) for number, item in enumerate(raw, 1)))
+    raw = _with_pictures(row, raw)
+    messages = behind_system(row, tuple(parse_message(item, number, pictures) for number, item in enumerate(raw, 1)))
     check_order(messages)
     return Conversation(messages=messages, tools=parse_tools(row, raw))
+
+
+def _with_pictures(row: Mapping[str, Any], raw: list[Any]) -> list[Any]:
+    """Raw messages with the row's pictures in the users' contents."""
+    if not has_pictures(row):
+        return raw
+    users = [place for place, item in enumerate(raw) if isinstance(item, Mapping) and _is_user(item)]
+    shown = dict(zip(users, in_place([_value(raw[place]) for place in users], row), strict=True))
+    return [{**item, "content": shown[place]} if place in shown else item for place, item in enumerate(raw)]
 
 
 def behind_system(row: Mapping[str, Any], messages: tuple[Message, ...]) -> tuple[Message, ...]:
@@ -118,7 +134,8 @@ def conversation_row(conversation: Conversation) -> dict[str, Any]:
     """The row that `parse_conversation` reads as this conversation: `messages`, and `tools` where there are any."""
     messages = []
     for message in conversation.messages:
-        row: dict[str, Any] = {"role": message.role, "content": message.content}
+        content = content_parts(message) if message.images else message.content
+        row: dict[str, Any] = {"role": message.role, "content": content}
         if message.reasoning_content is not None:
             row["reasoning_content"] = message.reasoning_content
         if message.tool_calls:
@@ -137,10 +154,14 @@ def canonical(example: Document | Conversation) -> bytes:
     if isinstance(example, Document):
         return example.text.encode()
     turns = [
-        [m.role, m.content, m.reasoning_content, [[c.name, c.arguments] for c in m.tool_calls]]
+        [m.role, m.content, m.reasoning_content, [[c.name, c.arguments] for c in m.tool_calls], *_shown(m)]
         for m in example.messages
     ]
     return json.dumps([turns, list(example.tools)], ensure_ascii=True, sort_keys=True).encode()
+
+
+def _shown(message: Message) -> list[Any]:
+    return [[[image.offset, image.digest] for image in message.images]] if message.images else []
 
 
 def check_order(messages: tuple[Message, ...]) -> None:
@@ -160,8 +181,11 @@ def check_order(messages: tuple[Message, ...]) -> None:
         raise RowError("no supervised token: every assistant message is empty or has weight 0")
 
 
-def parse_message(item: Any, number: int) -> Message:
-    """Read message `number` (from 1) of a conversation in any of the forms. Raises RowError."""
+def parse_message(item: Any, number: int, pictures: Pictures = _READ) -> Message:
+    """Read message `number` (from 1) of a conversation in any of the forms. Raises RowError.
+
+    By default pictures are read from wherever on this machine the message says: not for what strangers send.
+    """
     where = f"message {number}"
     if not isinstance(item, Mapping):
         raise RowError(f"{where} must be an object with `role` and `content`, it is {kind_of(item)}")
@@ -170,7 +194,7 @@ def parse_message(item: Any, number: int) -> Message:
         known = ", ".join(_ROLES)
         raise RowError(f"{where} has role {json.dumps(written, default=str)}; known are {known}")
     role = _ROLES[written.lower()]
-    value = item.get("value") if item.get("content") is None else item["content"]
+    value = _value(item)
     if written.lower() == "function_call":  # ShareGPT writes a call as a turn of its own
         thought = _reasoning(item, where)
         if not thought and isinstance(value, str):
@@ -179,6 +203,9 @@ def parse_message(item: Any, number: int) -> Message:
     calls = _tool_calls(item.get("tool_calls") or item.get("function_call"), where) if role == "assistant" else ()
     if value is None and not calls:
         raise RowError(f"{where} ({role}) has no `content`")
+    if role == "user":
+        text, images = pictures.content(value, f"`content` of {where}")
+        return Message(role, text, images=images)
     content = _content(value, f"`content` of {where}")
     if role != "assistant":
         return Message(role=role, content=content)
@@ -191,6 +218,15 @@ def parse_message(item: Any, number: int) -> Message:
 def _role(item: Mapping[str, Any]) -> Any:
     """As written; data sets of both forms put together have both keys in every row, one of them null."""
     return item.get("from") if item.get("role") is None else item["role"]
+
+
+def _value(item: Mapping[str, Any]) -> Any:
+    return item.get("value") if item.get("content") is None else item["content"]
+
+
+def _is_user(item: Mapping[str, Any]) -> bool:
+    written = _role(item)
+    return isinstance(written, str) and _ROLES.get(written.lower()) == "user"
 
 
 def _weight(item: Mapping[str, Any], where: str) -> float:
@@ -245,7 +281,7 @@ def _tool_calls(value: Any, where: str) -> tuple[ToolCall, ...]:
         arguments = from_json(arguments, f"`arguments` of {call['name']} in {where}") if arguments else {}
         if not isinstance(arguments, dict):
             raise RowError(f"`arguments` of {call['name']} in {where} must be an object, not {kind_of(arguments)}")
-        _require_json(arguments, f"`arguments` of {call['name']} in {where}")
+        require_json(arguments, f"`arguments` of {call['name']} in {where}")
         calls.append(ToolCall(name=checked_text(call["name"], "the name of a tool"), arguments=arguments))
     return tuple(calls)
 
@@ -264,7 +300,7 @@ def _tools(value: Any, key: str) -> tuple[dict, ...]:
     tools = from_json(value, f"`{key}`")
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RowError(f"`{key}` must be a list of objects")
-    _require_json(tools, f"`{key}`")
+    require_json(tools, f"`{key}`")
     if (number := nameless_tool(tools)) is not None:
         raise RowError(f"tool {number} of `{key}` has no `name`")
     return tuple(openai_tools(tools))  # as a server shows them: a model is served in the form that it was taught
@@ -297,44 +333,3 @@ def _no_conversation(row: Mapping[str, Any]) -> str:
     elif any(row.get(key) is not None for key in ("completion", "response", "answer", "output")):
         hint = "; write a question and its answer as `instruction` and `output`, or as `messages`"
     return f"no `conversations`, `messages` or `instruction`, only {keys_of(row)}{hint}"
-
-
-def from_json(value: Any, what: str) -> Any:
-    """Return what a text of JSON stands for; anything else as it is. Raises RowError."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits is no JSONDecodeError
-        raise RowError(f"{what} is not valid JSON: {error}") from None
-
-
-def _require_json(value: Any, what: str) -> None:
-    """Raises RowError for what the template could not write: parquet has dates and the like."""
-    try:
-        json.dumps(value)
-    except TypeError as error:
-        raise RowError(f"{what} hold what JSON cannot: {error}") from None
-
-
-def checked_text(value: Any, what: str) -> str:
-    """Return `value` if it is text that UTF-8 can write. Raises RowError."""
-    if not isinstance(value, str):
-        raise RowError(f"{what} must be text, it is {kind_of(value)}")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = f"\\u{ord(value[error.start]):04x}"
-        raise RowError(f"{what} is not valid Unicode: {half} at character {error.start} is half a pair") from None
-    return value
-
-
-def kind_of(value: Any) -> str:
-    """Name the JSON type of a value."""
-    names = {"NoneType": "null", "dict": "an object", "list": "a list", "str": "text", "bool": "true or false"}
-    return names.get(type(value).__name__, "a number" if isinstance(value, int | float) else type(value).__name__)
-
-
-def keys_of(row: Mapping[str, Any]) -> str:
-    """Name the row's keys."""
-    return ", ".join(f"`{key}`" for key in row) or "nothing"

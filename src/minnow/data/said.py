@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 from minnow.data.pairs import SIDES, parse_preference
 from minnow.data.prompts import REFERENCE_KEYS, answer_places, parse_prompt
-from minnow.data.records import CONVERSATION_KEYS, RowError, canonical, parse_conversation, parse_document
+from minnow.data.records import CONVERSATION_KEYS, canonical, parse_conversation, parse_document
+from minnow.data.values import RowError
 from minnow.tokenizer.chat import Conversation, Message
 
 RowKind = Literal["text", "conversation", "preference", "prompt"]

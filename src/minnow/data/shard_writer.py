@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from minnow.data.shards import FORMAT_VERSION, file_sha256, token_dtype
 from minnow.disk import atomic_write, temporary_beside, told_when_full
+from minnow.tokenizer.images import ImageFormat
 
 
 class _HashedFile:
@@ -25,8 +27,8 @@ class _HashedFile:
         self.sha256 = hashlib.sha256()
         self.bytes = 0
 
-    def write(self, values: np.ndarray) -> None:
-        data = values.tobytes()
+    def write(self, values: np.ndarray | bytes) -> None:
+        data = values if isinstance(values, bytes) else values.tobytes()
         with told_when_full(self.path):
             self.file.write(data)
         self.sha256.update(data)
@@ -52,6 +54,9 @@ class ShardWriter:
         self._tokens = _HashedFile(folder / f"{name}.tokens")
         self._weights = _HashedFile(folder / f"{name}.weights") if has_weights else None
         self._index: list[np.ndarray] = []
+        self._images: _HashedFile | None = None  # once there is one
+        self._image_rows: list[tuple[int, int, int]] = []
+        self._stored: dict[bytes, tuple[int, int]] = {}  # by digest: a picture that is asked about often is kept once
 
     def append(
         self,
@@ -61,11 +66,16 @@ class ShardWriter:
         weights: np.ndarray | None = None,
         copies: np.ndarray | None = None,
         group: int = 1,
+        images: Sequence[bytes] = (),
+        image_places: np.ndarray | None = None,
     ) -> None:
         """Append documents that lie one after the other in `tokens`; document i is listed `copies[i]` times.
 
-        Each `group` documents that follow one another belong together and are listed again together.
+        Each `group` documents that follow one another belong together and are listed again together. The first token of
+        picture i stands at `image_places[i]` in `tokens`, ascending.
         """
+        for data, place in zip(images, [] if image_places is None else image_places.tolist(), strict=True):
+            self._image_rows.append((self.num_tokens + place, *self._place_of(data)))
         rows = np.stack([self.num_tokens + np.cumsum(lengths) - lengths, lengths, text_bytes], axis=1).astype(np.int64)
         if copies is not None:
             rows = np.repeat(rows.reshape(-1, group, 3), copies[::group], axis=0).reshape(-1, 3)
@@ -76,29 +86,52 @@ class ShardWriter:
             self._weights.write(weights.astype(np.float16, copy=False))
         self.num_tokens += len(tokens)
 
+    def _place_of(self, data: bytes) -> tuple[int, int]:
+        """First byte and number of bytes of a picture's file in the shard's."""
+        digest = hashlib.sha256(data).digest()
+        if digest not in self._stored:
+            self._images = self._images or _HashedFile(self.folder / f"{self.name}.images")
+            self._stored[digest] = (self._images.bytes, len(data))
+            self._images.write(data)
+        return self._stored[digest]
+
     def finish(self) -> dict[str, Any]:
-        """Flush, rename into place and return {name, documents, tokens, files: {file: {bytes, sha256}}}."""
+        """Flush, rename into place and return {name, documents, tokens, pictures, files: {file: {bytes, sha256}}}."""
         index = np.concatenate([np.empty((0, 3), np.int64), *self._index])
         files = {f"{self.name}.tokens": self._tokens.finish()}
         if self._weights is not None:
             files[f"{self.name}.weights"] = self._weights.finish()
-        index_path = self.folder / f"{self.name}.index.npy"
-        with atomic_write(index_path) as temporary, open(temporary, "wb") as file:
-            np.save(file, index)
-        files[index_path.name] = {"bytes": index_path.stat().st_size, "sha256": file_sha256(index_path)}
-        return {"name": self.name, "documents": len(index), "tokens": int(index[:, 1].sum()), "files": files}
+        files |= self._table("index", index)
+        if self._images is not None:
+            files[self._images.path.name] = self._images.finish()
+            files |= self._table("images", np.array(self._image_rows, np.int64))
+        return {
+            "name": self.name,
+            "documents": len(index),
+            "tokens": int(index[:, 1].sum()),
+            "pictures": len(self._image_rows),
+            "files": files,
+        }
+
+    def _table(self, kind: str, values: np.ndarray) -> dict[str, Any]:
+        path = self.folder / f"{self.name}.{kind}.npy"
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            np.save(file, values)
+        return {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}}
 
 
-def finish_folder(folder: Path, shards: list[dict[str, Any]], vocab_size: int, has_weights: bool) -> None:
-    """Write `meta.json`, after which `Shards.open` accepts the folder."""
+def finish_folder(folder: Path, meta: dict[str, Any]) -> None:
+    """Write `meta.json` (see `folder_meta`), after which `Shards.open` accepts the folder."""
     with atomic_write(folder / "meta.json") as temporary:
-        meta = folder_meta(shards, vocab_size, has_weights)
         temporary.write_text(json.dumps(meta, indent=1), encoding="utf-8")
 
 
-def folder_meta(shards: Sequence[dict[str, Any]], vocab_size: int, has_weights: bool) -> dict[str, Any]:
+def folder_meta(
+    shards: Sequence[dict[str, Any]], vocab_size: int, has_weights: bool, image_format: ImageFormat | None = None
+) -> dict[str, Any]:
     """What meta.json says of a folder with these `shards`, in the order in which their documents are counted."""
-    return {
+    looks = {} if image_format is None else {"image_format": asdict(image_format)}
+    return looks | {
         "version": FORMAT_VERSION,
         "dtype": token_dtype(vocab_size).name,
         "has_weights": has_weights,

@@ -4,6 +4,9 @@ A folder holds, for each shard N, `N.tokens` (uint16, or uint32 for a vocabulary
 [documents, 3]: first token, tokens, UTF-8 bytes) and, for supervised data, `N.weights` (float16, the loss weight of
 predicting each token); and `meta.json`, which lists the shards with their checksums and is written last. Two index rows
 may point at the same tokens: that is how a source counts twice in a mixture.
+
+A shard with pictures also has `N.images`, their files one after the other, and `N.images.npy` (int64 [pictures, 3]:
+place of the picture's first image token in `N.tokens`, ascending; its file's first byte in `N.images`; bytes).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import numpy as np
 
 from minnow.config import UserError
 from minnow.json_file import read_json
+from minnow.tokenizer.images import ImageFormat
 
 FORMAT_VERSION = 1
 
@@ -39,6 +43,8 @@ class Shards:
     def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
         self.folder = folder
         self.has_weights: bool = meta["has_weights"]
+        self.image_format = ImageFormat(**meta["image_format"]) if "image_format" in meta else None
+        """How the model looks at pictures; None where there are none to look at."""
         self._meta = meta
         self._dtype = np.dtype(meta["dtype"])
         self._names: list[str] = [shard["name"] for shard in meta["shards"]]
@@ -89,6 +95,11 @@ class Shards:
     def num_tokens(self) -> int:
         """Tokens of all documents."""
         return sum(shard["tokens"] for shard in self._meta["shards"])
+
+    @property
+    def num_pictures(self) -> int:
+        """Places where a picture is shown, those of repeated documents counted once."""
+        return sum(shard.get("pictures", 0) for shard in self._meta["shards"])
 
     @cached_property
     def lengths(self) -> np.ndarray:
@@ -153,6 +164,22 @@ class Shards:
                 out[here] = self._map(shard, kind)[sources[here]]
         return out
 
+    def pictures(self, documents: np.ndarray) -> list[tuple[int, int, bytes]]:
+        """Return the pictures of `documents` (int64 [D]), in order: which of them shows it, from 0 to D - 1; the place
+        in it of the picture's first image token; the picture's file."""
+        if self.image_format is None:
+            return []
+        found = []
+        for number, document in enumerate(documents.tolist()):
+            shard, offset = int(self._shard_of[document]), int(self._index[0][document])
+            if not self._meta["shards"][shard]["pictures"]:
+                continue
+            table = self._map(shard, "images.npy")
+            first, last = np.searchsorted(table[:, 0], [offset, offset + int(self.lengths[document])])
+            for place, start, size in table[first:last].tolist():
+                found.append((number, place - offset, self._map(shard, "images")[start : start + size].tobytes()))
+        return found
+
     def _view(self, i: int, kind: str, start: int, stop: int | None) -> np.ndarray:
         offset = int(self._index[0][i])
         document = self._map(int(self._shard_of[i]), kind)[offset : offset + int(self.lengths[i])]
@@ -160,10 +187,11 @@ class Shards:
 
     def _map(self, shard: int, kind: str) -> np.ndarray:
         if (shard, kind) not in self._maps:
-            dtype = self._dtype if kind == "tokens" else np.dtype(np.float16)
+            dtypes = {"tokens": self._dtype, "weights": np.dtype(np.float16), "images": np.dtype(np.uint8)}
             path = self.folder / f"{self._names[shard]}.{kind}"
+            mapped = np.load(path, mmap_mode="r") if path.suffix == ".npy" else np.memmap(path, dtypes[kind], mode="r")
             # a plain ndarray over the mapping: np.memmap's own indexing is several times slower
-            self._maps[shard, kind] = np.asarray(np.memmap(path, dtype, mode="r"))
+            self._maps[shard, kind] = np.asarray(mapped)
         return self._maps[shard, kind]
 
 

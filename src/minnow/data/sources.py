@@ -45,6 +45,11 @@ class Source:
         return self.format != "hub"
 
     @property
+    def folder(self) -> str | None:
+        """Where it lies on this machine, which paths in its rows are relative to; None for what lies elsewhere."""
+        return str(Path(self.name).parent) if self.is_local else None
+
+    @property
     def is_local(self) -> bool:
         """Whether it lies on this machine."""
         return self.is_file and not is_url(self.name)

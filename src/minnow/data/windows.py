@@ -17,7 +17,6 @@ import numpy as np
 from minnow.config import UserError
 from minnow.data.job import Job
 from minnow.data.journal import Journal
-from minnow.data.shard_writer import folder_meta
 from minnow.data.shards import Shards
 from minnow.data.shuffle import permutation
 from minnow.json_file import read_json
@@ -104,8 +103,7 @@ class GrowingShards:
         chosen = range(number * WINDOW_SHARDS, min((number + 1) * WINDOW_SHARDS, len(self._entries)))
         if not chosen:
             return None
-        kind, vocab_size = self.job.options.kind, self.job.tokenizer.vocab_size
-        meta = folder_meta([entry[side] for entry in self._entries], vocab_size, kind != "pretrain")
+        meta = self.job.shards_meta([entry[side] for entry in self._entries])
         shards = Shards(self.job.folder / side, meta).subset(chosen)
         if (number, side) not in self._verified:  # written weeks ago, perhaps, by a preparation that broke off
             shards.verify()

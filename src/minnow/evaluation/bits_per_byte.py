@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from minnow.config import UserError
+from minnow.data.pictures import TEXT_ONLY
 from minnow.data.pond.write import validation_documents
 from minnow.data.readers import read_texts, said_texts
 from minnow.engine.hidden import packed_hidden
@@ -133,7 +134,7 @@ def make(options: TaskOptions) -> Task[Text]:
     if options.texts:
         texts: list[Text] = []
         for path, label in zip(options.texts, labels(options.texts), strict=True):
-            of_path = [Text(text, label) for text in read_texts((path,), said_texts)]
+            of_path = [Text(text, label) for text in read_texts((path,), said_texts, TEXT_ONLY)]
             if not of_path:
                 raise UserError(f"{path}: there is not one text to examine; leave it out of --text")
             texts += of_path

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from minnow.config import UserError
+from minnow.data.pictures import TEXT_ONLY
 from minnow.data.pond.long_texts import HiddenFact, hidden_facts, long_documents
 from minnow.data.pond.relations import LANGUAGES
 from minnow.data.pond.world import World
@@ -234,9 +235,9 @@ def make(options: TaskOptions) -> list[Task[Any]]:
     except UserError:
         if options.pond is not None or not options.texts:
             raise
-        return [LongTexts(options.subject, list(read_texts(options.texts, said_texts)), context)]
+        return [LongTexts(options.subject, list(read_texts(options.texts, said_texts, TEXT_ONLY)), context)]
     if options.texts:
-        texts = list(read_texts(options.texts, said_texts))
+        texts = list(read_texts(options.texts, said_texts, TEXT_ONLY))
     else:
         texts = [text.text for text in long_documents(world, DOCUMENTS, CHARACTERS_PER_TOKEN * context, "held_out")]
     return [LongTexts(options.subject, texts, context), HiddenFacts(options.subject, world, context)]

@@ -17,7 +17,8 @@ from minnow.console import plain_console
 from minnow.data.openai_form import tool_name
 from minnow.data.prompts import parse_prompt
 from minnow.data.readers import parse_row, read_parsed
-from minnow.data.records import RowError, canonical, conversation_row, parse_conversation
+from minnow.data.records import canonical, conversation_row, parse_conversation
+from minnow.data.values import RowError
 from minnow.disk import lock, told_when_full
 from minnow.json_file import json_text
 from minnow.stages.teacher import Answer, TeacherConfig, ask

@@ -12,7 +12,8 @@ from typing import Any
 
 from minnow.config import UserError
 from minnow.data.openai_form import openai_messages, openai_tools
-from minnow.data.records import RowError, parse_message
+from minnow.data.records import parse_message
+from minnow.data.values import RowError
 from minnow.engine.engine import Engine
 from minnow.engine.sampling import SamplingParams
 from minnow.http import post_json

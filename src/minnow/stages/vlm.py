@@ -147,7 +147,7 @@ def with_eyes(config: Config, start: CausalLM, tokenizer: Tokenizer) -> VisionLa
 
 def require_room(model: VisionLanguageModel, row_length: int) -> None:
     """UserError where a picture leaves a row no room for words."""
-    tokens = model.image_format.num_tokens + 2
+    tokens = model.image_format.num_tokens
     if tokens >= row_length:
         raise UserError(
             f"a picture takes {tokens} tokens, and a row has {row_length}: give a greater --sequence_length, smaller "
