@@ -1,6 +1,7 @@
 """Pictures in a conversation, against transformers' LlavaProcessor: the same ids and the same pixels."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -149,3 +150,31 @@ def test_what_the_base_looks_at_is_known_beside_an_adapter(tokenizer: Tokenizer,
     (tmp_path / "processor_config.json").write_text("{}")
     with pytest.raises(UserError, match="patch_size"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["own file", "transformers 5"])
+@pytest.mark.parametrize(
+    "change", [{"image_mean": [0.48, 0.45, 0.4]}, {"resample": 2}, {"do_pad": True}, {"do_center_crop": True}]
+)
+def test_pictures_that_are_prepared_otherwise_are_refused_by_name(
+    tokenizer: Tokenizer, tmp_path: Path, change: dict, nested: bool
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    vision = {"image_size": 24, "patch_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "vision_config": vision}))
+    own, all_of_it = tmp_path / "preprocessor_config.json", tmp_path / "processor_config.json"
+    assert Tokenizer.from_pretrained(tmp_path).image_format == FORMAT
+    prepared = json.loads(own.read_text()) | change
+    if nested:
+        own.unlink()
+        all_of_it.write_text(json.dumps(json.loads(all_of_it.read_text()) | {"image_processor": prepared}))
+    else:
+        own.write_text(json.dumps(prepared))
+    with pytest.raises(UserError, match=next(iter(change))):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_the_tokenizer_of_another_kind_of_model_with_pictures_is_read_as_one_that_only_reads(tmp_path: Path) -> None:
+    small_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "vision_config": {"depth": 32}}))
+    assert Tokenizer.from_pretrained(tmp_path).image_format is None
