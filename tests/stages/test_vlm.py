@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,33 +14,30 @@ from safetensors.torch import load_file
 from minnow.config import UserError, parse_config
 from minnow.model.pretrained import load_pretrained
 from minnow.model.vision_language import VisionLanguageModel
-from minnow.stages import language_model, vlm
-from minnow.stages.language_model import PackedData
+from minnow.stages import vlm
 from minnow.tokenizer import Tokenizer
-from tests.training.seeing import TOWER, PictureRows, asked, mixed, picture, reading_model, seeing_model
+from tests.training.seeing import TOWER, asked, mixed, picture, reading_model, seeing_model, write_rows
 
 SMALL = {"sequence_length": 64, "training.batch_tokens": 256, "training.micro_batch_tokens": 128, "training.steps": 4}
 SMALL |= {"training.device": "cpu", "training.precision": "fp32", "training.compile": "off"}
-SMALL |= {"training.validate_every": 2, "training.save_every": 2, "schedule.warmup_steps": 0, "data.paths": "a.jsonl"}
+SMALL |= {
+    "training.validate_every": 2,
+    "training.save_every": 2,
+    "schedule.warmup_steps": 0,
+    "data.validation_fraction": 0.2,
+}
 NEW_TOWER = {f"tower.{key}": value for key, value in TOWER.items()}
 
 
 @pytest.fixture(autouse=True)
-def rows(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Stands for the data: conversations with none, one and two pictures; the list may be changed."""
-    conversations: list[Any] = mixed(12)
-
-    def pack_data(config: Any, tokenizer: Tokenizer, kind: str, say: Any) -> PackedData:
-        assert kind == "sft"
-        train, held_out = (PictureRows(tokenizer, part) for part in (conversations, mixed(3, seed=9)))
-        return PackedData("key", (), train, held_out)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(language_model, "pack_data", pack_data)
-    return conversations
+def data(tmp_path: Path) -> None:
+    """Conversations with none, one and two pictures; a test may write others."""
+    write_rows(tmp_path / "rows.jsonl", mixed(24))
 
 
 def train(run: Path, init_from: Path, **settings: object) -> Path:
-    every = SMALL | {"run": run, "init_from": init_from} | settings
+    data = {"data.paths": run.parent / "rows.jsonl", "data.cache_dir": run.parent / "cache"}
+    every = SMALL | data | {"run": run, "init_from": init_from} | settings
     words = [word for key, value in every.items() for word in (f"--{key}", str(value))]
     vlm.run(parse_config(vlm.Config, words, program="minnow vlm"))
     return run / "model"
@@ -182,17 +178,18 @@ def test_a_tokenizer_without_image_tokens_is_refused(tmp_path: Path) -> None:
         train(tmp_path / "run", start)
 
 
-def test_data_without_a_picture_is_refused(tmp_path: Path, rows: list[Any]) -> None:
-    rows[:] = [asked() for _ in range(12)]
+def test_data_without_a_picture_is_refused(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows.jsonl", [asked(question=f"{number}?") for number in range(12)])
     with pytest.raises(UserError, match="not one picture"):
         train(tmp_path / "run", reading_model(tmp_path / "start"), **NEW_TOWER)
     assert not (tmp_path / "run").exists()
 
 
 def test_many_rows_without_a_picture_are_told(
-    tmp_path: Path, rows: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(vlm, "ROWS_LOOKED_AT", 6)
-    rows[:] = [*(asked() for _ in range(8)), *mixed(4)]
+    monkeypatch.setattr(vlm, "ROWS_LOOKED_AT", 1)
+    texts = [asked(question=f"{number}?") for number in range(40)]
+    write_rows(tmp_path / "rows.jsonl", [*texts, *mixed(3)[2:]])
     train(tmp_path / "run", reading_model(tmp_path / "start"), **NEW_TOWER)
-    assert "there is no picture in the first 6 rows" in " ".join(capsys.readouterr().err.split())
+    assert "there is no picture in the first 1 rows" in " ".join(capsys.readouterr().err.split())

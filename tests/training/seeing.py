@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import PIL.Image
 import torch
 
 from minnow.data.batches import Batch
+from minnow.data.records import conversation_row
 from minnow.model.config import ModelConfig
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
@@ -106,8 +108,15 @@ def mixed(number: int, seed: int = 0) -> list[Conversation]:
     return conversations
 
 
+def write_rows(file: Path, conversations: Sequence[Conversation]) -> Path:
+    """The conversations as data to train on."""
+    lines = [json.dumps(conversation_row(conversation)) + "\n" for conversation in conversations]
+    file.write_text("".join(lines))
+    return file
+
+
 class PictureRows:
-    """Rows of one conversation each, as the data's own would give them."""
+    """Rows of one conversation each, put together here: what the data's own packing is compared with."""
 
     def __init__(self, tokenizer: Tokenizer, conversations: Sequence[Conversation], length: int = 64) -> None:
         self.tokenizer, self.length = tokenizer, length

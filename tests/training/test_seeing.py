@@ -13,6 +13,7 @@ import transformers
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from minnow.data.prepare import DataConfig, prepare
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.optim import OptimConfig, build_optimizers
@@ -20,7 +21,7 @@ from minnow.training.memory import hold_in_memory
 from minnow.training.objective import LanguageModeling
 from minnow.training.speed import batch_flops, picture_flops
 from minnow.training.validation import validate
-from tests.training.seeing import COLOURS, PictureRows, asked, mixed, picture, seeing, shade
+from tests.training.seeing import COLOURS, PictureRows, asked, mixed, picture, seeing, shade, write_rows
 
 THEIRS = {"model.": "model.language_model.", "vision_tower.": "model.vision_tower."}
 THEIRS |= {"multi_modal_projector.": "model.multi_modal_projector."}
@@ -79,6 +80,25 @@ def test_loss_and_gradients_are_those_of_a_naive_loop_with_transformers(
         torch.testing.assert_close(parameter.grad, other.grad, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_the_rows_of_the_data_are_the_same_conversations(tmp_path: Path) -> None:
+    """Several conversations a row, tiled by the data's own packing, against one conversation a row."""
+    model, tokenizer = seeing()
+    alone = PictureRows(tokenizer, mixed(12))
+    file = write_rows(tmp_path / "rows.jsonl", mixed(12))
+    config = DataConfig(paths=(str(file),), cache_dir=str(tmp_path), validation_fraction=0.0)
+    packed, _ = prepare(config, tokenizer, "sft", sequence_length=192).packed(192, 0)
+    assert packed.num_rows <= 4
+    objective = LanguageModeling()
+    sums = []
+    for rows in (alone, packed):
+        batch = rows.batch(range(rows.num_rows)).to("cpu")
+        assert batch.pixels_ICHW is not None
+        assert len(batch.pixels_ICHW) == 12
+        with torch.no_grad():
+            sums.append((float(objective(model, batch).loss_sum), objective.count(batch)))
+    assert sums[0] == pytest.approx(sums[1], rel=1e-6)
+
+
 def test_a_validation_sees_the_pictures() -> None:
     model, tokenizer = seeing()
     rows = PictureRows(tokenizer, mixed(6))
@@ -112,11 +132,12 @@ def test_a_model_learns_to_name_the_colour_of_shades_it_has_not_seen() -> None:
     right = 0
     for name in held_out:
         shown = picture(shade(name, generator))
-        losses = {
-            word: objective(model, PictureRows(tokenizer, [asked(shown, answer=word)]).batch([0]).to("cpu")).loss_sum
-            for word in COLOURS
-        }
-        right += min(losses, key=lambda word: float(losses[word])) == name
+        with torch.no_grad():
+            losses = {
+                word: objective(model, PictureRows(tokenizer, [asked(shown, answer=word)]).batch([0]).to("cpu"))
+                for word in COLOURS
+            }
+        right += min(losses, key=lambda word: float(losses[word].loss_sum)) == name
     assert right >= 28, f"{right} of 30"  # chance: 10
 
 

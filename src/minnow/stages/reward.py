@@ -62,7 +62,6 @@ def run(config: Config) -> None:
     start.config.check_training_rows(config.row_length)
     classification_config({"architectures": [architecture(start.config)]})  # before any work: can it be saved?
     model = RewardModel.from_language_model(start)
-    tokenizer.image_format = None  # eyes are not taken over: it judges texts
     held_out: list[Batch] = []
     trained = False
 

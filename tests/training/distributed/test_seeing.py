@@ -8,11 +8,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from minnow.data.batches import Share
+from minnow.data.prepare import DataConfig, prepare
 from minnow.stages import language_model
-from tests.training.seeing import seeing_model
+from minnow.tokenizer import Tokenizer
+from minnow.training.objective import PackedBatches
+from tests.training.seeing import mixed, seeing_model, write_rows
 
 from .processes import run_processes
-from .seeing import main, pack_data
+from .seeing import main
 
 PARTS = ("all", "language", "projector")
 
@@ -20,13 +24,13 @@ PARTS = ("all", "language", "projector")
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
-    start = seeing_model(folder / "start")
-    words = (str(start), str(folder), "ddp,fsdp", *PARTS)
+    seeing_model(folder / "start")
+    write_rows(folder / "rows.jsonl", mixed(60))
+    words = (str(folder), str(folder), "ddp,fsdp", *PARTS)
     run_processes("tests.training.distributed.seeing", *words, world_size=2)
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("pack_data", "write_report"):
-            patch.setattr(language_model, name, None)  # `main` sets them: put back afterwards
-        main(start, folder, ["auto"], list(PARTS))
+        patch.setattr(language_model, "write_report", None)  # `main` sets it: put back afterwards
+        main(folder, folder, ["auto"], list(PARTS))
     return folder
 
 
@@ -50,16 +54,13 @@ def test_two_processes_train_what_one_trains(world: Path, mode: str, part: str) 
         assert difference <= 1e-5, f"{name} differs by {difference:.1e}"
 
 
-def test_the_batches_of_the_runs_are_uneven() -> None:
+def test_the_batches_of_the_runs_are_uneven(world: Path) -> None:
     """Else the test above would miss a process that waits for another's gradient."""
-    from minnow.data.batches import Share
-    from minnow.training.objective import PackedBatches
-    from tests.training.seeing import seeing
-
-    rows = pack_data(None, seeing()[1], "sft", None).train
+    config = DataConfig(paths=(str(world / "rows.jsonl"),), cache_dir=str(world / "cache"), validation_fraction=0.2)
+    rows, _ = prepare(config, Tokenizer.from_pretrained(world / "start"), "sft", sequence_length=64).packed(64, 0)
     source = PackedBatches(rows, 0, rows_per_batch=4, rows_per_micro_batch=1)
     shown = [
-        tuple(batch.pixels_ICHW is not None for rank in (0, 1) for batch in source.micro_batches(step, Share(rank, 2)))
+        [[batch.pixels_ICHW is not None for batch in source.micro_batches(step, Share(rank, 2))] for rank in (0, 1)]
         for step in range(10)
     ]
-    assert any(first != second for a, b, c, d in shown for first, second in ((a, c), (b, d)))
+    assert any(first != second for one, other in shown for first, second in zip(one, other, strict=True))
