@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
+import tokenizers
 import torch
 
 from minnow.model.attention import CausalAttention
@@ -14,7 +17,11 @@ from minnow.model.config import ModelConfig, RopeScaling
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.transformer import CausalLM
-from minnow.tokenizer import Tokenizer, train_tokenizer
+from minnow.model.vision_language import ImagePixels, VisionLanguageModel
+from minnow.model.vision_tower import VisionConfig
+from minnow.tokenizer import Conversation, Message, Tokenizer, render, train_tokenizer
+from minnow.tokenizer.images import Image
+from minnow.tokenizer.special import IMAGE
 
 CORPUS = [
     "The small fish lives in the old pond. It's blue, and it doesn't eat 12 snails.\n\nuser assistant system tool\n",
@@ -101,7 +108,22 @@ def tiny_model(tmp_path: Path, *, tokenizer: Tokenizer | None = None, seed: int 
         "head_dim": 16,
         "max_position_embeddings": 64,
     }
-    model = CausalLM(ModelConfig(**(shape | changes)))
+    return _saved(CausalLM(ModelConfig(**(shape | changes))), tmp_path, tokenizer, seed)
+
+
+def seeing_model(tmp_path: Path, **changes: Any) -> Path:
+    """The same of a model that looks at pictures of 32 x 32 pixels."""
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(small_tokenizer().definition)))
+    shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256}
+    text = ModelConfig(**(shape | heads | changes))
+    vision = VisionConfig(image_size=32, patch_size=8, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
+    model = VisionLanguageModel(text, vision, tokenizer.special_ids[IMAGE])
+    tokenizer.image_format = model.image_format
+    return _saved(model, tmp_path, tokenizer, 0)
+
+
+def _saved(model: CausalLM, tmp_path: Path, tokenizer: Tokenizer, seed: int) -> Path:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in [*model.parameters(), *model.buffers()]:  # the selection bias is a buffer
@@ -110,6 +132,33 @@ def tiny_model(tmp_path: Path, *, tokenizer: Tokenizer | None = None, seed: int 
     folder = tmp_path / "run" / "model"
     save_pretrained(model, folder, tokenizer)
     return folder
+
+
+def noise_pictures(folder: Path, count: int, size: tuple[int, int] = (32, 32)) -> list[Path]:
+    """Files of random pixels, width x height."""
+    paths = [folder / f"{seed}.png" for seed in range(count)]
+    for seed, path in enumerate(paths):
+        noise = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8)
+        PIL.Image.fromarray(noise).save(path)
+    return paths
+
+
+def seen_greedy(folder: Path, picture: Path, question: str, count: int) -> tuple[list[int], list[float]]:
+    """The likeliest ids one after another behind a question about a picture, and their log-probabilities."""
+    model, tokenizer = load_pretrained(folder, dtype=torch.float32), Tokenizer.from_pretrained(folder)
+    message = Message("user", question, images=(Image(picture.read_bytes()),))
+    rendered = render(tokenizer, Conversation((message,)), add_generation_prompt=True)
+    pixels = torch.from_numpy(tokenizer.require_images().pixels(rendered.images[0]))[None]
+    ids, chosen = rendered.ids.tolist(), []
+    for _ in range(count):
+        tokens_T = torch.tensor(ids)
+        images = ImagePixels(pixels, (tokens_T == tokenizer.image_id).nonzero().squeeze(1))
+        with torch.no_grad():
+            hidden = model(tokens_T[None], torch.arange(len(ids))[None], CausalAttention(), images=images)
+            logprobs_V = torch.log_softmax(model.logits(hidden)[0, -1], -1)
+        ids.append(int(logprobs_V.argmax()))
+        chosen.append(float(logprobs_V.max()))
+    return ids[-count:], chosen
 
 
 def reference_logits(folder: Path, ids: list[int]) -> np.ndarray:

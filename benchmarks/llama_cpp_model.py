@@ -6,13 +6,19 @@ MINNOW_LLAMA_CPP names, by default ~/.cache/minnow/llama.cpp. Needs cmake and a 
 
 from __future__ import annotations
 
+import base64
+import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
-from collections.abc import Sequence
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +122,50 @@ class LlamaCpp:
         if not line:
             raise RuntimeError(f"llama.cpp stopped with exit code {self._process.wait()}")
         return [int(word) for word in line.split()]
+
+
+@contextmanager
+def llama_server(path: Path, eyes: Path) -> Iterator[str]:
+    """The root of the address at which llama.cpp's server answers about pictures, in float32."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["-m", str(path), "--mmproj", str(eyes), "--port", str(port), "--jinja", "-t", "1", "-c", "256"]
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [str(SERVER), *words, "-ctk", "f32", "-ctv", "f32"], stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            while True:
+                time.sleep(0.2)
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                    break
+                except OSError:
+                    if process.poll() is not None:
+                        log.seek(0)
+                        raise RuntimeError(f"llama-server failed:\n{log.read()[-4000:]}") from None
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def llama_sees(address: str, picture: Path, question: str, count: int) -> list[int]:
+    """The likeliest ids one after another behind a question about a picture, in the template of the file."""
+    data = base64.b64encode(picture.read_bytes()).decode()
+    shown = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{data}"}}
+    messages = [{"role": "user", "content": [shown, {"type": "text", "text": question}]}]
+    template = {"messages": messages, "chat_template_kwargs": {"enable_thinking": False}}
+    prompt = {"prompt_string": _post(f"{address}/apply-template", template)["prompt"], "multimodal_data": [data]}
+    wanted = {"n_predict": count, "temperature": 0, "ignore_eos": True, "return_tokens": True}
+    return _post(f"{address}/completion", {"prompt": prompt} | wanted)["tokens"]
+
+
+def _post(url: str, body: dict) -> dict:
+    request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=120) as response:
+        return json.load(response)
 
 
 if __name__ == "__main__":

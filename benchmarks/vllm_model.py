@@ -32,9 +32,19 @@ SETTINGS = {
 
 def vllm_greedy(folder: Path, prompts: list[list[int]], count: int) -> list[tuple[list[int], list[float]]]:
     """The `count` likeliest next ids of each prompt one after another, and their log-probabilities; fp32."""
-    request = json.dumps({"folder": str(folder), "prompts": prompts, "count": count})
+    return _ask({"folder": str(folder), "prompts": prompts, "count": count}, _environment())
+
+
+def vllm_sees(folder: Path, pictures: list[Path], question: str, count: int) -> list[tuple[list[int], list[float]]]:
+    """The same of one question about each picture, which vLLM renders and prepares by the folder's own files."""
+    stand_in = {"PYTHONPATH": str(Path(__file__).parent / "no_torchvision")}
+    request = {"folder": str(folder), "pictures": list(map(str, pictures)), "question": question, "count": count}
+    return _ask(request, _environment() | stand_in)
+
+
+def _ask(request: dict, environment: dict[str, str]) -> list[tuple[list[int], list[float]]]:
     done = subprocess.run(
-        [PYTHON, __file__], input=request, capture_output=True, text=True, check=False, env=_environment()
+        [PYTHON, __file__], input=json.dumps(request), capture_output=True, text=True, check=False, env=environment
     )
     if done.returncode:
         raise RuntimeError(f"vLLM failed:\n{done.stderr[-4000:]}")
@@ -79,16 +89,32 @@ def main() -> None:
     from vllm import LLM, SamplingParams
 
     request = json.load(sys.stdin)
-    length = max(map(len, request["prompts"])) + request["count"]
-    model = LLM(request["folder"], dtype="float32", enforce_eager=True, max_model_len=length, skip_tokenizer_init=True)
+    settings = {"dtype": "float32", "enforce_eager": True}
+    if "pictures" in request:
+        model = LLM(request["folder"], **settings)
+        prompts = [_shown(model, path, request["question"]) for path in request["pictures"]]
+    else:
+        length = max(map(len, request["prompts"])) + request["count"]
+        model = LLM(request["folder"], **settings, max_model_len=length, skip_tokenizer_init=True)
+        prompts = [{"prompt_token_ids": ids} for ids in request["prompts"]]
     params = SamplingParams(temperature=0.0, max_tokens=request["count"], logprobs=1, ignore_eos=True, detokenize=False)
-    outputs = model.generate([{"prompt_token_ids": ids} for ids in request["prompts"]], params, use_tqdm=False)
+    outputs = model.generate(prompts, params, use_tqdm=False)
     answers = []
     for output in outputs:
         ids = list(output.outputs[0].token_ids)
         logprobs = [step[i].logprob for step, i in zip(output.outputs[0].logprobs, ids, strict=True)]
         answers.append({"ids": ids, "logprobs": logprobs})
     print(json.dumps(answers))
+
+
+def _shown(model, path: str, question: str) -> dict:
+    """A prompt of vLLM's: the picture, then the question."""
+    from PIL import Image
+
+    parts = [{"type": "image"}, {"type": "text", "text": question}]
+    messages = [{"role": "user", "content": parts}]
+    text = model.get_tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return {"prompt": text, "multi_modal_data": {"image": Image.open(path)}}
 
 
 def install(folder: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from minnow.config import UserError
 from minnow.data.openai_form import nameless_tool, openai_tools
 from minnow.data.records import parse_message
+from minnow.data.values import RowError
 from minnow.engine import Completions, Delta, Engine, SamplingParams
 from minnow.engine.hidden import mean_hidden, text_logprobs
 from minnow.tokenizer.assistant import AssistantStream, Content, Event, Reasoning
@@ -76,21 +77,24 @@ class Model:
     ) -> Message | Iterator[str]:
         """Answer a conversation: {"role": ..., "content": ...} each, or a text as the user's only message.
 
+        A user's content may be a list of parts, {"type": "text", "text": ...} and, for a model that looks at pictures,
+        {"type": "image", "image": X}: X is a path, a file's bytes or a `data:` URL.
         The answer is a `Message` with content, reasoning_content and tool_calls; with `stream`, the pieces of its
         content alone as they come, without thoughts and calls. What looks like a call and is none is content, and
         comes once that is known. thinking: let the model reason first. tools: JSON schemas of functions it may call.
-        UserError for a grammar with thinking, which it would bind too, for control tokens in the text and for a tool
-        without a name.
+        UserError for a message that is none, a grammar with thinking, which it would bind too, control tokens in the
+        text, a tool without a name, and for pictures that cannot be read or that a model which only reads is shown.
         """
         items = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         if not items:
             raise UserError("no messages to answer")
         if (number := nameless_tool(tools)) is not None:
             raise UserError(f"tool {number} of `tools` has no `name`: the model could not call it")
-        conversation = Conversation(
-            messages=tuple(parse_message(item, number) for number, item in enumerate(items, 1)),
-            tools=tuple(openai_tools(tools)),
-        )
+        try:
+            read = tuple(parse_message(item, number) for number, item in enumerate(items, 1))
+        except RowError as error:
+            raise UserError(str(error)) from error
+        conversation = Conversation(read, tools=tuple(openai_tools(tools)))
         params = _one_answer(options)
         if thinking and params.grammar is not None:
             raise UserError(
@@ -101,7 +105,7 @@ class Model:
                 "skip_special_tokens=False: a message holds no control tokens; `engine.generate` gives text with them"
             )
         rendered = render(self.tokenizer, conversation, add_generation_prompt=True, enable_thinking=thinking)
-        events = self._events(self.engine.stream(rendered.ids.tolist(), params), thinking)
+        events = self._events(self.engine.stream(rendered, params), thinking)
         if stream:
             return (event.text for event in events if isinstance(event, Content))
         return _message(events)

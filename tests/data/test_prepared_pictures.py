@@ -72,7 +72,6 @@ def said(shards: Shards, tokenizer: Tokenizer) -> dict[str, list[bytes]]:
         for number, place, _ in pictures:
             assert number == 0
             assert (ids[place : place + 4] == tokenizer.image_id).all()
-            assert ids[place - 1] == tokenizer.special_ids["<|vision_start|>"]
         assert (ids == tokenizer.image_id).sum() == 4 * len(pictures)
         found[tokenizer.decode(ids[ids != tokenizer.image_id])] = [data for _, _, data in pictures]
     return found

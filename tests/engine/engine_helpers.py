@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from functools import cache
 from typing import Any
 
+import numpy as np
+import PIL.Image
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -12,6 +15,10 @@ from minnow.engine.grammar import json_grammar
 from minnow.model.attention import CausalAttention
 from minnow.model.config import ModelConfig
 from minnow.model.transformer import CausalLM
+from minnow.model.vision_language import VisionLanguageModel
+from minnow.model.vision_tower import VisionConfig
+from minnow.tokenizer.chat import Conversation, Message, Rendered, render
+from minnow.tokenizer.images import Image, ImageFormat
 from minnow.tokenizer.tokenizer import Tokenizer
 from minnow.tokenizer.train import train_tokenizer
 
@@ -46,12 +53,47 @@ def tiny_model(seed: int = 0, **changes: Any) -> CausalLM:
         "max_position_embeddings": 128,
     }
     model = CausalLM(ModelConfig(**(shape | changes)))
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            low, high = (0.5, 1.5) if parameter.ndim == 1 else (-0.4, 0.4)
-            parameter.copy_(torch.empty(parameter.shape).uniform_(low, high, generator=generator))
+    draw(model, seed)
     return model
+
+
+@torch.no_grad()
+def draw(model: CausalLM, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        low, high = (0.5, 1.5) if parameter.ndim == 1 else (-0.4, 0.4)
+        parameter.copy_(torch.empty(parameter.shape).uniform_(low, high, generator=generator))
+
+
+@cache
+def seeing_tokenizer() -> Tokenizer:
+    """The same words, beside a model that looks at pictures of 4 patches."""
+    return Tokenizer(tiny_tokenizer()._tokenizer, image_format=ImageFormat(image_size=16, patch_size=8))
+
+
+def seeing_model(seed: int = 0, **changes: Any) -> VisionLanguageModel:
+    """`tiny_model` with eyes as random and large."""
+    vision = VisionConfig(
+        image_size=16, patch_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
+    )
+    model = VisionLanguageModel(tiny_model(seed, **changes).config, vision, seeing_tokenizer().image_id)
+    draw(model, seed)
+    return model
+
+
+def picture(seed: int) -> bytes:
+    """A file of a few coloured squares."""
+    file = io.BytesIO()
+    colours = np.random.default_rng(seed).integers(0, 2, (4, 4, 3), np.uint8) * 255
+    PIL.Image.fromarray(colours).save(file, "PNG")
+    return file.getvalue()
+
+
+def shown(*seeds: int, text: str = "What swims in the pond?") -> Rendered:
+    """A user's message with so many pictures, the first before the text and the others in it."""
+    images = tuple(Image(picture(seed), 5 * i) for i, seed in enumerate(seeds))
+    conversation = Conversation((Message("user", text, images=images),))
+    return render(seeing_tokenizer(), conversation, add_generation_prompt=True)
 
 
 def random_prompts(count: int, seed: int = 0, longest: int = 40) -> list[list[int]]:

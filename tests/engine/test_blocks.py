@@ -203,7 +203,7 @@ def test_an_older_prompt_that_is_long_does_not_halt_a_younger_answer() -> None:
 
 def test_kept_blocks_go_in_the_order_of_their_last_use() -> None:
     blocks = BlockManager(3, 2)
-    keys = [block_key(b"", [i, i]) for i in range(3)]
+    keys = [block_key(b"", bytes([i, i])) for i in range(3)]
     for key in keys:
         blocks.remember(blocks.allocate(), key)
     for block in (2, 0, 1):
@@ -218,5 +218,5 @@ def test_kept_blocks_go_in_the_order_of_their_last_use() -> None:
 
 
 def test_a_key_tells_all_that_came_before() -> None:
-    keys = {block_key(parent, tokens) for parent in (b"", block_key(b"", [1, 2])) for tokens in ([1, 2], [2, 1])}
+    keys = {block_key(parent, content) for parent in (b"", block_key(b"", b"12")) for content in (b"12", b"21")}
     assert len(keys) == 4

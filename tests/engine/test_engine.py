@@ -116,7 +116,7 @@ def test_samples_share_one_prefill() -> None:
     engine = make_engine(11)
     read = []
     forward = engine.model.forward
-    engine.model.forward = lambda tokens, *rest: read.append(tokens.numel()) or forward(tokens, *rest)
+    engine.model.forward = lambda tokens, *rest, **more: read.append(tokens.numel()) or forward(tokens, *rest, **more)
     engine.generate([[5] * 20, [6] * 10], SamplingParams(n=4, max_tokens=3, ignore_eos=True))
     assert read == [30, 8, 8]
 
@@ -126,7 +126,7 @@ def test_requests_that_begin_alike_are_not_read_twice() -> None:
     engine = make_engine(11)
     read = []
     forward = engine.model.forward
-    engine.model.forward = lambda tokens, *rest: read.append(tokens.numel()) or forward(tokens, *rest)
+    engine.model.forward = lambda tokens, *rest, **more: read.append(tokens.numel()) or forward(tokens, *rest, **more)
     prompts = [[5] * 40] * 4 + [[6] * 40]
     params = [SamplingParams(seed=seed, max_tokens=4, ignore_eos=True) for seed in range(5)]
     together = engine.generate(prompts, params)

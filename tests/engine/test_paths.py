@@ -50,7 +50,7 @@ def test_pieces_of_prompts_give_the_same_tokens(max_step_tokens: int, temperatur
     engine = make_engine(1, max_step_tokens=max_step_tokens)
     read = []
     forward = engine.model.forward
-    engine.model.forward = lambda tokens, *rest: read.append(tokens.numel()) or forward(tokens, *rest)
+    engine.model.forward = lambda tokens, *rest, **more: read.append(tokens.numel()) or forward(tokens, *rest, **more)
     assert answers(engine, prompts, params) == expected
     assert max(read) <= max_step_tokens
     assert_all_free(engine)

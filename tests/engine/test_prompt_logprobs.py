@@ -135,7 +135,7 @@ def test_after_a_preemption_no_more_is_taken_from_the_cache_than_was_noted() -> 
     scheduler.waiting.append(sequence)
     read: list[int] = []
     forward = engine.model.forward
-    engine.model.forward = lambda tokens, *rest: read.append(tokens.numel()) or forward(tokens, *rest)  # type: ignore
+    engine.model.forward = lambda tokens, *rest, **more: read.append(tokens.numel()) or forward(tokens, *rest, **more)  # type: ignore
     outcomes = []
     while engine.has_work:
         outcomes += engine.step()
@@ -168,7 +168,7 @@ def test_prompts_that_begin_alike_are_read_together() -> None:
     engine = make_engine(6)
     read: list[int] = []
     forward = engine.model.forward
-    engine.model.forward = lambda tokens, *rest: read.append(tokens.numel()) or forward(tokens, *rest)  # type: ignore
+    engine.model.forward = lambda tokens, *rest, **more: read.append(tokens.numel()) or forward(tokens, *rest, **more)  # type: ignore
     engine.generate([[*range(10, 40), i] for i in range(50, 54)], ASKED)
     assert read == [4 * 31, 4, 4, 4]
 

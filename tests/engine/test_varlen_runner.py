@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_helpers import random_prompts, tiny_model, tiny_tokenizer
+from engine_helpers import random_prompts, seeing_model, seeing_tokenizer, shown, tiny_model, tiny_tokenizer
 from torch import Tensor
 
 from minnow.engine import Engine, SamplingParams
@@ -23,6 +23,7 @@ from minnow.engine.runner import Runner, padded_reach
 from minnow.engine.scheduler import Scheduler
 from minnow.engine.varlen_runner import VarlenRunner, block_table, decode_inputs
 from minnow.model.attention import causal
+from minnow.model.transformer import CausalLM
 
 
 def attend(
@@ -72,9 +73,10 @@ def make_engine(
     *,
     window: bool = False,
     frozen: bool = False,
+    model: CausalLM | None = None,
 ) -> Engine:
     """window: the runner of devices without the kernel, recorded all the same."""
-    model = tiny_model(seed)
+    model = model or tiny_model(seed)
     engine = Engine(model, tiny_tokenizer(), frozen=frozen)
     cache = PagedCache(model.config, blocks + 1, 8, torch.float32, torch.device("cpu"))
     runner: Runner | VarlenRunner
@@ -90,6 +92,18 @@ def make_engine(
 def answers(engine: Engine, **options: Any) -> list[list[list[int]]]:
     params = SamplingParams(**{"seed": 2, "n": 2, "max_tokens": 40, "ignore_eos": True, **options})
     return [[c.ids for c in output.completions] for output in engine.generate(random_prompts(8, 3), params)]
+
+
+@pytest.mark.parametrize("window", [False, True])
+def test_pictures_are_seen_as_by_the_plain_runner(window: bool) -> None:
+    """Pieces of 7 tokens cut them in two, and those that made room are read again."""
+    prompts = [shown(0), shown(1, 2, 3), [50, 60, 70], shown(0, text="Blue?"), shown(4, 0)]
+    params = SamplingParams(seed=2, n=2, max_tokens=40, ignore_eos=True)
+    engine = make_engine(Recorder(), blocks=20, max_step_tokens=7, window=window, model=seeing_model())
+    expected = Engine(seeing_model(), seeing_tokenizer()).generate(prompts, params)
+    assert [o.completions for o in engine.generate(prompts, params)] == [o.completions for o in expected]
+    assert engine._made is not None
+    assert engine._made.scheduler.preemptions > 0
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

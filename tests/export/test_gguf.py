@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -13,18 +14,29 @@ import numpy as np
 import pytest
 import tokenizers
 import torch
-from export_models import ARCHITECTURES, CORPUS, EXPERTS, MIXED, reference_logits, small_tokenizer, tiny_model
+from export_models import (
+    ARCHITECTURES,
+    CORPUS,
+    EXPERTS,
+    MIXED,
+    reference_logits,
+    seeing_model,
+    small_tokenizer,
+    tiny_model,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
 from minnow import cli
 from minnow.config import UserError
-from minnow.export.gguf_file import GGUF_TYPES, encode, write_gguf
+from minnow.export.gguf_eyes import write_eyes
+from minnow.export.gguf_file import GGUF_TYPES, GgufType, encode, write_gguf
 from minnow.export.gguf_tokenizer import LLAMA3_PATTERN, pre_tokenizer
 from minnow.export.template import model_name
 from minnow.model.config import RopeScaling
 from minnow.model.lora import LoraConfig, add_lora
 from minnow.model.pretrained import load_pretrained, save_pretrained
+from minnow.model.vision_language import VisionLanguageModel
 from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.bytelevel import GPT2_PATTERN, QWEN2_PATTERN
 from minnow.tokenizer.template import chat_template
@@ -489,3 +501,45 @@ def test_wrong_requests_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[s
 def test_mixed_text_has_every_kind_of_character() -> None:
     """MIXED is what test_llama_cpp.py compares ids on: it must keep its letters, digits, marks and line ends."""
     assert small_tokenizer().decode(small_tokenizer().encode(MIXED)) == MIXED
+
+
+@pytest.mark.parametrize("type", ["f32", "f16"])
+def test_eyes_have_a_file_of_their_own(tmp_path: Path, type: GgufType) -> None:
+    """Names and values as `llama.cpp` reads them; test_llama_cpp.py runs them."""
+    folder = seeing_model(tmp_path)
+    written = write_gguf(folder, tmp_path / "m.gguf", type)
+    assert written.eyes == tmp_path / "mmproj-m.gguf"
+    model = load_pretrained(folder)
+    assert isinstance(model, VisionLanguageModel)
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(written.eyes).tensors}
+    layer = model.vision_tower.vision_model.encoder.layers[1]
+    for name, expected in {
+        "v.patch_embd.weight": model.vision_tower.vision_model.embeddings.patch_embedding.weight,
+        "v.position_embd.weight": model.vision_tower.vision_model.embeddings.position_embedding.weight,
+        "v.blk.1.ffn_up.weight": layer.mlp.fc1.weight,
+        "v.blk.1.attn_out.bias": layer.self_attn.out_proj.bias,
+        "mm.0.weight": model.multi_modal_projector.linear_1.weight,
+        "mm.2.bias": model.multi_modal_projector.linear_2.bias,
+    }.items():
+        stored = tensors[name].data
+        half = type == "f16" and name in ("v.patch_embd.weight", "v.blk.1.ffn_up.weight", "mm.0.weight")
+        assert stored.dtype == (np.float16 if half else np.float32), name
+        np.testing.assert_allclose(stored, expected.detach().numpy(), atol=1e-3 if half else 0)
+    assert not any("post_ln" in name for name in tensors)  # llama.cpp would run it, and transformers does not
+    said = fields(written.eyes)
+    assert [said[key] for key in ("clip.vision.block_count", "clip.projector_type", "clip.use_gelu")] == [
+        3,
+        "mlp",
+        True,
+    ]
+    assert said["clip.vision.image_size"] == 32
+    assert not any(tensor.name.startswith(("v.", "mm.")) for tensor in gguf.GGUFReader(written.path).tensors)
+
+
+def test_a_tower_that_llama_cpp_would_read_wrongly_is_refused(tmp_path: Path) -> None:
+    model = load_pretrained(seeing_model(tmp_path))
+    assert isinstance(model, VisionLanguageModel)
+    model.vision = dataclasses.replace(model.vision, intermediate_size=model.vision.hidden_size)
+    with pytest.raises(UserError, match="swapped"):
+        write_eyes(model, tmp_path / "mmproj.gguf", "m")
+    assert not (tmp_path / "mmproj.gguf").exists()

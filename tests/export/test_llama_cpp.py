@@ -18,8 +18,11 @@ from export_models import (
     CORPUS,
     MIXED,
     mean_divergence,
+    noise_pictures,
     reference_greedy,
     reference_logits,
+    seeing_model,
+    seen_greedy,
     small_tokenizer,
     tiny_model,
 )
@@ -145,3 +148,20 @@ def test_the_pond(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with capsys.disabled():
         print(f"\nthe pond in llama.cpp, {len(rows)} held-out questions: {right}")
     assert right["q8_0"] >= right["bf16"] - 0.02
+
+
+def test_pictures(tmp_path: Path) -> None:
+    """llama.cpp's server with the two files of a model that looks at pictures: its own template, tower and projector.
+
+    The pictures have the tower's size: others it pads where we stretch.
+    """
+    folder = seeing_model(tmp_path, tie_word_embeddings=False)
+    written = write_gguf(folder, tmp_path / "model.gguf", "f32")
+    assert written.eyes is not None
+    answers = set()
+    with llama_cpp_model.llama_server(written.path, written.eyes) as address:
+        for picture in noise_pictures(tmp_path, 3):
+            expected, _ = seen_greedy(folder, picture, "What is this?", 8)
+            assert llama_cpp_model.llama_sees(address, picture, "What is this?", 8) == expected
+            answers.add(tuple(expected))
+    assert len(answers) > 1  # what is shown matters

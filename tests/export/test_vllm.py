@@ -10,7 +10,15 @@ import numpy as np
 import pytest
 import torch
 import vllm_model
-from export_models import ARCHITECTURES, reference_greedy, reference_logits, tiny_model
+from export_models import (
+    ARCHITECTURES,
+    noise_pictures,
+    reference_greedy,
+    reference_logits,
+    seeing_model,
+    seen_greedy,
+    tiny_model,
+)
 
 from minnow.engine import Engine, SamplingParams
 from minnow.evaluation.pond import PondTask, find_world
@@ -36,6 +44,19 @@ def test_greedy(name: str, tmp_path: Path) -> None:
     logits = reference_logits(folder, [*IDS, *ids])[len(IDS) - 1 : -1].astype(np.float64)
     expected = logits[range(24), ids] - np.log(np.exp(logits).sum(-1))
     np.testing.assert_allclose(logprobs, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_pictures(tied: bool, tmp_path: Path) -> None:
+    """vLLM's own template, processor and tower on a folder that looks at pictures, stretched ones too."""
+    folder = seeing_model(tmp_path, tie_word_embeddings=tied)
+    pictures = noise_pictures(tmp_path, 3, (50, 40))
+    theirs = vllm_model.vllm_sees(folder, pictures, "What is this?", 12)
+    for picture, (ids, logprobs) in zip(pictures, theirs, strict=True):
+        expected, expected_logprobs = seen_greedy(folder, picture, "What is this?", 12)
+        assert ids == expected
+        np.testing.assert_allclose(logprobs, expected_logprobs, atol=1e-3)
+    assert len({round(logprobs[0], 2) for _, logprobs in theirs}) > 1  # what is shown matters
 
 
 @pytest.mark.skipif("MINNOW_POND_MODEL" not in os.environ, reason="MINNOW_POND_MODEL: a run of minnow quickstart")

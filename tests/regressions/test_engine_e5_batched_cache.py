@@ -22,7 +22,7 @@ def test_one_cache_and_one_forward_pass_a_step() -> None:
     model = CausalLM(config)
     shapes = []
     forward = model.forward
-    model.forward = lambda tokens, *rest: shapes.append(tuple(tokens.shape)) or forward(tokens, *rest)
+    model.forward = lambda tokens, *rest, **more: shapes.append(tuple(tokens.shape)) or forward(tokens, *rest, **more)
     caches: list[PagedCache] = []
 
     def allocate(*arguments: object) -> PagedCache:

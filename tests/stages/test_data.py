@@ -138,7 +138,7 @@ def test_pictures_are_counted_and_shown_in_their_places(seen, tmp_path, capsys):
     assert (figures["train"]["pictures"], figures["picture_tokens"], figures["long_shown"]) == (8, 4, 0)
     assert main(["data", "inspect", *seen, "--sample=3"]) == 0
     out = capsys.readouterr().out
-    assert "user\nwhere?<|vision_start|>[4 image tokens]<|vision_end|><|im_end|>" in out
+    assert "user\nwhere?[4 image tokens]<|im_end|>" in out
     assert "picture 1: from token " in out
     assert "<|image_pad|>" not in out
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from minnow import cli
-from minnow.config import UserError, parse_config
+from minnow.config import UserError, config_to_yaml, parse_config
 from minnow.console import plain_console
 from minnow.data.batches import Batch
 from minnow.data.prepare import DataConfig
@@ -18,17 +18,19 @@ from minnow.model.experts_config import ExpertsConfig
 from minnow.model.lora import LoraConfig, Quantization, lora_layers
 from minnow.model.pretrained import save_pretrained
 from minnow.model.quantize import is_quantized
-from minnow.model.size import training_flops_per_token
+from minnow.model.size import training_flops_per_picture, training_flops_per_token
 from minnow.model.transformer import CausalLM
+from minnow.model.vision_language import Trained, VisionLanguageModel
+from minnow.model.vision_tower import VisionConfig
 from minnow.optim import OptimConfig, build_optimizers
 from minnow.settings import settings_of
-from minnow.stages import lora, pretrain, sft
+from minnow.stages import lora, pretrain, sft, vlm
 from minnow.stages import plan as plan_module
 from minnow.stages.plan import Config, Plan, _duration, in_bytes, make_plan
 from minnow.training.config import TrainingConfig
 from minnow.training.memory import as_trained
 from minnow.training.objective import LanguageModeling
-from minnow.training.probe import random_batch
+from minnow.training.probe import random_batch, with_pictures
 from tests.stages.stage_helpers import tiny_tokenizer
 
 SHAPE = ModelConfig(
@@ -381,3 +383,110 @@ def test_takes_sft_recipes_and_says_what_is_missing(
 def test_it_takes_the_settings_of_the_commands(stage: ModuleType) -> None:
     """An SFT file with replace_chat_template was refused, whose cost its --help promises to tell."""
     assert {setting.key for setting in settings_of(stage.Config)} <= {setting.key for setting in settings_of(Config)}
+
+
+TOWER = VisionConfig(
+    image_size=16, patch_size=4, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
+)
+
+
+@pytest.fixture
+def reads(tmp_path: Path) -> str:
+    save_pretrained(CausalLM(SHAPE), tmp_path / "reads")
+    return str(tmp_path / "reads")
+
+
+@pytest.fixture
+def sees(tmp_path: Path) -> str:
+    save_pretrained(VisionLanguageModel(SHAPE, TOWER, 5), tmp_path / "sees")
+    return str(tmp_path / "sees")
+
+
+@pytest.mark.parametrize("train", ["projector", "language", "all"])
+def test_weights_and_state_of_a_model_that_looks_at_pictures_are_exact(train: Trained, sees: str) -> None:
+    figures = plan(init_from=sees, train=train)
+    model = VisionLanguageModel(SHAPE, TOWER, 5)
+    model.train_only(train)
+    assert figures.parameters == sum(parameter.numel() for parameter in model.model.parameters())
+    of_tower, of_projector = (sum(parameter.numel() for parameter in part.parameters()) for part in model.eyes)
+    assert (figures.tower_parameters, figures.projector_parameters) == (of_tower, of_projector)
+    assert figures.picture_tokens == 16
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    held = 0
+    for one in build_optimizers(model, OptimConfig(), tokens_per_batch=512):
+        one.step()
+        tensors = [t for state in one.state.values() for t in state.values() if isinstance(t, torch.Tensor)]
+        held += sum(tensor.nbytes for tensor in tensors if tensor.ndim > 0)
+    assert figures.memory.optimizer == held
+    assert figures.memory.gradients == 4 * sum(parameter.numel() for parameter in trained)
+    assert figures.memory.weights == 4 * (figures.parameters + of_tower + of_projector)
+
+
+@pytest.mark.parametrize("train", ["projector", "language", "all"])
+def test_activations_with_pictures_are_about_what_autograd_keeps(train: Trained, sees: str) -> None:
+    kept: dict[int, torch.UntypedStorage] = {}
+    model = VisionLanguageModel(SHAPE, TOWER, 5)
+    model.train_only(train)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        LanguageModeling()(model, with_pictures(random_batch(SHAPE.vocab_size, 2, 64), TOWER))
+    measured = sum(storage.nbytes() for storage in kept.values())
+    assert plan(init_from=sees, train=train).memory.activations == pytest.approx(measured, rel=0.1)
+
+
+def test_a_picture_costs_its_operations_beside_its_tokens(sees: str, reads: str) -> None:
+    text = plan(init_from=reads).flops_per_token
+    one = training_flops_per_picture(TOWER, 32, tower=False, projector=True)
+    assert plan(init_from=sees, train="language").flops_per_token == pytest.approx(text + one / 64)
+    assert plan(init_from=sees).flops_per_token < plan(init_from=sees, train="language").flops_per_token
+    assert plan(init_from=reads, tower=TOWER).flops_per_token > text + one / 64
+    assert plan(init_from=sees, train="projector").flops_per_token < text
+
+
+def test_the_probe_looks_at_pictures(reads: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+
+    def listening(model: CausalLM, batch: Batch, *, seconds: float) -> float:
+        shown.append(batch.pixels_ICHW)
+        return 1000.0
+
+    monkeypatch.setattr(plan_module, "tokens_per_second", listening)
+    for settings in ({"tower": TOWER}, {}):
+        plan(init_from=reads, probe_seconds=0.1, **settings)
+    assert shown[0] is not None
+    assert tuple(shown[0].shape[1:]) == (3, 16, 16)
+    assert shown[1] is None
+
+
+def test_a_configuration_of_vlm_is_planned(reads: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--init_from", reads, "--tower.image_size", "32", "--sequence_length", "64", "--training.device", "cpu"]
+    file = tmp_path / "vlm.yaml"
+    file.write_text(config_to_yaml(parse_config(vlm.Config, words, program="minnow vlm")))
+    assert cli.main(["plan", "--config", str(file), "--probe_seconds", "0"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "in the tower" in said
+    assert "a picture takes 4 tokens" in said
+
+
+@pytest.mark.parametrize(
+    ("start", "settings", "said"),
+    [
+        ("sees", {"tower": TOWER}, "has eyes already"),
+        ("reads", {"train": "language"}, "leaves the new tower as it was drawn"),
+        (None, {"train": "all"}, "give --init_from"),
+        ("reads", {"tower": VisionConfig(image_size=256)}, "a picture takes 256 tokens, and a row has 64"),
+    ],
+)
+def test_a_plan_refuses_what_vlm_refuses(
+    start: str | None, settings: dict[str, object], said: str, request: pytest.FixtureRequest
+) -> None:
+    with pytest.raises(UserError, match=said):
+        plan(init_from=start and request.getfixturevalue(start), **settings)

@@ -1,6 +1,7 @@
 """Pictures in a conversation, against transformers' LlavaProcessor: the same ids and the same pixels."""
 
 import io
+import json
 import warnings
 from pathlib import Path
 
@@ -41,17 +42,17 @@ def asked(*images: Image, text: str = "What is this?") -> Conversation:
     return Conversation((Message("user", text, images=images), Message("assistant", "A fish.")))
 
 
-def test_a_picture_is_its_borders_and_a_token_for_each_patch(tokenizer: Tokenizer) -> None:
+def test_a_picture_is_a_token_for_each_patch(tokenizer: Tokenizer) -> None:
     data = encoded(picture())
     rendered = render(tokenizer, asked(Image(data, 5)))
     ids = rendered.ids.tolist()
-    begin, patch, end = (tokenizer.special_ids[f"<|{name}|>"] for name in ("vision_start", "image_pad", "vision_end"))
-    place = ids.index(begin)
-    assert ids[place : place + 11] == [begin, *[patch] * 9, end]
-    assert ids.count(patch) == 9
+    place = ids.index(tokenizer.image_id)
+    assert ids[place : place + 9] == [tokenizer.image_id] * 9
+    assert ids.count(tokenizer.image_id) == 9
     assert rendered.images == (data,)
-    assert not rendered.weights[place : place + 11].any()
+    assert not rendered.weights[place : place + 9].any()
     assert tokenizer.decode(ids[:place]).endswith("user\nWhat ")
+    assert tokenizer.decode(ids[place + 9 :]).startswith("is this?")
 
 
 @pytest.mark.parametrize("offsets", [(0,), (13,), (0, 0), (5, 13), (0, 5, 5)])
@@ -152,3 +153,40 @@ def test_a_palette_that_is_transparent_in_parts_is_no_warning_for_each_picture()
         warnings.simplefilter("error")
         pixels = FORMAT.pixels(file.getvalue())
     np.testing.assert_array_equal(pixels, FORMAT.pixels(encoded(indexed.convert("RGB"))))
+
+
+def test_what_the_base_looks_at_is_known_beside_an_adapter(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """There is no config.json in such a folder."""
+    tokenizer.save_pretrained(tmp_path)
+    assert Tokenizer.from_pretrained(tmp_path).image_format == FORMAT
+    (tmp_path / "processor_config.json").write_text("{}")
+    with pytest.raises(UserError, match="patch_size"):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["own file", "transformers 5"])
+@pytest.mark.parametrize(
+    "change", [{"image_mean": [0.48, 0.45, 0.4]}, {"resample": 2}, {"do_pad": True}, {"do_center_crop": True}]
+)
+def test_pictures_that_are_prepared_otherwise_are_refused_by_name(
+    tokenizer: Tokenizer, tmp_path: Path, change: dict, nested: bool
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    vision = {"image_size": 24, "patch_size": 8}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava", "vision_config": vision}))
+    own, all_of_it = tmp_path / "preprocessor_config.json", tmp_path / "processor_config.json"
+    assert Tokenizer.from_pretrained(tmp_path).image_format == FORMAT
+    prepared = json.loads(own.read_text()) | change
+    if nested:
+        own.unlink()
+        all_of_it.write_text(json.dumps(json.loads(all_of_it.read_text()) | {"image_processor": prepared}))
+    else:
+        own.write_text(json.dumps(prepared))
+    with pytest.raises(UserError, match=next(iter(change))):
+        Tokenizer.from_pretrained(tmp_path)
+
+
+def test_the_tokenizer_of_another_kind_of_model_with_pictures_is_read_as_one_that_only_reads(tmp_path: Path) -> None:
+    small_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen2_vl", "vision_config": {"depth": 32}}))
+    assert Tokenizer.from_pretrained(tmp_path).image_format is None

@@ -394,13 +394,15 @@ def test_overwrite_is_for_the_first_start_of_a_command(tmp_path: Path, monkeypat
 
 def test_the_operations_of_a_micro_batch_by_hand() -> None:
     """Pieces of 3 and 5 tokens: their queries see 1 + 2 + 3 and 1 + ... + 5 keys, none of the other piece's."""
-    matrices = sum(parameter.numel() for parameter in CausalLM(SHAPE).parameters() if parameter.ndim == 2)
+    model = CausalLM(SHAPE)
+    matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
     assert SHAPE.tie_word_embeddings  # then the head is among them, and the embedding costs nothing
     attention = SHAPE.num_hidden_layers * 4 * SHAPE.num_attention_heads * SHAPE.head_dim * (6 + 15)
-    batch = SimpleNamespace(cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32))
-    assert batch_flops(SHAPE, batch) == pytest.approx(3 * (2 * matrices * 8 + attention))
+    batch = SimpleNamespace(cu_seqlens=torch.tensor([0, 3, 8], dtype=torch.int32), pixels_ICHW=None)
+    assert batch_flops(model, batch) == pytest.approx(3 * (2 * matrices * 8 + attention))
     # Beside adapters the matrices have no gradient: the utilisation of such a run was up to half as much again.
-    assert batch_flops(SHAPE, batch, frozen=True) == pytest.approx(2 * 2 * matrices * 8 + 3 * attention)
+    model.requires_grad_(False)
+    assert batch_flops(model, batch) == pytest.approx(2 * 2 * matrices * 8 + 3 * attention)
 
 
 @pytest.mark.parametrize(

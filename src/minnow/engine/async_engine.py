@@ -13,11 +13,13 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 from minnow.config import UserError
-from minnow.engine.engine import Engine, Prompt
+from minnow.engine.engine import Engine
 from minnow.engine.grammar import Constraint
 from minnow.engine.outputs import Delta
+from minnow.engine.prompt import Prompt, ReadyPrompt
 from minnow.engine.sampling import SamplingParams
 from minnow.out_of_memory import explained, is_out_of_memory
+from minnow.tokenizer.chat import Rendered
 
 R = TypeVar("R")
 
@@ -105,26 +107,28 @@ class AsyncEngine:
         """Answers under way and waiting."""
         return self._in_flight
 
-    async def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Answer:
+    async def submit(self, prompt: Prompt | ReadyPrompt, params: SamplingParams | None = None) -> Answer:
         """Put a request into the waiting line.
 
         UserError as in `Engine.add`; QueueFullError; ClosedError.
         """
         params = params or SamplingParams()
-        if isinstance(prompt, str):  # a long text takes a while, and neither the loop nor the worker may wait for it
-            prompt = await asyncio.to_thread(self.engine.prompt_ids, prompt)
         self._admit(params.n)
         answer = Answer(self, params.n)
-        constraint: Constraint | None = None
-
-        def add(engine: Engine) -> None:
-            answer.id = engine.add(prompt, params, constraint)
-            self._answers[answer.id] = answer
-
         try:
+            if isinstance(prompt, str | Rendered):
+                # A long text and pictures take a while, and neither the loop nor the worker may wait for it.
+                prompt = await asyncio.to_thread(self.engine.ready, prompt)
+            ready = prompt if isinstance(prompt, ReadyPrompt) else self.engine.ready(prompt)
+            constraint: Constraint | None = None
             if params.grammar is not None:  # it may take a second to compile, and answers under way would wait for it
-                self.engine.require_possible(prompt, params)  # nor is it compiled for a request that is refused
+                self.engine.require_possible(ready.ids, params)  # nor is it compiled for a request that is refused
                 constraint = await asyncio.to_thread(self.engine.constraint, params)
+
+            def add(engine: Engine) -> None:
+                answer.id = engine.add(ready, params, constraint)
+                self._answers[answer.id] = answer
+
             await self.call(add)
         except BaseException:  # cancelled while it waited, too
             answer.close()

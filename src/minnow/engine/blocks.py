@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from array import array
 from collections import OrderedDict
-from collections.abc import Sequence
 
 
-def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """What a full block is found by: a digest of its tokens and of all before them.
+def block_key(parent: bytes, content: bytes) -> bytes:
+    """What a full block is found by: a digest of what stands in it (`Sequence.content`) and of all before it.
 
     A cryptographic digest and no quick hash: a prompt made to collide would be answered from another's cache.
     `parent` is the key of the block before, b"" for the first one (an adapter's name belongs there, whose keys
     and values differ).
     """
-    return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
+    return hashlib.blake2b(parent + content, digest_size=16).digest()
 
 
 class BlockManager:

@@ -15,9 +15,11 @@ from minnow.config import UserError
 from minnow.engine.adapters import Adapters
 from minnow.engine.compiled import CompiledDecode
 from minnow.engine.grammar import Constraint, Grammars
+from minnow.engine.looking import look
 from minnow.engine.outputs import Completions, Delta
 from minnow.engine.packed import PackedModel, can_pack
 from minnow.engine.parts import MAX_ROWS, Parts, make_parts, shared_memory
+from minnow.engine.prompt import Prompt, ReadyPrompt, prompt_ids, ready_prompt
 from minnow.engine.runner import Decoder, Runner
 from minnow.engine.sampler import Sampler
 from minnow.engine.sampling import SamplingParams
@@ -28,10 +30,6 @@ from minnow.model.pretrained import resolve_model_folder
 from minnow.model.quantize import load_quantized
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer.tokenizer import Tokenizer
-
-Prompt = str | Listing[int]
-"""Token ids, taken as they are, or a text, taken as the start of a document: the end-of-text token, then
-the text."""
 
 
 class Engine:
@@ -109,7 +107,8 @@ class Engine:
     ) -> list[Completions]:
         """Answer every prompt; one `SamplingParams` for all, or one for each. In the order of the prompts.
 
-        UserError when a prompt is empty or leaves no room in the model's context, or a grammar cannot be followed.
+        UserError when a prompt is empty or leaves no room in the model's context, when a picture cannot be read or does
+        not belong to the prompt's image tokens, or a grammar cannot be followed.
         """
         each = [params or SamplingParams()] * len(prompts) if not isinstance(params, Listing) else list(params)
         if len(each) != len(prompts):
@@ -144,11 +143,16 @@ class Engine:
         """
         return self._stream(self._request(prompt, params or SamplingParams()))
 
-    def add(self, prompt: Prompt, params: SamplingParams | None = None, constraint: Constraint | None = None) -> int:
+    def add(
+        self,
+        prompt: Prompt | ReadyPrompt,
+        params: SamplingParams | None = None,
+        constraint: Constraint | None = None,
+    ) -> int:
         """Put a request into the waiting line; its id, with which `step` marks its deltas.
 
-        constraint: what `constraint` makes of `params`, where that has been done already. UserError as in `generate`;
-        nothing is added then.
+        prompt: also what `ready` makes of one. constraint: what `constraint` makes of `params`, where that has been
+        done already. UserError as in `generate`; nothing is added then.
         """
         return self._submit(self._request(prompt, params or SamplingParams(), constraint)).id
 
@@ -186,6 +190,7 @@ class Engine:
         """
         for request in self._requests.values():
             request.end_ids = self._ends_of(request.params)
+            request.seen.clear()
         if self._made is not None:
             self._made.scheduler.forget()
             self._made.runner.forget()
@@ -198,11 +203,16 @@ class Engine:
         """Let no later prompt find what earlier ones left in the cache."""
         self._parts().scheduler.blocks.forget_contents()
 
+    def ready(self, prompt: Prompt) -> ReadyPrompt:
+        """The prompt as the model will read it; any thread may do it. A long text, or pictures, take a while.
+
+        UserError for pictures as in `generate`.
+        """
+        return ready_prompt(self.model, self.tokenizer, prompt)
+
     def prompt_ids(self, prompt: Prompt) -> list[int]:
-        """The prompt as the model will read it."""
-        if isinstance(prompt, str):
-            return [self.tokenizer.start_id, *self.tokenizer.encode(prompt)]
-        return [int(token) for token in prompt]
+        """The tokens of a prompt."""
+        return prompt_ids(self.tokenizer, prompt)
 
     def require_possible(self, ids: Listing[int], params: SamplingParams) -> None:
         """UserError where a prompt of these tokens can have no such answer; whether the grammar can be followed is not
@@ -229,14 +239,18 @@ class Engine:
         if params.min_tokens and len(self._ends_of(params)) >= vocab_size:
             raise UserError("min_tokens bars the tokens that end an answer, which are all there are here")
 
-    def _request(self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None = None) -> Request:
-        ids = self.prompt_ids(prompt)
+    def _request(
+        self, prompt: Prompt | ReadyPrompt, params: SamplingParams, constraint: Constraint | None = None
+    ) -> Request:
+        ready = prompt if isinstance(prompt, ReadyPrompt) else self.ready(prompt)
+        ids = ready.ids
         self.require_possible(ids, params)
         room = self.model.config.max_position_embeddings - len(ids)
         self._next_id += 1
         request = Request(
             id=self._next_id,
             prompt_ids=ids,
+            images=ready.images,
             params=params,
             seed=secrets.randbits(63) if params.seed is None else params.seed,
             max_tokens=room if params.max_tokens is None else min(params.max_tokens, room),
@@ -299,6 +313,7 @@ class Engine:
     def _step(self) -> list[tuple[Request, Delta | UserError]]:
         scheduler, runner = self._parts()
         plan = scheduler.schedule()
+        look(self.model, plan.chunks)
         read, logits_RV = runner.run(self._decoder(), plan)
         for chunk in plan.chunks:
             scheduler.computed(chunk)

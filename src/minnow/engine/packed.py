@@ -13,7 +13,7 @@ from minnow.model.attention import Attention
 from minnow.model.config import ModelConfig
 from minnow.model.int8 import int8_linear
 from minnow.model.rope import rotary_tables, rotate
-from minnow.model.transformer import MLP, CausalLM, DecoderLayer, Linear
+from minnow.model.transformer import MLP, CausalLM, DecoderLayer, ImageEmbeddings, Linear
 
 
 def can_pack(model: CausalLM) -> bool:
@@ -56,12 +56,21 @@ class PackedModel(nn.Module):
             if mine.data_ptr() != new.data_ptr():  # else it is shared with the model
                 mine.copy_(new)
 
-    def forward(self, tokens_BT: Tensor, positions_BT: Tensor, attention: Attention) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        attention: Attention,
+        *,
+        images: ImageEmbeddings | None = None,
+    ) -> Tensor:
         """Hidden states [B, T, D] after the final norm, as `CausalLM.forward` gives them."""
         config = self.config
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         cos, sin = self.cos_T[positions_BT], self.sin_T[positions_BT]
         x = F.embedding(tokens_BT, self.embedding)
+        if images is not None:
+            x = images.put_into(x)
         for index, module in enumerate(self.layers):
             layer = cast(_PackedLayer, module)
             qkv = layer.qkv(self._rms(x, layer.input_norm))

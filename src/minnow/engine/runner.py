@@ -14,12 +14,14 @@ from minnow.engine.attention import DecodeAttention, MixedAttention
 from minnow.engine.cache import PagedCache, Window
 from minnow.engine.compiled import CompiledDecode
 from minnow.engine.graphs import Capture, Recordings, padded_rows
+from minnow.engine.looking import seen_in
 from minnow.engine.prompt_logprobs import note_prompt_logprobs
 from minnow.engine.scheduler import Chunk, Plan
 from minnow.engine.sequence import Sequence
 from minnow.model.attention import Attention
 from minnow.model.config import ModelConfig
 from minnow.model.switched import AdapterChoice
+from minnow.model.transformer import ImageEmbeddings
 from minnow.transfer import to_device
 
 MASK_STEP = 64
@@ -32,7 +34,14 @@ class Decoder(Protocol):
     config: ModelConfig
     compute_dtype: torch.dtype
 
-    def __call__(self, tokens_BT: Tensor, positions_BT: Tensor, attention: Attention) -> Tensor:
+    def __call__(
+        self,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        attention: Attention,
+        *,
+        images: ImageEmbeddings | None = None,
+    ) -> Tensor:
         """Hidden states [B, T, D]."""
         ...
 
@@ -124,7 +133,7 @@ class Runner:
             tokens_N, positions_N = torch.cat((tokens_B, tokens_N)), torch.cat((where[0], positions_N))
         attention = MixedAttention(self.cache, decode, len(rows), chunks, slots_N)
         with self._adapted(rows, chunks):
-            hidden_BTD = model(tokens_N[None], positions_N[None], attention)
+            hidden_BTD = model(tokens_N[None], positions_N[None], attention, images=seen_in(chunks, len(rows)))
         note_prompt_logprobs(model, hidden_BTD[0, len(rows) :], chunks)
         ends = np.cumsum([chunk.count for chunk in chunks]) + len(rows) - 1
         last = [*range(len(rows)), *(int(end) for chunk, end in zip(chunks, ends, strict=True) if chunk.reaches_end)]

@@ -110,7 +110,7 @@ class Scheduler:
         sequence.computed += chunk.count
         for index in range(len(sequence.block_keys), sequence.computed // size):
             parent = sequence.block_keys[-1] if sequence.block_keys else sequence.first_parent
-            sequence.block_keys.append(block_key(parent, sequence.tokens[index * size : (index + 1) * size]))
+            sequence.block_keys.append(block_key(parent, sequence.content(index * size, (index + 1) * size)))
             self.blocks.remember(sequence.blocks[index], sequence.block_keys[index])
 
     def schedule(self) -> Plan:
@@ -160,7 +160,7 @@ class Scheduler:
         found: list[int] = []
         keys: list[bytes] = []
         for start in range(0, sequence.skippable // size * size, size):
-            key = block_key(keys[-1] if keys else sequence.first_parent, sequence.tokens[start : start + size])
+            key = block_key(keys[-1] if keys else sequence.first_parent, sequence.content(start, start + size))
             block = self.blocks.find(key)
             if block is None:
                 return _Cached(found, keys, key)

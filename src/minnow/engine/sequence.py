@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from minnow.config import UserError
 from minnow.engine.counter_random import sample_key
 from minnow.engine.grammar import Constraint
 from minnow.engine.outputs import Completion, Delta, FinishReason, PromptLogprobs, TopLogprobs, Usage
 from minnow.engine.penalties import Penalties
+from minnow.engine.prompt import PromptImages
 from minnow.engine.sampling import SamplingParams
 from minnow.engine.stop_strings import StopStrings
 from minnow.tokenizer.stream import StreamDecoder
@@ -21,12 +25,16 @@ class Request:
 
     id: int
     prompt_ids: list[int]
+    images: PromptImages | None = None
+    """The prompt's pictures."""
     params: SamplingParams
     seed: int
     max_tokens: int
     """`params.max_tokens`, or less where the context ends earlier."""
     end_ids: frozenset[int]
     """Tokens that end the answer."""
+    seen: dict[int, Tensor] = field(default_factory=dict)
+    """What the model made of the pictures that it has looked at: [patches, D] by the picture's number."""
     samples: list[Sequence] = field(default_factory=list)
     error: UserError | None = None
     """Why it ended without all of its answers."""
@@ -97,6 +105,13 @@ class Sequence:
     def num_tokens(self) -> int:
         """Prompt and answer together."""
         return len(self.tokens)
+
+    def content(self, start: int, end: int) -> bytes:
+        """What tokens `start` to `end` stand for: their ids, and the pictures whose image tokens are among them."""
+        ids, images = array("q", self.tokens[start:end]).tobytes(), self.request.images
+        if images is None:
+            return ids
+        return ids + b"".join(images.digests[seen.picture] for seen in images.between(start, end))
 
     @property
     def skippable(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 from minnow.engine.attention import VarlenAttention
 from minnow.engine.cache import PagedCache
 from minnow.engine.graphs import Capture, Recordings, padded_rows
+from minnow.engine.looking import seen_in
 from minnow.engine.prompt_logprobs import note_prompt_logprobs
 from minnow.engine.runner import Decoder
 from minnow.engine.scheduler import Chunk, Plan
@@ -106,7 +107,7 @@ class VarlenRunner:
         )
         choice = [(chunk.sequence.params.adapter, chunk.count) for chunk in chunks]
         with nullcontext() if self.adapters is None else self.adapters.of(choice, self._device):
-            hidden_BTD = model(tokens_N[None], positions_N[None], attention)
+            hidden_BTD = model(tokens_N[None], positions_N[None], attention, images=seen_in(chunks, 0))
         note_prompt_logprobs(model, hidden_BTD[0], chunks)
         ends = zip(chunks, accumulate(counts), strict=True)
         last = [(chunk.sequence, end - 1) for chunk, end in ends if chunk.reaches_end]

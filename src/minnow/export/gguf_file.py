@@ -18,11 +18,13 @@ from torch import Tensor
 
 from minnow.config import UserError
 from minnow.disk import atomic_write
+from minnow.export.gguf_eyes import write_eyes
 from minnow.export.gguf_shape import add_shape, gguf_architecture, gguf_tensors
 from minnow.export.gguf_tokenizer import add_tokenizer
 from minnow.export.template import model_name, without_thinking
 from minnow.model.context import AS_TRAINED, ContextConfig
 from minnow.model.pretrained import load_pretrained
+from minnow.model.vision_language import VisionLanguageModel
 from minnow.tokenizer.template import folder_template
 
 GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -53,6 +55,8 @@ class GgufFile:
     """Matrices of a quantised file that stay f16, because their rows are no multiple of 32 wide."""
     note: str | None
     """What the user should know about the tokenizer."""
+    eyes: Path | None
+    """The second file of a model that looks at pictures: llama.cpp's `--mmproj`."""
 
 
 def write_gguf(
@@ -63,7 +67,7 @@ def write_gguf(
     thinking: bool = False,
     context: ContextConfig = AS_TRAINED,
 ) -> GgufFile:
-    """Write the model in `folder` to the file `path`, whole or not at all.
+    """Write the model in `folder` to the file `path`, whole or not at all; its eyes, if any, to mmproj-NAME beside it.
 
     thinking: whether the chat template can open a think block; llama.cpp does so by default where it can.
     context: how far to stretch the model's. UserError for what llama.cpp cannot represent.
@@ -93,7 +97,11 @@ def write_gguf(
             writer.write_tensor_data(encode(name, tensor, types[name]))
         writer.close()
     kept = [n for n in tensors if type.startswith("q") and types[n] == Quantization.F16]
-    return GgufFile(path, path.stat().st_size, tuple(kept), note)
+    eyes = None
+    if isinstance(model, VisionLanguageModel):
+        eyes = path.with_name(f"mmproj-{path.name}")
+        write_eyes(model, eyes, model_name(folder), f32=type == "f32")
+    return GgufFile(path, path.stat().st_size, tuple(kept), note, eyes)
 
 
 def tensor_type(name: str, tensor: Tensor, type: GgufType) -> Quantization:

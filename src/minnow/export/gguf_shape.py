@@ -98,12 +98,14 @@ def _add_rope_scaling(writer: gguf.GGUFWriter, scaling: RopeScaling) -> None:
 
 
 def gguf_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
-    """(GGUF name, tensor as stored) of every weight; a linear layer's matrix stays [out, in]."""
+    """(GGUF name, tensor as stored) of every weight of the language model; a linear layer's matrix stays [out, in]."""
     config = model.config
     arch = gguf_architecture(config)
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
+        if not name.startswith(("model.", "lm_head.")):  # eyes have a file of their own, see gguf_eyes.py
+            continue
         # Stacked experts are bare parameters; the selection bias is called as a bias of the router.
         written = name.replace("e_score_correction_bias", "e_score_correction.bias")
         stem, _, kind = (name, "", "weight") if names.get_name(name) else written.rpartition(".")

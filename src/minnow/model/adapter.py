@@ -20,9 +20,12 @@ from minnow.model.lora import Adapter, LoraConfig, LoraLinear, linear_names, lor
 from minnow.model.reward_model import RewardModel
 from minnow.model.slices import whole
 from minnow.model.transformer import CausalLM, Linear
+from minnow.model.vision_language import VisionLanguageModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_OURS, _BEHIND_EYES = "model.", "model.language_model."
+"""How a decoder's names begin, and how in transformers' classes that look at pictures, which PEFT goes by."""
 _HEADS = ("classifier", "score")
 """What PEFT lists as saved whole of any sequence classifier; ours is called score."""
 # What else PEFT can do: a value that is neither this one nor missing changes what the adapter computes.
@@ -60,7 +63,10 @@ def is_reward_adapter(folder: Path) -> bool:
 def adapter_weights(model: CausalLM) -> dict[str, Tensor]:
     """The adapters of `model` and a reward model's head, by PEFT's names, on the CPU."""
     parameters = (_adapter_parameters(lora_layers(model)) | _head(model)).items()
-    return {_PREFIX + name: whole(parameter).detach().cpu().contiguous() for name, parameter in parameters}
+    return {
+        _PREFIX + _their_name(name, model): whole(parameter).detach().cpu().contiguous()
+        for name, parameter in parameters
+    }
 
 
 def write_adapter(model: CausalLM, weights: dict[str, Tensor], folder: Path) -> None:
@@ -89,7 +95,7 @@ def attach_adapter(model: CausalLM, folder: Path) -> None:
     model.requires_grad_(False)
     head = _head(model)
     if head:
-        weights = _read_weights(folder)
+        weights = _read_weights(folder, model)
         _copy_weights(head, {name: weights[name] for name in head if name in weights}, folder)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
@@ -112,7 +118,7 @@ def attach_adapter(model: CausalLM, folder: Path) -> None:
 
 def read_adapter(model: CausalLM, folder: Path) -> dict[str, LoraLinear]:
     """The adapted layers by name, around the weights of `model`, which stays as it is. UserError as above."""
-    config, weights = read_json(folder / CONFIG), _read_weights(folder)
+    config, weights = read_json(folder / CONFIG), _read_weights(folder, model)
     _check_config(config, model, folder)
     known = set(linear_names(model))
     layers: dict[str, LoraLinear] = {}
@@ -208,7 +214,19 @@ def _target_modules(model: CausalLM) -> list[str]:
     ends = sorted({name.rpartition(".")[2] for name in adapted})
     left_out = {name.rpartition(".")[2] for name, module in model.named_modules() if type(module) is Linear}
     left_out -= {"lora_A", "lora_B"}
-    return adapted if left_out & set(ends) else ends
+    return [_their_name(name, model) for name in adapted] if left_out & set(ends) else ends
+
+
+def _their_name(name: str, model: CausalLM) -> str:
+    """A name of ours as PEFT has it."""
+    return _BEHIND_EYES + name.removeprefix(_OURS) if isinstance(model, VisionLanguageModel) else name
+
+
+def _our_name(name: str, model: CausalLM) -> str:
+    """The way back; what is no decoder's (an adapter of the tower) keeps a name that we do not know."""
+    if isinstance(model, VisionLanguageModel) and name.startswith(_BEHIND_EYES):
+        return _OURS + name.removeprefix(_BEHIND_EYES)
+    return name
 
 
 def _by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any:
@@ -217,8 +235,8 @@ def _by_pattern(patterns: dict[str, Any] | None, name: str, default: Any) -> Any
     return next(fits, default)
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Tensors by our names."""
+def _read_weights(folder: Path, model: CausalLM) -> dict[str, Tensor]:
+    """Tensors by the names that they have in `model`."""
     file = folder / WEIGHTS
     if not file.is_file():
         raise UserError(f"{folder}: no {WEIGHTS} in it (a pickle is never read)")
@@ -228,4 +246,4 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         raise UserError(f"{file}: not a whole safetensors file ({error})") from error
     # Some versions of PEFT write the magnitudes as a module's weight.
     names = {key: key.removeprefix(_PREFIX).replace("magnitude_vector.weight", "magnitude_vector") for key in weights}
-    return {names[key]: tensor for key, tensor in weights.items()}
+    return {_our_name(names[key], model): tensor for key, tensor in weights.items()}

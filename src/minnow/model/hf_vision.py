@@ -9,8 +9,9 @@ from torch import Tensor
 
 from minnow.config import UserError
 from minnow.model.vision_tower import VisionConfig
+from minnow.tokenizer.images import MODEL_TYPE
 
-ARCHITECTURE, MODEL_TYPE, TOWER_TYPE = "LlavaForConditionalGeneration", "llava", "siglip_vision_model"
+ARCHITECTURE, TOWER_TYPE = "LlavaForConditionalGeneration", "siglip_vision_model"
 _TOWER = "vision_tower."
 # Ours, and what it is called in the file: the layout of transformers 4, which vLLM and transformers 5 read as well.
 _PREFIXES = {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -78,7 +79,9 @@ def save_pretrained(
         return
     with told_when_full(folder), new_folder_beside(folder) as temporary:
         if tokenizer is not None:
-            tokenizer.save_pretrained(temporary)
+            beside = copy.copy(tokenizer)  # its pictures' format is the model's, whatever it came with
+            beside.image_format = model.image_format if isinstance(model, VisionLanguageModel) else None
+            beside.save_pretrained(temporary)
         if model.adapter is not None:
             write_adapter(model, weights, temporary)
         else:
@@ -233,9 +236,18 @@ def read_config(folder: str | Path) -> ModelConfig:
 
 
 def read_vision(folder: Path) -> tuple[VisionConfig, int] | None:
-    """The tower's shape and the image token of the model in a resolved folder; None for one that only reads."""
+    """The tower's shape and the image token of the model in a resolved folder, or of an adapter's base; None for one
+    that only reads."""
+    if is_adapter(folder):
+        return read_vision(_base_folder(folder))
     content, where = read_json(folder / "config.json"), str(folder / "config.json")
     return from_llava_config(content, where)[1:] if is_vision_language(content) else None
+
+
+def read_tower(folder: Path) -> VisionConfig:
+    """The shape of the vision tower of a SigLIP checkpoint in a resolved folder."""
+    content, where = read_json(folder / "config.json"), str(folder / "config.json")
+    return vision_config_from_hf(content.get("vision_config") or content, where)
 
 
 def load_vision_tower(folder: str | Path) -> tuple[VisionConfig, VisionTower]:
@@ -244,8 +256,7 @@ def load_vision_tower(folder: str | Path) -> tuple[VisionConfig, VisionTower]:
     UserError as in `load_pretrained`.
     """
     folder = resolve_model_folder(folder)
-    content, where = read_json(folder / "config.json"), str(folder / "config.json")
-    config = vision_config_from_hf(content.get("vision_config") or content, where)
+    config = read_tower(folder)
     weights = tower_weights(_read_weights(folder))
     with torch.device("meta"):
         tower = VisionTower(config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from minnow.model.config import ModelConfig
+from minnow.model.vision_tower import VisionConfig
 
 
 def parameter_count(config: ModelConfig) -> int:
@@ -43,6 +44,33 @@ def training_flops_per_token(config: ModelConfig, mean_context: float, *, frozen
     counted). Of a `frozen` model beside adapters, which hardly count, one of its two products a matrix is not made."""
     spared = _matrix_flops_per_token(config) if frozen else 0
     return 3 * forward_flops_per_token(config, mean_context) - spared
+
+
+def tower_parameter_count(vision: VisionConfig) -> int:
+    """Number of parameters of a vision tower, the layers that no picture goes through included."""
+    width, inner = vision.hidden_size, vision.intermediate_size
+    embeddings = (3 * vision.patch_size**2 + 1 + vision.num_patches) * width
+    layer = 4 * (width + 1) * width + (width + 1) * inner + (inner + 1) * width + 4 * width
+    return embeddings + vision.num_hidden_layers * layer + 2 * width
+
+
+def projector_parameter_count(vision: VisionConfig, width: int) -> int:
+    """Number of parameters between a tower and a language model of that width."""
+    return (vision.hidden_size + 1) * width + (width + 1) * width
+
+
+def training_flops_per_picture(vision: VisionConfig, width: int, *, tower: bool, projector: bool) -> float:
+    """Operations of tower and projector for one picture, which its image tokens' come on top of.
+
+    tower, projector: whether they learn. What learns takes three passes' worth as in `training_flops_per_token`; what
+    is frozen, with nothing that learns before it, is passed forward only.
+    """
+    inside = 4 * vision.hidden_size + 2 * vision.intermediate_size
+    attention = vision.num_used_layers * 4 * vision.hidden_size * vision.num_patches
+    patches = 2 * (3 * vision.patch_size**2 + vision.num_used_layers * inside) * vision.hidden_size
+    projection = 2 * (vision.hidden_size + width) * width
+    passes_of_tower, passes_of_projector = (3 if learns else 1 for learns in (tower, projector))
+    return vision.num_patches * (passes_of_tower * (patches + attention) + passes_of_projector * projection)
 
 
 def _matrix_flops_per_token(config: ModelConfig) -> int:

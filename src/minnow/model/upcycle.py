@@ -11,6 +11,7 @@ from minnow.config import UserError
 from minnow.model.experts_config import ExpertsConfig
 from minnow.model.moe import MoE
 from minnow.model.transformer import MLP, CausalLM
+from minnow.model.vision_language import VisionLanguageModel
 
 
 @torch.no_grad()
@@ -23,6 +24,11 @@ def upcycle(dense: CausalLM, experts: ExpertsConfig, seed: int) -> CausalLM:
     """
     config = dataclasses.replace(dense.config, experts=experts)
     width, inner = experts.moe_intermediate_size, config.intermediate_size
+    if isinstance(dense, VisionLanguageModel):
+        raise UserError(
+            "--model.experts: the model of --init-from looks at pictures: upcycle the language model that it was made "
+            "of, and give that eyes (minnow vlm)"
+        )
     if dense.config.experts is not None:
         raise UserError("--model.experts: the model of --init-from has experts already; leave the setting out")
     if experts.scoring == "softmax" and width != inner:

@@ -53,20 +53,29 @@ class VisionLanguageModel(CausalLM):
 
     @classmethod
     def from_language_model(
-        cls, model: CausalLM, vision: VisionConfig, image_token_id: int, seed: int = 0
+        cls,
+        model: CausalLM,
+        vision: VisionConfig,
+        image_token_id: int,
+        seed: int = 0,
+        tower: VisionTower | None = None,
     ) -> VisionLanguageModel:
-        """Give the decoder of `model`, which is taken over and not copied, a fresh tower and projector."""
+        """Give the decoder of `model`, which is taken over and not copied, a fresh projector and a fresh tower, or a
+        trained `tower` of the shape `vision`, which is taken over too."""
         with torch.device("meta"):
             seeing = cls(model.config, vision, image_token_id)
         seeing.model, seeing.lm_head = model.model, model.lm_head
         seeing.compute_dtype, seeing.generation_config = model.compute_dtype, model.generation_config
-        for part in seeing.eyes:
+        fresh = seeing.eyes
+        if tower is not None:
+            seeing.vision_tower, fresh = tower, (seeing.multi_modal_projector,)
+        for part in fresh:
             part.to_empty(device=model.head_weight.device)
             initialize(part, InitConfig(), seed)
         return seeing
 
     @property
-    def eyes(self) -> tuple[nn.Module, nn.Module]:
+    def eyes(self) -> tuple[nn.Module, ...]:
         """Tower and projector: what the language model does not have."""
         return self.vision_tower, self.multi_modal_projector
 
@@ -88,7 +97,8 @@ class VisionLanguageModel(CausalLM):
 
     def embed_images(self, pixels_ICHW: Tensor) -> Tensor:
         """Pictures as uint8 [I, 3, size, size] -> what stands in their places, [I * patches, D], in compute_dtype."""
-        patches_IPD = self.vision_tower(from_uint8(pixels_ICHW, MEAN, STD, self.compute_dtype))
+        pixels_ICHW = from_uint8(pixels_ICHW, MEAN, STD, self.compute_dtype)
+        patches_IPD = self.vision_tower(pixels_ICHW, self.gradient_checkpointing if torch.is_grad_enabled() else "off")
         return self.multi_modal_projector(patches_IPD).flatten(0, 1)
 
     def forward(

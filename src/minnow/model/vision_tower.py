@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minnow.config import UserError
+from minnow.model.checkpointing import GradientCheckpointing, checkpointed
 from minnow.model.transformer import Linear
 
 
@@ -177,11 +178,14 @@ class VisionTransformer(nn.Module):
         self.encoder = VisionEncoder(config)
         self.post_layernorm = LayerNorm(config.hidden_size, config.layer_norm_eps)
 
-    def forward(self, pixels_ICHW: Tensor) -> Tensor:
-        """Pixels from -1 to 1 [I, 3, H, W] -> patches [I, P, D], the output of the layer that is looked at."""
+    def forward(self, pixels_ICHW: Tensor, mode: GradientCheckpointing = "off") -> Tensor:
+        """Pixels from -1 to 1 [I, 3, H, W] -> patches [I, P, D], the output of the layer that is looked at.
+
+        mode: what of each layer is kept for the backward pass.
+        """
         x_IPD = self.embeddings(pixels_ICHW)
         for layer in self.encoder.layers[: self.config.num_used_layers]:
-            x_IPD = layer(x_IPD)
+            x_IPD = checkpointed(mode, layer, x_IPD)
         return x_IPD
 
     def unused(self) -> list[nn.Module]:
@@ -196,9 +200,9 @@ class VisionTower(nn.Module):
         super().__init__()
         self.vision_model = VisionTransformer(config)
 
-    def forward(self, pixels_ICHW: Tensor) -> Tensor:
-        """Pixels from -1 to 1 [I, 3, H, W] -> patches [I, P, D]."""
-        return self.vision_model(pixels_ICHW)
+    def forward(self, pixels_ICHW: Tensor, mode: GradientCheckpointing = "off") -> Tensor:
+        """Pixels from -1 to 1 [I, 3, H, W] -> patches [I, P, D]. mode: as `VisionTransformer`."""
+        return self.vision_model(pixels_ICHW, mode)
 
 
 class Projector(nn.Module):

@@ -58,37 +58,35 @@ def parameter_groups(model: nn.Module) -> dict[Kind, list[tuple[str, nn.Paramete
 
 
 def build_optimizers(
-    model: nn.Module, config: OptimConfig, *, tokens_per_batch: int, trained: bool = False
+    model: nn.Module,
+    config: OptimConfig,
+    *,
+    tokens_per_batch: int,
+    trained: bool = False,
+    fresh: Sequence[str] = (),
 ) -> list[Optimizer]:
     """Give [Muon, AdamW] or [AdamW] over the trainable parameters, without those that would have none.
 
     Every group has `kind`, `base_lr` (its peak learning rate, for `set_learning_rates`) and torch's
     `param_names`. `tokens_per_batch` counts all ranks and micro-batches and matters only with
-    `reference_batch_tokens`. `trained`: the model has learnt already (see `OptimConfig.learning_rates`).
+    `reference_batch_tokens`. `trained`: the model has learnt already (see `OptimConfig.learning_rates`), but for the
+    parameters whose names begin with one of `fresh`.
     """
-    matrix_lr, embedding_lr, norm_lr, router_lr = config.learning_rates(tokens_per_batch, trained=trained)
-    rates: dict[Kind, float] = {
-        "matrix": matrix_lr,
-        "embedding": embedding_lr,
-        "norm": norm_lr,
-        "router": router_lr,
-        "other": embedding_lr,
-    }
-    groups: dict[Kind, dict[str, Any]] = {
-        kind: {
-            "params": parameters,
-            "kind": kind,
-            "lr": rates[kind],
-            "base_lr": rates[kind],
-            "weight_decay": config.weight_decay if kind in ("matrix", "router", "other") else 0.0,
-        }
-        for kind, parameters in parameter_groups(model).items()
-        if parameters
-    }
+    groups: list[dict[str, Any]] = []
+    for kind, parameters in parameter_groups(model).items():
+        for is_fresh in (False, True):
+            chosen = [(name, weight) for name, weight in parameters if name.startswith(tuple(fresh)) == is_fresh]
+            if not chosen:
+                continue
+            rate = _rates(config, tokens_per_batch, trained=trained and not is_fresh)[kind]
+            decay = config.weight_decay if kind in ("matrix", "router", "other") else 0.0
+            groups.append({"params": chosen, "kind": kind, "lr": rate, "base_lr": rate, "weight_decay": decay})
+    matrices = [group for group in groups if group["kind"] == "matrix"]
     optimizers: list[Optimizer] = []
-    if config.optimizer == "muon" and "matrix" in groups:
+    if config.optimizer == "muon" and matrices:
+        groups = [group for group in groups if group["kind"] != "matrix"]
         muon = Muon(
-            [groups.pop("matrix")],
+            matrices,
             momentum=config.momentum,
             momentum_start=config.momentum_start,
             momentum_warmup_steps=config.momentum_warmup_steps,
@@ -98,10 +96,22 @@ def build_optimizers(
         )
         optimizers.append(muon)
     if groups:
-        devices = {p.device.type for group in groups.values() for _, p in group["params"]}
+        devices = {p.device.type for group in groups for _, p in group["params"]}
         fused = devices <= {"cpu", "cuda", "mps", "xpu"}
-        optimizers.append(AdamW(list(groups.values()), betas=config.betas, eps=config.eps, fused=fused))
+        optimizers.append(AdamW(groups, betas=config.betas, eps=config.eps, fused=fused))
     return optimizers
+
+
+def _rates(config: OptimConfig, tokens_per_batch: int, *, trained: bool) -> dict[Kind, float]:
+    """The peak learning rate of each kind of parameter."""
+    matrix_lr, embedding_lr, norm_lr, router_lr = config.learning_rates(tokens_per_batch, trained=trained)
+    return {
+        "matrix": matrix_lr,
+        "embedding": embedding_lr,
+        "norm": norm_lr,
+        "router": router_lr,
+        "other": embedding_lr,
+    }
 
 
 def set_learning_rates(optimizers: Sequence[Optimizer], factor: float) -> None:

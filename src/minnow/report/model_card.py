@@ -38,6 +38,18 @@ conversation = [{{"role": "user", "content": "Hello!"}}, {{"role": "assistant", 
 text = tokenizer.apply_chat_template(conversation, tokenize=False)
 print(judge(**tokenizer(text, add_special_tokens=False, return_tensors="pt")).logits)"""
 
+_LOOK = """\
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{where}")
+processor = AutoProcessor.from_pretrained("{where}")
+picture = {{"type": "image", "path": "picture.png"}}
+conversation = [{{"role": "user", "content": [picture, {{"type": "text", "text": "What is this?"}}]}}]
+inputs = processor.apply_chat_template(
+    conversation, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+)
+print(processor.decode(model.generate(**inputs, max_new_tokens=64)[0]))"""
+
 
 def write_model_card(folder: Path, *, repo: str | None = None) -> Path | None:
     """Write `folder/README.md` and, of a model that was trained here, its curves; None for a card of somebody else's.
@@ -94,7 +106,7 @@ def _metadata(folder: Path, name: str, runs: Sequence[Run], results: dict[str, A
     data = ModelCardData(
         model_name=name,
         library_name="peft" if (folder / "adapter_config.json").is_file() else "transformers",
-        pipeline_tag="text-classification" if _is_reward_model(folder) else "text-generation",
+        pipeline_tag=_pipeline(folder),
         tags=[*(["minnow"] if ours else []), *([config["model_type"]] if "model_type" in config else [])] or None,
         base_model=started if started and _from_hub(started) else None,
         datasets=sorted({name for run in runs for name, hub in _data(run) if hub}) or None,
@@ -105,10 +117,11 @@ def _metadata(folder: Path, name: str, runs: Sequence[Run], results: dict[str, A
 
 def _summary(folder: Path, runs: Sequence[Run], *, ours: bool) -> str:
     config = _config(folder)
+    vision = config.get("vision_config")
     learnt = runs if config else runs[-1:]  # an adapter's folder holds none of what it stands beside
     tokens = sum(run.last("tokens") or 0 for run in learnt)
     start = learnt[0].init_from if learnt else None
-    kind = "reward model" if _is_reward_model(folder) else "language model"
+    kind = "reward model" if _is_reward_model(folder) else "vision-language model" if vision else "language model"
     text = f"A {kind} ({config['architectures'][0]})" if config else f"An adapter of a {kind}"
     if runs:
         text += f", trained on {tokens:,} tokens with minnow {__version__}"
@@ -117,10 +130,22 @@ def _summary(folder: Path, runs: Sequence[Run], *, ours: bool) -> str:
         text += f", saved by minnow {__version__}"
     if not config:
         return f"{text}."
+    reads = config["text_config"] if vision else config
+    text += (
+        f": {reads['num_hidden_layers']} layers of width {reads['hidden_size']}, "
+        f"{reads['num_attention_heads']} query and {reads['num_key_value_heads']} key heads, "
+        f"a vocabulary of {reads['vocab_size']:,}, a context of {reads['max_position_embeddings']:,} tokens."
+    )
+    return f"{text} {_looks_at(vision)}" if vision else text
+
+
+def _looks_at(vision: dict[str, Any]) -> str:
+    """What becomes of a picture, by the tower's part of config.json."""
+    size, patch = vision["image_size"], vision["patch_size"]
     return (
-        f"{text}: {config['num_hidden_layers']} layers of width {config['hidden_size']}, "
-        f"{config['num_attention_heads']} query and {config['num_key_value_heads']} key heads, "
-        f"a vocabulary of {config['vocab_size']:,}, a context of {config['max_position_embeddings']:,} tokens."
+        f"It looks at pictures of {size} x {size} pixels, to which every picture is stretched, in patches of {patch} x "
+        f"{patch}, through a SigLIP tower of {vision['num_hidden_layers']} layers of width {vision['hidden_size']}: a "
+        f"picture takes {(size // patch) ** 2:,} tokens."
     )
 
 
@@ -140,6 +165,9 @@ def _use(folder: Path, repo: str | None, name: str) -> list[str]:
             f"```python\n{_JUDGE.format(where=where)}\n```",
             f"```\nminnow eval MODEL --judge {where} --tasks judge --pairs PAIRS.jsonl\n```",
         ]
+    if "vision_config" in _config(folder):
+        look = f"vllm serve {where}\n\nminnow chat {where}"
+        return [heading, f"```python\n{_LOOK.format(where=where)}\n```", f"```\n{look}\n```"]
     chat = (folder / "chat_template.jinja").is_file()
     ask = (
         'text = [{"role": "user", "content": "Hello!"}]\n'
@@ -164,6 +192,13 @@ def _use(folder: Path, repo: str | None, name: str) -> list[str]:
         f"minnow {'chat' if chat else 'generate'} {where}"
     )
     return [heading, f"```python\n{python}\n```", f"```\n{shell}\n```"]
+
+
+def _pipeline(folder: Path) -> str:
+    """The Hub's name for what the model does."""
+    if _is_reward_model(folder):
+        return "text-classification"
+    return "image-text-to-text" if "vision_config" in _config(folder) else "text-generation"
 
 
 def _is_reward_model(folder: Path) -> bool:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from minnow.config import UserError
 from minnow.data.batches import Batch
-from minnow.model.attention import PackedAttention
 from minnow.model.reward_model import RewardModel
 from minnow.objectives.policy import value_loss
 from minnow.rl.algorithm import CriticConfig
 from minnow.rl.experience import PackedTrajectories
 from minnow.training.distribution import sum_over_ranks
+from minnow.training.forward import hidden_states
 from minnow.training.loss_scale import LossScale
 from minnow.training.parallel import sum_gradients
 
@@ -39,8 +39,7 @@ class Critic:
 
     def _values(self, batch: Batch) -> Tensor:
         """Values of the batch's trained tokens, [N] float32."""
-        attention = PackedAttention(batch.cu_seqlens, batch.tokens_BT.device)
-        hidden_BTD = self.model(batch.tokens_BT, batch.positions_BT, attention)
+        hidden_BTD = hidden_states(self.model, batch)
         return self.model.rewards(hidden_BTD[batch.weights_BT > 0]).float()
 
     @torch.no_grad()

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from minnow.data.batches import Batch
 from minnow.data.packing import pack
-from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import token_logprobs
 from minnow.objectives.policy import (
@@ -22,6 +21,7 @@ from minnow.objectives.policy import (
     token_weights,
 )
 from minnow.rl.rollouts import Trajectory
+from minnow.training.forward import hidden_states
 from minnow.training.objective import ObjectiveOutput
 
 
@@ -124,7 +124,7 @@ def _batch(trajectories: Sequence[Trajectory], placed: Sequence[Sequence[int]], 
 
 def trained_logprobs(model: CausalLM, batch: Batch, temperature: float) -> Tensor:
     """Log-probability of each trained token under softmax(logits / temperature), [N] float32; differentiable."""
-    hidden_BTD = model(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens, batch.tokens_BT.device))
+    hidden_BTD = hidden_states(model, batch)
     trained_BT = batch.weights_BT > 0
     return token_logprobs(hidden_BTD[trained_BT] / temperature, model.head_weight, batch.targets_BT[trained_BT])
 

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from minnow.config import UserError
 from minnow.console import plain_console, printable
-from minnow.stages.chat_commands import run_command
+from minnow.stages.chat_commands import completions, run_command
 from minnow.stages.chat_session import Answer, ChatSession
 from minnow.stages.terminal import TalkingConfig
 
@@ -36,10 +36,11 @@ def run(config: Config) -> None:
     session = ChatSession(engine, config.sampling_params(), system=config.system, thinking=config.think)
     console = plain_console()
     if sys.stdin.isatty():
+        looks = "" if engine.tokenizer.image_format is None else "It looks at pictures: /image FILE. "
         parameters = sum(parameter.numel() for parameter in engine.model.parameters())
         console.print(
             f"{config.model}: {parameters / 1e6:.1f}M parameters, context {session.context} tokens. "
-            "/help lists commands, Ctrl-C stops an answer, /exit leaves.",
+            f"{looks}/help lists commands, Ctrl-C stops an answer, /exit leaves.",
             style="dim",
         )
     talk(session, console)
@@ -54,7 +55,7 @@ def talk(session: ChatSession, console: Console) -> None:
                 if line.startswith("/"):
                     if not run_command(session, line, console):
                         return
-                elif line:
+                elif line or session.pictures:
                     show_answer(session, line, console)
             except UserError as error:
                 console.print(str(error), style="red")
@@ -70,14 +71,23 @@ def read_lines(*, colour: bool) -> Iterator[str]:
         return
     prompt = "you> "
     try:
-        import readline  # noqa: F401 - editing, history and wide characters in input()
+        import readline  # editing, history and wide characters in input()
     except ImportError:
         pass
     else:
+        readline.set_completer_delims("")  # paths may have blanks
+        readline.set_completer(_complete)
+        # macOS has libedit under this name, and its words for it.
+        readline.parse_and_bind("bind ^I rl_complete" if "libedit" in (readline.__doc__ or "") else "tab: complete")
         if colour:
             prompt = "\001\033[1;36m\002you>\001\033[0m\002 "  # \001 and \002: characters of no width, for readline
     while True:
         yield input(prompt).strip()
+
+
+def _complete(line: str, number: int) -> str | None:
+    """What readline asks for, one by one, when Tab is pressed."""
+    return dict(enumerate(completions(line))).get(number)
 
 
 def show_answer(session: ChatSession, text: str, console: Console) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
 import os
 import typing
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from minnow.config import UserError
+from minnow.data.records import conversation_row
 from minnow.disk import atomic_write
 from minnow.engine import SamplingOptions
 from minnow.json_file import json_text
@@ -18,17 +20,18 @@ from minnow.stages.chat_session import ChatSession
 
 HELP = """\
 /reset             forget what was said; the system prompt and the settings stay
+/image FILE        show a picture (PNG, JPEG, WebP, GIF) before your next message; an empty line shows it alone
 /system TEXT       set the system prompt; without TEXT there is none
 /think on|off      let the model reason first, shown dimmed
 /set               show the sampling settings
 /set NAME VALUE    change one: /set temperature 0.7
-/save FILE         write the conversation as a line of JSON, as `minnow sft` reads it
+/save FILE         write the conversation as a line of JSON, as `minnow sft` reads it (with pictures: `minnow vlm`)
 /help              this list
 /exit              leave (as Ctrl-D, or Ctrl-C at the prompt)
 
 Ctrl-C during an answer stops the answer."""
 
-COMMANDS = ("/reset", "/system", "/think", "/set", "/save", "/help", "/exit")
+COMMANDS = ("/reset", "/image", "/system", "/think", "/set", "/save", "/help", "/exit")
 
 
 def run_command(session: ChatSession, line: str, console: Console) -> bool:
@@ -47,6 +50,9 @@ def run_command(session: ChatSession, line: str, console: Console) -> bool:
         case "/reset":
             session.reset()
             say("A new conversation.")
+        case "/image":
+            _show(session, argument)
+            say(f"Before your next message: {argument}")
         case "/system":
             session.system = argument or None
             say(f"System prompt: {argument}" if argument else "No system prompt.")
@@ -66,6 +72,24 @@ def run_command(session: ChatSession, line: str, console: Console) -> bool:
                 f"{command}: no such command; {f'did you mean {close[0]}?' if close else '/help lists them'}"
             )
     return True
+
+
+def completions(line: str) -> list[str]:
+    """What the line might become: names of commands, and of files behind those that take one."""
+    command, space, path = line.partition(" ")
+    if not space:
+        return [known for known in COMMANDS if command and known.startswith(command)]
+    if command not in ("/image", "/save"):
+        return []
+    found = sorted(glob.glob(glob.escape(os.path.expanduser(path)) + "*"))
+    return [f"{command} {file}/" if os.path.isdir(file) else f"{command} {file}" for file in found]
+
+
+def _show(session: ChatSession, file: str) -> None:
+    session.engine.tokenizer.require_images()
+    if not file:
+        raise UserError("/image needs the path of a picture")
+    session.show(file)
 
 
 def _set_thinking(session: ChatSession, argument: str) -> None:
@@ -102,13 +126,8 @@ def _options(session: ChatSession) -> str:
 def _save(session: ChatSession, file: str) -> None:
     if not file:
         raise UserError("/save needs a file name")
-    messages = [
-        {"role": m.role, "content": m.content}
-        | ({"reasoning_content": m.reasoning_content} if m.reasoning_content else {})
-        for m in session.conversation().messages
-    ]
     try:
         with atomic_write(os.path.expanduser(file)) as path:  # no shell has read it
-            path.write_text(json_text({"messages": messages}) + "\n", encoding="utf-8")
+            path.write_text(json_text(conversation_row(session.conversation())) + "\n", encoding="utf-8")
     except OSError as error:
         raise UserError(f"/save {file}: {error.strerror}") from error

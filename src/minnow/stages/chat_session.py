@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from minnow.config import UserError
 from minnow.engine import Engine, FinishReason, SamplingParams
-from minnow.tokenizer.chat import Conversation, Message, render
+from minnow.tokenizer.chat import Conversation, Message, Rendered, render
+from minnow.tokenizer.images import Image
 from minnow.tokenizer.special import END_THINK, THINK
 
 
@@ -32,6 +35,8 @@ class ChatSession:
         """All that was said, without the system prompt; user and assistant take turns."""
         self.first_read = 0
         """Index of the first message that the model still reads."""
+        self.pictures: list[Image] = []
+        """What the next message shows before its text."""
 
     @property
     def context(self) -> int:
@@ -42,6 +47,20 @@ class ChatSession:
         """Forget what was said; system prompt and settings stay."""
         self.messages = []
         self.first_read = 0
+        self.pictures = []
+
+    def show(self, file: str) -> None:
+        """Have the next message begin with a picture. UserError for what is none, and for a model that only reads."""
+        image_format = self.engine.tokenizer.require_images()
+        try:
+            data = Path(os.path.expanduser(file)).read_bytes()  # no shell has read it
+        except OSError as error:
+            raise UserError(f"{file}: {error.strerror}") from error
+        try:
+            image_format.pixels(data)
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
+        self.pictures.append(Image(data))
 
     def conversation(self, first: int = 0) -> Conversation:
         """The system prompt and the messages from number `first` on."""
@@ -51,45 +70,47 @@ class ChatSession:
     def ask(self, text: str) -> Answer:
         """Begin the answer to `text`; iterate over it to generate.
 
-        The oldest turns are left unread where they would leave no room. UserError when `text` alone is too long.
+        The oldest turns are left unread where they would leave no room. UserError when the message alone is too long.
         """
-        self.messages.append(Message(role="user", content=text))
+        self.messages.append(Message(role="user", content=text, images=tuple(self.pictures)))
         first = self.first_read
-        ids = self._prompt_ids(first)
+        prompt = self._prompt(first)
         room = min(self.params.max_tokens or self.context, self.context // 4)
-        while len(ids) + room > self.context and first < len(self.messages) - 1:
+        while len(prompt.ids) + room > self.context and first < len(self.messages) - 1:
             first += 2  # a turn is a question and its answer
-            ids = self._prompt_ids(first)
-        if len(ids) >= self.context:
+            prompt = self._prompt(first)
+        if len(prompt.ids) >= self.context:
             self.messages.pop()
+            advice = ", or show fewer pictures (/reset forgets them)" if self.pictures else ""
             raise UserError(
-                f"your message makes a prompt of {len(ids)} tokens, but the context is {self.context}: say it shorter"
+                f"your message makes a prompt of {len(prompt.ids)} tokens, but the context is {self.context}: "
+                f"say it shorter{advice}"
             )
+        self.pictures = []
         forgotten = (first - self.first_read) // 2
         self.first_read = first
-        return Answer(self, ids, forgotten)
+        return Answer(self, prompt, forgotten)
 
-    def _prompt_ids(self, first: int) -> list[int]:
-        rendered = render(
+    def _prompt(self, first: int) -> Rendered:
+        return render(
             self.engine.tokenizer,
             self.conversation(first),
             add_generation_prompt=True,
             enable_thinking=self.thinking,
         )
-        return rendered.ids.tolist()
 
 
 class Answer:
     """An answer on its way: iterate for its pieces; at its end, or at `stop`, it joins the conversation."""
 
-    def __init__(self, session: ChatSession, prompt_ids: list[int], forgotten: int):
+    def __init__(self, session: ChatSession, prompt: Rendered, forgotten: int):
         self.forgotten = forgotten
         """Turns that the model stopped reading to make room."""
-        self.num_tokens = len(prompt_ids)
+        self.num_tokens = len(prompt.ids)
         """Of the prompt and the answer so far."""
         self.finish_reason: FinishReason | None = None
         self._session = session
-        self._deltas = session.engine.stream(prompt_ids, session.params)
+        self._deltas = session.engine.stream(prompt, session.params)
         self._reasoning = session.thinking  # the prompt has opened the reasoning already
         self._texts = {True: "", False: ""}
         self._stopped = False

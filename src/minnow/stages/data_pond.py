@@ -30,6 +30,8 @@ class Config:
     """Long texts with facts that are asked for far below, in long.jsonl: what a longer context is trained on."""
     long_characters: int = 6000
     """Characters of a long text, about (a quarter of it in Chinese)."""
+    pictures: int = 0
+    """Drawn pictures with questions and captions in pictures.jsonl, and 100 held-out ones: for a model that sees."""
     pairs: int = 4000
     """Pairs of a good and a bad answer in preference.jsonl; half as many, about other names, are held out."""
 
@@ -40,6 +42,8 @@ def run(config: Config) -> None:
         raise UserError("--mentions and --conversations must be at least 1, --pairs at least 2")
     if config.long_texts < 0 or config.long_characters < 1:
         raise UserError("--long-texts must be at least 0, and --long-characters at least 1")
+    if config.pictures < 0:
+        raise UserError("--pictures must be at least 0")
     world = World.generate(config.seed, config.creatures, config.held_out)
     counts = write_pond(
         config.out,
@@ -49,6 +53,7 @@ def run(config: Config) -> None:
         long_texts=config.long_texts,
         long_characters=config.long_characters,
         pair_count=config.pairs,
+        pictures=config.pictures,
     )
     console = plain_console()
     for name, count in counts.items():

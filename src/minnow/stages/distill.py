@@ -85,18 +85,21 @@ def run(config: Config) -> None:
 
 
 def load_teacher(teacher: str, tokenizer: Tokenizer, sequence_length: int, *, chats: bool) -> CausalLM:
-    """The frozen teacher, of texts or of conversations (`chats`).
+    """The frozen teacher, of texts or of conversations (`chats`). Where it does not look at the student's pictures,
+    `tokenizer` shows none from now on: data that has some is refused.
 
     UserError for another tokenizer than the student's, for a chat template unlike minnow's, and for a context that is
     too short.
     """
     folder = resolve_model_folder(teacher)
     its = Tokenizer.from_pretrained(folder)
-    if its.fingerprint != tokenizer.fingerprint:
+    if its.text_fingerprint != tokenizer.text_fingerprint:
         raise UserError(
             f"--teacher {teacher} has another tokenizer than the student: their tokens do not compare "
             "(to learn from its answers instead: minnow distill generate)"
         )
+    if its.image_format != tokenizer.image_format:
+        tokenizer.image_format = None
     if chats:
         its.require_chat_template(teacher)
     model = load_pretrained(folder).requires_grad_(False).eval()

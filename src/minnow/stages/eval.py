@@ -42,10 +42,10 @@ class Config(ContextConfig, QuantizeConfig):
     tasks: tuple[str, ...] | None = None
     """What to examine, by default pond and bpb, or only bpb where there is a --text and no --pond: pond (held-out
     questions, exact match), bpb (bits per byte), long-context (bits per byte by position and hidden facts, beyond the
-    trained length), arithmetic (with thinking on and off), identity (an adapter's persona), tools (function calls),
-    preference (is the better answer of a pair the likelier one), judge (the marks that --judge gives), wins (against
-    the model of --against, by the pond's truth), choices (questions of public benchmarks, answered by the likeliest
-    choice)."""
+    trained length), pictures (what the pond's held-out pictures show), arithmetic (with thinking on and off), identity
+    (an adapter's persona), tools (function calls), preference (is the better answer of a pair the likelier one), judge
+    (the marks that --judge gives), wins (against the model of --against, by the pond's truth), choices (questions of
+    public benchmarks, answered by the likeliest choice)."""
     pond: str | None = None
     """Pond folder that the model was trained on; by default the one beside the model or in its run folder."""
     text: tuple[str, ...] = ()

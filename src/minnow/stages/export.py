@@ -15,7 +15,7 @@ from minnow.console import plain_console
 from minnow.disk import told_when_full
 from minnow.model.adapter import base_of, is_adapter
 from minnow.model.context import ContextConfig
-from minnow.model.pretrained import resolve_model_folder
+from minnow.model.pretrained import read_vision, resolve_model_folder
 from minnow.report.model_card import write_model_card
 
 if TYPE_CHECKING:
@@ -68,6 +68,11 @@ def run(config: Config) -> None:
     home = folder if Path(config.model).exists() else Path(config.model.rpartition("/")[2])
     if home == folder and config.to != "hub":
         _renew_card(folder, console)
+    if config.to != "hub" and read_vision(folder) is not None:
+        raise UserError(
+            f"{config.model} looks at pictures, and --to {config.to} would write a model that only reads: transformers "
+            "and vLLM read the folder as it is (export the language model that it was made of for the rest)"
+        )
     ways = {"gguf": _gguf, "ollama": _ollama, "onnx": _onnx, "hub": _hub}
     with told_when_full(config.out or home):
         ways[config.to](config, folder, home, console)
@@ -157,6 +162,11 @@ def _gguf_type(config: Config) -> GgufType:
 
 def _tell(written: GgufFile, console: Console) -> None:
     console.print(f"{written.path}: {written.bytes / 1e6:.1f} MB")
+    if written.eyes is not None:
+        console.print(
+            f"{written.eyes}: {written.eyes.stat().st_size / 1e6:.1f} MB; "
+            f"llama-server -m {shlex.quote(str(written.path))} --mmproj {shlex.quote(str(written.eyes))}"
+        )
     if written.kept_f16:
         console.print(f"note: {len(written.kept_f16)} matrices stay f16: their rows are no multiple of 32 wide")
     if written.note:

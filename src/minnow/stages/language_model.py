@@ -19,8 +19,14 @@ from minnow.data.batches import Batch, PackedRows, Share
 from minnow.data.encoding import Kind
 from minnow.data.prepare import DataConfig, prepare, stream
 from minnow.model.lora import LoraConfig
-from minnow.model.size import parameter_count, training_flops_per_token
+from minnow.model.size import (
+    parameter_count,
+    projector_parameter_count,
+    tower_parameter_count,
+    training_flops_per_token,
+)
 from minnow.model.transformer import CausalLM
+from minnow.model.vision_language import VisionLanguageModel
 from minnow.optim import OptimConfig, ScheduleConfig, build_optimizers
 from minnow.report.model_card import CARD
 from minnow.report.run_report import REPORT, write_report
@@ -35,6 +41,7 @@ from minnow.training.objective import BatchT, LanguageModeling, Objective, Packe
 from minnow.training.parallel import require_parallel
 from minnow.training.run_folder import RunFolder, with_micro_batch
 from minnow.training.session import Machine, train, with_machine
+from minnow.training.speed import is_frozen, picture_flops
 from minnow.training.trainer import Trainer
 from minnow.training.validation import Evaluation, LanguageModelValidation
 
@@ -131,11 +138,19 @@ def require_held_out(rows: Rows[Batch], config: LanguageModelConfig) -> None:
 
 
 def trained_parameters(model: CausalLM) -> str:
-    """What is trained, for a person: "5,242,880 parameters", or those of the adapters and of the frozen model."""
+    """What is trained, for a person: "5,242,880 parameters", or those of the adapters and of the frozen model; of one
+    that looks at pictures those of each part, and how many learn."""
     total = parameter_count(model.config)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if isinstance(model, VisionLanguageModel):
+        eyes = tower_parameter_count(model.vision), projector_parameter_count(model.vision, model.config.hidden_size)
+        adapters = 0 if model.adapter is None else trained
+        return (
+            f"{total + sum(eyes) + adapters:,} parameters, of which {trained:,} learn (language model {total:,}, tower "
+            f"{eyes[0]:,}, projector {eyes[1]:,}" + (f", adapters {adapters:,})" if adapters else ")")
+        )
     if model.adapter is None:
         return f"{total:,} parameters"
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     where = "" if model.config.experts is None else " of attention"  # experts and MLPs beside them have none
     return f"{trained:,} parameters in adapters{where} beside {total:,} frozen ones"
 
@@ -160,8 +175,15 @@ def run_language_model(
     model: CausalLM,
     kind: Literal["pretrain", "sft"],
     console: Console,
+    *,
+    title: str | None = None,
+    check: Callable[[PackedData], None] = lambda packed: None,
+    fresh: Sequence[str] = (),
 ) -> Path:
-    """Train `model` to predict the next token of the configured data and return the folder of the final model."""
+    """Train `model` to predict the next token of the configured data and return the folder of the final model.
+
+    title: of the run, by default `kind`. check, fresh: as in `run_lesson`.
+    """
 
     def lesson(packed: PackedData) -> Lesson[Batch]:
         held_out = held_out_batches(packed.validation, config)
@@ -169,7 +191,7 @@ def run_language_model(
         validation = LanguageModelValidation(held_out, tokenizer.token_bytes(), device) if held_out else None
         return Lesson(packed.train, LanguageModeling(z_loss=config.training.chosen_z_loss), validation)
 
-    return run_lesson(config, tokenizer, model, kind, kind, console, lesson)
+    return run_lesson(config, tokenizer, model, title or kind, kind, console, lesson, check, fresh)
 
 
 def run_lesson(
@@ -181,11 +203,13 @@ def run_lesson(
     console: Console,
     make_lesson: Callable[[PackedData], Lesson[BatchT]],
     check: Callable[[PackedData], None] = lambda packed: None,
+    fresh: Sequence[str] = (),
 ) -> Path:
     """Train `model` on the configured data and return the folder of the final model.
 
     make_lesson: called once the model is on its device in its compute dtype. check: raises UserError for data that the
-    lesson cannot use, before the run folder is touched.
+    lesson cannot use, before the run folder is touched. fresh: how the names of parameters begin that a trained model
+    has only just been given.
     """
     run, machine = RunFolder(config.run), Machine.choose(config.training)
     require_parallel(config.training.parallel, model, machine.device)
@@ -210,7 +234,7 @@ def run_lesson(
         if run.finished:
             conclude_finished(run, console)
         else:
-            _train(config, run, machine, tokenizer, model, title, packed, console, make_lesson)
+            _train(config, run, machine, tokenizer, model, title, packed, console, make_lesson, fresh)
     finally:
         packed.close()
     return run.model_folder
@@ -226,16 +250,17 @@ def _train(
     packed: PackedData,
     console: Console,
     make_lesson: Callable[[PackedData], Lesson[BatchT]],
+    fresh: Sequence[str],
 ) -> None:
     rows_per_batch = config.training.rows_per_batch(config.row_length)
     rows_at_once = config.training.rows_at_once(config.row_length)
     steps = total_steps(config.training, packed.train, rows_per_batch)
     tokens = steps * rows_per_batch * config.row_length
-    frozen = model.adapter is not None
-    flops = tokens * training_flops_per_token(model.config, config.row_length / 4, frozen=frozen)
+    flops = tokens * training_flops_per_token(model.config, config.row_length / 4, frozen=is_frozen(model))
+    of_pictures = f" and {picture_flops(model):.2e} a picture" if isinstance(model, VisionLanguageModel) else ""
     console.print(
         f"{title}: {trained_parameters(model)}; {tokens:,} tokens in {steps} updates of "
-        f"{config.training.batch_tokens:,}; {flops:.2e} FLOPs; rows of {config.row_length:,} tokens, "
+        f"{config.training.batch_tokens:,}; {flops:.2e} FLOPs{of_pictures}; rows of {config.row_length:,} tokens, "
         f"{packed.train.window_fill(0):.1%} full; {device_name(machine.device)}, {config.training.precision}",
     )
     if config.training.steps is None and steps < FEW_UPDATES:
@@ -252,7 +277,7 @@ def _train(
         lesson = make_lesson(packed)
         trained = config.init_from is not None and not config.lora.rank  # adapters are new, whatever they stand beside
         optimizers = build_optimizers(
-            model, config.optim, tokens_per_batch=config.training.batch_tokens, trained=trained
+            model, config.optim, tokens_per_batch=config.training.batch_tokens, trained=trained, fresh=fresh
         )
         if config.training.micro_batch_tokens == "auto":
             if machine.device.type == "cuda":

@@ -18,27 +18,39 @@ from minnow.config import UserError
 from minnow.console import plain_console
 from minnow.disk import atomic_write
 from minnow.model.config import ModelConfig
-from minnow.model.pretrained import read_config, resolve_model_folder
-from minnow.model.size import active_parameter_count, parameter_count, training_flops_per_token
+from minnow.model.pretrained import read_config, read_tower, read_vision, resolve_model_folder
+from minnow.model.size import (
+    active_parameter_count,
+    parameter_count,
+    projector_parameter_count,
+    tower_parameter_count,
+    training_flops_per_picture,
+    training_flops_per_token,
+)
 from minnow.model.transformer import CausalLM
+from minnow.model.vision_language import VisionLanguageModel
+from minnow.model.vision_tower import VisionConfig
 from minnow.optim import OptimConfig, build_optimizers
 from minnow.stages import pretrain
+from minnow.stages.eyes import EyesConfig, require_room
 from minnow.stages.rows import with_row_length
 from minnow.tokenizer import Tokenizer
 from minnow.training.hardware import matmul_peak, precision_name, synchronize
-from minnow.training.memory import Memory, as_trained, in_every_layer, training_memory
-from minnow.training.probe import random_batch, tokens_per_second
+from minnow.training.memory import Eyes, Memory, as_trained, in_every_layer, of_shape, training_memory
+from minnow.training.probe import random_batch, tokens_between_pictures, tokens_per_second, with_pictures
 from minnow.training.session import Machine
 
 COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022 (2203.15556)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(pretrain.Config):
+class Config(pretrain.Config, EyesConfig):
     """Say what a pretraining or SFT configuration would cost: parameters, FLOPs, tokens, memory and time.
 
-    Takes the configuration file and the settings of `minnow pretrain`, `sft` and `lora`. Starts nothing and reads no
-    data: the number of tokens comes from tokens, else training.steps, else 20 a parameter.
+    Takes the configuration file and the settings of `minnow pretrain`, `sft`, `lora` and `vlm`. Starts nothing and
+    reads no data: the number of tokens comes from tokens, else training.steps, else 20 a parameter; of pictures, one is
+    counted in every 64 tokens, or one after the other where they take more. A configuration of `minnow vlm` is told by
+    siglip, tower or train.
     """
 
     replace_chat_template: bool = False
@@ -70,8 +82,13 @@ class Plan:
     """The figures of a run that has not been started."""
 
     parameters: int
+    """Without eyes."""
     active_parameters: int
     """Parameters that work on one token; all of them in a dense model."""
+    tower_parameters: int = 0
+    projector_parameters: int = 0
+    picture_tokens: int = 0
+    """Tokens that a picture takes; 0 of a model that only reads."""
     tokens: int
     tokens_from: str
     steps: int
@@ -110,24 +127,28 @@ def make_plan(config: Config) -> Plan:
     """Work out the figures; runs the probe unless `probe_seconds` is 0."""
     config, shape = _shape(config)
     machine = Machine.choose(config.training)
+    eyes = _eyes(config)
     parameters = parameter_count(shape)
     tokens, tokens_from = _tokens(config, parameters)
-    # A token sees half of its row on average, less where several documents share it.
-    frozen = config.lora.rank > 0
-    flops_per_token = training_flops_per_token(shape, (config.row_length + 1) / 2, frozen=frozen)
+    flops_per_token = _flops_per_token(config, shape, eyes)
     peak, speed = None, None
     if config.probe_seconds > 0:
         peak = matmul_peak(machine.device, machine.dtype)
-        speed = _probe(config, shape, machine, flops_per_token, peak)
+        speed = _probe(config, shape, eyes, machine, flops_per_token, peak)
     return Plan(
         parameters=parameters,
+        tower_parameters=0 if eyes is None else tower_parameter_count(eyes.vision),
+        projector_parameters=0 if eyes is None else projector_parameter_count(eyes.vision, shape.hidden_size),
+        picture_tokens=0 if eyes is None else eyes.vision.num_patches,
         active_parameters=active_parameter_count(shape),
         tokens=tokens,
         tokens_from=tokens_from,
         steps=math.ceil(tokens / config.training.batch_tokens),
         flops_per_token=flops_per_token,
         flops=tokens * flops_per_token,
-        memory=training_memory(shape, config.training, config.optim, config.row_length, machine.dtype, config.lora),
+        memory=training_memory(
+            shape, config.training, config.optim, config.row_length, machine.dtype, config.lora, eyes
+        ),
         device=machine.device.type,
         precision=precision_name(machine.dtype),
         matmul_peak=peak,
@@ -154,6 +175,38 @@ def _shape(config: Config) -> tuple[Config, ModelConfig]:
     return config, config.extend_for(shape, config.row_length)
 
 
+def _eyes(config: Config) -> Eyes | None:
+    """What the model of `minnow vlm`, or one that has eyes already, looks through; None of one that only reads."""
+    start = None if config.init_from is None else read_vision(resolve_model_folder(config.init_from))
+    asks = config.siglip is not None or config.tower is not None or config.train is not None
+    if start is None and not asks:
+        return None
+    if config.init_from is None:
+        raise UserError("--siglip, --tower and --train are of minnow vlm, which starts from a model: give --init_from")
+    new_parts = config.new_parts(config.init_from, sees=start is not None)
+    trained = config.parts_to_train(new_parts) if asks else None
+    if start is not None:
+        vision = start[0]
+    elif config.siglip is not None:
+        vision = read_tower(resolve_model_folder(config.siglip))
+    else:
+        vision = config.tower or VisionConfig()
+    require_room(vision, config.row_length)
+    return Eyes(vision, trained)
+
+
+def _flops_per_token(config: Config, shape: ModelConfig, eyes: Eyes | None) -> float:
+    """Forward and backward, with a token's share of the pictures."""
+    frozen = config.lora.rank > 0 or (eyes is not None and eyes.trained == "projector")
+    # A token sees half of its row on average, less where several documents share it.
+    of_text = training_flops_per_token(shape, (config.row_length + 1) / 2, frozen=frozen)
+    if eyes is None:
+        return of_text
+    tower, projector = eyes.trained == "all", eyes.trained is not None
+    of_picture = training_flops_per_picture(eyes.vision, shape.hidden_size, tower=tower, projector=projector)
+    return of_text + of_picture / tokens_between_pictures(eyes.vision)
+
+
 def _tokens(config: Config, parameters: int) -> tuple[int, str]:
     """The tokens of the run, and where that number is from."""
     training = config.training
@@ -168,32 +221,42 @@ def _tokens(config: Config, parameters: int) -> tuple[int, str]:
 # --- Speed ----------------------------------------------------------------------------------------
 
 
-def _probe(config: Config, shape: ModelConfig, machine: Machine, flops_per_token: float, peak: float) -> Speed:
+def _probe(
+    config: Config, shape: ModelConfig, eyes: Eyes | None, machine: Machine, flops_per_token: float, peak: float
+) -> Speed:
     """Measure a few real steps; a model too large for that is measured with fewer rows, then fewer layers."""
     length = config.row_length
     affordable = peak * 0.1 * config.probe_seconds / 4  # FLOPs of one step, if a tenth of the peak is reached
     rows = config.training.rows_at_once(length)
     rows = max(1, min(rows, int(affordable / (flops_per_token * length))))
-    frozen = config.lora.rank > 0
     small, small_flops = shape, flops_per_token
     least = 1 if shape.experts is None else shape.experts.first_k_dense_replace + 1
     while small.num_hidden_layers // 2 >= least and rows * length * small_flops > affordable:
         small = dataclasses.replace(small, num_hidden_layers=small.num_hidden_layers // 2)
-        small_flops = training_flops_per_token(small, (length + 1) / 2, frozen=frozen)
+        small_flops = _flops_per_token(config, small, eyes)
     lora = config.lora
-    if frozen and small is not shape:
+    if lora.rank and small is not shape:
         with torch.device("meta"):
             lora = in_every_layer(lora, as_trained(CausalLM(shape), machine.dtype, lora))
-    model = as_trained(CausalLM(small), machine.dtype, lora).to(machine.device)
+    model = as_trained(of_shape(small, eyes), machine.dtype, lora).to(machine.device)
     model.gradient_checkpointing = config.training.gradient_checkpointing
-    measured = tokens_per_second(model, random_batch(small.vocab_size, rows, length), seconds=config.probe_seconds)
-    share = parameter_count(small) / parameter_count(shape)
-    if frozen:  # adapters stand in the layers alone
+    batch = random_batch(small.vocab_size, rows, length)
+    if isinstance(model, VisionLanguageModel):
+        batch = with_pictures(batch, model.vision)
+    measured = tokens_per_second(model, batch, seconds=config.probe_seconds)
+    if lora.rank:  # adapters stand in the layers alone
         share = small.num_hidden_layers / shape.num_hidden_layers
+    else:
+        with torch.device("meta"):
+            share = _num_trained(model) / _num_trained(of_shape(shape, eyes))
     return Speed(
         tokens_per_second=measured * small_flops / flops_per_token,
         optimizer_seconds=_update_seconds(model, config.optim, config.training.batch_tokens) / share,
     )
+
+
+def _num_trained(model: CausalLM) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _update_seconds(model: CausalLM, optim: OptimConfig, batch_tokens: int) -> float:
@@ -221,6 +284,9 @@ def _print(plan: Plan, console: Console) -> None:
     memory = plan.memory
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("parameters", f"{plan.parameters:,} ({plan.active_parameters:,} active)")
+    if plan.picture_tokens:
+        eyes = f"{plan.tower_parameters:,} in the tower, {plan.projector_parameters:,} in the projector"
+        table.add_row("eyes", f"{eyes}; a picture takes {plan.picture_tokens} tokens")
     table.add_row("tokens", f"{plan.tokens:,} ({plan.tokens_from})")
     table.add_row("steps", f"{plan.steps:,}")
     table.add_row("FLOPs", f"{plan.flops:.3g} ({plan.flops_per_token:.3g} a token, forward and backward)")

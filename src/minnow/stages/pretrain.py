@@ -62,7 +62,10 @@ def start(config: ConfigT, longest: int | None = None) -> tuple[ConfigT, CausalL
         if config.lora.rank and config.model.experts is not None:
             raise UserError("--lora.rank and --model.experts exclude each other: new experts must be trained whole")
         model, tokenizer = load_start(config.init_from, config.lora, seed=config.training.seed)
-        if config.tokenizer and Tokenizer.from_pretrained(config.tokenizer).fingerprint != tokenizer.fingerprint:
+        if (
+            config.tokenizer
+            and Tokenizer.from_pretrained(config.tokenizer).text_fingerprint != tokenizer.text_fingerprint
+        ):
             raise UserError(
                 f"--tokenizer {config.tokenizer} is not the one of {config.init_from}: its numbers stand for other "
                 "texts than the model has learnt; leave it out"
@@ -88,6 +91,7 @@ def start(config: ConfigT, longest: int | None = None) -> tuple[ConfigT, CausalL
         if config.tokenizer is None:
             raise UserError("--tokenizer is missing: give a tokenizer folder (make one: minnow tokenizer train)")
         tokenizer = Tokenizer.from_pretrained(config.tokenizer)
+        tokenizer.image_format = None  # it may be a model's that looks at pictures; the new one only reads
         config = with_row_length(config, longest)
         shape = dataclasses.replace(
             config.model, vocab_size=tokenizer.vocab_size, max_position_embeddings=config.row_length

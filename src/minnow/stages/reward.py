@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from minnow.config import refuse_unused
+from minnow.config import UserError, refuse_unused
 from minnow.console import plain_console
 from minnow.data.batches import Batch
 from minnow.model.hf_config import architecture
 from minnow.model.pretrained import load_reward_model
 from minnow.model.reward_model import RewardModel, classification_config
+from minnow.model.vision_language import VisionLanguageModel
 from minnow.optim import OptimConfig, ScheduleConfig
 from minnow.report.plots import save_figure
 from minnow.report.reliability import expected_calibration_error, reliability, reliability_figure
@@ -52,6 +53,11 @@ def run(config: Config) -> None:
     """Train, leave the model in `RUN/model` and say how far its confidence can be trusted."""
     console = plain_console(stderr=True)
     start, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
+    if isinstance(start, VisionLanguageModel) and config.lora.rank:
+        raise UserError(
+            f"--lora.rank: {config.init_from} looks at pictures, and a judge is made of its decoder alone: PEFT would "
+            "look for the adapter's base in vain; leave it out"
+        )
     config = with_row_length(config, start.config.max_position_embeddings)
     start.config.check_training_rows(config.row_length)
     classification_config({"architectures": [architecture(start.config)]})  # before any work: can it be saved?

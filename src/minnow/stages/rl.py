@@ -335,7 +335,7 @@ def _check_critic(config: Config, tokenizer: Tokenizer) -> None:
     if config.algorithm.critic.init_from is None:
         return
     folder, named = critic_folder(config), f"algorithm.critic.init_from {config.algorithm.critic.init_from}"
-    if Tokenizer.from_pretrained(folder).fingerprint != tokenizer.fingerprint:
+    if Tokenizer.from_pretrained(folder).text_fingerprint != tokenizer.text_fingerprint:
         raise UserError(f"{named} has another tokenizer than the policy, and would read other words than it writes")
     read_config(folder).check_training_rows(config.row_length, whose=f"the critic {folder}")
 

@@ -27,8 +27,6 @@ from minnow.tokenizer.special import (
     IM_START,
     THINK,
     TOOL_CALL,
-    VISION_END,
-    VISION_START,
 )
 from minnow.tokenizer.tokenizer import Tokenizer
 
@@ -118,7 +116,8 @@ def render(
     `<|im_end|>`, without an empty think block, which the prompt gives. `add_generation_prompt` opens the
     next assistant turn: with an empty think block, or with an open one where `enable_thinking` is true.
     Messages before index `trained_from` are prompt and carry no loss.
-    A picture is its two border tokens and an image token for each patch between them, none with a loss.
+    A picture is an image token for each patch, without a loss and with nothing around it: LLaVA's form, which llama.cpp
+    knows as well.
     Raises `UserError` for a tokenizer without chat tokens, and for pictures shown to a model that only reads.
     """
     writer = _Writer(tokenizer)
@@ -232,10 +231,9 @@ class _Writer:
         """A picture: as many image tokens as it has patches."""
         num_tokens = self._tokenizer.require_images().num_tokens
         self._images.append(data)
-        self.control(VISION_START)
+        self.flush()
         self._ids += [self._tokenizer.image_id] * num_tokens
         self._weights += [0.0] * num_tokens
-        self.control(VISION_END)
 
     def flush(self) -> None:
         """Encode the text so far apart from what follows."""

@@ -17,6 +17,22 @@ from minnow.tokenizer.special import IMAGE
 
 MEAN, STD = 0.5, 0.5
 """SigLIP's: pixels go from 0 ... 1 to -1 ... 1."""
+MODEL_TYPE = "llava"
+"""transformers' name for a language model behind a vision tower, in config.json."""
+_IMAGE_PROCESSOR, _PROCESSOR = "preprocessor_config.json", "processor_config.json"
+_PREPARED: dict[str, Any] = {
+    "do_convert_rgb": True,
+    "do_resize": True,
+    "resample": 3,  # bicubic
+    "do_rescale": True,
+    "rescale_factor": 1 / 255,
+    "do_normalize": True,
+    "image_mean": [MEAN] * 3,
+    "image_std": [STD] * 3,
+    "do_center_crop": False,
+    "do_pad": False,
+}
+"""SigLIP's way from a file to pixels, in transformers' words."""
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP")
 _MOST_PIXELS = 1 << 26
 """Of a picture as it is stored. A small file can claim a picture that fills the memory."""
@@ -48,7 +64,7 @@ class ImageFormat:
 
     @property
     def num_tokens(self) -> int:
-        """Image tokens that a picture takes in a text, without the two around them."""
+        """Image tokens that a picture takes in a text."""
         return (self.image_size // self.patch_size) ** 2
 
     def pixels(self, data: bytes) -> np.ndarray:
@@ -77,27 +93,35 @@ class ImageFormat:
 def read_image_format(folder: Path) -> ImageFormat | None:
     """What the model in `folder` looks at; None for one that only reads.
 
-    Where a tokenizer lies without a model, its `processor_files` say it.
+    Where a tokenizer lies without a model, `processor_files` say so. UserError where pictures are otherwise prepared
+    than SigLIP's are.
     """
-    if not (folder / "config.json").is_file():
-        return _read_processor_files(folder)
-    vision = read_json(folder / "config.json").get("vision_config")
-    if not isinstance(vision, dict):
+    image_processor = _image_processor(folder)
+    if (folder / "config.json").is_file():
+        content = read_json(folder / "config.json")
+        if content.get("model_type") != MODEL_TYPE:
+            return None
+        image_size, patch_size = map((content.get("vision_config") or {}).get, ("image_size", "patch_size"))
+    elif image_processor and (folder / _PROCESSOR).is_file():
+        image_size = (image_processor.get("size") or {}).get("height")
+        patch_size = read_json(folder / _PROCESSOR).get("patch_size")
+    else:
         return None
-    try:
-        return ImageFormat(int(vision["image_size"]), int(vision["patch_size"]))
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder / 'config.json'}: its vision_config lacks image_size or patch_size") from None
+    if not isinstance(image_size, int) or not isinstance(patch_size, int):
+        raise UserError(f"{folder}: its config.json, or its processor's files, lack image_size or patch_size")
+    for key, plain in _PREPARED.items():
+        if image_processor.get(key, plain) != plain:
+            raise UserError(f"{folder}: pictures with {key} {image_processor[key]} are not supported (only {plain})")
+    return ImageFormat(image_size, patch_size)
 
 
-def _read_processor_files(folder: Path) -> ImageFormat | None:
-    pixels, tokens = folder / "preprocessor_config.json", folder / "processor_config.json"
-    if not (pixels.is_file() and tokens.is_file()):
-        return None
-    try:
-        return ImageFormat(int(read_json(pixels)["size"]["height"]), int(read_json(tokens)["patch_size"]))
-    except (KeyError, TypeError, ValueError):
-        raise UserError(f"{folder}: its processor files lack the height of `size` or patch_size") from None
+def _image_processor(folder: Path) -> dict[str, Any]:
+    """How pictures are prepared: a file of its own, or (transformers 5) a part of the processor's."""
+    if (folder / _IMAGE_PROCESSOR).is_file():
+        return read_json(folder / _IMAGE_PROCESSOR)
+    if (folder / _PROCESSOR).is_file():
+        return read_json(folder / _PROCESSOR).get("image_processor") or {}
+    return {}
 
 
 def processor_files(image_format: ImageFormat) -> dict[str, dict[str, Any]]:
@@ -105,15 +129,8 @@ def processor_files(image_format: ImageFormat) -> dict[str, dict[str, Any]]:
     size = {"height": image_format.image_size, "width": image_format.image_size}
     image_processor = {
         "image_processor_type": "SiglipImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
         "size": size,
-        "resample": 3,
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": [MEAN] * 3,
-        "image_std": [STD] * 3,
+        **_PREPARED,
         "processor_class": "LlavaProcessor",
     }
     processor = {
@@ -123,4 +140,4 @@ def processor_files(image_format: ImageFormat) -> dict[str, dict[str, Any]]:
         "num_additional_image_tokens": 0,
         "image_token": IMAGE,
     }
-    return {"preprocessor_config.json": image_processor, "processor_config.json": processor}
+    return {_IMAGE_PROCESSOR: image_processor, _PROCESSOR: processor}

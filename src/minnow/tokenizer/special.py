@@ -30,9 +30,6 @@ CHAT_TOKENS: tuple[str, ...] = (
 )
 """What the chat template writes: a tokenizer without one of them cannot chat."""
 
-IMAGE_TOKENS = (VISION_START, IMAGE, VISION_END)
-"""What a picture is in a text: its begin, one token for each patch, its end."""
-
 VISIBLE_TOKENS: frozenset[str] = frozenset(CHAT_TOKENS[2:])
 """Control tokens that stay in text decoded with `skip_special_tokens`: servers find reasoning and calls by
 them."""

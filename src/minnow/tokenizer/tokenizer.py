@@ -22,7 +22,7 @@ from minnow.tokenizer import fast, files, template
 from minnow.tokenizer.bytelevel import is_control, token_byte_strings, valid_unicode
 from minnow.tokenizer.images import ImageFormat
 from minnow.tokenizer.roles import Roles
-from minnow.tokenizer.special import CHAT_TOKENS, IM_END, IM_START, IMAGE_TOKENS
+from minnow.tokenizer.special import CHAT_TOKENS, IM_END, IM_START, IMAGE
 
 _STARTS = ("", "a", " ", "\n")
 
@@ -164,15 +164,14 @@ class Tokenizer:
     def image_id(self) -> int:
         """Id that stands for a patch of a picture. Raises `UserError` where pictures cannot be shown."""
         self.require_images()
-        return self.special_ids[IMAGE_TOKENS[1]]
+        return self.special_ids[IMAGE]
 
     def require_images(self) -> ImageFormat:
         """How pictures are put to the model. Raises `UserError` for one that only reads."""
         if self.image_format is None:
             raise UserError("the model reads text only, and was shown a picture: `minnow vlm` gives a model eyes")
-        missing = [token for token in IMAGE_TOKENS if token not in self.special_ids]
-        if missing:
-            raise UserError(f"this tokenizer cannot show pictures: its special tokens lack {', '.join(missing)}")
+        if IMAGE not in self.special_ids:
+            raise UserError(f"this tokenizer cannot show pictures: its special tokens lack {IMAGE}")
         return self.image_format
 
     def require_chat_template(self, whose: str) -> None:
@@ -226,14 +225,20 @@ class Tokenizer:
         """UTF-8 bytes each token stands for: int32 [vocab_size]; 0 for control tokens."""
         return np.array([len(string) for string in self.byte_strings], dtype=np.int32)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of what decides ids and rendering: vocabulary, merges, pre-tokenizer, chat
-        template."""
+        """SHA-256 (hex) of what decides ids and rendering: vocabulary, merges, pre-tokenizer, chat template, and how
+        pictures are put to the model."""
+        if self.image_format is None:
+            return self.text_fingerprint
+        decisive = [self.text_fingerprint, self.image_format.image_size, self.image_format.patch_size]
+        return hashlib.sha256(json.dumps(decisive).encode()).hexdigest()
+
+    @cached_property
+    def text_fingerprint(self) -> str:
+        """The same without pictures: two models whose ids stand for the same texts share it, whatever they look at."""
         decisive = self._definition | {
             "begin_and_end": [self.start_id, self.end_of_text_id],
             "chat_template": template.chat_template(),  # what renders, whatever the folder's own says
         }
-        if self.image_format is not None:
-            decisive["image_format"] = [self.image_format.image_size, self.image_format.patch_size]
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()

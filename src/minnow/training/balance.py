@@ -18,7 +18,6 @@ from torch import Tensor
 
 from minnow.config import UserError
 from minnow.data.batches import Batch
-from minnow.model.attention import PackedAttention
 from minnow.model.moe import Decisions, MoE, Routing
 from minnow.model.transformer import CausalLM
 from minnow.objectives.balance import (
@@ -30,6 +29,7 @@ from minnow.objectives.balance import (
     sequence_balance_sum,
 )
 from minnow.training.distribution import sum_over_ranks
+from minnow.training.forward import hidden_states
 
 _NOISE = 0x201E  # keeps the routers' noise apart from other random numbers of the same seed
 
@@ -93,8 +93,7 @@ class ExpertBalance:
         for batch in batches:
             batch = batch.to(next(self.model.parameters()).device)
             with self.watch(batch, step=step, first_row=first_row) as routing:
-                attention = PackedAttention(batch.cu_seqlens, batch.tokens_BT.device)
-                self.model(batch.tokens_BT, batch.positions_BT, attention)
+                hidden_states(self.model, batch)
             for layer, decisions in routing.decisions:
                 self._record(self._row_of_layer[layer], decisions, decisions.probabilities_NE.sum(0))
             first_row += len(batch.tokens_BT)

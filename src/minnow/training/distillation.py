@@ -19,7 +19,6 @@ from torch import Tensor
 
 from minnow.data.batches import Batch, PackedRows
 from minnow.disk import new_folder_beside, told_when_full
-from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.distillation import (
     CHUNK_SIZE,
@@ -28,6 +27,7 @@ from minnow.objectives.distillation import (
     linear_distillation,
     top_k_outcomes,
 )
+from minnow.training.forward import hidden_states
 from minnow.training.objective import ObjectiveOutput
 from minnow.training.reference import weights_fingerprint
 
@@ -81,21 +81,20 @@ class Distillation:
 
     def __call__(self, model: CausalLM, batch: Batch) -> ObjectiveOutput:
         """Return the weighted loss of one packed micro-batch, and its two parts."""
-        attention = PackedAttention(batch.cu_seqlens, batch.tokens_BT.device)
         supervised_BT = batch.weights_BT > 0
-        hidden_BTD = model(batch.tokens_BT, batch.positions_BT, attention)
+        hidden_BTD = hidden_states(model, batch)
         found = linear_distillation(
             self.loss,
             hidden_BTD[supervised_BT],
             model.head_weight,
             batch.targets_BT[supervised_BT],
             batch.weights_BT[supervised_BT],
-            self._teacher_of(batch, attention, supervised_BT),
+            self._teacher_of(batch, supervised_BT),
             vocab_size=self.vocab_size,
         )
         return ObjectiveOutput(found.loss_sum, {"nll": found.nll_sum, "divergence": found.divergence_sum})
 
-    def _teacher_of(self, batch: Batch, attention: PackedAttention, supervised_BT: Tensor) -> TeacherChunk:
+    def _teacher_of(self, batch: Batch, supervised_BT: Tensor) -> TeacherChunk:
         if isinstance(batch, TaughtBatch):
             ids_NK = batch.teacher_ids_BTK[supervised_BT].long()
             # Rounded to 16 bits they do not quite sum to one.
@@ -104,7 +103,7 @@ class Distillation:
         assert self.teacher is not None
         teacher, temperature = self.teacher, self.loss.temperature
         with torch.no_grad():
-            hidden_ND = teacher(batch.tokens_BT, batch.positions_BT, attention)[supervised_BT]
+            hidden_ND = hidden_states(teacher, batch)[supervised_BT]
         return lambda chunk: (soft_logprobs(teacher, hidden_ND[chunk], temperature, self.vocab_size), None)
 
 
@@ -166,7 +165,7 @@ def _ask(
     ):
         for start in range(0, R, rows_at_once):
             batch = dataset.batch(range(start, min(start + rows_at_once, R))).to(device)
-            hidden_BTD = teacher(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens, device))
+            hidden_BTD = hidden_states(teacher, batch)
             for chunk_CD in hidden_BTD.flatten(0, 1).split(CHUNK_SIZE):
                 logprobs_CV = soft_logprobs(teacher, chunk_CD, config.temperature, vocab_size)
                 ids_CK = logprobs_CV.topk(k, dim=1).indices

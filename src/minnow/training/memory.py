@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from minnow.data.batches import Batch
-from minnow.model.attention import PackedAttention
 from minnow.model.checkpointing import keeps_output
 from minnow.model.config import ModelConfig
 from minnow.model.lora import LoraConfig, add_lora, lora_layers
 from minnow.model.quantize import quantize
 from minnow.model.transformer import CausalLM
+from minnow.model.vision_language import Trained, VisionLanguageModel
+from minnow.model.vision_tower import VisionConfig
 from minnow.optim import OptimConfig, kind_of, parameter_groups
 from minnow.training.config import TrainingConfig
+from minnow.training.forward import hidden_states
 from minnow.training.objective import LanguageModeling
-from minnow.training.probe import random_batch
+from minnow.training.probe import random_batch, tokens_between_pictures, with_pictures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,11 +40,34 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+class Eyes(NamedTuple):
+    """What a model looks through, and what of it learns (None: all but the eyes)."""
+
+    vision: VisionConfig
+    trained: Trained | None
+
+
+def of_shape(shape: ModelConfig, eyes: Eyes | None = None) -> CausalLM:
+    """A new model, to be measured."""
+    if eyes is None:
+        return CausalLM(shape)
+    model = VisionLanguageModel(shape, eyes.vision, 0)
+    model.train_only(eyes.trained)
+    return model
+
+
 def hold_in_memory(model: CausalLM, dtype: torch.dtype) -> None:
     """Hold what is trained in fp32. Frozen matrices need no master: they are held in the compute dtype.
 
     But for those that are read in fp32 whatever it is: routers, whose choices rounding would change, and int8's scales.
+    And where a frozen part is saved beside a trained one (eyes, or the language model behind a projector that is
+    trained), it stays as it came: rounded once a stage, it would be another model's.
     """
+    if model.adapter is None and any(parameter.requires_grad for parameter in model.parameters()):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return
     model.to(torch.float32)
     for name, parameter in model.named_parameters():
         is_read_in_fp32 = name.endswith("_scale") or kind_of(name, parameter) == "router"
@@ -75,40 +100,52 @@ def training_memory(
     length: int,
     dtype: torch.dtype,
     lora: LoraConfig | None = None,
+    eyes: Eyes | None = None,
 ) -> Memory:
     """Weights, gradients and optimizer state are exact; activations are counted on two layers and scaled.
 
     length: positions of a row. lora: only its adapters have gradients and optimizer state, if its rank is above 0; of
-    their activations as many are counted as if all layers had them where some do.
+    their activations as many are counted as if all layers had them where some do. eyes: of a model that looks at
+    pictures, which are `tokens_between_pictures` apart.
     """
     with torch.device("meta"):
-        model = as_trained(CausalLM(shape), dtype, lora)
+        model = as_trained(of_shape(shape, eyes), dtype, lora)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     matrices = sum(parameter.numel() for _, parameter in parameter_groups(model)["matrix"])
     averages = 4 * matrices + 8 * (trained - matrices) if optim.optimizer == "muon" else 8 * trained
     if lora is not None:
         lora = in_every_layer(lora, model)
     copies = 0
-    if dtype != torch.float32:  # every step's trained matrices in the compute dtype
-        copies = dtype.itemsize * matrices
+    if dtype != torch.float32:  # every step's matrices in the compute dtype, where they are not held so
+        copies = dtype.itemsize * sum(
+            parameter.numel()
+            for name, parameter in model.named_parameters()
+            if kind_of(name, parameter) == "matrix" and parameter.dtype == torch.float32
+            if parameter.requires_grad or name.startswith("model.")  # a gradient passes through a frozen decoder too
+        )
     return Memory(
         weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + copies,
         gradients=4 * trained,
         optimizer=averages,
-        activations=_activations(training, length, shape, dtype, lora),
+        activations=_activations(training, length, shape, dtype, lora, eyes),
     )
 
 
 def _activations(
-    training: TrainingConfig, length: int, shape: ModelConfig, dtype: torch.dtype, lora: LoraConfig | None
+    training: TrainingConfig,
+    length: int,
+    shape: ModelConfig,
+    dtype: torch.dtype,
+    lora: LoraConfig | None,
+    eyes: Eyes | None,
 ) -> int:
     """Bytes kept for the backward pass of one micro-batch: counted by autograd's own hook on a short row."""
-    probe_length = min(length, 64)
+    probe_length = min(length, 64 if eyes is None else tokens_between_pictures(eyes.vision))
     counts = []
     first = 1 if shape.experts is None else shape.experts.first_k_dense_replace + 1  # count a layer with experts
     for layers in (first, first + 1):
         small = dataclasses.replace(shape, num_hidden_layers=layers, vocab_size=min(shape.vocab_size, 512))
-        model = as_trained(CausalLM(small), dtype, lora)
+        model = as_trained(of_shape(small, eyes), dtype, lora)
         model.gradient_checkpointing = training.gradient_checkpointing
         counts.append(_saved_bytes(model, probe_length) / probe_length)
     per_layer = counts[1] - counts[0]
@@ -127,6 +164,8 @@ def _saved_bytes(model: CausalLM, length: int) -> int:
         return tensor
 
     batch = random_batch(model.config.vocab_size, 1, length)
+    if isinstance(model, VisionLanguageModel):
+        batch = with_pictures(batch, model.vision)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         output = LanguageModeling()(model, batch)
     del output
@@ -158,5 +197,5 @@ def _selectively_kept_bytes(model: CausalLM, batch: Batch) -> int:
             return outputs
 
     with torch.no_grad(), Watch():
-        model(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens))
+        hidden_states(model, batch)
     return kept

@@ -14,10 +14,10 @@ from torch import Tensor
 from minnow.config import UserError
 from minnow.data.batches import Batch, PackedRows, Share
 from minnow.data.order import windowed_batch_rows
-from minnow.model.attention import PackedAttention
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import linear_cross_entropy
 from minnow.training.distribution import sum_over_ranks
+from minnow.training.forward import hidden_states
 
 # A stage's own batches are Batches with more in them (reference log-probabilities, a teacher's logits, advantages).
 BatchT = TypeVar("BatchT", bound=Batch)
@@ -132,8 +132,7 @@ class LanguageModeling:
 
     def __call__(self, model: CausalLM, batch: Batch) -> ObjectiveOutput:
         """Return the weighted nats (and the z-loss) of one packed micro-batch."""
-        attention = PackedAttention(batch.cu_seqlens, batch.tokens_BT.device)
-        hidden_BTD = model(batch.tokens_BT, batch.positions_BT, attention)
+        hidden_BTD = hidden_states(model, batch)
         loss = linear_cross_entropy(
             hidden_BTD.flatten(0, 1),
             model.head_weight,

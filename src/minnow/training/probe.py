@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 
@@ -9,6 +10,7 @@ import torch
 
 from minnow.data.batches import Batch
 from minnow.model.transformer import CausalLM
+from minnow.model.vision_tower import VisionConfig
 from minnow.training.hardware import synchronize
 from minnow.training.objective import LanguageModeling
 
@@ -25,6 +27,25 @@ def random_batch(vocab_size: int, rows: int, sequence_length: int, *, seed: int 
         cu_seqlens=torch.arange(0, rows * sequence_length + 1, sequence_length, dtype=torch.int32),
         filler_BT=torch.zeros(rows, sequence_length, dtype=torch.bool),
         document_ids=tuple((row,) for row in range(rows)),
+    )
+
+
+def tokens_between_pictures(vision: VisionConfig) -> int:
+    """Tokens from one picture to the next where nothing is known of the data: one in 64, or one after the other where
+    they take more."""
+    return max(64, vision.num_patches)
+
+
+def with_pictures(batch: Batch, vision: VisionConfig) -> Batch:
+    """Put pictures into the full rows of `batch`, `tokens_between_pictures` apart."""
+    rows, length = batch.tokens_BT.shape
+    starts = range(0, length - vision.num_patches + 1, tokens_between_pictures(vision))
+    first_I = torch.tensor([row * length + start for row in range(rows) for start in starts])
+    size = vision.image_size
+    return dataclasses.replace(
+        batch,
+        pixels_ICHW=torch.zeros(len(first_I), 3, size, size, dtype=torch.uint8),
+        image_places_M=(first_I[:, None] + torch.arange(vision.num_patches)).flatten(),
     )
 
 

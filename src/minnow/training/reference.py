@@ -23,11 +23,11 @@ from minnow.config import UserError
 from minnow.data.batches import Batch, PackedDataset
 from minnow.data.shards import Shards
 from minnow.disk import atomic_write, opened_to_others
-from minnow.model.attention import PackedAttention
 from minnow.model.slices import examined, is_sliced
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import token_logprobs
 from minnow.training.distribution import from_first, is_first
+from minnow.training.forward import hidden_states
 from minnow.training.objective import Rows
 
 
@@ -183,7 +183,7 @@ def answer_of_targets(batch: Batch) -> Tensor:
 
 def target_logprobs(model: CausalLM, batch: Batch) -> Tensor:
     """Log-probability of every supervised target of a batch on the model's device, float32 [N], in order."""
-    hidden_BTD = model(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens, batch.tokens_BT.device))
+    hidden_BTD = hidden_states(model, batch)
     supervised_BT = batch.weights_BT > 0
     return token_logprobs(hidden_BTD[supervised_BT], model.head_weight, batch.targets_BT[supervised_BT])
 

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from minnow.config import UserError
 from minnow.data.batches import Batch
-from minnow.model.attention import PackedAttention
 from minnow.model.reward_model import RewardModel
 from minnow.model.slices import examined
 from minnow.model.transformer import CausalLM
 from minnow.objectives.reward import bradley_terry_loss
+from minnow.training.forward import hidden_states
 from minnow.training.objective import ObjectiveOutput
 from minnow.training.preference import wins
 
@@ -61,7 +61,7 @@ class RewardModeling:
 def packed_rewards(model: RewardModel, batch: Batch) -> Tensor:
     """Rewards of the conversations in packed rows, float32, in order: read at the last position of each piece."""
     device = batch.tokens_BT.device
-    hidden_BTD = model(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens, device))
+    hidden_BTD = hidden_states(model, batch)
     last = batch.cu_seqlens[1:].long().to(device) - 1
     last = last[~batch.filler_BT.flatten()[last]]
     return model.rewards(hidden_BTD.flatten(0, 1)[last])

@@ -19,6 +19,7 @@ from minnow.model.lora import LoraConfig, add_lora
 from minnow.model.pretrained import load_pretrained, resolve_model_folder, save_pretrained
 from minnow.model.quantize import quantize
 from minnow.model.transformer import CausalLM
+from minnow.model.vision_language import VisionLanguageModel
 from minnow.tokenizer import Tokenizer
 from minnow.training.config import TrainingConfig
 from minnow.training.distribution import rank
@@ -80,7 +81,7 @@ class Machine:
 
 def train(trainer: Trainer, run: RunFolder, tokenizer: Tokenizer, console: Console) -> None:
     """Resume if there is something to resume, train, and write the final model (the best one under `patience`)."""
-    if trainer.model.adapter is not None:
+    if not all(parameter.requires_grad for parameter in trainer.model.parameters()):
         run.claim_model("base", trainer.model, frozen=True)
     experts = None if trainer.balance is None else trainer.model.config.experts
     if experts is not None and not experts.router_learns:
@@ -122,10 +123,13 @@ def load_start(init_from: str, lora: LoraConfig, *, seed: int) -> tuple[CausalLM
     """The model that a stage starts from, and its tokenizer.
 
     With `lora.rank` the model is frozen, with `lora.quantize` int8 too, and has fresh adapters, which alone are
-    trained, checkpointed and saved. UserError for one on top of an adapter.
+    trained, checkpointed and saved. UserError for one on top of an adapter. Of a model that looks at pictures tower and
+    projector are frozen: on text they would learn nothing but weight decay, and `minnow vlm` is there for the rest.
     """
     folder = resolve_model_folder(init_from)
     model = load_pretrained(folder)
+    if isinstance(model, VisionLanguageModel):
+        model.train_only(None)
     if lora.rank:
         if is_adapter(folder):
             # Switched off, the new adapter would leave the base as the reference, without what the first had learnt.

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from minnow.data.batches import Batch
-from minnow.model.config import ModelConfig
-from minnow.model.size import training_flops_per_token
+from minnow.model.size import training_flops_per_picture, training_flops_per_token
+from minnow.model.transformer import CausalLM
+from minnow.model.vision_language import VisionLanguageModel
 from minnow.training.distribution import world_size
 from minnow.training.hardware import matmul_peak, peak_memory_bytes
 
@@ -37,11 +38,23 @@ class Speedometer:
         }
 
 
-def batch_flops(config: ModelConfig, batch: Batch, *, frozen: bool = False) -> float:
-    """Return the operations of training on one micro-batch, with attention inside its pieces only.
-
-    frozen: adapters are trained, and the model is not.
-    """
+def batch_flops(model: CausalLM, batch: Batch) -> float:
+    """Return the operations of training on one micro-batch, with attention inside its pieces only."""
     lengths = batch.cu_seqlens.diff().double()
     mean_context = float((lengths * (lengths + 1) / 2).sum() / lengths.sum())
-    return training_flops_per_token(config, mean_context, frozen=frozen) * float(lengths.sum())
+    of_a_token = training_flops_per_token(model.config, mean_context, frozen=is_frozen(model))
+    pictures = 0 if batch.pixels_ICHW is None else len(batch.pixels_ICHW)
+    return of_a_token * float(lengths.sum()) + pictures * picture_flops(model)
+
+
+def picture_flops(model: CausalLM) -> float:
+    """Operations of training on what one picture takes beside its tokens; 0 of a model that only reads."""
+    if not isinstance(model, VisionLanguageModel):
+        return 0.0
+    tower, projector = (any(weight.requires_grad for weight in part.parameters()) for part in model.eyes)
+    return training_flops_per_picture(model.vision, model.config.hidden_size, tower=tower, projector=projector)
+
+
+def is_frozen(model: CausalLM) -> bool:
+    """Whether the decoder stays as it is: beside adapters, or while a projector is trained before it."""
+    return not model.model.embed_tokens.weight.requires_grad

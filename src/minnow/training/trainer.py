@@ -52,7 +52,7 @@ from minnow.training.objective import (
 from minnow.training.observer import Observer
 from minnow.training.parallel import sync_gradients
 from minnow.training.signals import Interrupted, StopRequest, stop_requests
-from minnow.training.speed import Speedometer, batch_flops
+from minnow.training.speed import Speedometer, batch_flops, is_frozen
 from minnow.training.validation import Evaluation
 
 WAIT_SECONDS = 1.0
@@ -103,7 +103,7 @@ class Trainer(Generic[BatchT]):
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.loss_scale = LossScale(model.compute_dtype)
         # Beside a frozen model the routers, and so the loads, stay what they are.
-        balanced = model.config.experts is not None and model.adapter is None
+        balanced = model.config.experts is not None and not is_frozen(model)
         self.balance = ExpertBalance(model, config.balance, config.seed) if balanced else None
         self.state = LoopState()
         self.share = Share(rank(), world_size())
@@ -231,13 +231,12 @@ class Trainer(Generic[BatchT]):
         weight tokens unequally. UserError for a batch in which nothing is supervised, NonFiniteLossError as `fit`.
         """
         batches = self._batches()
-        frozen = self.model.adapter is not None
         count, rows, tokens, flops = sum_over_ranks(
             [
                 sum(self.objective.count(batch) for batch in batches),
                 sum(len(batch.tokens_BT) for batch in batches),
                 sum(batch.num_real_tokens for batch in batches),
-                sum(batch_flops(self.model.config, batch, frozen=frozen) for batch in batches),
+                sum(batch_flops(self.model, batch) for batch in batches),
             ]
         )
         if count == 0:

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from minnow.data.batches import Batch
-from minnow.model.attention import PackedAttention
 from minnow.model.slices import examined
 from minnow.model.transformer import CausalLM
 from minnow.objectives.lm import bits_per_byte, token_logprobs
 from minnow.training.distribution import rank, sum_over_ranks, world_size
+from minnow.training.forward import hidden_states
 from minnow.training.objective import BatchT, LooksAhead, Objective
 
 Evaluation = Callable[[CausalLM], dict[str, float]]
@@ -43,7 +43,7 @@ def validate(model: CausalLM, batches: Sequence[Batch], token_bytes: np.ndarray,
     with examined(model):
         for batch, is_mine in _my_part(batches):
             batch = batch.to(device)
-            hidden_BTD = model(batch.tokens_BT, batch.positions_BT, PackedAttention(batch.cu_seqlens, device))
+            hidden_BTD = hidden_states(model, batch)
             supervised_BT = batch.weights_BT > 0
             targets_N, weights_N = batch.targets_BT[supervised_BT], batch.weights_BT[supervised_BT].cpu()
             # On the host: Apple's GPUs have no float64.

@@ -14,6 +14,15 @@ from minnow.config import UserError
 from minnow.data.pond.arithmetic import arithmetic_conversations, problems
 from minnow.data.pond.identity import identity_conversations
 from minnow.data.pond.long_texts import long_documents
+from minnow.data.pond.picture_questions import (
+    HELD_OUT_PICTURES,
+    held_out_path,
+    picture_questions,
+    picture_rows,
+    picture_texts,
+    training_path,
+)
+from minnow.data.pond.pictures import draw, scenes
 from minnow.data.pond.preferences import preference_pairs, unsure_conversations
 from minnow.data.pond.questions import Question, Wording, conversations, question_documents, questions
 from minnow.data.pond.relations import LANGUAGES, RELATIONS
@@ -89,6 +98,7 @@ def write_pond(
     pair_count: int = 4000,
     long_texts: int = 0,
     long_characters: int = 6000,
+    pictures: int = 0,
 ) -> dict[str, int]:
     """Write the pond's files into a new folder, all or nothing; returns the rows of each file.
 
@@ -97,8 +107,10 @@ def write_pond(
     ({"messages", "tools"});
     `sums.jsonl` and `sums_held_out.jsonl` ({"prompt", "answer"}, to practise on); `questions.jsonl` (the fields of
     `Question`); `preference.jsonl` and, half as many, `preference_held_out.jsonl` (those of `PondPair`); with
-    `long_texts`, that many of about `long_characters` in `long.jsonl`. Raises UserError when the folder holds something
-    else.
+    `long_texts`, that many of about `long_characters` in `long.jsonl`; with `pictures`, that many to train on in
+    `pictures/`, what is said of them in `pictures.jsonl`, and as many texts that say such things without pictures in
+    `picture_texts.jsonl`; the held-out pictures and questions in `pictures_held_out.jsonl`. Raises UserError when the
+    folder holds something else.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "world.json").exists():
@@ -125,9 +137,15 @@ def write_pond(
     }
     if long_texts:
         files["long.jsonl"] = map(_document_row, long_documents(world, long_texts, long_characters))
+    if pictures:
+        files["pictures.jsonl"] = picture_rows(world.seed, pictures)
+        files["picture_texts.jsonl"] = map(_document_row, picture_texts(world.seed, pictures))
+        files["pictures_held_out.jsonl"] = _picture_questions(world)
     folder = folder.resolve()  # where a link leads, not in the link's place
     with told_when_full(folder), new_folder_beside(folder) as temporary:
         counts = {name: _write_rows(temporary / name, rows) for name, rows in files.items()}
+        if pictures:
+            _draw_pictures(temporary, world.seed, pictures)
         replace_folder(temporary, folder)
     return counts
 
@@ -145,6 +163,20 @@ def _problem_rows(world: World, split: Split, count: int) -> Iterator[dict[str, 
     streams = [problems(world, split, language, seed=1) for language in LANGUAGES]
     for problem in itertools.islice(itertools.chain.from_iterable(zip(*streams, strict=True)), count):
         yield {"prompt": problem.prompt, "answer": str(problem.result), "language": problem.language}
+
+
+def _picture_questions(world: World) -> Iterator[dict[str, Any]]:
+    kinds: tuple[Wording, ...] = ("trained", "unseen")
+    for wording, language in itertools.product(kinds, LANGUAGES):
+        yield from (question.row() for question in picture_questions(world.seed, wording, language))
+
+
+def _draw_pictures(folder: Path, seed: int, count: int) -> None:
+    (folder / "pictures").mkdir()
+    for number, scene in enumerate(itertools.islice(scenes(seed, "training"), count)):
+        (folder / training_path(number)).write_bytes(draw(scene))
+    for number, scene in enumerate(itertools.islice(scenes(seed, "held_out"), HELD_OUT_PICTURES)):
+        (folder / held_out_path(number)).write_bytes(draw(scene))
 
 
 def _document_row(document: PondDocument) -> dict[str, Any]:
