@@ -41,7 +41,7 @@ def data_url(data: bytes, media: str = "image/png") -> str:
     return f"data:{media};base64,{base64.b64encode(data).decode()}"
 
 
-def save_seeing_model(folder: Path, seed: int = 0, context: int = 256) -> Path:
+def save_seeing_model(folder: Path, seed: int = 0, context: int = 256, tower_width: int = 16) -> Path:
     """Random, with weights so large that no token is likely for a dull reason: answers depend on what is shown."""
     words = train_tokenizer(["the little minnow swims in the pond. 小鱼在池塘里游泳。"] * 10, 320)
     tokenizer = Tokenizer(words._tokenizer, image_format=IMAGE_FORMAT)
@@ -56,7 +56,12 @@ def save_seeing_model(folder: Path, seed: int = 0, context: int = 256) -> Path:
         max_position_embeddings=context,
     )
     vision = VisionConfig(
-        image_size=16, patch_size=8, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2
+        image_size=IMAGE_FORMAT.image_size,
+        patch_size=IMAGE_FORMAT.patch_size,
+        hidden_size=tower_width,
+        intermediate_size=24,
+        num_hidden_layers=3,
+        num_attention_heads=2,
     )
     model = VisionLanguageModel(text, vision, tokenizer.image_id)
     generator = torch.Generator().manual_seed(seed)

@@ -23,7 +23,10 @@ from minnow.model.lora import LoraConfig, add_lora, lora_layers
 from minnow.model.pretrained import load_pretrained, save_pretrained
 from minnow.model.transformer import CausalLM
 from minnow.tokenizer.chat import Conversation, Message, ToolCall, render
+from minnow.tokenizer.images import Image
 from minnow.tokenizer.train import train_tokenizer
+
+from .seeing import data_url, picture, picture_file, save_seeing_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -227,3 +230,33 @@ def test_adapters_beside_the_model(folder: Path, model: Model, tmp_path: Path) -
     assert not torch.allclose(model.embed("the pond"), merged.embed("the pond"), atol=1e-2)
     with pytest.raises(UserError, match="no adapter 'other' here; there are: own"):
         both.embed("the pond", adapter="other")
+
+
+def test_a_picture_is_a_path_or_bytes_or_a_data_url(
+    tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sees = minnow.load(save_seeing_model(tmp_path / "m"), device="cpu", precision="fp32")
+    options = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
+    picture_file(tmp_path, 0)
+    monkeypatch.chdir(tmp_path)
+
+    def said(seeing: Model, shown: object) -> str:
+        content = [{"type": "image", "image": shown}, {"type": "text", "text": "What is this?"}]
+        return seeing.chat([{"role": "user", "content": content}], **options).content
+
+    asked = Conversation((Message("user", "What is this?", images=(Image(picture(0)),)),))
+    prompt = render(sees.tokenizer, asked, add_generation_prompt=True)
+    expected = sees.engine.generate([prompt], SamplingParams(**options))[0].completions[0].text.lstrip()
+    for shown in ("0.png", str(tmp_path / "0.png"), picture(0), data_url(picture(0))):
+        assert said(sees, shown) == expected
+    assert said(sees, picture(1)) != expected
+    for shown, wrong in (
+        ("nowhere.png", "nowhere.png, and there is no such file"),
+        ("https://example.org/a.png", "pictures are not downloaded"),
+        (b"no picture", "not a picture that can be read"),
+        (5, "must be a path or a `data:` URL"),
+    ):
+        with pytest.raises(UserError, match=wrong):
+            said(sees, shown)
+    with pytest.raises(UserError, match="reads text only"):
+        said(model, picture(0))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import importlib
+import itertools
 import json
 import operator
 import re
@@ -11,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 import yaml
 
 from minnow import cli
 from minnow.config import parse_config
+from minnow.data.pond.pictures import draw, scenes
 from minnow.data.pond.world import World
 from minnow.data.pond.write import write_pond
 from minnow.model.config import ModelConfig
@@ -187,6 +191,41 @@ def test_the_ponds_tools_are_taught_at_a_tiny_setting(pond: Path) -> None:
     assert cli.main(["pretrain", *recipe.split()]) == 0
     train("sft-tools-pond", start="runs/pretrain-tools-pond")
     assert (pond / "runs/sft-tools-pond/model/model.safetensors").exists()
+
+
+def test_the_ponds_pictures_are_learnt_at_a_tiny_setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_pond("pond", World.generate(0, 4, 2), mentions=1, conversation_count=4, pair_count=4, pictures=20)
+    words = ["--data", "[pond/picture_texts.jsonl]", "--vocab_size", "400", "--out", "runs/vision-tokenizer"]
+    assert cli.main(["tokenizer", "train", *words]) == 0
+    settings = f"--data.cache_dir cache {TRAINING.replace('_length 64', '_length 256')}"
+    pretrain = f"--config {RECIPES[0].parent}/pretrain-vision-pond.yaml {settings} {SHAPE}"
+    assert cli.main(["pretrain", *pretrain.split()]) == 0
+    vlm = f"--config {RECIPES[0].parent}/vlm-pond.yaml {settings} --tower.hidden_size 16 --tower.intermediate_size 32"
+    assert cli.main(["vlm", *vlm.split()]) == 0
+    assert cli.main(["eval", "runs/vlm-pond", "--tasks", "pictures", "--pond", "pond", "--max_rows", "8"]) == 0
+
+
+def test_both_steps_of_eyes_run_at_a_tiny_setting(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SigLIP's tower and MiniMind-V's rows, both small."""
+    monkeypatch.chdir(tmp_path)
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
+    tokenizer = Tokenizer.from_pretrained(data / "tokenizer")
+    save_pretrained(CausalLM(ModelConfig(vocab_size=320, **shape, **heads)), tmp_path / "start", tokenizer)
+    eyes = {"image_size": 32, "patch_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**eyes, intermediate_size=24)).save_pretrained(
+        "eyes"
+    )
+    shown = itertools.islice(scenes(0, "training"), 40)
+    asked = [{"role": "user", "content": "<image>\nFish?"}, {"role": "assistant", "content": "Fish."}]
+    rows = [{"conversations": json.dumps(asked), "image_bytes": base64.b64encode(draw(s)).decode()} for s in shown]
+    _write(Path("rows.jsonl"), rows)
+    settings = f"--data.cache_dir cache --data.paths rows.jsonl {TRAINING}"
+    first = f"--config {RECIPES[0].parent}/vlm-64m.yaml --init_from start --siglip eyes {settings}"
+    assert cli.main(["vlm", *first.split()]) == 0
+    assert cli.main(["vlm", *f"--config {RECIPES[0].parent}/vlm-64m-language.yaml {settings}".split()]) == 0
+    assert Path("runs/vlm-64m-language/model/preprocessor_config.json").exists()
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from torch import Tensor
 from minnow.config import UserError
 from minnow.data.openai_form import nameless_tool, openai_tools
 from minnow.data.records import parse_message
+from minnow.data.values import RowError
 from minnow.engine import Completions, Delta, Engine, SamplingParams
 from minnow.engine.hidden import mean_hidden, text_logprobs
 from minnow.tokenizer.assistant import AssistantStream, Content, Event, Reasoning
@@ -81,18 +82,19 @@ class Model:
         The answer is a `Message` with content, reasoning_content and tool_calls; with `stream`, the pieces of its
         content alone as they come, without thoughts and calls. What looks like a call and is none is content, and
         comes once that is known. thinking: let the model reason first. tools: JSON schemas of functions it may call.
-        UserError for a grammar with thinking, which it would bind too, for control tokens in the text, for a tool
-        without a name, and for pictures that cannot be read or that a model which only reads is shown.
+        UserError for a message that is none, a grammar with thinking, which it would bind too, control tokens in the
+        text, a tool without a name, and for pictures that cannot be read or that a model which only reads is shown.
         """
         items = [{"role": "user", "content": messages}] if isinstance(messages, str) else list(messages)
         if not items:
             raise UserError("no messages to answer")
         if (number := nameless_tool(tools)) is not None:
             raise UserError(f"tool {number} of `tools` has no `name`: the model could not call it")
-        conversation = Conversation(
-            messages=tuple(parse_message(item, number) for number, item in enumerate(items, 1)),
-            tools=tuple(openai_tools(tools)),
-        )
+        try:
+            read = tuple(parse_message(item, number) for number, item in enumerate(items, 1))
+        except RowError as error:
+            raise UserError(str(error)) from error
+        conversation = Conversation(read, tools=tuple(openai_tools(tools)))
         params = _one_answer(options)
         if thinking and params.grammar is not None:
             raise UserError(

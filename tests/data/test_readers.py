@@ -16,12 +16,14 @@ import pytest
 import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from picture_helpers import png
 
 from minnow.config import UserError
 from minnow.data import readers
+from minnow.data.pictures import Pictures
 from minnow.data.prompts import read_prompts
 from minnow.data.readers import read_rows, read_texts
-from minnow.data.records import parse_document
+from minnow.data.records import parse_conversation, parse_document
 from minnow.data.sources import find_sources, pinned
 
 ROWS = [{"text": "one\ntwo"}, {"text": "三"}, {"text": '"quoted" \u2028 line'}]
@@ -383,6 +385,20 @@ def test_hub_sets_are_streamed(monkeypatch):
         "hub:org/name:config:test:2",
     ]
     assert asked == {"path": "org/name", "config": "config", "split": "test", "revision": None, "streaming": True}
+
+
+def test_pictures_of_hub_sets_are_their_files(monkeypatch):
+    """And not what PIL makes of them: what is shown is what was stored."""
+    import datasets
+
+    otter = png(1)
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    stored = datasets.Dataset.from_dict({"image": [{"bytes": otter}], "caption": ["An otter."]}, features=features)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: stored.to_iterable_dataset())
+    ((_, row),) = read_rows(["org/name"])
+    user, answer = parse_conversation(row, Pictures(folder=None)).messages
+    assert [image.data for image in user.images] == [otter]
+    assert answer.content == "An otter."
 
 
 def test_texts_for_the_tokenizer(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from tests.without_float64 import WithoutFloat64
 
+from minnow.config import UserError
 from minnow.data.pond.world import World
 from minnow.data.pond.write import write_pond
 from minnow.evaluation.bits_per_byte import BitsPerByteTask, Text, _batches, document_nats, make
@@ -164,3 +165,13 @@ def test_of_conversations_only_what_is_said_counts(tmp_path):
     (tmp_path / "talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     texts = [Text(text, "talks.jsonl") for text in ("Who?", "I look.", "owl", "a story")]
     assert make(TaskOptions(texts=(str(tmp_path / "talks.jsonl"),))).rows() == texts
+
+
+def test_rows_that_show_pictures_are_refused(tmp_path):
+    """Read without them, the answers would be guesses about something else."""
+    row = {"image": "otter.png", "caption": "An otter."}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(
+        UserError, match=r"a\.jsonl:1: `content` of message 1 shows a picture, and only text is read here"
+    ):
+        make(TaskOptions(texts=(str(tmp_path / "a.jsonl"),)))

@@ -28,7 +28,7 @@ def model(say: Callable[[int], str]) -> SimpleNamespace:
     """Answers question number n with say(n)."""
 
     def generate(prompts, params):
-        numbers = [int(TOKENIZER.decode(prompt).split("Who is ")[1][0]) for prompt in prompts]
+        numbers = [int(TOKENIZER.decode(prompt.ids.tolist()).split("Who is ")[1][0]) for prompt in prompts]
         return [SimpleNamespace(completions=(SimpleNamespace(text=say(number)),)) for number in numbers]
 
     return SimpleNamespace(tokenizer=TOKENIZER, engine=SimpleNamespace(generate=generate))

@@ -10,7 +10,7 @@ import pytest
 from minnow.data.pairs import parse_preference
 from minnow.data.prompts import parse_prompt
 from minnow.data.records import parse_conversation
-from minnow.serving.prompts import chat_prompt_ids
+from minnow.serving.prompts import chat_prompt
 from minnow.serving.requests import ChatBody
 from minnow.tokenizer import Conversation, Message, render, train_tokenizer, training_examples
 
@@ -63,7 +63,7 @@ def test_functions_are_described_in_training_as_the_server_describes_them(tools:
     """Most public rows leave OpenAI's wrapper out; a client cannot, so the model would meet it first when it serves."""
     question, answer = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
     body = ChatBody.model_validate({"model": "m", "messages": [question], "tools": [WRAPPED]})
-    served = chat_prompt_ids(TOKENIZER, body)
+    served = chat_prompt(TOKENIZER, body).ids.tolist()
     (example,) = training_examples(TOKENIZER, parse_conversation({"messages": [question, answer], "tools": tools}))
     assert example.ids[: len(served)].tolist() == served
     holder = {"role": "system", "content": "", "tools": tools}  # as minimind's rows have them

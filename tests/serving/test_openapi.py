@@ -22,17 +22,18 @@ from schemathesis.specs.openapi.checks import (
 
 from minnow.serving import ServingConfig
 
-from ..stages.stage_helpers import save_random_model
+from ..seeing import data_url, picture, save_seeing_model
 from .serving_helpers import serving
 
 CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+PICTURE = data_url(picture(0))
 KEY = {"Authorization": "Bearer k"}
 
 
 @pytest.fixture(scope="module")
 def operations(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Any]]:
     """Every endpoint with its methods."""
-    folder = save_random_model(tmp_path_factory.mktemp("served") / "m", context=512)
+    folder = save_seeing_model(tmp_path_factory.mktemp("served") / "m", context=512)
     config = ServingConfig(api_key="k", max_answer_tokens=8, max_samples=200)
     with serving({"m": folder}, config) as running:
         schema = schemathesis.openapi.from_url(f"{running.url}/openapi.json", headers=KEY)
@@ -71,9 +72,9 @@ def statuses_of(operation: Any, mode: GenerationMode, settings: hypothesis.setti
     @settings
     @hypothesis.given(operation.as_strategy(generation_mode=mode), st.booleans())
     def run(case: Any, named: bool) -> None:
-        # Requests for models that are not there end early: most name the one that is.
+        # Requests for models that are not there end early: most name the one that is, and show pictures that are some.
         if named and isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
-            case.body = with_integers(case.body) | {"model": "m"}
+            case.body = with_pictures(with_integers(case.body)) | {"model": "m"}
         answer = case.call(headers=KEY)
         statuses[answer.status_code] += 1
         case.validate_response(answer, checks=CHECKS)
@@ -89,6 +90,16 @@ def with_integers(value: Any) -> Any:
     if isinstance(value, list):
         return [with_integers(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def with_pictures(value: Any) -> Any:
+    """A picture in the place of every text that should be a picture's address."""
+    if isinstance(value, list):
+        return [with_pictures(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    shows = isinstance(value.get("url"), str)
+    return {key: PICTURE if shows and key == "url" else with_pictures(item) for key, item in value.items()}
 
 
 def test_a_few_cases_of_every_endpoint(operations: list[Any]) -> None:

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from minnow.serving import ServingConfig, chat, embeddings
-from minnow.serving.prompts import chat_prompt_ids
+from minnow.serving.prompts import chat_prompt
 from minnow.serving.requests import ChatBody
 from minnow.tokenizer import Conversation, Message, ToolCall, render
 
@@ -131,11 +131,11 @@ def test_bad_requests_are_400_in_openais_schema(running: Running, changes: dict[
         ),
         (
             {"messages": [{"role": "assistant", "content": "", "audio": {"id": "a"}}]},
-            "Invalid value for 'messages.0.audio': this server reads text only",
+            "Invalid value for 'messages.0.audio': this server hears nothing",
         ),
         (
             {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "no"}]}]},
-            "Invalid value for 'messages.0.content.0.type': Input should be 'text'",
+            "'messages.0.content.0': Input tag 'refusal' found using 'type' does not match any of",
         ),
         ({"messages": [{"role": "assistant"}]}, "'messages.0': an assistant's message needs content or tool_calls"),
         ({"stop": [""]}, "Invalid value for 'stop.0': String should have at least 1 character"),
@@ -391,7 +391,7 @@ def test_the_loop_answers_while_others_work(tmp_path: Path, monkeypatch: pytest.
     with serving({"noise": save_random_model(tmp_path / "m")}) as running, httpx.Client() as client:
         engine = running.engines["noise"].engine
         body = CHAT | {"max_tokens": 1}
-        for target, name in ((chat, "chat_prompt_ids"), (engine, "step")):
+        for target, name in ((chat, "chat_prompt"), (engine, "step")):
             began, go_on = threading.Event(), threading.Event()
             with monkeypatch.context() as patch, ThreadPoolExecutor() as pool:
                 patch.setattr(target, name, held(getattr(target, name), began, go_on))
@@ -524,7 +524,7 @@ def test_all_that_was_said_is_in_the_prompt() -> None:
     tokenizer = tiny_tokenizer()
     conversation = Conversation(said, ({"type": "function", "function": function},))  # strict is for the server
     expected = render(tokenizer, conversation, add_generation_prompt=True).ids.tolist()
-    assert chat_prompt_ids(tokenizer, body) == expected
+    assert chat_prompt(tokenizer, body).ids.tolist() == expected
 
 
 @pytest.mark.parametrize("given", ["", [""], ["a", ""], [], [[]]])

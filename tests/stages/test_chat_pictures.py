@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from minnow.config import UserError
+from minnow.data.records import parse_conversation
 from minnow.engine import Engine, SamplingParams
 from minnow.stages.chat import talk
 from minnow.stages.chat_commands import completions, run_command
@@ -113,3 +115,10 @@ def test_tab_completes_commands_and_the_paths_behind_them(tmp_path: Path, monkey
     assert completions("/image a f") == ["/image a fish.png", "/image a folder/", "/image a frog.png"]
     assert completions("/save b[") == ["/save b[1].png"]
     assert completions("hello") == completions("") == completions("/set t") == []
+
+
+def test_a_saved_conversation_keeps_its_pictures(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = ChatSession(Engine.from_pretrained(folder), PARAMS)
+    file = tmp_path / "talk.jsonl"
+    talked(session, monkeypatch, f"/image {picture_file(tmp_path, 0)}", "what?", f"/save {file}")
+    assert parse_conversation(json.loads(file.read_text())).messages == tuple(session.messages)

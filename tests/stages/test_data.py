@@ -1,6 +1,7 @@
 """data prepare and data inspect: the figures, the histogram, and the sample with its loss mask."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -93,3 +94,58 @@ def test_median_by_hand():
     assert median_of({9: 1, 3: 2}) == 3
     assert median_of({3: 2, 9: 2}) == 6
     assert median_of({}) == 0
+
+
+@pytest.fixture
+def seen(tmp_path):
+    """Arguments for a model that looks at pictures and rows that show some, in colours of their own."""
+    import PIL.Image
+
+    from minnow.model.config import ModelConfig
+    from minnow.model.pretrained import save_pretrained
+    from minnow.model.vision_language import VisionLanguageModel
+    from minnow.model.vision_tower import VisionConfig
+
+    tokenizer = train_tokenizer(["where does the otter live? in the river."] * 20, 320)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = ModelConfig(
+        vocab_size=tokenizer.vocab_size, num_key_value_heads=1, head_dim=8, max_position_embeddings=64, **sizes
+    )
+    model = VisionLanguageModel(text, VisionConfig(image_size=16, patch_size=8, **sizes), 0)
+    tokenizer.image_format = model.image_format
+    save_pretrained(model, tmp_path / "model", tokenizer)
+    rows = []
+    for i in range(8):
+        PIL.Image.new("RGB", (9, 9), (30 * i, 0, 0)).save(tmp_path / f"{i}.png")
+        parts = [{"type": "text", "text": "where?"}, {"type": "image", "image": f"{i}.png"}]
+        rows.append({"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": "river"}]})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return [
+        f"--data.paths={tmp_path / 'rows.jsonl'}",
+        f"--data.cache_dir={tmp_path / 'cache'}",
+        "--data.validation_fraction=0",
+        f"--tokenizer={tmp_path / 'model'}",
+        "--kind=sft",
+        f"--json={tmp_path / 'figures.json'}",
+    ]
+
+
+def test_pictures_are_counted_and_shown_in_their_places(seen, tmp_path, capsys):
+    assert main(["data", "prepare", *seen]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"pictures, 4 tokens each +8 +0\n", out)
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert (figures["train"]["pictures"], figures["picture_tokens"], figures["long_shown"]) == (8, 4, 0)
+    assert main(["data", "inspect", *seen, "--sample=3"]) == 0
+    out = capsys.readouterr().out
+    assert "user\nwhere?[4 image tokens]<|im_end|>" in out
+    assert "picture 1: from token " in out
+    assert "<|image_pad|>" not in out
+
+
+def test_data_without_pictures_say_nothing_of_them(words, tmp_path, capsys):
+    assert main(["data", "inspect", *words]) == 0
+    out = capsys.readouterr().out
+    assert "pictures, " not in out
+    assert "picture 1" not in out
+    assert json.loads((tmp_path / "figures.json").read_text())["picture_tokens"] is None

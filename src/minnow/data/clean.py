@@ -24,6 +24,7 @@ from minnow.data.decontamination import EvaluationSets
 from minnow.data.files import is_packed, without_query
 from minnow.data.languages import LanguageFilter
 from minnow.data.near_duplicates import NearDuplicates
+from minnow.data.pictures import Pictures, has_pictures, relocated
 from minnow.data.progress import NUM_SHOWN, complaint, progress_bar
 from minnow.data.readers import Raw, iter_raw, parse_row
 from minnow.data.said import Said, read_said
@@ -122,7 +123,7 @@ class Cleaner:
         row = len(self._kept_number)
         if self.options.exact and (earlier := self._exact.get(said.digest)) is not None:
             return Removal("exact_duplicate", {"duplicate_of": self._place(earlier), "similarity": 1.0})
-        if self._near and (match := self._near.match_or_add(row, said.talk, said.answers)):
+        if self._near and not said.shows_pictures and (match := self._near.match_or_add(row, said.talk, said.answers)):
             details = {"duplicate_of": self._place(match.row), "similarity": round(match.similarity, 3)}
             return Removal("near_duplicate", details)
         if self.options.exact:
@@ -190,12 +191,17 @@ class _Pass:
         self, index: int, source: Source, kept: IO[bytes], removed: IO[bytes], advance: Callable[[int], None]
     ) -> None:
         rows = written = 0
+        pictures = Pictures(source.folder)
+        lead = None if source.folder is None else os.path.relpath(source.folder, os.path.realpath(self.out / "kept"))
         for number, raw in iter_raw(source, every_column=True):
             rows += 1
             text = ""
             try:
                 row = parse_row(raw)
-                said, line = read_said(row), _line(raw, row)
+                said = read_said(row, pictures)
+                if said.shows_pictures or has_pictures(row):
+                    raw = row = relocated(row, lead)
+                line = _line(raw, row)
                 self.kinds[said.kind] += 1
                 text = said.talk
                 removal = None if self._doomed else self.cleaner.judge(index, number, said)

@@ -13,6 +13,7 @@ import numpy as np
 
 from minnow.data.long_conversations import Piece, cut_conversation
 from minnow.data.pairs import PreferencePair, parse_preference
+from minnow.data.picture_files import State
 from minnow.data.pictures import Pictures
 from minnow.data.progress import NUM_SHOWN
 from minnow.data.readers import Raw, parse_row
@@ -83,6 +84,8 @@ class Checked:
     lowest: int = (1 << 64) - 1
     highest: int = 0
     """Extremes of the split hashes."""
+    picture_files: dict[str, State] = field(default_factory=dict)
+    """Files that pictures were read from, see `remember`."""
 
 
 @dataclass
@@ -141,7 +144,10 @@ def _examples(
 ) -> Iterator[tuple[Example, int, bool]]:
     """Yield (example, copies, is validation) of the good rows that the mixture takes; note the bad ones."""
     looks = options.image_format is not None
-    pictures = [Pictures(folder, use if looks else "refuse", options.image_format) for folder in batch.folders]
+    pictures = [
+        Pictures(folder, use if looks else "refuse", options.image_format, found.picture_files)
+        for folder in batch.folders
+    ]
     weight, side = options.weights[batch.entry], options.sides[batch.entry]
     for span, number, raw in batch.rows:
         found.counts["rows"] += 1

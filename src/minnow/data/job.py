@@ -13,6 +13,7 @@ from minnow.config import UserError, refuse_unused
 from minnow.data.encoding import EncodeOptions, Kind, Side
 from minnow.data.fingerprint import fingerprint
 from minnow.data.lots import Lot, cut_into_lots
+from minnow.data.picture_files import changed_picture
 from minnow.data.shard_writer import folder_meta
 from minnow.data.shards import FORMAT_VERSION
 from minnow.data.sources import Source, find_sources, pinned
@@ -74,8 +75,9 @@ class Job:
 
     @property
     def unchanged(self) -> bool:
-        """Whether the sources still hold what the folder's name stands for."""
-        return self.folder == _folder(self.folder.parent, self.sources, self.settings)
+        """Whether sources and pictures still hold what the folder's name stands for."""
+        same = self.folder == _folder(self.folder.parent, self.sources, self.settings)
+        return same and changed_picture(self.folder) is None
 
     @contextmanager
     def lock(self, part: str = "") -> Iterator[None]:
@@ -141,7 +143,7 @@ def find_job(config: DataConfig, tokenizer: Tokenizer, kind: Kind, sequence_leng
     }
     cache = Path(config.cache_dir).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
-    return Job(
+    job = Job(
         config=config,
         sources=tuple(sources),
         lots=tuple(cut_into_lots(sources, held_out=range(num_entries, len(sides)))),
@@ -158,6 +160,12 @@ def find_job(config: DataConfig, tokenizer: Tokenizer, kind: Kind, sequence_leng
         tokenizer=tokenizer,
         folder=_folder(cache, sources, settings),
     )
+    if job.done and (picture := changed_picture(job.folder)):
+        raise UserError(
+            f"{picture} is no longer the picture that it was when the data were prepared: delete {job.folder}, and "
+            "they are prepared anew"
+        )
+    return job
 
 
 def _folder(cache: Path, sources: Sequence[Source], settings: dict[str, Any]) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from minnow.config import UserError
-from minnow.data.values import RowError, checked_text, kind_of
+from minnow.data.picture_files import State, state_of
+from minnow.data.values import RowError, checked_text, from_json, kind_of
 from minnow.tokenizer.chat import Message
 from minnow.tokenizer.images import Image, ImageFormat
 
@@ -43,6 +45,8 @@ class Pictures:
     skip: leave them out of the messages; refuse: whoever reads these rows reads only text."""
     image_format: ImageFormat | None = None
     """What they must be fit for: each that is read is decoded once. None: they are taken as they are."""
+    seen: dict[str, State] | None = None
+    """Files that are read are noted here, if anywhere."""
 
     def content(self, value: Any, what: str) -> tuple[str, tuple[Image, ...]]:
         """Read a user's content, a text or a list of parts; pictures stand where they stand. Raises RowError."""
@@ -97,7 +101,10 @@ class Pictures:
         try:
             if not place.is_file():
                 raise RowError(f"{what} shows {Path(self.folder, shown)}, and there is no such file")
-            return str(place), place.read_bytes() if self.use == "read" else b""
+            data = place.read_bytes() if self.use == "read" else b""
+            if self.use == "read" and self.seen is not None:
+                self.seen[os.path.abspath(place)] = state_of(place, data)
+            return str(place), data
         except (OSError, ValueError) as error:  # no name at all, perhaps: a picture's base64
             if isinstance(error, RowError):
                 raise
@@ -105,8 +112,8 @@ class Pictures:
             raise RowError(f"{what} shows {Path(self.folder, shown)}, which cannot be read: {reason}") from None
 
 
-TEXT_ONLY, TEXT_ALONE = Pictures(use="refuse"), Pictures(use="skip")
-"""For those who cannot do with pictures, and for those who do not need them."""
+READ, TEXT_ONLY, TEXT_ALONE = Pictures(), Pictures(use="refuse"), Pictures(use="skip")
+"""For those who look, those who cannot do with pictures, and those who do not need them."""
 
 
 def in_place(contents: Sequence[Any], row: Mapping[str, Any]) -> list[Any]:
@@ -152,6 +159,48 @@ def data_url(data: bytes) -> str:
     return f"data:image/{media};base64,{base64.b64encode(data).decode()}"
 
 
+def relocated(row: Mapping[str, Any], lead: str | None) -> dict[str, Any]:
+    """The row for a JSON file in another folder, from which `lead` leads to the one that its paths are relative to.
+
+    lead: None leaves paths as they are. Pictures that the row holds itself become `data:` URLs.
+    """
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(item) for item in value]
+        if isinstance(value, Mapping):
+            value = value.get("bytes") or value.get("path")
+        if isinstance(value, bytes):
+            return data_url(value)
+        is_path = isinstance(value, str) and not value.startswith("data:")
+        return os.path.join(lead, value) if is_path and lead is not None else value
+
+    def part(given: Any) -> Any:
+        kind = given.get("type") if isinstance(given, Mapping) else None
+        if kind not in _PARTS or _is_empty(given):
+            return given
+        value = moved(_named(given, kind))
+        return {"type": kind, kind: value if kind == "image" else {"url": value}}
+
+    new = {key: moved(row[key]) for key in ("image", "images") if row.get(key) is not None}
+    if isinstance(row.get("image_bytes"), bytes | list):
+        files = row["image_bytes"] if isinstance(row["image_bytes"], list) else [row["image_bytes"]]
+        new["image_bytes"] = [data_url(file) if isinstance(file, bytes) else file for file in files]
+    for key in ("conversations", "messages"):
+        if row.get(key) is not None:
+            new[key] = [
+                {**item, "content": [part(each) for each in item["content"]]}
+                if isinstance(item, Mapping) and isinstance(item.get("content"), list)
+                else item
+                for item in from_json(row[key], f"`{key}`")
+            ]
+    return {**row, **new}
+
+
+def _is_base64(value: Any) -> bool:
+    return isinstance(value, str) and not value.startswith("data:")
+
+
 def _beside(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
     """The key under which the row has pictures, and these, as parts may name them."""
     given = [key for key in PICTURE_KEYS if row.get(key) not in (None, "", b"", [])]
@@ -162,7 +211,7 @@ def _beside(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
     values = row[given[0]]
     values = values if isinstance(values, list) else [values]
     if given[0] == "image_bytes":  # JSON has no bytes: base64
-        values = [f"data:;base64,{value}" if isinstance(value, str) else value for value in values]
+        values = [f"data:;base64,{value}" if _is_base64(value) else value for value in values]
     return given[0], values
 
 

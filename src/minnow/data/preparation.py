@@ -20,6 +20,7 @@ from minnow.data.encoding import Checked, Encoded, Kind, RawBatch, documents_per
 from minnow.data.job import DataConfig, Job, find_job
 from minnow.data.journal import Journal, Part, Tally, shard_name
 from minnow.data.lots import Lot, interleaved, raw_batches
+from minnow.data.picture_files import State, remember
 from minnow.data.prepare_report import PrepareReport
 from minnow.data.progress import complaint, progress_bar
 from minnow.data.readers import rows_before
@@ -262,15 +263,17 @@ class _OpenShard:
     def __init__(self, job: Job, first: RawBatch) -> None:
         kind = job.options.kind
         self.tally = Tally()
+        self.folder, self.picture_files = job.folder, dict[str, State]()
         self.group = documents_per_example(kind)
-        name = shard_name(first.lot, first.shard)
+        self.name = shard_name(first.lot, first.shard)
         self.sides = {
-            side: ShardWriter(job.folder / side, name, job.tokenizer.vocab_size, kind != "pretrain")
+            side: ShardWriter(job.folder / side, self.name, job.tokenizer.vocab_size, kind != "pretrain")
             for side in ("train", "validation")
         }
 
     def append(self, part: Encoded, bad: Sequence[str]) -> None:
         self.tally.add(part, bad)
+        self.picture_files |= part.picture_files
         for side, chosen in (("train", ~part.is_validation), ("validation", part.is_validation)):
             if not chosen.any():
                 continue
@@ -288,6 +291,7 @@ class _OpenShard:
             )
 
     def finish(self) -> dict[str, Any]:
+        remember(self.folder, self.name, self.picture_files)
         return {side: writer.finish() for side, writer in self.sides.items()}
 
 

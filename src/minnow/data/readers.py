@@ -315,6 +315,8 @@ def _hub(name: str, revision: str | None) -> Iterator[tuple[int, Raw]]:
     split = rest[1] if len(rest) > 1 else "train"
     try:
         rows = datasets.load_dataset(path, config, split=split, revision=revision, streaming=True)
+        if getattr(rows, "features", None) and hasattr(rows, "decode"):  # newer versions give pictures as their files
+            rows = rows.decode(False)
         yield from enumerate(rows, 1)
     except Exception as error:  # the library raises its own, requests' and the hub client's alike
         raise UserError(f"{name}: the data set cannot be read: {error}") from error

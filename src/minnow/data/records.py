@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from minnow.data.openai_form import nameless_tool, openai_tools
-from minnow.data.pictures import MARKER, PICTURE_KEYS, Pictures, content_parts, has_pictures, in_place
+from minnow.data.pictures import MARKER, PICTURE_KEYS, READ, Pictures, content_parts, has_pictures, in_place
 from minnow.data.values import RowError, checked_text, from_json, keys_of, kind_of, require_json
 from minnow.tokenizer.chat import Conversation, Message, ToolCall
 
@@ -40,7 +40,6 @@ _ROLES = {
     "observation": "tool",
     "tool_response": "tool",
 }
-_READ = Pictures()
 _REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # R1 text: the reasoning stands in the content, before the answer; only at its very start, never searched for.
 _R1 = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
@@ -78,7 +77,7 @@ def is_conversation(row: Mapping[str, Any]) -> bool:
     return row.get("caption") is not None and has_pictures(row)
 
 
-def parse_conversation(row: Mapping[str, Any], pictures: Pictures = _READ) -> Conversation:
+def parse_conversation(row: Mapping[str, Any], pictures: Pictures = READ) -> Conversation:
     """Read a conversation row; it has a user turn first and something to train on. Raises RowError."""
     key = next((key for key in CONVERSATION_KEYS if row.get(key) is not None), None)
     if key is not None:
@@ -181,7 +180,7 @@ def check_order(messages: tuple[Message, ...]) -> None:
         raise RowError("no supervised token: every assistant message is empty or has weight 0")
 
 
-def parse_message(item: Any, number: int, pictures: Pictures = _READ) -> Message:
+def parse_message(item: Any, number: int, pictures: Pictures = READ) -> Message:
     """Read message `number` (from 1) of a conversation in any of the forms. Raises RowError.
 
     By default pictures are read from wherever on this machine the message says: not for what strangers send.

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from minnow.data.pairs import SIDES, parse_preference
+from minnow.data.pictures import READ, Pictures
 from minnow.data.prompts import REFERENCE_KEYS, answer_places, parse_prompt
-from minnow.data.records import CONVERSATION_KEYS, canonical, parse_conversation, parse_document
+from minnow.data.records import canonical, is_conversation, parse_conversation, parse_document
 from minnow.data.values import RowError
 from minnow.tokenizer.chat import Conversation, Message
 
@@ -31,17 +32,19 @@ class Said:
     answers: str
     """The part of `talk` that is learnt: the assistants' messages (but those of weight 0), both answers of a pair, a
     right answer to practise on. Rows about one long passage differ only here. "" for a text, which is learnt whole."""
+    shows_pictures: bool
+    """Whether users show pictures: then words alone do not tell whether rows are alike."""
     digest: bytes
     """16 bytes, the same for rows that say exactly the same and teach the same of it, whatever format they came in."""
 
 
-def read_said(row: Mapping[str, Any]) -> Said:
+def read_said(row: Mapping[str, Any], pictures: Pictures = READ) -> Said:
     """Read a row: a preference pair, a conversation, a prompt to practise on, or a text. Raises RowError."""
     if any(row.get(side) is not None for side in SIDES):
         return _of_pair(row)
-    if any(row.get(key) is not None for key in (*CONVERSATION_KEYS, "instruction")):
+    if is_conversation(row):
         try:
-            conversation = parse_conversation(row)
+            conversation = parse_conversation(row, pictures)
         except RowError as error:
             try:
                 return _of_prompt(row)  # it ends with the user: nothing to train on yet, but something to practise on
@@ -53,7 +56,7 @@ def read_said(row: Mapping[str, Any]) -> Said:
     if any(row.get(key) is not None for key in ("prompt", "question")):
         return _of_prompt(row)
     text = parse_document(row).text
-    return Said("text", text, text, "", _digest(text.encode()))
+    return Said("text", text, text, "", False, _digest(text.encode()))
 
 
 def _of_pair(row: Mapping[str, Any]) -> Said:
@@ -75,7 +78,8 @@ def _said(kind: RowKind, messages: Sequence[Message], answers: str, *parts: Conv
     system = _words(message for message in messages if message.role == "system")
     weights = bytes(message.weight > 0 for message in messages)  # `canonical` leaves them out
     digest = _digest(b"\0".join([kind.encode(), *map(canonical, parts), extra.encode(), weights]))
-    return Said(kind, f"{system}\n{talk}" if system else talk, talk, answers, digest)
+    shows_pictures = any(message.images for message in messages)
+    return Said(kind, f"{system}\n{talk}" if system else talk, talk, answers, shows_pictures, digest)
 
 
 def _right_answers(row: Mapping[str, Any], keys: Sequence[str]) -> str:

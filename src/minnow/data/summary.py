@@ -27,6 +27,8 @@ def summarise(data: PreparedData, sequence_length: int) -> dict[str, Any]:
         "long_turns": report.long_turns,
         "long_systems": report.long_systems,
         "long_pairs": report.long_pairs,
+        "long_shown": report.long_shown,
+        "picture_tokens": image_format.num_tokens if (image_format := data.train.image_format) else None,
         "train": _split(train),
         "validation": _split(validation),
     }
@@ -44,6 +46,7 @@ def _split(packed: PackedDataset) -> dict[str, Any]:
         "documents": shards.num_documents,
         "tokens": shards.num_tokens,
         "text_bytes": text_bytes,
+        "pictures": shards.num_pictures,
         "longest": max(counts, default=0),
         "median": median_of(counts),
         "packed_rows": packed.num_rows,

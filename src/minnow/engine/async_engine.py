@@ -16,7 +16,7 @@ from minnow.config import UserError
 from minnow.engine.engine import Engine
 from minnow.engine.grammar import Constraint
 from minnow.engine.outputs import Delta
-from minnow.engine.prompt import Prompt
+from minnow.engine.prompt import Prompt, ReadyPrompt
 from minnow.engine.sampling import SamplingParams
 from minnow.out_of_memory import explained, is_out_of_memory
 from minnow.tokenizer.chat import Rendered
@@ -107,7 +107,7 @@ class AsyncEngine:
         """Answers under way and waiting."""
         return self._in_flight
 
-    async def submit(self, prompt: Prompt, params: SamplingParams | None = None) -> Answer:
+    async def submit(self, prompt: Prompt | ReadyPrompt, params: SamplingParams | None = None) -> Answer:
         """Put a request into the waiting line.
 
         UserError as in `Engine.add`; QueueFullError; ClosedError.
@@ -116,9 +116,10 @@ class AsyncEngine:
         self._admit(params.n)
         answer = Answer(self, params.n)
         try:
-            # A long text and pictures take a while, and neither the loop nor the worker may wait for it.
-            slow = isinstance(prompt, str | Rendered)
-            ready = await asyncio.to_thread(self.engine.ready, prompt) if slow else self.engine.ready(prompt)
+            if isinstance(prompt, str | Rendered):
+                # A long text and pictures take a while, and neither the loop nor the worker may wait for it.
+                prompt = await asyncio.to_thread(self.engine.ready, prompt)
+            ready = prompt if isinstance(prompt, ReadyPrompt) else self.engine.ready(prompt)
             constraint: Constraint | None = None
             if params.grammar is not None:  # it may take a second to compile, and answers under way would wait for it
                 self.engine.require_possible(ready.ids, params)  # nor is it compiled for a request that is refused

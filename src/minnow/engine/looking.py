@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Listing
 
+import numpy as np
 import torch
 
 from minnow.engine.scheduler import Chunk
@@ -19,7 +20,7 @@ def look(model: CausalLM, chunks: Listing[Chunk]) -> None:
     All pictures go through the tower in one pass, without those that were looked at already: a picture may be cut in
     two by the end of a step, be read again after a preemption, or stand in the prompt of several samples.
     """
-    unseen: dict[tuple[Request, int], torch.Tensor] = {}
+    unseen: dict[tuple[Request, int], np.ndarray] = {}
     for chunk in chunks:
         request, images = chunk.sequence.request, chunk.sequence.request.images
         if images is not None:
@@ -29,7 +30,7 @@ def look(model: CausalLM, chunks: Listing[Chunk]) -> None:
     if not unseen:
         return
     assert isinstance(model, VisionLanguageModel)
-    pixels_ICHW = to_device(torch.stack(list(unseen.values())), model.head_weight.device)
+    pixels_ICHW = to_device(torch.from_numpy(np.stack(list(unseen.values()))), model.head_weight.device)
     each_PD = model.embed_images(pixels_ICHW).chunk(len(unseen))
     for (request, picture), embeddings_PD in zip(unseen, each_PD, strict=True):
         request.seen[picture] = embeddings_PD

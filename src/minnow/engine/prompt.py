@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from minnow.config import UserError
 from minnow.model.transformer import CausalLM
@@ -33,8 +31,8 @@ class Seen(NamedTuple):
 class PromptImages:
     """The pictures of a prompt, in the order in which they stand in it."""
 
-    pixels_ICHW: Tensor
-    """uint8 [I, 3, size, size], on the CPU."""
+    pixels_ICHW: np.ndarray
+    """uint8 [I, 3, size, size]."""
     starts: tuple[int, ...]
     """Place of each picture's first token in the prompt; the others follow it."""
     num_tokens: int
@@ -66,8 +64,8 @@ conversation as `render` gives it, whose pictures are looked at."""
 def ready_prompt(model: CausalLM, tokenizer: Tokenizer, prompt: Prompt) -> ReadyPrompt:
     """The prompt as `model` will read it; pictures are decoded here.
 
-    UserError for a picture that cannot be read, for pictures shown to a model that only reads, and where there are not
-    as many image tokens as the pictures have patches.
+    UserError for a picture that cannot be read, for pictures shown to a model that only reads, and where the image
+    tokens are not those of the pictures.
     """
     ids = prompt_ids(tokenizer, prompt)
     files = prompt.images if isinstance(prompt, Rendered) else ()
@@ -81,14 +79,14 @@ def ready_prompt(model: CausalLM, tokenizer: Tokenizer, prompt: Prompt) -> Ready
     starts = places_M[::size]
     if len(starts) != len(files) or not np.array_equal(places_M, (starts[:, None] + np.arange(size)).ravel()):
         raise UserError(
-            f"the prompt's {len(places_M)} image tokens are not those of {len(files)} pictures, {size} each: hand over "
-            "what `render` makes of a conversation with pictures, not its ids"
+            f"the prompt's {len(places_M)} image tokens are not those of {len(files)} pictures, {size} each: pictures "
+            "are shown in a conversation, as `render` gives it, and not by their tokens"
         )
     if not files:
         return ReadyPrompt(ids)
     pixels_ICHW = np.stack([image_format.pixels(data) for data in files])
     digests = tuple(hashlib.sha256(data).digest() for data in files)
-    return ReadyPrompt(ids, PromptImages(torch.from_numpy(pixels_ICHW), tuple(starts.tolist()), size, digests))
+    return ReadyPrompt(ids, PromptImages(pixels_ICHW, tuple(starts.tolist()), size, digests))
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:

@@ -77,8 +77,7 @@ class Task(ABC, Generic[Row]):
 def greedy_answers(subject: Subject, conversations: Sequence[Conversation], max_tokens: int) -> list[str]:
     """The turn that the model adds to each conversation, by the likeliest token every time."""
     subject.tokenizer.require_chat_tokens()
-    rendered = [render(subject.tokenizer, each, add_generation_prompt=True) for each in conversations]
-    prompts: list[Any] = [each if each.images else each.ids.tolist() for each in rendered]
+    prompts = [render(subject.tokenizer, each, add_generation_prompt=True) for each in conversations]
     results = subject.engine.generate(prompts, SamplingParams(temperature=0.0, max_tokens=max_tokens))
     return [result.completions[0].text for result in results]
 

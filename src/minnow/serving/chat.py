@@ -13,11 +13,12 @@ from minnow.serving.chat_answer import ChatAnswer
 from minnow.serving.connection import EventStream, unless_client_leaves
 from minnow.serving.constraints import answer_grammar, grammar_at_fault
 from minnow.serving.models import ServedModel
-from minnow.serving.prompts import chat_prompt_ids, require_fit
+from minnow.serving.prompts import chat_prompt, require_fit
 from minnow.serving.requests import ChatBody
 from minnow.serving.responses import ChatCompletion
 from minnow.serving.sampling import sampling_params
 from minnow.serving.state import ServerState, documented, state_of
+from minnow.tokenizer.chat import Rendered
 
 router = APIRouter(prefix="/v1", tags=["chat"])
 
@@ -28,18 +29,19 @@ async def create_chat_completion(body: ChatBody, request: Request) -> Response:
     state = state_of(request)
     model = state.models.get(body.model)
     # Long prompts and schemas take a while: in another thread the loop goes on serving.
-    prompt_ids, params = await asyncio.to_thread(_prepare, state, model, body)
+    rendered, params = await asyncio.to_thread(_prepare, state, model, body)
+    prompt = await state.models.ready(model, rendered)
     with grammar_at_fault(body):
-        generation = await state.models.submit(model, prompt_ids, params)
-        answer = ChatAnswer(model, body, prompt_ids, generation)
+        generation = await state.models.submit(model, prompt, params)
+        answer = ChatAnswer(model, body, prompt.ids, generation)
         if body.stream:
             return EventStream(answer.chunks(), answer.close)
         return JSONResponse(await unless_client_leaves(request, answer.whole()))
 
 
-def _prepare(state: ServerState, model: ServedModel, body: ChatBody) -> tuple[list[int], SamplingParams]:
-    prompt_ids = chat_prompt_ids(model.tokenizer, body)
-    require_fit(prompt_ids, model.context, "messages")
+def _prepare(state: ServerState, model: ServedModel, body: ChatBody) -> tuple[Rendered, SamplingParams]:
+    rendered = chat_prompt(model.tokenizer, body)
+    require_fit(len(rendered.ids), model.context, "messages")
     params = sampling_params(
         body,
         state.config,
@@ -49,4 +51,4 @@ def _prepare(state: ServerState, model: ServedModel, body: ChatBody) -> tuple[li
         top_logprobs=body.top_logprobs or 0,
         grammar=answer_grammar(model.tokenizer, body),
     )
-    return prompt_ids, params
+    return rendered, params

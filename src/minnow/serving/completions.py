@@ -47,7 +47,9 @@ async def create_completion(body: CompletionBody, request: Request) -> Response:
         top_logprobs=body.logprobs or 0,
         prompt_logprobs=scored if body.echo else None,
     )
-    generations = await state.models.submit_all(model, [prompt.ids for prompt in prompts], params)
+    generations = await state.models.submit_all(
+        model, [model.engine.engine.ready(prompt.ids) for prompt in prompts], params
+    )
 
     def close() -> None:
         for generation in generations:
@@ -64,7 +66,7 @@ def prompt_ids(model: ServedModel, given: Texts, param: str, *, answered: bool =
     which is the answer's too if they are `answered`."""
     prompts = [model.engine.engine.prompt_ids(text) for text in _texts(given)]
     for prompt in prompts:
-        require_fit(prompt, model.context, param, answered=answered)
+        require_fit(len(prompt), model.context, param, answered=answered)
         if max(prompt) >= model.vocab_size:
             raise APIError(
                 400, f"Token {max(prompt)} is not in the vocabulary, 0 to {model.vocab_size - 1}", param=param

@@ -7,14 +7,31 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from minnow.serving.pictures import MAX_PICTURES
 from minnow.serving.validation import Items, Part, at_fault, refused
 
 
 class TextPart(Part):
-    """A piece of a message's content; text is the only kind so far."""
+    """A piece of a message's content."""
 
     type: Literal["text"]
     text: str
+
+
+class ImageURL(Part):
+    """A picture, and where it is."""
+
+    url: str
+    """data:image/png;base64,... (or image/jpeg, image/webp, image/gif): the picture itself."""
+    detail: str | None = None
+    """Accepted, without effect: a model looks at all pictures in the size that it was taught."""
+
+
+class ImagePart(Part):
+    """A picture in a user's content."""
+
+    type: Literal["image_url"]
+    image_url: ImageURL
 
 
 class RefusalPart(Part):
@@ -48,10 +65,10 @@ class SystemMessage(Part):
 
 
 class UserMessage(Part):
-    """What the user says."""
+    """What the user says and shows."""
 
     role: Literal["user"]
-    content: str | Items[TextPart]
+    content: str | Items[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
 
 
 class AssistantMessage(Part):
@@ -65,7 +82,7 @@ class AssistantMessage(Part):
     tool_calls: Items[MessageToolCall] | None = None
     function_call: Annotated[None, refused("use tool_calls")] = None
     """Refused, or a call would be missing from what the model reads."""
-    audio: Annotated[None, refused("this server reads text only")] = None
+    audio: Annotated[None, refused("this server hears nothing")] = None
 
     @model_validator(mode="after")
     def _is_not_empty(self) -> AssistantMessage:
@@ -83,6 +100,14 @@ class ToolMessage(Part):
 
 
 ChatMessage = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+def require_few_pictures(messages: Sequence[ChatMessage]) -> None:
+    """The error of `at_fault` for more pictures than a request may have."""
+    contents = [message.content for message in messages if isinstance(message, UserMessage)]
+    count = sum(isinstance(part, ImagePart) for content in contents for part in content)
+    if count > MAX_PICTURES:
+        raise at_fault("messages", f"{count} pictures; at most {MAX_PICTURES} are looked at")
 
 
 def require_calls_before_results(messages: Sequence[ChatMessage]) -> None:

@@ -14,14 +14,17 @@ from minnow.config import UserError
 from minnow.cpu import in_passing_thread
 from minnow.engine import Delta, Engine, SamplingParams
 from minnow.engine.async_engine import Answer, AsyncEngine, ClosedError, QueueFullError
+from minnow.engine.prompt import ReadyPrompt
 from minnow.model.context import AS_TRAINED, ContextConfig
 from minnow.model.pretrained import resolve_model_folder
 from minnow.model.quantize import is_quantized, load_quantized
 from minnow.model.transformer import CausalLM
+from minnow.model.vision_language import VisionLanguageModel
+from minnow.model.vision_tower import VisionConfig
 from minnow.serving.errors import APIError
 from minnow.serving.metrics import Metrics
 from minnow.serving.responses import ModelCard, now
-from minnow.tokenizer import Tokenizer
+from minnow.tokenizer import Rendered, Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,10 @@ class ServedModel:
             "owned_by": "minnow",
             "parent": self.parent,
             "max_model_len": self.context,
+            "architecture": {
+                "input_modalities": ["text"] if self.tokenizer.image_format is None else ["text", "image"],
+                "output_modalities": ["text"],
+            },
         }
 
     async def reload(self, folder: str | Path) -> None:
@@ -102,6 +109,8 @@ class ServedModel:
             )
             if self.stretch.extend(fresh.config) != engine.model.config:
                 raise UserError(f"{folder}: its config.json differs from the served model's: start a server for it")
+            if _eyes(fresh) != _eyes(served):
+                raise UserError(f"{folder}: its vision tower differs from the served model's: start a server for it")
             if Tokenizer.from_pretrained(found).fingerprint != engine.tokenizer.fingerprint:
                 raise UserError(f"{folder}: its tokenizer differs from the served model's: start a server for it")
             return fresh
@@ -122,6 +131,7 @@ class Models:
     def __init__(self, models: Sequence[ServedModel], metrics: Metrics) -> None:
         self._models = {model.name: model for model in models}
         self.metrics = metrics
+        self._decoding = asyncio.Lock()
         for model in models:
             if model.parent is None:  # its adapters' answers are among its own
                 metrics.watch_in_flight(model.name, partial(getattr, model.engine, "in_flight"))
@@ -140,14 +150,25 @@ class Models:
             )
         return self._models[name]
 
-    async def submit(self, model: ServedModel, prompt_ids: Sequence[int], params: SamplingParams) -> Generation:
+    async def ready(self, model: ServedModel, prompt: Rendered) -> ReadyPrompt:
+        """The prompt with its pictures decoded. APIError 400 for what is no picture."""
+        ready = model.engine.engine.ready
+        if not prompt.images:
+            return ready(prompt)
+        async with self._decoding:  # a small file may take 200 MB to decode: one request at a time
+            try:
+                return await asyncio.to_thread(ready, prompt)
+            except UserError as error:
+                raise APIError(400, f"Invalid value for 'messages': {error}", param="messages") from error
+
+    async def submit(self, model: ServedModel, prompt: ReadyPrompt, params: SamplingParams) -> Generation:
         """Start an answer. APIError 429 when the queue is full, 503 when the server drains; UserError."""
         with refusals():
-            answer = await model.engine.submit(prompt_ids, params)
-        return Generation(answer, model.name, self.metrics, len(prompt_ids))
+            answer = await model.engine.submit(prompt, params)
+        return Generation(answer, model.name, self.metrics, len(prompt.ids))
 
     async def submit_all(
-        self, model: ServedModel, prompts: Sequence[Sequence[int]], params: SamplingParams
+        self, model: ServedModel, prompts: Sequence[ReadyPrompt], params: SamplingParams
     ) -> list[Generation]:
         """Start an answer to each prompt, all before the engine's next step. Raises as `submit`; none goes on then."""
         begun: dict[int, Generation] = {}
@@ -166,6 +187,11 @@ class Models:
                 raise error.exceptions[0] from None
             raise
         return [begun[number] for number in range(len(prompts))]
+
+
+def _eyes(model: CausalLM) -> VisionConfig | None:
+    """The shape of its vision tower; None for a model that only reads."""
+    return model.vision if isinstance(model, VisionLanguageModel) else None
 
 
 @contextmanager

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 from minnow.serving.errors import APIError
-from minnow.serving.messages import AssistantMessage, ChatMessage, MessageToolCall, RefusalPart, TextPart
+from minnow.serving.messages import AssistantMessage, ChatMessage, MessageToolCall, RefusalPart, TextPart, UserMessage
+from minnow.serving.pictures import picture_data
 from minnow.serving.requests import ChatBody, Tool
-from minnow.tokenizer import Conversation, Message, Tokenizer, ToolCall, render
+from minnow.tokenizer import Conversation, Message, Rendered, Tokenizer, ToolCall, render
+from minnow.tokenizer.images import Image
 
 
-def chat_prompt_ids(tokenizer: Tokenizer, body: ChatBody) -> list[int]:
-    """Token ids of the conversation, with the next assistant turn open. APIError where a message makes no sense."""
+def chat_prompt(tokenizer: Tokenizer, body: ChatBody) -> Rendered:
+    """The conversation as the model reads it, with the next assistant turn open.
+
+    APIError where a message makes no sense, for the address of a picture, and for pictures that a model which only
+    reads is shown.
+    """
     messages = tuple(_message(message, f"messages.{i}") for i, message in enumerate(body.messages))
     conversation = Conversation(messages, tools=tuple(map(tool_schema, body.usable_tools)))
-    rendered = render(tokenizer, conversation, add_generation_prompt=True, enable_thinking=body.thinking)
-    return list(rendered.ids.tolist())
+    if tokenizer.image_format is None and any(message.images for message in messages):
+        raise APIError(400, f"The model `{body.model}` reads text only: it cannot look at pictures.", param="messages")
+    return render(tokenizer, conversation, add_generation_prompt=True, enable_thinking=body.thinking)
 
 
 def tool_schema(tool: Tool) -> dict[str, Any]:
@@ -25,20 +31,23 @@ def tool_schema(tool: Tool) -> dict[str, Any]:
     return tool.model_dump(exclude_unset=True, exclude={"function": {"strict"}})
 
 
-def require_fit(prompt_ids: Sequence[int], context: int, param: str, *, answered: bool = True) -> None:
-    """APIError 400 that names both lengths when the prompt leaves no room for an answer, if it is `answered`."""
+def require_fit(length: int, context: int, param: str, *, answered: bool = True) -> None:
+    """APIError 400 that names both lengths when a prompt of so many tokens leaves no room for an answer, if it is
+    `answered`."""
     room, what, shared = (context - 1, "prompt", ", prompt and answer together") if answered else (context, "text", "")
-    if len(prompt_ids) > room:
+    if length > room:
         raise APIError(
             400,
             f"This model's maximum context length is {context} tokens{shared}. However, your {what} has "
-            f"{len(prompt_ids)} tokens. Please shorten it.",
+            f"{length} tokens. Please shorten it.",
             param=param,
             code="context_length_exceeded",
         )
 
 
 def _message(message: ChatMessage, where: str) -> Message:
+    if isinstance(message, UserMessage):
+        return _user_message(message, where)
     content = message.content or ""
     if isinstance(message, AssistantMessage):
         content = content or message.refusal or ""
@@ -52,6 +61,19 @@ def _message(message: ChatMessage, where: str) -> Message:
         message.reasoning_content,
         tuple(_tool_call(call, f"{where}.tool_calls.{i}") for i, call in calls),
     )
+
+
+def _user_message(message: UserMessage, where: str) -> Message:
+    """Pictures stand between the texts as they do in the content."""
+    if isinstance(message.content, str):
+        return Message("user", message.content)
+    text, images = "", []
+    for i, part in enumerate(message.content):
+        if isinstance(part, TextPart):
+            text += part.text
+        else:
+            images.append(Image(picture_data(part.image_url.url, f"{where}.content.{i}.image_url.url"), len(text)))
+    return Message("user", text, images=tuple(images))
 
 
 def _part_text(part: TextPart | RefusalPart) -> str:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from minnow.serving.messages import ChatMessage, require_calls_before_results
+from minnow.serving.messages import ChatMessage, require_calls_before_results, require_few_pictures
 from minnow.serving.validation import Items, Part, Strict, at_fault, at_most, refused
 
 _Text = Annotated[str, Field(min_length=1)]
@@ -210,6 +210,7 @@ class ChatBody(GenerationBody):
     @model_validator(mode="after")
     def _fits_together(self) -> ChatBody:
         require_calls_before_results(self.messages)
+        require_few_pictures(self.messages)
         if self.top_logprobs is not None and not self.logprobs:
             raise at_fault("top_logprobs", "only allowed when logprobs is true")
         names = [tool.function.name for tool in self.tools or ()]

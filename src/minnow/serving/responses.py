@@ -230,6 +230,14 @@ class Embeddings(TypedDict):
     usage: EmbeddingUsage
 
 
+class Architecture(TypedDict):
+    """What goes in and out, as OpenRouter and the Hugging Face router list it."""
+
+    input_modalities: list[Literal["text", "image"]]
+    """With image: the model looks at the pictures of a chat request."""
+    output_modalities: list[Literal["text"]]
+
+
 class ModelCard(TypedDict):
     """A model that is served."""
 
@@ -241,6 +249,7 @@ class ModelCard(TypedDict):
     """Of an adapter, the model that it stands beside."""
     max_model_len: int
     """Context in tokens, prompt and answer together."""
+    architecture: Architecture
 
 
 class ModelList(TypedDict):

@@ -25,7 +25,7 @@ HELP = """\
 /think on|off      let the model reason first, shown dimmed
 /set               show the sampling settings
 /set NAME VALUE    change one: /set temperature 0.7
-/save FILE         write the conversation as a line of JSON, as `minnow sft` reads it
+/save FILE         write the conversation as a line of JSON, as `minnow sft` reads it (with pictures: `minnow vlm`)
 /help              this list
 /exit              leave (as Ctrl-D, or Ctrl-C at the prompt)
 

@@ -60,6 +60,8 @@ def run(config: Config) -> None:
     print_histogram(console, histogram)
     console.print(f"\n[bold]Training document {config.sample}[/bold] ({sample_legend(console)})", markup=True)
     console.print(render_sample(console, data.train, tokenizer, config.sample, config.sample_tokens), soft_wrap=True)
+    for number, (_, place, file) in enumerate(data.train.pictures(np.array([config.sample])), 1):
+        console.print(f"picture {number}: from token {place:,} on, a file of {len(file):,} bytes", style="italic")
     if config.json:
         write_json(config.json, {**summary, "histogram": histogram})
 
@@ -78,10 +80,11 @@ def sample_legend(console: Console) -> str:
 
 
 def render_sample(console: Console, shards: Shards, tokenizer: Tokenizer, document: int, limit: int) -> Text:
-    """Decode a document, each token shown with its loss weight; control tokens show as they are written."""
+    """Decode a document, each token shown with its loss weight; control tokens show as they are written, and of a
+    picture's image tokens only their number."""
     text = Text()
     for ids, weight in loss_runs(shards, document, limit):
-        part = escaped(tokenizer.decode(ids))
+        part = _decoded(tokenizer, ids)
         if not _has_colour(console):
             text.append(f"«{part}»" if weight else part)
         else:
@@ -90,6 +93,16 @@ def render_sample(console: Console, shards: Shards, tokenizer: Tokenizer, docume
     if left > 0:
         text.append(f" ... {left:,} more tokens", style="italic")
     return text
+
+
+def _decoded(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+    if tokenizer.image_format is None:
+        return escaped(tokenizer.decode(ids))
+    is_image = ids == tokenizer.image_id
+    runs = np.split(ids, np.flatnonzero(np.diff(is_image)) + 1)
+    return "".join(
+        f"[{len(run)} image tokens]" if run[0] == tokenizer.image_id else escaped(tokenizer.decode(run)) for run in runs
+    )
 
 
 def _has_colour(console: Console) -> bool:

@@ -82,6 +82,8 @@ def print_summary(console: Console, data: PreparedData, summary: dict[str, Any],
     row("documents", "documents")
     row("tokens", "tokens")
     row("text bytes", "text_bytes")
+    if summary["train"]["pictures"] or summary["validation"]["pictures"]:
+        row(f"pictures, {summary['picture_tokens']:,} tokens each", "pictures")
     row("median tokens", "median", ",.0f")
     row("longest, tokens", "longest")
     row(f"rows of {sequence_length:,}", "packed_rows")

@@ -2,6 +2,7 @@
 import { addDelta, callTool, getJson, streamChat } from "./api.js";
 import { asJson, asMarkdown, conversation, download } from "./export.js";
 import { element } from "./markdown.js";
+import { contentOf, dataUrl, onPictures, pictureView, picturesOf } from "./pictures.js";
 import { TEXTS } from "./texts.js";
 import { messageView } from "./view.js";
 
@@ -13,6 +14,8 @@ const $ = (id) => document.getElementById(id);
 let language = [recall("localStorage", "minnow.language"), navigator.language.slice(0, 2), "en"].find((name) => name in TEXTS);
 let messages = recall("sessionStorage", "minnow.messages") ?? [];
 let tools = [];
+let seeing = new Set(); // names of the models that look at pictures
+let pictures = []; // data: URLs that the next message shows
 let drawn = null; // the language that the messages are drawn in
 let running = null; // the AbortController of the answer under way
 
@@ -69,7 +72,7 @@ const actions = {
   edit(message, text) {
     messages = messages.slice(0, messages.indexOf(message));
     drawMessages();
-    ask(text);
+    ask(contentOf(text, picturesOf(message.content)));
     $("stop").focus(); // the button that was pressed is gone
   },
   regenerate() {
@@ -219,17 +222,52 @@ function exported() {
 function send(event) {
   event?.preventDefault();
   const text = $("input").value;
-  if (!text.trim() || running) return;
+  if (running || !(text.trim() || pictures.length)) return;
+  const content = contentOf(text, pictures);
   $("input").value = "";
   grow();
-  ask(text);
+  pictures = [];
+  drawPictures();
+  ask(content);
 }
 
-function ask(text) {
-  const message = { role: "user", content: text };
+function ask(content) {
+  const message = { role: "user", content };
   messages.push(message);
   show(message);
   answer();
+}
+
+// Files for the next message, if the chosen model looks at pictures.
+async function takePictures(files) {
+  if (!seeing.has($("model").value)) return;
+  for (const file of files) {
+    try {
+      pictures.push(await dataUrl(file));
+    } catch {
+      tell(file.name + t().no_picture);
+    }
+  }
+  drawPictures();
+}
+
+function drawPictures() {
+  $("picture").hidden = !seeing.has($("model").value);
+  $("pictures").hidden = !pictures.length;
+  $("pictures").replaceChildren(...pictures.map((url, place) => {
+    const remove = element("button", { type: "button", className: "remove", textContent: "×", ariaLabel: t().remove });
+    remove.addEventListener("click", () => {
+      pictures.splice(place, 1);
+      drawPictures();
+      $("input").focus();
+    });
+    return element("span", {}, pictureView(url, t()), remove);
+  }));
+}
+
+function tell(error) {
+  $("messages").append(element("p", { className: "error", textContent: t().error + error }));
+  scrollDown(true);
 }
 
 function grow() {
@@ -248,6 +286,9 @@ async function load() {
   const chosen = $("model").value || recall("localStorage", "minnow.settings")?.model;
   $("model").replaceChildren(...models.data.map(({ id }) => element("option", { value: id, textContent: id })));
   if (models.data.some(({ id }) => id === chosen)) $("model").value = chosen;
+  const sees = ({ architecture }) => architecture?.input_modalities.includes("image");
+  seeing = new Set(models.data.filter(sees).map(({ id }) => id));
+  drawPictures();
   tools = offered.tools;
   $("tool-names").textContent = tools.map((tool) => tool.function.name).join(", ");
 }
@@ -263,6 +304,8 @@ $("clear").addEventListener("click", () => {
   running?.abort();
   setRunning(null);
   messages = [];
+  pictures = [];
+  drawPictures();
   keepMessages();
   drawMessages();
   $("input").focus();
@@ -271,6 +314,7 @@ $("language").addEventListener("click", () => {
   language = language === "zh" ? "en" : "zh";
   remember("localStorage", "minnow.language", language);
   drawTexts();
+  drawPictures();
   if (!running) drawMessages();
 });
 $("toggle").addEventListener("click", () => {
@@ -279,7 +323,17 @@ $("toggle").addEventListener("click", () => {
 });
 addEventListener("resize", drawToggle);
 $("panel").addEventListener("change", keepSettings);
-$("model").addEventListener("change", keepSettings);
+$("model").addEventListener("change", () => {
+  keepSettings();
+  drawPictures();
+});
+$("picture").addEventListener("click", () => $("file").click());
+$("file").addEventListener("change", async () => {
+  await takePictures([...$("file").files]);
+  $("file").value = ""; // or the same file could not be chosen again
+  $("input").focus();
+});
+onPictures($("input"), takePictures);
 $("json").addEventListener("click", () => download("conversation.json", asJson(exported()), "application/json"));
 $("markdown").addEventListener("click", () => download("conversation.md", asMarkdown(exported()), "text/markdown"));
 
@@ -290,5 +344,5 @@ drawMessages();
 try {
   await load();
 } catch (error) {
-  $("messages").append(element("p", { className: "error", textContent: t().error + error.message }));
+  tell(error.message);
 }

@@ -1,4 +1,5 @@
 // A conversation as the API takes it, and as a file.
+import { picturesOf, textOf } from "./pictures.js";
 
 // The row that the API and `minnow sft` read: messages, the system prompt first, and the tools where there are any.
 // An answer that an error or a stop left without content and calls is none: neither shown to a model nor learnt from.
@@ -24,7 +25,8 @@ export function asMarkdown({ messages, tools = [] }) {
   const parts = messages.map((message) => {
     const lines = [`## ${message.role}`];
     if (message.reasoning_content) lines.push(message.reasoning_content.replace(/^/gm, "> "));
-    if (message.content) lines.push(message.content);
+    for (const url of picturesOf(message.content)) lines.push(`![](${url})`);
+    if (textOf(message.content)) lines.push(textOf(message.content));
     for (const call of message.tool_calls ?? []) lines.push(`- ${call.function.name}: \`${call.function.arguments}\``);
     return lines.join("\n\n");
   });

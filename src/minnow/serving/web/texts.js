@@ -1,7 +1,8 @@
 // What the page says, in English and Chinese.
 export const TEXTS = {
   en: {
-    model: "Model", clear: "New chat", settings: "Settings", ask: "Write a message", send: "Send", stop: "Stop",
+    model: "Model", clear: "New chat", settings: "Settings", ask: "Write a message", picture: "Picture", remove: "Remove",
+    no_picture: " is no picture that can be shown.", send: "Send", stop: "Stop",
     system: "System prompt", think: "Think before answering", tools: "Use tools:", temperature: "Temperature",
     top_p: "Top p", top_k: "Top k", repetition_penalty: "Repetition penalty", max_tokens: "Longest answer, in tokens",
     seed: "Seed", empty: "An empty field leaves the choice to the server.", save_json: "Save as JSON",
@@ -13,7 +14,8 @@ export const TEXTS = {
     unknown: "There is no such tool here.", hello: "What shall we talk about?",
   },
   zh: {
-    model: "模型", clear: "新对话", settings: "设置", ask: "输入消息", send: "发送", stop: "停止",
+    model: "模型", clear: "新对话", settings: "设置", ask: "输入消息", picture: "图片", remove: "移除",
+    no_picture: " 不是可以显示的图片。", send: "发送", stop: "停止",
     system: "系统提示词", think: "先思考再回答", tools: "使用工具：", temperature: "温度",
     top_p: "Top p", top_k: "Top k", repetition_penalty: "重复惩罚", max_tokens: "回答的最大长度（词元）",
     seed: "随机种子", empty: "留空则由服务器决定。", save_json: "导出 JSON",

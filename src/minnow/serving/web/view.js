@@ -1,5 +1,6 @@
 // A message as DOM nodes, brought up to date as it grows.
 import { element, renderMarkdown } from "./markdown.js";
+import { pictureView, picturesOf, textOf } from "./pictures.js";
 
 // actions: edit(message, text), regenerate(). Returns {node, update}; update draws what changed.
 export function messageView(message, t, actions) {
@@ -10,10 +11,12 @@ export function messageView(message, t, actions) {
     return { node, update() {} };
   }
   if (message.role === "user") {
-    const body = element("div", { className: "text", textContent: message.content });
+    const shown = picturesOf(message.content).map((url) => pictureView(url, t));
+    const body = element("div", { className: "text", textContent: textOf(message.content) });
+    body.hidden = !body.textContent;
     const edit = element("button", { type: "button", className: "edit quiet", textContent: t.edit });
     edit.addEventListener("click", () => editMessage(node, message, t, actions));
-    node.append(body, element("footer", {}, edit));
+    node.append(element("div", { className: "pictures" }, ...shown), body, element("footer", {}, edit));
     return { node, update() {} };
   }
   return assistantView(node, message, t, actions);
@@ -56,10 +59,11 @@ function describe(message, t) {
 
 function editMessage(node, message, t, actions) {
   const before = [...node.childNodes];
-  const area = element("textarea", { value: message.content, rows: 3, ariaLabel: t.edit });
+  const area = element("textarea", { value: textOf(message.content), rows: 3, ariaLabel: t.edit });
   const save = element("button", { type: "button", className: "save main", textContent: t.save });
   const cancel = element("button", { type: "button", textContent: t.cancel });
-  save.addEventListener("click", () => area.value.trim() && actions.edit(message, area.value));
+  const says = () => area.value.trim() || picturesOf(message.content).length;
+  save.addEventListener("click", () => says() && actions.edit(message, area.value));
   const close = () => {
     node.replaceChildren(...before);
     node.querySelector(".edit").focus();
