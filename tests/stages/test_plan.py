@@ -490,3 +490,7 @@ def test_a_plan_refuses_what_vlm_refuses(
 ) -> None:
     with pytest.raises(UserError, match=said):
         plan(init_from=start and request.getfixturevalue(start), **settings)
+
+
+def test_rows_of_texts_may_be_shorter_than_a_picture(sees: str) -> None:
+    assert plan(init_from=sees, sequence_length=8).memory.activations > 0

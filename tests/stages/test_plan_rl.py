@@ -34,6 +34,7 @@ from minnow.training.hardware import has_cpp_compiler
 from minnow.training.session import Machine, load_start
 from tests.rl.helpers import saved, tiny, write_prompts
 from tests.rl.phase_helpers import settings, trajectory
+from tests.training.seeing import seeing_model
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +215,13 @@ def test_a_process_holds_what_was_planned(tmp_path: Path) -> None:
         updates = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
         held.append(1e9 * updates[-1]["memory_gb"])  # before the last checkpoint, which copies what it writes
     assert held[1] - held[0] == pytest.approx(plans[1] - plans[0], rel=0.07)  # a reference is 9%
+
+
+def test_eyes_are_held_whatever_is_practised(tmp_path: Path) -> None:
+    folder = seeing_model(tmp_path / "sees")
+    model, _ = load_start(str(folder), LoraConfig(), seed=0)
+    figures = planned(folder, tmp_path / "plan.json", "grpo")
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert figures["parameters"] == parameters
+    assert figures["policy"]["weights"] == 4 * parameters
+    assert figures["policy"]["gradients"] == 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -16,7 +16,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from minnow.data.prepare import DataConfig, prepare
 from minnow.model.pretrained import save_pretrained
 from minnow.model.transformer import CausalLM
+from minnow.objectives.distillation import DistillationLossConfig
 from minnow.optim import OptimConfig, build_optimizers
+from minnow.training.distillation import Distillation
 from minnow.training.memory import hold_in_memory
 from minnow.training.objective import LanguageModeling
 from minnow.training.speed import batch_flops, picture_flops
@@ -111,6 +113,19 @@ def test_a_validation_sees_the_pictures() -> None:
     black = replace(batch, pixels_ICHW=torch.zeros_like(batch.pixels_ICHW))
     blind = validate(model, [black], tokenizer.token_bytes(), torch.device("cpu"))
     assert abs(blind.loss - found.loss) > 1e-4
+
+
+def test_a_teacher_sees_what_its_student_sees() -> None:
+    """A student that is its teacher has nothing to learn from it; one whose teacher sees other pictures has."""
+    model, tokenizer = seeing()
+    teacher, _ = seeing()
+    batch = PictureRows(tokenizer, mixed(6)).batch(range(6)).to("cpu")
+    assert batch.pixels_ICHW is not None
+    objective = Distillation(DistillationLossConfig(), teacher, tokenizer.vocab_size)
+    with torch.no_grad():
+        assert float(objective(model, batch).metrics["divergence"]) == pytest.approx(0, abs=1e-4)
+        teacher.multi_modal_projector.linear_2.bias.add_(1)  # an image token shown without its picture keeps quiet here
+        assert float(objective(model, batch).metrics["divergence"]) > 1e-2
 
 
 def test_a_model_learns_to_name_the_colour_of_shades_it_has_not_seen() -> None:

@@ -191,7 +191,8 @@ def _eyes(config: Config) -> Eyes | None:
         vision = read_tower(resolve_model_folder(config.siglip))
     else:
         vision = config.tower or VisionConfig()
-    require_room(vision, config.row_length)
+    if asks:  # texts have room, whatever a picture would take
+        require_room(vision, config.row_length)
     return Eyes(vision, trained)
 
 

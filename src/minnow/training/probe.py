@@ -37,8 +37,10 @@ def tokens_between_pictures(vision: VisionConfig) -> int:
 
 
 def with_pictures(batch: Batch, vision: VisionConfig) -> Batch:
-    """Put pictures into the full rows of `batch`, `tokens_between_pictures` apart."""
+    """Put pictures into the full rows of `batch`, `tokens_between_pictures` apart; none into rows too short for one."""
     rows, length = batch.tokens_BT.shape
+    if length < vision.num_patches:
+        return batch
     starts = range(0, length - vision.num_patches + 1, tokens_between_pictures(vision))
     first_I = torch.tensor([row * length + start for row in range(rows) for start in starts])
     size = vision.image_size
