@@ -2,8 +2,9 @@
 import { addDelta, callTool, getJson, streamChat } from "./api.js";
 import { asJson, asMarkdown, conversation, download } from "./export.js";
 import { element } from "./markdown.js";
-import { contentOf, dataUrl, onPictures, pictureView, picturesOf } from "./pictures.js";
+import { contentOf, picturesOf } from "./pictures.js";
 import { TEXTS } from "./texts.js";
+import { pictureTray } from "./tray.js";
 import { messageView } from "./view.js";
 
 const MOST_ROUNDS = 8; // tool calls in a row before a model that only calls is stopped
@@ -15,11 +16,11 @@ let language = [recall("localStorage", "minnow.language"), navigator.language.sl
 let messages = recall("sessionStorage", "minnow.messages") ?? [];
 let tools = [];
 let seeing = new Set(); // names of the models that look at pictures
-let pictures = []; // data: URLs that the next message shows
 let drawn = null; // the language that the messages are drawn in
 let running = null; // the AbortController of the answer under way
 
 const t = () => TEXTS[language];
+const tray = pictureTray({ sees: () => seeing.has($("model").value), t, tell });
 
 // A browser may forbid storage, have none left, or hold what is no JSON: the page then works without a memory.
 function recall(storage, key) {
@@ -222,13 +223,10 @@ function exported() {
 function send(event) {
   event?.preventDefault();
   const text = $("input").value;
-  if (running || !(text.trim() || pictures.length)) return;
-  const content = contentOf(text, pictures);
+  if (running || !(text.trim() || tray.holds())) return;
   $("input").value = "";
   grow();
-  pictures = [];
-  drawPictures();
-  ask(content);
+  ask(contentOf(text, tray.empty()));
 }
 
 function ask(content) {
@@ -236,33 +234,6 @@ function ask(content) {
   messages.push(message);
   show(message);
   answer();
-}
-
-// Files for the next message, if the chosen model looks at pictures.
-async function takePictures(files) {
-  if (!seeing.has($("model").value)) return;
-  for (const file of files) {
-    try {
-      pictures.push(await dataUrl(file));
-    } catch {
-      tell(file.name + t().no_picture);
-    }
-  }
-  drawPictures();
-}
-
-function drawPictures() {
-  $("picture").hidden = !seeing.has($("model").value);
-  $("pictures").hidden = !pictures.length;
-  $("pictures").replaceChildren(...pictures.map((url, place) => {
-    const remove = element("button", { type: "button", className: "remove", textContent: "×", ariaLabel: t().remove });
-    remove.addEventListener("click", () => {
-      pictures.splice(place, 1);
-      drawPictures();
-      $("input").focus();
-    });
-    return element("span", {}, pictureView(url, t()), remove);
-  }));
 }
 
 function tell(error) {
@@ -288,7 +259,7 @@ async function load() {
   if (models.data.some(({ id }) => id === chosen)) $("model").value = chosen;
   const sees = ({ architecture }) => architecture?.input_modalities.includes("image");
   seeing = new Set(models.data.filter(sees).map(({ id }) => id));
-  drawPictures();
+  tray.draw();
   tools = offered.tools;
   $("tool-names").textContent = tools.map((tool) => tool.function.name).join(", ");
 }
@@ -304,8 +275,7 @@ $("clear").addEventListener("click", () => {
   running?.abort();
   setRunning(null);
   messages = [];
-  pictures = [];
-  drawPictures();
+  tray.empty();
   keepMessages();
   drawMessages();
   $("input").focus();
@@ -314,7 +284,7 @@ $("language").addEventListener("click", () => {
   language = language === "zh" ? "en" : "zh";
   remember("localStorage", "minnow.language", language);
   drawTexts();
-  drawPictures();
+  tray.draw();
   if (!running) drawMessages();
 });
 $("toggle").addEventListener("click", () => {
@@ -325,15 +295,8 @@ addEventListener("resize", drawToggle);
 $("panel").addEventListener("change", keepSettings);
 $("model").addEventListener("change", () => {
   keepSettings();
-  drawPictures();
+  tray.draw();
 });
-$("picture").addEventListener("click", () => $("file").click());
-$("file").addEventListener("change", async () => {
-  await takePictures([...$("file").files]);
-  $("file").value = ""; // or the same file could not be chosen again
-  $("input").focus();
-});
-onPictures($("input"), takePictures);
 $("json").addEventListener("click", () => download("conversation.json", asJson(exported()), "application/json"));
 $("markdown").addEventListener("click", () => download("conversation.md", asMarkdown(exported()), "text/markdown"));
 

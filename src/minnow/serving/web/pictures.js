@@ -46,21 +46,3 @@ export function picturesOf(content) {
 export function pictureView(url, t) {
   return element("img", { src: url, alt: t.picture });
 }
-
-// Hand over the files that somebody drops onto the page or pastes into the field.
-export function onPictures(field, take) {
-  const hasFiles = (event) => event.dataTransfer?.types.includes("Files");
-  // A browser would leave the page for a file that is dropped onto it.
-  addEventListener("dragover", (event) => hasFiles(event) && event.preventDefault());
-  addEventListener("drop", (event) => {
-    if (!hasFiles(event)) return;
-    event.preventDefault();
-    take([...event.dataTransfer.files]);
-  });
-  field.addEventListener("paste", (event) => {
-    const { files, types } = event.clipboardData;
-    if (!files.length || types.includes("text/plain")) return; // text from a word processor comes with its picture
-    event.preventDefault();
-    take([...files]);
-  });
-}
