@@ -212,7 +212,7 @@ def test_a_pond_has_pictures_when_asked(tmp_path) -> None:
     world = World.generate(0, 4, 2)
     without = write_pond(tmp_path / "plain", world, mentions=1, conversation_count=4, pair_count=4)
     counts = write_pond(tmp_path / "pond", world, mentions=1, conversation_count=4, pair_count=4, pictures=3)
-    added = {"pictures.jsonl": 6, "picture_texts.jsonl": 3, "pictures_held_out.jsonl": 2000}
+    added = {"pictures.jsonl": 9, "picture_texts.jsonl": 3, "pictures_held_out.jsonl": 2000}
     assert counts == without | added
     for name in without:
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "pond" / name).read_bytes()
