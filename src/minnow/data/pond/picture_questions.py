@@ -64,7 +64,7 @@ def picture_rows(seed: int, count: int) -> Iterator[dict[str, Any]]:
     """Three conversations about each of the first `count` training scenes: a caption in each language, and three
     questions in one that is drawn, in trained wordings. seed: the world's.
 
-    A caption says five times as much about a picture for each token that is read as a question's answer does.
+    A caption says more about a picture for each token that is read than the answers to questions do.
     """
     rng = random.Random(f"pond/picture_rows/{seed}")
     for number, scene in enumerate(itertools.islice(scenes(seed, "training"), count)):
