@@ -61,14 +61,22 @@ def picture_row(path: str, exchanges: list[tuple[str, str]]) -> dict[str, Any]:
 
 
 def picture_rows(seed: int, count: int) -> Iterator[dict[str, Any]]:
-    """Two conversations about each of the first `count` training scenes: three questions in one language, a caption in
-    the other. Which language gets which is drawn. Questions are in trained wordings. seed: the world's."""
+    """Three conversations about each of the first `count` training scenes: a caption in each language, and three
+    questions in one that is drawn, in trained wordings. seed: the world's.
+
+    A caption says more about a picture for each token that is read than the answers to questions do.
+    """
     rng = random.Random(f"pond/picture_rows/{seed}")
     for number, scene in enumerate(itertools.islice(scenes(seed, "training"), count)):
-        asking, describing = rng.sample([BOOKS[language] for language in LANGUAGES], 2)
-        asked = [_exchange(asking, aspect, rng.choice(scene.groups), rng) for aspect in rng.sample(ASPECTS, 3)]
-        described = [(rng.choice(describing.requests.trained), describing.caption(scene.groups))]
-        yield from (picture_row(training_path(number), exchanges) for exchanges in (asked, described))
+        conversations = [
+            [(rng.choice(book.requests.trained), book.caption(scene.groups))]
+            for book in (BOOKS[language] for language in LANGUAGES)
+        ]
+        book = BOOKS[rng.choice(LANGUAGES)]
+        conversations.append(
+            [_exchange(book, aspect, rng.choice(scene.groups), rng) for aspect in rng.sample(ASPECTS, 3)]
+        )
+        yield from (picture_row(training_path(number), exchanges) for exchanges in conversations)
 
 
 def picture_texts(seed: int, count: int) -> Iterator[PondDocument]:

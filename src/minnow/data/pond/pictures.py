@@ -49,7 +49,8 @@ PLACES = (
 )
 COUNTS = (1, 2, 3, 4)
 
-_WATER = (170, 208, 222)
+_WATER, _RIPPLE = (112, 138, 150), (136, 160, 170)
+"""Near the middle of what a pixel can be, which a tower reads as 0: empty water weighs little beside what swims."""
 _CENTRES = {"left": (15, 32), "right": (49, 32), "top": (32, 15), "bottom": (32, 49), "middle": (32, 32)}
 _OPPOSITE = {"left": "right", "right": "left", "top": "bottom", "bottom": "top"}
 _ROOMS = {"large": 8, "small": 6}
@@ -119,7 +120,7 @@ def pixels(scene: Scene) -> np.ndarray:
     canvas[:] = _shade(_WATER, rng)
     for _ in range(4):
         row, start, length = rng.randrange(SIZE), rng.randrange(SIZE), rng.randint(6, 20)
-        canvas[row, start : start + length] = _shade((200, 228, 236), rng)
+        canvas[row, start : start + length] = _shade(_RIPPLE, rng)
     for group in scene.groups:
         _draw_group(canvas, group, rng)
     return canvas
