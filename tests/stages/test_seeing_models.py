@@ -197,7 +197,7 @@ def test_a_longer_context_keeps_the_eyes(world: Path, tmp_path: Path) -> None:
     assert parts_changed(load_pretrained(world / "start"), model) == {"model"}
 
 
-@pytest.mark.parametrize("to", ["gguf", "ollama", "onnx"])
+@pytest.mark.parametrize("to", ["ollama", "onnx"])
 @pytest.mark.parametrize("adapter", [False, True])
 def test_formats_that_only_read_are_refused_by_name(to: str, adapter: bool, world: Path, tmp_path: Path) -> None:
     folder = world / "start"

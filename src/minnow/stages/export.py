@@ -68,10 +68,10 @@ def run(config: Config) -> None:
     home = folder if Path(config.model).exists() else Path(config.model.rpartition("/")[2])
     if home == folder and config.to != "hub":
         _renew_card(folder, console)
-    if config.to != "hub" and read_vision(folder) is not None:
+    if config.to in ("ollama", "onnx") and read_vision(folder) is not None:
         raise UserError(
-            f"{config.model} looks at pictures, and --to {config.to} would write a model that only reads: transformers "
-            "and vLLM read the folder as it is (export the language model that it was made of for the rest)"
+            f"{config.model} looks at pictures, and --to {config.to} would write a model that only reads: --to gguf "
+            "writes both of llama.cpp's files, and transformers and vLLM read the folder as it is"
         )
     ways = {"gguf": _gguf, "ollama": _ollama, "onnx": _onnx, "hub": _hub}
     with told_when_full(config.out or home):
