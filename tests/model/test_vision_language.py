@@ -203,3 +203,13 @@ def test_a_batch_without_pictures_leaves_a_gradient_of_zero_where_one_is_waited_
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(grad is not None for grad in grads.values())
     assert all(float(g.abs().max()) == 0 for name, g in grads.items() if name.split(".")[0] != "model")  # type: ignore[union-attr]
+
+
+def test_a_place_weighs_as_much_as_what_stands_there_at_the_start() -> None:
+    """With places of a tenth of that, a tower that learnt to name colours was still at chance about places."""
+    tower = VisionLanguageModel(small_model().config, VisionConfig(), IMAGE_ID).vision_tower.vision_model
+    pixels = torch.randn(64, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    patches, places = (
+        part.detach() for part in (tower.embeddings.patch_embedding(pixels), tower.embeddings.position_embedding.weight)
+    )
+    assert float(patches.std() / places.std()) == pytest.approx(1, rel=0.1)

@@ -43,6 +43,8 @@ def initialize(model: nn.Module, config: InitConfig, seed: int) -> None:
         else:
             is_table = name.endswith(("embed_tokens.weight", "lm_head.weight"))
             inputs = parameter[0].numel() if parameter.ndim == 4 else parameter.shape[-1]  # 4: a patch of a picture
+            if name.endswith("position_embedding.weight"):
+                inputs = 1  # looked up: a place weighs as much as the patch that stands there
             std = config.embedding_std if is_table else config.matrix_gain / math.sqrt(inputs)
             drawn = torch.empty(parameter.shape, device="cpu").normal_(0.0, std, generator=generator)
             parameter.copy_(drawn)

@@ -31,7 +31,7 @@ class Config:
     long_characters: int = 6000
     """Characters of a long text, about (a quarter of it in Chinese)."""
     pictures: int = 0
-    """Drawn pictures with questions and captions in pictures.jsonl, and 100 held-out ones: for a model that sees."""
+    """Drawn pictures, captions in picture_captions.jsonl, questions in pictures.jsonl, and 100 held-out pictures."""
     pairs: int = 4000
     """Pairs of a good and a bad answer in preference.jsonl; half as many, about other names, are held out."""
 

@@ -12,7 +12,12 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from minnow.data.pond.picture_questions import picture_questions, picture_rows, picture_texts
+from minnow.data.pond.picture_questions import (
+    picture_captions,
+    picture_conversations,
+    picture_questions,
+    picture_texts,
+)
 from minnow.data.pond.picture_words import ASPECTS, BOOKS, CHINESE, ENGLISH
 from minnow.data.pond.pictures import (
     COLOURS,
@@ -199,7 +204,9 @@ def test_captions_and_questions_read_well() -> None:
 
 
 def test_unseen_wordings_are_in_no_training_text() -> None:
-    said = "\n".join(json.dumps(row, ensure_ascii=False) for row in picture_rows(0, 1500))
+    said = "\n".join(
+        json.dumps(row, ensure_ascii=False) for row in (*picture_captions(0, 700), *picture_conversations(0, 1500))
+    )
     said += "\n".join(document.text for document in picture_texts(0, 1500))
     asked = [q.prompt for language in LANGUAGES for q in picture_questions(0, "unseen", language)]
     assert len(asked) == 2 * 100 * len(ASPECTS)
@@ -212,12 +219,17 @@ def test_a_pond_has_pictures_when_asked(tmp_path) -> None:
     world = World.generate(0, 4, 2)
     without = write_pond(tmp_path / "plain", world, mentions=1, conversation_count=4, pair_count=4)
     counts = write_pond(tmp_path / "pond", world, mentions=1, conversation_count=4, pair_count=4, pictures=3)
-    added = {"pictures.jsonl": 9, "picture_texts.jsonl": 3, "pictures_held_out.jsonl": 2000}
+    added = {
+        "picture_captions.jsonl": 6,
+        "pictures.jsonl": 3,
+        "picture_texts.jsonl": 3,
+        "pictures_held_out.jsonl": 2000,
+    }
     assert counts == without | added
     for name in without:
         assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "pond" / name).read_bytes()
     shown = set()
-    for name in ("pictures.jsonl", "pictures_held_out.jsonl"):
+    for name in ("picture_captions.jsonl", "pictures.jsonl", "pictures_held_out.jsonl"):
         for line in (tmp_path / "pond" / name).read_text(encoding="utf-8").splitlines():
             user, *_ = json.loads(line)["messages"]
             image, text = user["content"]

@@ -60,23 +60,26 @@ def picture_row(path: str, exchanges: list[tuple[str, str]]) -> dict[str, Any]:
     return {"messages": messages}
 
 
-def picture_rows(seed: int, count: int) -> Iterator[dict[str, Any]]:
-    """Three conversations about each of the first `count` training scenes: a caption in each language, and three
-    questions in one that is drawn, in trained wordings. seed: the world's.
+def picture_captions(seed: int, count: int) -> Iterator[dict[str, Any]]:
+    """A caption in each language of the first `count` training scenes, on a request in a trained wording.
 
-    A caption says more about a picture for each token that is read than the answers to questions do.
+    Eyes learn from these first: a caption says all that is known of a picture, where an answer says one thing, and a
+    model that does not look yet does well at guessing it. seed: the world's.
     """
-    rng = random.Random(f"pond/picture_rows/{seed}")
+    rng = random.Random(f"pond/picture_captions/{seed}")
     for number, scene in enumerate(itertools.islice(scenes(seed, "training"), count)):
-        conversations = [
-            [(rng.choice(book.requests.trained), book.caption(scene.groups))]
-            for book in (BOOKS[language] for language in LANGUAGES)
-        ]
+        for book in (BOOKS[language] for language in LANGUAGES):
+            request = rng.choice(book.requests.trained)
+            yield picture_row(training_path(number), [(request, book.caption(scene.groups))])
+
+
+def picture_conversations(seed: int, count: int) -> Iterator[dict[str, Any]]:
+    """Three questions about each of the same scenes, in a language that is drawn, in trained wordings."""
+    rng = random.Random(f"pond/picture_conversations/{seed}")
+    for number, scene in enumerate(itertools.islice(scenes(seed, "training"), count)):
         book = BOOKS[rng.choice(LANGUAGES)]
-        conversations.append(
-            [_exchange(book, aspect, rng.choice(scene.groups), rng) for aspect in rng.sample(ASPECTS, 3)]
-        )
-        yield from (picture_row(training_path(number), exchanges) for exchanges in conversations)
+        exchanges = [_exchange(book, aspect, rng.choice(scene.groups), rng) for aspect in rng.sample(ASPECTS, 3)]
+        yield picture_row(training_path(number), exchanges)
 
 
 def picture_texts(seed: int, count: int) -> Iterator[PondDocument]:

@@ -17,8 +17,9 @@ from minnow.data.pond.long_texts import long_documents
 from minnow.data.pond.picture_questions import (
     HELD_OUT_PICTURES,
     held_out_path,
+    picture_captions,
+    picture_conversations,
     picture_questions,
-    picture_rows,
     picture_texts,
     training_path,
 )
@@ -107,10 +108,10 @@ def write_pond(
     ({"messages", "tools"});
     `sums.jsonl` and `sums_held_out.jsonl` ({"prompt", "answer"}, to practise on); `questions.jsonl` (the fields of
     `Question`); `preference.jsonl` and, half as many, `preference_held_out.jsonl` (those of `PondPair`); with
-    `long_texts`, that many of about `long_characters` in `long.jsonl`; with `pictures`, that many to train on in
-    `pictures/`, what is said of them in `pictures.jsonl`, and as many texts that say such things without pictures in
-    `picture_texts.jsonl`; the held-out pictures and questions in `pictures_held_out.jsonl`. Raises UserError when the
-    folder holds something else.
+    `long_texts`, that many of about `long_characters` in `long.jsonl`. With `pictures`, that many to train on in
+    `pictures/`, their captions in `picture_captions.jsonl`, conversations about them in `pictures.jsonl`, as many texts
+    that say such things without pictures in `picture_texts.jsonl`, and the held-out pictures with their questions in
+    `pictures_held_out.jsonl`. Raises UserError when the folder holds something else.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "world.json").exists():
@@ -138,7 +139,8 @@ def write_pond(
     if long_texts:
         files["long.jsonl"] = map(_document_row, long_documents(world, long_texts, long_characters))
     if pictures:
-        files["pictures.jsonl"] = picture_rows(world.seed, pictures)
+        files["picture_captions.jsonl"] = picture_captions(world.seed, pictures)
+        files["pictures.jsonl"] = picture_conversations(world.seed, pictures)
         files["picture_texts.jsonl"] = map(_document_row, picture_texts(world.seed, pictures))
         files["pictures_held_out.jsonl"] = _picture_questions(world)
     folder = folder.resolve()  # where a link leads, not in the link's place
