@@ -201,8 +201,10 @@ def test_the_ponds_pictures_are_learnt_at_a_tiny_setting(tmp_path: Path, monkeyp
     settings = f"--data.cache_dir cache {TRAINING.replace('_length 64', '_length 256')}"
     pretrain = f"--config {RECIPES[0].parent}/pretrain-vision-pond.yaml {settings} {SHAPE}"
     assert cli.main(["pretrain", *pretrain.split()]) == 0
-    vlm = f"--config {RECIPES[0].parent}/vlm-pond.yaml {settings} --tower.hidden_size 16 --tower.intermediate_size 32"
-    assert cli.main(["vlm", *vlm.split()]) == 0
+    captions = f"--config {RECIPES[0].parent}/vlm-pond-captions.yaml {settings}"
+    small = " --tower.hidden_size 16 --tower.intermediate_size 32"
+    assert cli.main(["vlm", *f"{captions}{small}".split()]) == 0
+    assert cli.main(["vlm", *f"--config {RECIPES[0].parent}/vlm-pond.yaml {settings}".split()]) == 0
     assert cli.main(["eval", "runs/vlm-pond", "--tasks", "pictures", "--pond", "pond", "--max_rows", "8"]) == 0
 
 
