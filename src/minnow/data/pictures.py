@@ -171,17 +171,18 @@ def data_url(data: bytes) -> str:
 def relocated(row: Mapping[str, Any], lead: str | None) -> dict[str, Any]:
     """The row for a JSON file in another folder, from which `lead` leads to the one that its paths are relative to.
 
-    lead: None leaves paths as they are. Pictures that the row holds itself become `data:` URLs.
+    lead: None leaves paths as they are. Pictures that the row holds itself become `data:` URLs. What is neither (a web
+    address beside a text) stays.
     """
 
     def moved(value: Any) -> Any:
         if isinstance(value, list):
             return [moved(item) for item in value]
         if isinstance(value, Mapping):
-            value = value.get("bytes") or value.get("path")
+            value = value.get("bytes") or value.get("path") or value
         if isinstance(value, bytes):
             return data_url(value)
-        is_path = isinstance(value, str) and not value.startswith("data:")
+        is_path = isinstance(value, str) and not re.match(r"data:|https?://", value)
         return os.path.join(lead, value) if is_path and lead is not None else value
 
     def part(given: Any) -> Any:
