@@ -61,6 +61,12 @@ def test_rows_without_pictures_are_the_same_bytes(tmp_path):
     assert (tmp_path / "out" / "kept" / "a.jsonl").read_text() == line
 
 
+def test_what_stands_beside_a_text_and_is_no_file_stays(tmp_path):
+    rows = [{"text": "A", "image": "https://there/a.png"}, {"text": "B", "image": {"url": "https://there/b.png"}}]
+    clean([write(tmp_path / "a.jsonl", rows)], tmp_path / "out", CleanOptions(), progress=False)
+    assert [row for _, row in read_rows([str(tmp_path / "out" / "kept")])] == rows
+
+
 def test_pictures_of_parquet_are_kept_in_json(tmp_path):
     otter, owl, black = png(1), png(2), png(3, 8)
 

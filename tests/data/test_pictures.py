@@ -171,8 +171,10 @@ def test_who_only_reads_refuses_pictures_and_not_the_rows_around_them(tmp_path):
     for row in (ONE["LLaVA's"], ONE["MiniMind-V's"], ONE["TRL's"], {"image": "otter.png", "caption": "An owl."}):
         with pytest.raises(RowError, match="message 1 shows a picture, and only text is read here: `minnow vlm`"):
             parse_conversation(row, TEXT_ONLY)
-    padded = asked("Who lives in the river?", image_bytes=OTTER)
-    assert parse_conversation(padded, TEXT_ONLY).messages[0].content == "Who lives in the river?"
+    for beside in ({"image_bytes": OTTER}, {"image": "cover.png"}, {"image": "cover.png", "images": ["cover.png"]}):
+        padded = asked("Who lives in the river?", **beside)
+        for pictures in (TEXT_ONLY, TEXT_ALONE):
+            assert parse_conversation(padded, pictures).messages[0].content == "Who lives in the river?"
 
 
 def test_a_marker_in_a_row_without_pictures_is_text(pictures):

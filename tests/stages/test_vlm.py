@@ -16,6 +16,7 @@ from minnow.model.pretrained import load_pretrained
 from minnow.model.vision_language import VisionLanguageModel
 from minnow.stages import vlm
 from minnow.tokenizer import Tokenizer
+from minnow.tokenizer.template import chat_template, differences
 from tests.training.seeing import TOWER, asked, mixed, picture, reading_model, seeing_model, write_rows
 
 SMALL = {"sequence_length": 64, "training.batch_tokens": 256, "training.micro_batch_tokens": 128, "training.steps": 4}
@@ -176,6 +177,17 @@ def test_a_tokenizer_without_image_tokens_is_refused(tmp_path: Path) -> None:
         file.write_text(file.read_text().replace("<|image_pad|>", "<|nothing|>"))
     with pytest.raises(UserError, match=r"lack <\|image_pad\|>"):
         train(tmp_path / "run", start)
+
+
+def test_a_template_that_knows_only_texts_is_replaced_by_one_that_shows_pictures(tmp_path: Path) -> None:
+    start = reading_model(tmp_path / "start")
+    template = chat_template()
+    begin, end = template.index("{%- if message.content is string %}"), template.index("{{- '<|im_end|>\\n' }}")
+    of_texts = template[:begin] + "{{- message.content }}" + template[end:]
+    assert differences(of_texts) == []
+    (start / "chat_template.jinja").write_text(of_texts)
+    folder = train(tmp_path / "run", start, **NEW_TOWER)
+    assert (folder / "chat_template.jinja").read_text() == template
 
 
 def test_data_without_a_picture_is_refused(tmp_path: Path) -> None:

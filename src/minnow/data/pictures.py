@@ -28,6 +28,7 @@ MARKER = "<image>"
 """What stands in the text in the place of such a picture."""
 
 _PARTS = ("image", "image_url")
+_NOTHING: tuple[Any, ...] = (None, "", b"", [])
 _DATA_URL = re.compile(r"data:[^,]*?(;base64)?,(.*)", re.DOTALL)
 _MEDIA = {b"\x89PNG": "png", b"\xff\xd8": "jpeg", b"RIFF": "webp", b"GIF8": "gif", b"BM": "bmp"}
 _SHOWN_CHARACTERS = 100  # of a path, in a message
@@ -47,6 +48,11 @@ class Pictures:
     """What they must be fit for: each that is read is decoded once. None: they are taken as they are."""
     seen: dict[str, State] | None = None
     """Files that are read are noted here, if anywhere."""
+
+    @property
+    def looks(self) -> bool:
+        """Whether messages get their pictures."""
+        return self.use in ("read", "find")
 
     def content(self, value: Any, what: str) -> tuple[str, tuple[Image, ...]]:
         """Read a user's content, a text or a list of parts; pictures stand where they stand. Raises RowError."""
@@ -116,14 +122,17 @@ READ, TEXT_ONLY, TEXT_ALONE = Pictures(), Pictures(use="refuse"), Pictures(use="
 """For those who look, those who cannot do with pictures, and those who do not need them."""
 
 
-def in_place(contents: Sequence[Any], row: Mapping[str, Any]) -> list[Any]:
+def in_place(contents: Sequence[Any], row: Mapping[str, Any], *, looks: bool = True) -> list[Any]:
     """The users' contents of a row with the pictures that stand beside them in their places, as parts.
 
-    A row with `image_bytes` and no place for them is text: MiniMind-V fills the column with black pictures there.
-    Raises RowError where there are more or fewer pictures than places.
+    A row with `image_bytes` and no place for them is text: MiniMind-V fills the column with black pictures there. So is
+    any row without a place for whoever does not look. Raises RowError where there are more or fewer pictures than
+    places.
     """
-    key, values = _beside(row)
     places = sum(map(_places, contents))
+    if not places and not looks:
+        return list(contents)
+    key, values = _beside(row)
     if not values or (key == "image_bytes" and not places):
         return list(contents)
     if places != len(values):
@@ -137,7 +146,7 @@ def in_place(contents: Sequence[Any], row: Mapping[str, Any]) -> list[Any]:
 
 def has_pictures(row: Mapping[str, Any]) -> bool:
     """Whether pictures stand beside the row's texts."""
-    return bool(_beside(row)[1])
+    return any(row.get(key) not in _NOTHING for key in PICTURE_KEYS)
 
 
 def content_parts(message: Message) -> list[dict[str, Any]]:
@@ -162,17 +171,18 @@ def data_url(data: bytes) -> str:
 def relocated(row: Mapping[str, Any], lead: str | None) -> dict[str, Any]:
     """The row for a JSON file in another folder, from which `lead` leads to the one that its paths are relative to.
 
-    lead: None leaves paths as they are. Pictures that the row holds itself become `data:` URLs.
+    lead: None leaves paths as they are. Pictures that the row holds itself become `data:` URLs. What is neither (a web
+    address beside a text) stays.
     """
 
     def moved(value: Any) -> Any:
         if isinstance(value, list):
             return [moved(item) for item in value]
         if isinstance(value, Mapping):
-            value = value.get("bytes") or value.get("path")
+            value = value.get("bytes") or value.get("path") or value
         if isinstance(value, bytes):
             return data_url(value)
-        is_path = isinstance(value, str) and not value.startswith("data:")
+        is_path = isinstance(value, str) and not re.match(r"data:|https?://", value)
         return os.path.join(lead, value) if is_path and lead is not None else value
 
     def part(given: Any) -> Any:
@@ -203,7 +213,7 @@ def _is_base64(value: Any) -> bool:
 
 def _beside(row: Mapping[str, Any]) -> tuple[str, list[Any]]:
     """The key under which the row has pictures, and these, as parts may name them."""
-    given = [key for key in PICTURE_KEYS if row.get(key) not in (None, "", b"", [])]
+    given = [key for key in PICTURE_KEYS if row.get(key) not in _NOTHING]
     if len(given) > 1:
         raise RowError(f"pictures both in `{given[0]}` and in `{given[1]}`")
     if not given:

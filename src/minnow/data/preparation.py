@@ -277,8 +277,13 @@ class _OpenShard:
         for side, chosen in (("train", ~part.is_validation), ("validation", part.is_validation)):
             if not chosen.any():
                 continue
-            of_tokens = np.repeat(chosen, part.lengths)
-            there = of_tokens[part.image_places]  # pictures of this side
+            of_tokens: slice | np.ndarray = slice(None)
+            images, places = part.images, part.image_places
+            if not chosen.all():
+                of_tokens = np.repeat(chosen, part.lengths)
+                if images:
+                    there = of_tokens[places]  # pictures of this side
+                    images, places = list(compress(images, there)), np.cumsum(of_tokens)[places[there]] - 1
             self.sides[side].append(
                 part.tokens[of_tokens],
                 part.lengths[chosen],
@@ -286,8 +291,8 @@ class _OpenShard:
                 None if part.weights is None else part.weights[of_tokens],
                 part.copies[chosen],
                 self.group,
-                list(compress(part.images, there)),
-                np.cumsum(of_tokens)[part.image_places[there]] - 1,
+                images,
+                places,
             )
 
     def finish(self) -> dict[str, Any]:

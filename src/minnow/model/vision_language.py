@@ -121,10 +121,9 @@ class VisionLanguageModel(CausalLM):
             images=images,
         )
         if images is None and torch.is_grad_enabled():
-            hidden_BTD = hidden_BTD + self._nothing_seen().to(hidden_BTD.dtype)
+            # A gradient of 0 for all that looks and learns: processes that meet in a backward pass expect one of each.
+            learning = [weight for part in self.eyes for weight in part.parameters() if weight.requires_grad]
+            if learning:
+                nothing = torch.stack([weight.flatten()[0] for weight in learning]).sum() * 0.0
+                hidden_BTD = hidden_BTD + nothing.to(hidden_BTD.dtype)
         return hidden_BTD
-
-    def _nothing_seen(self) -> Tensor:
-        """0, with a gradient of 0 for all that looks: processes that meet in a backward pass expect one of each."""
-        learning = (weight for part in self.eyes for weight in part.parameters() if weight.requires_grad)
-        return sum((weight.sum() * 0.0 for weight in learning), torch.zeros((), device=self.head_weight.device))

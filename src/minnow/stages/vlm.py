@@ -58,9 +58,9 @@ def run(config: Config) -> None:
     folder = resolve_model_folder(config.init_from)
     tokenizer = Tokenizer.from_pretrained(folder)
     tokenizer.require_chat_tokens()
-    if config.replace_chat_template:
-        tokenizer.chat_template = chat_template()
-    tokenizer.require_chat_template(config.init_from)
+    if not config.replace_chat_template:
+        tokenizer.require_chat_template(config.init_from)
+    tokenizer.chat_template = chat_template()  # one that says the same of texts may know nothing of pictures
     start = load_pretrained(folder)
     fresh = config.new_parts(config.init_from, sees=isinstance(start, VisionLanguageModel))
     config = replace(config, train=config.parts_to_train(fresh))
