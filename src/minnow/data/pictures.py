@@ -116,15 +116,16 @@ READ, TEXT_ONLY, TEXT_ALONE = Pictures(), Pictures(use="refuse"), Pictures(use="
 """For those who look, those who cannot do with pictures, and those who do not need them."""
 
 
-def in_place(contents: Sequence[Any], row: Mapping[str, Any]) -> list[Any]:
+def in_place(contents: Sequence[Any], row: Mapping[str, Any], *, looks: bool = True) -> list[Any]:
     """The users' contents of a row with the pictures that stand beside them in their places, as parts.
 
-    A row with `image_bytes` and no place for them is text: MiniMind-V fills the column with black pictures there.
-    Raises RowError where there are more or fewer pictures than places.
+    A row with `image_bytes` and no place for them is text: MiniMind-V fills the column with black pictures there. So is
+    any without a place to who only reads (looks: False): the `image` of a row may be anything. Raises RowError where
+    there are more or fewer pictures than places.
     """
     key, values = _beside(row)
     places = sum(map(_places, contents))
-    if not values or (key == "image_bytes" and not places):
+    if not values or (not places and (key == "image_bytes" or not looks)):
         return list(contents)
     if places != len(values):
         raise RowError(

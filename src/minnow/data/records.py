@@ -95,18 +95,18 @@ def parse_conversation(row: Mapping[str, Any], pictures: Pictures = READ) -> Con
         raise RowError(_no_conversation(row))
     if not raw:
         raise RowError("the conversation is empty")
-    raw = _with_pictures(row, raw)
+    raw = _with_pictures(row, raw, looks=pictures.use in ("read", "find"))
     messages = behind_system(row, tuple(parse_message(item, number, pictures) for number, item in enumerate(raw, 1)))
     check_order(messages)
     return Conversation(messages=messages, tools=parse_tools(row, raw))
 
 
-def _with_pictures(row: Mapping[str, Any], raw: list[Any]) -> list[Any]:
+def _with_pictures(row: Mapping[str, Any], raw: list[Any], *, looks: bool) -> list[Any]:
     """Raw messages with the row's pictures in the users' contents."""
     if not has_pictures(row):
         return raw
     users = [place for place, item in enumerate(raw) if isinstance(item, Mapping) and _is_user(item)]
-    shown = dict(zip(users, in_place([_value(raw[place]) for place in users], row), strict=True))
+    shown = dict(zip(users, in_place([_value(raw[place]) for place in users], row, looks=looks), strict=True))
     return [{**item, "content": shown[place]} if place in shown else item for place, item in enumerate(raw)]
 
 
