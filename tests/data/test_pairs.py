@@ -182,3 +182,15 @@ def test_weights_of_messages_do_not_reach_pairs():
     answers = {side: [{"role": "assistant", "content": side, "weight": 0}] for side in ("chosen", "rejected")}
     pair = parse_preference({"prompt": "q", **answers})
     assert [answer[0].weight for answer in (pair.chosen, pair.rejected)] == [1, 1]
+
+
+@pytest.mark.parametrize("prompt", ["<image>Who is this?", None])
+def test_pairs_about_pictures_are_bad_however_they_show_them(prompt):
+    """LLaVA's marker would be read as a word, with a preference that no text explains."""
+    asked = [] if prompt else [{"role": "user", "content": "<image>Who is this?"}]
+    sides = {side: [*asked, {"role": "assistant", "content": f"{side}."}] for side in ("chosen", "rejected")}
+    row = {"image": "otter.png", **sides} | ({"prompt": prompt} if prompt else {})
+    with pytest.raises(RowError, match="message 1 shows a picture, and only text is read here"):
+        parse_preference(row)
+    del row["image"]
+    assert parse_preference(row).prompt[0].content == "<image>Who is this?"

@@ -175,6 +175,10 @@ def test_who_only_reads_refuses_pictures_and_not_the_rows_around_them(tmp_path):
         padded = asked("Who lives in the river?", **beside)
         for pictures in (TEXT_ONLY, TEXT_ALONE):
             assert parse_conversation(padded, pictures).messages[0].content == "Who lives in the river?"
+    for beside in ({"image_bytes": OTTER}, {"image": "debian:12"}, {"images": ["avatar.png"]}, {"image": False}):
+        for reader in (TEXT_ONLY, TEXT_ALONE):
+            (user, _) = parse_conversation(asked("Who lives in the river?", **beside), reader).messages
+            assert (user.content, user.images) == ("Who lives in the river?", ())
 
 
 def test_a_marker_in_a_row_without_pictures_is_text(pictures):

@@ -263,8 +263,9 @@ def test_bad_documents_are_explained(row, message):
 
 KEYS = ["text", "content", "conversations", "messages", "role", "from", "value", "tools", "tool_calls", "function"]
 KEYS += ["name", "arguments", "instruction", "input", "output", "history", "system", "type"]
-KEYS += ["reasoning_content", "thinking"]
-WORDS = st.sampled_from(["user", "assistant", "gpt", "human", "system", "tool", "function_call", "[]", "{}", "text"])
+KEYS += ["reasoning_content", "thinking", "image", "images", "image_bytes", "image_url", "url", "caption"]
+WORDS = ["user", "assistant", "gpt", "human", "system", "tool", "function_call", "[]", "{}", "text", "image", "<image>"]
+WORDS = st.sampled_from(WORDS)
 LEAVES = st.none() | st.booleans() | st.integers() | WORDS | st.text(max_size=5)
 MESSAGES = st.fixed_dictionaries({"role": WORDS, "content": LEAVES | st.lists(LEAVES, max_size=2)})
 

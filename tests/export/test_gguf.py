@@ -536,10 +536,14 @@ def test_eyes_have_a_file_of_their_own(tmp_path: Path, type: GgufType) -> None:
     assert not any(tensor.name.startswith(("v.", "mm.")) for tensor in gguf.GGUFReader(written.path).tensors)
 
 
-def test_a_tower_that_llama_cpp_would_read_wrongly_is_refused(tmp_path: Path) -> None:
-    model = load_pretrained(seeing_model(tmp_path))
+def test_a_tower_that_llama_cpp_would_read_wrongly_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = seeing_model(tmp_path)
+    model = load_pretrained(seen)
     assert isinstance(model, VisionLanguageModel)
     model.vision = dataclasses.replace(model.vision, intermediate_size=model.vision.hidden_size)
     with pytest.raises(UserError, match="swapped"):
         write_eyes(model, tmp_path / "mmproj.gguf", "m")
-    assert not (tmp_path / "mmproj.gguf").exists()
+    monkeypatch.setattr("minnow.export.gguf_file.load_pretrained", lambda folder: model)
+    with pytest.raises(UserError, match="swapped"):
+        write_gguf(seen, tmp_path / "m.gguf", "f32")
+    assert not list(tmp_path.glob("*.gguf"))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import transformers
 from tests.tokenizer.tokenizer_helpers import small_tokenizer
@@ -98,10 +99,39 @@ def test_the_usual_files_are_read(kind: str) -> None:
     assert FORMAT.pixels(encoded(picture(), kind)).shape == (3, 24, 24)
 
 
+@pytest.mark.parametrize("orientation", range(9))
+def test_a_photograph_is_seen_as_it_was_held(orientation: int) -> None:
+    """Telephones store it lying and say so in EXIF; transformers' load_image, and browsers, set it upright."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation  # 0 means nothing
+    file = io.BytesIO()
+    picture().save(file, "PNG", exif=exif)
+    upright = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(file.getvalue())))
+    ours = FORMAT.pixels(file.getvalue()).astype(int)
+    # Not quite the same: the two passes of a resize round in between.
+    assert abs(ours - FORMAT.pixels(encoded(upright))).mean() < 1
+    assert (abs(ours - FORMAT.pixels(encoded(picture()))).mean() > 10) == (orientation > 1)
+
+
+def test_a_picture_with_broken_exif_is_a_picture() -> None:
+    file = io.BytesIO()
+    picture().save(file, "PNG", exif=b"Exif\0\0no tiff")
+    np.testing.assert_array_equal(FORMAT.pixels(file.getvalue()), FORMAT.pixels(encoded(picture())))
+
+
+def test_greys_of_16_bits_are_greys() -> None:
+    """Pillow's `convert` makes all of them white but the darkest 256."""
+    grey = np.arange(30 * 40).reshape(30, 40) % 256
+    fine = PIL.Image.fromarray((grey * 256 + 200).astype(np.uint16))
+    plain = PIL.Image.fromarray(grey.astype(np.uint8))
+    np.testing.assert_array_equal(FORMAT.pixels(encoded(fine)), FORMAT.pixels(encoded(plain)))
+
+
 @pytest.mark.parametrize("data", [b"", b"no picture", encoded(picture())[:60], encoded(picture(), "TIFF")])
 def test_what_is_no_picture_is_refused_in_words(data: bytes) -> None:
-    with pytest.raises(UserError, match="not a picture that can be read"):
+    with pytest.raises(UserError, match="not a picture that can be read") as caught:
         FORMAT.pixels(data)
+    assert "object at" not in str(caught.value)
 
 
 def test_a_picture_too_large_to_unpack_is_refused_before_it_is() -> None:

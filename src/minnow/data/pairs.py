@@ -22,6 +22,7 @@ from minnow.data.records import (
     check_order,
     parse_message,
     parse_tools,
+    with_pictures,
 )
 from minnow.data.values import RowError, from_json, keys_of, kind_of
 from minnow.tokenizer.chat import Conversation, Message, Rendered, render
@@ -60,6 +61,7 @@ def parse_preference(row: Mapping[str, Any]) -> PreferencePair:
         raise RowError(f"no `chosen` with a `rejected`, only {keys_of(row)}")
     prompt = _prompt(row)
     answers = [_answer(row[side], f"`{side}`", bool(prompt)) for side in SIDES]
+    prompt, *answers = (with_pictures(row, raw, looks=False) for raw in (prompt, *answers))
     chosen, rejected = (behind_system(row, _conversation(prompt, answer)) for answer in answers)
     if chosen == rejected:
         raise RowError("`chosen` and `rejected` are the same: nothing is preferred")

@@ -95,14 +95,14 @@ def parse_conversation(row: Mapping[str, Any], pictures: Pictures = READ) -> Con
         raise RowError(_no_conversation(row))
     if not raw:
         raise RowError("the conversation is empty")
-    raw = _with_pictures(row, raw, looks=pictures.looks)
+    raw = with_pictures(row, raw, looks=pictures.looks)
     messages = behind_system(row, tuple(parse_message(item, number, pictures) for number, item in enumerate(raw, 1)))
     check_order(messages)
     return Conversation(messages=messages, tools=parse_tools(row, raw))
 
 
-def _with_pictures(row: Mapping[str, Any], raw: list[Any], *, looks: bool) -> list[Any]:
-    """Raw messages with the row's pictures in the users' contents."""
+def with_pictures(row: Mapping[str, Any], raw: list[Any], *, looks: bool) -> list[Any]:
+    """Raw messages with the row's pictures in the users' contents. Raises RowError; looks: see `in_place`."""
     if not has_pictures(row):
         return raw
     users = [place for place, item in enumerate(raw) if isinstance(item, Mapping) and _is_user(item)]

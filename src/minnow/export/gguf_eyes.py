@@ -27,7 +27,10 @@ def write_eyes(model: VisionLanguageModel, path: Path, name: str, *, f32: bool =
     vision = model.vision
     if vision.hidden_size == vision.intermediate_size:
         # By these sizes it tells files of an old converter, which had the MLP's two matrices the wrong way round.
-        raise UserError("llama.cpp takes an MLP as wide as the tower for one with its matrices swapped: this one is")
+        raise UserError(
+            f"tower and MLP are both {vision.hidden_size} wide, and llama.cpp would take its matrices for swapped: "
+            "give a new tower another intermediate_size"
+        )
     with atomic_write(path) as temporary:
         writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.MMPROJ])
         writer.add_type("mmproj")

@@ -7,13 +7,16 @@ import io
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from minnow.config import UserError
 from minnow.json_file import read_json
 from minnow.tokenizer.special import IMAGE
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 MEAN, STD = 0.5, 0.5
 """SigLIP's: pixels go from 0 ... 1 to -1 ... 1."""
@@ -83,11 +86,44 @@ class ImageFormat:
                 # The same pixels by way of RGBA, without a warning for each palette that is transparent in parts. No
                 # filter of warnings: those are one for all threads, and pictures are decoded in several.
                 coloured = picture.convert("RGBA") if picture.mode == "P" else picture
+                if picture.mode == "I;16":  # a grey of 16 bits, which `convert` would cut off at 255: all white
+                    coloured = picture.point(lambda grey: grey / 256)
                 square = (self.image_size, self.image_size)
                 resized = coloured.convert("RGB").resize(square, PIL.Image.Resampling.BICUBIC)
+                resized = _upright(resized, _orientation(picture))
+        except PIL.UnidentifiedImageError as error:  # its own words name an object in memory
+            raise UserError(f"not a picture that can be read ({', '.join(_FORMATS)})") from error
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             raise UserError(f"not a picture that can be read ({', '.join(_FORMATS)}): {error}") from error
         return np.ascontiguousarray(np.asarray(resized, np.uint8).transpose(2, 0, 1))
+
+
+def _orientation(picture: PIL.Image.Image) -> int:
+    """How a camera was held, 1 to 8, by the file's EXIF; 1, upright, where that says nothing or cannot be read."""
+    try:
+        return int(picture.getexif().get(0x0112, 1))
+    except Exception:  # whatever is wrong with what a file says about its picture, the picture is there
+        return 1
+
+
+def _upright(square: PIL.Image.Image, orientation: int) -> PIL.Image.Image:
+    """The picture as every viewer shows it: telephones store what they saw, and beside it how they were held.
+
+    Turned when it is small already, which is as good as before that and takes no memory.
+    """
+    import PIL.Image
+
+    turn = PIL.Image.Transpose
+    turns = {
+        2: turn.FLIP_LEFT_RIGHT,
+        3: turn.ROTATE_180,
+        4: turn.FLIP_TOP_BOTTOM,
+        5: turn.TRANSPOSE,
+        6: turn.ROTATE_270,
+        7: turn.TRANSVERSE,
+        8: turn.ROTATE_90,
+    }
+    return square.transpose(turns[orientation]) if orientation in turns else square
 
 
 def read_image_format(folder: Path) -> ImageFormat | None:
