@@ -155,11 +155,12 @@ def test_a_picture_that_claims_to_be_huge_is_refused(running: Running) -> None:
         running.client().chat.completions.create(model="sees", messages=asked(part(data_url(bytes(huge)))))
 
 
-def test_image_tokens_among_the_ids_of_a_text_completion_are_refused(running: Running) -> None:
+def test_a_pictures_tokens_among_the_ids_of_a_text_completion_are_refused(running: Running) -> None:
     image_id = running.engines["sees"].engine.tokenizer.image_id
     with pytest.raises(openai.BadRequestError, match="image tokens"):
-        running.client().completions.create(model="sees", prompt=[50, image_id, 60])
-    running.client().completions.create(model="reads", prompt=[50, image_id, 60], max_tokens=1)  # a token like others
+        running.client().completions.create(model="sees", prompt=[50, *[image_id] * 4, 60])
+    running.client().completions.create(model="reads", prompt=[50, *[image_id] * 4, 60], max_tokens=1)  # like others
+    running.client().completions.create(model="sees", prompt=[50, image_id, 60], max_tokens=1)  # an answer, sent back
 
 
 def test_the_list_of_models_says_who_sees(running: Running) -> None:
