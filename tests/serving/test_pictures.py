@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,9 @@ def test_the_list_of_models_says_who_sees(running: Running) -> None:
     }
 
 
-def test_the_loop_answers_while_a_picture_is_decoded(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def held_in_decoding(running: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[httpx.Response]]:
+    """Within it a picture is being decoded; the answer to who showed it is there afterwards."""
     began, go_on = threading.Event(), threading.Event()
     pixels = ImageFormat.pixels
 
@@ -181,21 +184,36 @@ def test_the_loop_answers_while_a_picture_is_decoded(running: Running, monkeypat
         return pixels(image_format, data)
 
     monkeypatch.setattr(ImageFormat, "pixels", held)
-    ask = {"model": "sees", "messages": asked(part(data_url(picture(0)))), "max_tokens": 1}
     answers: list[httpx.Response] = []
-    asking = threading.Thread(
-        target=lambda: answers.append(httpx.post(f"{running.url}/v1/chat/completions", json=ask, timeout=60))
-    )
+    asking = threading.Thread(target=lambda: answers.append(post(running, part(data_url(picture(0))))))
     asking.start()
     try:
         assert began.wait(60)
-        assert httpx.get(f"{running.url}/health").status_code == 200
-        text = {"model": "sees", "messages": asked("hi"), "max_tokens": 1}
-        assert httpx.post(f"{running.url}/v1/chat/completions", json=text, timeout=60).status_code == 200
+        yield answers
     finally:
         go_on.set()
         asking.join()
+
+
+def post(running: Running, *parts: dict[str, Any] | str) -> httpx.Response:
+    ask = {"model": "sees", "messages": asked(*parts), "max_tokens": 1}
+    return httpx.post(f"{running.url}/v1/chat/completions", json=ask, timeout=60)
+
+
+def test_the_loop_answers_while_a_picture_is_decoded(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with held_in_decoding(running, monkeypatch) as answers:
+        assert httpx.get(f"{running.url}/health").status_code == 200
+        assert post(running, "hi").status_code == 200
     assert answers[0].status_code == 200
+
+
+def test_pictures_that_wait_to_be_decoded_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving({"sees": save_seeing_model(tmp_path)}, ServingConfig(max_answers=1)) as running:
+        with held_in_decoding(running, monkeypatch) as answers:
+            assert post(running, part(data_url(picture(1)))).status_code == 429
+        assert answers[0].status_code == 200
+        assert post(running, part(data_url(picture(1)))).status_code == 200
+        assert running.engines["sees"].in_flight == 0
 
 
 def test_other_weights_take_their_place_only_with_the_same_eyes(tmp_path: Path) -> None:
