@@ -96,11 +96,11 @@ def write_gguf(
         for name, tensor in tensors.items():  # one in memory at a time
             writer.write_tensor_data(encode(name, tensor, types[name]))
         writer.close()
+        eyes = None
+        if isinstance(model, VisionLanguageModel):  # within: without eyes it is not the model
+            eyes = path.with_name(f"mmproj-{path.name}")
+            write_eyes(model, eyes, model_name(folder), f32=type == "f32")
     kept = [n for n in tensors if type.startswith("q") and types[n] == Quantization.F16]
-    eyes = None
-    if isinstance(model, VisionLanguageModel):
-        eyes = path.with_name(f"mmproj-{path.name}")
-        write_eyes(model, eyes, model_name(folder), f32=type == "f32")
     return GgufFile(path, path.stat().st_size, tuple(kept), note, eyes)
 
 
