@@ -86,8 +86,12 @@ class ImageFormat:
                 if coloured.mode != "RGB":  # it would be copied
                     coloured = coloured.convert("RGB")
                 resized = coloured.resize((self.image_size, self.image_size), PIL.Image.Resampling.BICUBIC)
+        except UserError:
+            raise
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-            raise UserError(f"not a picture that can be read ({', '.join(_FORMATS)}): {error}") from error
+            # Of what is no picture at all it says only where in memory that lies, and servers tell strangers.
+            reason = "" if isinstance(error, PIL.UnidentifiedImageError) else f": {error}"
+            raise UserError(f"not a picture that can be read ({', '.join(_FORMATS)}){reason}") from error
         return np.ascontiguousarray(np.asarray(resized, np.uint8).transpose(2, 0, 1))
 
 
