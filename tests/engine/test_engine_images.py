@@ -100,13 +100,13 @@ def small_cache(engine: Engine, blocks: int) -> Engine:
 @pytest.mark.parametrize("frozen", [False, True], ids=["model", "packed"])
 @pytest.mark.parametrize("settings", [{"max_step_tokens": 3}, {"max_step_tokens": 7, "max_rows": 2}], ids=str)
 def test_a_picture_cut_in_two_is_the_same_picture(settings: dict[str, Any], frozen: bool) -> None:
-    params = SamplingParams(seed=3, n=2, max_tokens=20, ignore_eos=True)
+    params = SamplingParams(seed=3, n=2, max_tokens=6, ignore_eos=True)
     engine = make_engine(frozen=frozen, **settings)
     assert answers(engine.generate(RAGGED, params)) == answers(make_engine().generate(RAGGED, params))
 
 
 def test_whoever_made_room_is_read_again_with_its_pictures() -> None:
-    params = SamplingParams(seed=3, n=2, max_tokens=60, ignore_eos=True)
+    params = SamplingParams(seed=3, n=2, max_tokens=40, ignore_eos=True)
     engine = small_cache(make_engine(), 20)
     looked = count_looks(engine)
     assert answers(engine.generate(RAGGED, params)) == answers(make_engine().generate(RAGGED, params))
