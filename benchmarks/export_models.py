@@ -111,13 +111,14 @@ def tiny_model(tmp_path: Path, *, tokenizer: Tokenizer | None = None, seed: int 
     return _saved(CausalLM(ModelConfig(**(shape | changes))), tmp_path, tokenizer, seed)
 
 
-def seeing_model(tmp_path: Path, **changes: Any) -> Path:
+def seeing_model(tmp_path: Path, *, tower: dict[str, Any] | None = None, **changes: Any) -> Path:
     """The same of a model that looks at pictures of 32 x 32 pixels."""
     tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(small_tokenizer().definition)))
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256}
     text = ModelConfig(**(shape | heads | changes))
-    vision = VisionConfig(image_size=32, patch_size=8, hidden_size=64, intermediate_size=96, num_hidden_layers=3)
+    eyes = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    vision = VisionConfig(**(eyes | (tower or {})))
     model = VisionLanguageModel(text, vision, tokenizer.special_ids[IMAGE])
     tokenizer.image_format = model.image_format
     return _saved(model, tmp_path, tokenizer, 0)

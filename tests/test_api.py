@@ -254,6 +254,7 @@ def test_a_picture_is_a_path_or_bytes_or_a_data_url(
         ("nowhere.png", "nowhere.png, and there is no such file"),
         ("https://example.org/a.png", "pictures are not downloaded"),
         (b"no picture", "not a picture that can be read"),
+        ("data:image/png;base64,é", "is no base64"),
         (5, "must be a path or a `data:` URL"),
     ):
         with pytest.raises(UserError, match=wrong):

@@ -205,7 +205,9 @@ def scripted(engine: Engine, script: list[int]) -> None:
     vocab_size = engine.model.config.vocab_size
     hidden = engine.model.config.hidden_size
 
-    def forward(tokens: torch.Tensor, positions: torch.Tensor, attention: object) -> torch.Tensor:
+    def forward(
+        tokens: torch.Tensor, positions: torch.Tensor, attention: object, images: object = None
+    ) -> torch.Tensor:
         said = torch.zeros(*tokens.shape, hidden)
         said[..., 0] = torch.tensor([[script[p % len(script)] for p in row] for row in positions.tolist()])
         return said

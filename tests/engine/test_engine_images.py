@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine_helpers import picture, seeing_model, seeing_tokenizer, shown, tiny_model, tiny_tokenizer
+from engine_helpers import full_logits, picture, seeing_model, seeing_tokenizer, shown, tiny_model, tiny_tokenizer
 from transformers import AutoModelForImageTextToText
 
 from minnow.config import UserError
@@ -100,13 +100,13 @@ def small_cache(engine: Engine, blocks: int) -> Engine:
 @pytest.mark.parametrize("frozen", [False, True], ids=["model", "packed"])
 @pytest.mark.parametrize("settings", [{"max_step_tokens": 3}, {"max_step_tokens": 7, "max_rows": 2}], ids=str)
 def test_a_picture_cut_in_two_is_the_same_picture(settings: dict[str, Any], frozen: bool) -> None:
-    params = SamplingParams(seed=3, n=2, max_tokens=20, ignore_eos=True)
+    params = SamplingParams(seed=3, n=2, max_tokens=6, ignore_eos=True)
     engine = make_engine(frozen=frozen, **settings)
     assert answers(engine.generate(RAGGED, params)) == answers(make_engine().generate(RAGGED, params))
 
 
 def test_whoever_made_room_is_read_again_with_its_pictures() -> None:
-    params = SamplingParams(seed=3, n=2, max_tokens=60, ignore_eos=True)
+    params = SamplingParams(seed=3, n=2, max_tokens=40, ignore_eos=True)
     engine = small_cache(make_engine(), 20)
     looked = count_looks(engine)
     assert answers(engine.generate(RAGGED, params)) == answers(make_engine().generate(RAGGED, params))
@@ -236,15 +236,15 @@ IMAGE_ID = seeing_tokenizer().image_id
 @pytest.mark.parametrize(
     "prompt",
     [
-        [50, IMAGE_ID, 60],
         [50, *[IMAGE_ID] * 4, 60],
+        [50, *[IMAGE_ID] * 5, 60],
         shown(0, 1).ids.tolist(),
         replace(shown(0, 1), images=(picture(0),)),
         replace(shown(0), images=(picture(0), picture(1))),
         replace(shown(), images=(picture(0),)),
         replace(shown(0), ids=np.array([50, *[IMAGE_ID] * 2, 60, *[IMAGE_ID] * 2], np.int32)),
     ],
-    ids=["one", "four", "ids", "picture missing", "tokens missing", "no tokens", "torn apart"],
+    ids=["four", "five", "ids", "picture missing", "tokens missing", "no tokens", "torn apart"],
 )
 def test_image_tokens_without_their_pictures_are_refused(prompt: Prompt) -> None:
     engine = make_engine()
@@ -256,6 +256,33 @@ def test_image_tokens_without_their_pictures_are_refused(prompt: Prompt) -> None
         with pytest.raises(UserError, match="image tokens are not those of"):
             ask()
     assert not engine.has_work
+
+
+def test_image_tokens_that_the_model_wrote_are_tokens_when_a_dialogue_goes_on() -> None:
+    """Rollouts and clients that keep ids send an answer back as it was sampled."""
+    engine = make_engine()
+    params = SamplingParams(temperature=0.0, max_tokens=2, logit_bias={IMAGE_ID: 100.0}, ignore_eos=True)
+    for prompt in ([50, 60], shown(0)):
+        (said,) = answers(engine.generate([prompt], params))
+        assert said == [[IMAGE_ID] * 2]
+        before = prompt.ids.tolist() if isinstance(prompt, Rendered) else prompt
+        ids = np.array([*before, *said[0], 70], np.int32)
+        again = replace(prompt, ids=ids) if isinstance(prompt, Rendered) else ids.tolist()
+        cached = engine.generate([again], GREEDY)
+        assert answers(cached) == answers(make_engine().generate([again], GREEDY))
+        if not isinstance(prompt, Rendered):
+            logits = full_logits(engine.model, ids.tolist())
+            assert cached[0].completions[0].ids[0] == int(logits[-1].argmax())
+
+
+def test_what_was_seen_is_let_go_with_the_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, requests = make_engine(max_rows=1), []
+    submit = engine._submit
+    monkeypatch.setattr(engine, "_submit", lambda request: requests.append(request) or submit(request))
+    deliver, held = engine._deliver, []
+    monkeypatch.setattr(engine, "_deliver", lambda: deliver() or held.append(sum(len(r.seen) for r in requests)))
+    engine.generate([shown(seed) for seed in range(4)], GREEDY)
+    assert max(held) == 1
 
 
 def test_a_broken_picture_is_refused_before_anything_is_queued() -> None:

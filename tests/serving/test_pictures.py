@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
+import PIL.Image
 import pytest
 
 from minnow.engine import Engine, SamplingParams
@@ -148,18 +151,27 @@ def test_pictures_of_a_request_are_bounded(running: Running) -> None:
         client.chat.completions.create(**ask, messages=[*asked(*[part(url)] * 9), *asked(*[part(url)] * 8)])
 
 
-def test_a_picture_that_claims_to_be_huge_is_refused(running: Running) -> None:
-    huge = bytearray(picture(0))
-    huge[16:24] = (60000).to_bytes(4, "big") * 2  # a PNG's width and height; its checksum is wrong then, too
-    with pytest.raises(openai.BadRequestError, match="not a picture|at most"):
-        running.client().chat.completions.create(model="sees", messages=asked(part(data_url(bytes(huge)))))
+def test_a_picture_that_is_huge_is_refused(running: Running) -> None:
+    file = io.BytesIO()
+    PIL.Image.new("1", (9000, 8000)).save(file, "PNG")
+    assert len(file.getvalue()) < 10_000
+    answer = post(running, part(data_url(file.getvalue())))
+    assert answer.status_code == 400
+    said = answer.json()["error"]["message"]
+    assert said == "Invalid value for 'messages': a picture of 9000 x 8000 pixels: at most 67,108,864 are read"
 
 
-def test_image_tokens_among_the_ids_of_a_text_completion_are_refused(running: Running) -> None:
+def test_what_is_no_picture_is_told_without_an_address_in_memory(running: Running) -> None:
+    said = post(running, part(data_url(b"no picture"))).json()["error"]["message"]
+    assert said == "Invalid value for 'messages': not a picture that can be read (PNG, JPEG, WEBP, GIF, BMP)"
+
+
+def test_a_pictures_tokens_among_the_ids_of_a_text_completion_are_refused(running: Running) -> None:
     image_id = running.engines["sees"].engine.tokenizer.image_id
     with pytest.raises(openai.BadRequestError, match="image tokens"):
-        running.client().completions.create(model="sees", prompt=[50, image_id, 60])
-    running.client().completions.create(model="reads", prompt=[50, image_id, 60], max_tokens=1)  # a token like others
+        running.client().completions.create(model="sees", prompt=[50, *[image_id] * 4, 60])
+    running.client().completions.create(model="reads", prompt=[50, *[image_id] * 4, 60], max_tokens=1)  # like others
+    running.client().completions.create(model="sees", prompt=[50, image_id, 60], max_tokens=1)  # an answer, sent back
 
 
 def test_the_list_of_models_says_who_sees(running: Running) -> None:
@@ -170,7 +182,9 @@ def test_the_list_of_models_says_who_sees(running: Running) -> None:
     }
 
 
-def test_the_loop_answers_while_a_picture_is_decoded(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def held_in_decoding(running: Running, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[httpx.Response]]:
+    """Within it a picture is being decoded; the answer to who showed it is there afterwards."""
     began, go_on = threading.Event(), threading.Event()
     pixels = ImageFormat.pixels
 
@@ -180,21 +194,36 @@ def test_the_loop_answers_while_a_picture_is_decoded(running: Running, monkeypat
         return pixels(image_format, data)
 
     monkeypatch.setattr(ImageFormat, "pixels", held)
-    ask = {"model": "sees", "messages": asked(part(data_url(picture(0)))), "max_tokens": 1}
     answers: list[httpx.Response] = []
-    asking = threading.Thread(
-        target=lambda: answers.append(httpx.post(f"{running.url}/v1/chat/completions", json=ask, timeout=60))
-    )
+    asking = threading.Thread(target=lambda: answers.append(post(running, part(data_url(picture(0))))))
     asking.start()
     try:
         assert began.wait(60)
-        assert httpx.get(f"{running.url}/health").status_code == 200
-        text = {"model": "sees", "messages": asked("hi"), "max_tokens": 1}
-        assert httpx.post(f"{running.url}/v1/chat/completions", json=text, timeout=60).status_code == 200
+        yield answers
     finally:
         go_on.set()
         asking.join()
+
+
+def post(running: Running, *parts: dict[str, Any] | str) -> httpx.Response:
+    ask = {"model": "sees", "messages": asked(*parts), "max_tokens": 1}
+    return httpx.post(f"{running.url}/v1/chat/completions", json=ask, timeout=60)
+
+
+def test_the_loop_answers_while_a_picture_is_decoded(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    with held_in_decoding(running, monkeypatch) as answers:
+        assert httpx.get(f"{running.url}/health").status_code == 200
+        assert post(running, "hi").status_code == 200
     assert answers[0].status_code == 200
+
+
+def test_pictures_that_wait_to_be_decoded_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving({"sees": save_seeing_model(tmp_path)}, ServingConfig(max_answers=1)) as running:
+        with held_in_decoding(running, monkeypatch) as answers:
+            assert post(running, part(data_url(picture(1)))).status_code == 429
+        assert answers[0].status_code == 200
+        assert post(running, part(data_url(picture(1)))).status_code == 200
+        assert running.engines["sees"].in_flight == 0
 
 
 def test_other_weights_take_their_place_only_with_the_same_eyes(tmp_path: Path) -> None:

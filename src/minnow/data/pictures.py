@@ -7,7 +7,6 @@ A user's content may be a list of parts, some of them pictures; that is the form
 from __future__ import annotations
 
 import base64
-import binascii
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -261,5 +260,5 @@ def _from_data_url(url: str, name: str) -> bytes:
         raise RowError(f"{name} is a `data:` URL without base64: write data:image/png;base64,...")
     try:
         return base64.b64decode("".join(match[2].split()), validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # of characters that are not ASCII it is no binascii.Error
         raise RowError(f"{name} is no base64: {error}") from None

@@ -308,6 +308,7 @@ class Engine:
                 self._unclaimed.append((request.id, outcome))
             if isinstance(outcome, UserError) or outcome.usage is not None:
                 del self._requests[request.id]
+                request.seen.clear()  # `generate` keeps the request until the last one has its end
 
     @torch.no_grad()  # not inference_mode: the live training module may cache what it makes here
     def _step(self) -> list[tuple[Request, Delta | UserError]]:

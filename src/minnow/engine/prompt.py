@@ -76,8 +76,10 @@ def ready_prompt(model: CausalLM, tokenizer: Tokenizer, prompt: Prompt) -> Ready
     image_format = model.image_format
     size = image_format.num_tokens
     places_M = np.flatnonzero(np.array(ids, dtype=np.int64) == model.image_token_id)
-    starts = places_M[::size]
-    if len(starts) != len(files) or not np.array_equal(places_M, (starts[:, None] + np.arange(size)).ravel()):
+    # Fewer in a row than a picture has are what the model wrote in an earlier turn: tokens like others, as then.
+    runs = [run for run in np.split(places_M, np.flatnonzero(np.diff(places_M) > 1) + 1) if len(run) >= size]
+    starts = [int(start) for run in runs for start in run[::size]]
+    if len(starts) != len(files) or any(len(run) % size for run in runs):
         raise UserError(
             f"the prompt's {len(places_M)} image tokens are not those of {len(files)} pictures, {size} each: pictures "
             "are shown in a conversation, as `render` gives it, and not by their tokens"
@@ -86,7 +88,7 @@ def ready_prompt(model: CausalLM, tokenizer: Tokenizer, prompt: Prompt) -> Ready
         return ReadyPrompt(ids)
     pixels_ICHW = np.stack([image_format.pixels(data) for data in files])
     digests = tuple(hashlib.sha256(data).digest() for data in files)
-    return ReadyPrompt(ids, PromptImages(pixels_ICHW, tuple(starts.tolist()), size, digests))
+    return ReadyPrompt(ids, PromptImages(pixels_ICHW, tuple(starts), size, digests))
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:

@@ -151,15 +151,16 @@ class Models:
         return self._models[name]
 
     async def ready(self, model: ServedModel, prompt: Rendered) -> ReadyPrompt:
-        """The prompt with its pictures decoded. APIError 400 for what is no picture."""
+        """The prompt with its pictures decoded. APIError 400 for what is no picture; 429 and 503 as `submit`."""
         ready = model.engine.engine.ready
         if not prompt.images:
             return ready(prompt)
-        async with self._decoding:  # a small file may take 200 MB to decode: one request at a time
-            try:
-                return await asyncio.to_thread(ready, prompt)
-            except UserError as error:
-                raise APIError(400, f"Invalid value for 'messages': {error}", param="messages") from error
+        with refusals(), model.engine.place():  # those that wait for their turn hold files, and must not be many
+            async with self._decoding:  # a small file may take 1 GB to decode: one request at a time
+                try:
+                    return await asyncio.to_thread(ready, prompt)
+                except UserError as error:
+                    raise APIError(400, f"Invalid value for 'messages': {error}", param="messages") from error
 
     async def submit(self, model: ServedModel, prompt: ReadyPrompt, params: SamplingParams) -> Generation:
         """Start an answer. APIError 429 when the queue is full, 503 when the server drains; UserError."""

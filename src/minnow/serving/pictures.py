@@ -8,7 +8,7 @@ import re
 from minnow.serving.errors import APIError
 
 MAX_PICTURES = 16
-"""Most pictures of a request: a small file may take a second and 200 MB to decode."""
+"""Most pictures of a request: a small file may take two seconds to decode."""
 
 _DATA_URL = re.compile(r"data:image/(?:png|jpe?g|webp|gif);base64,", re.IGNORECASE)
 
