@@ -10,18 +10,17 @@ import base64
 import json
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tarfile
 import tempfile
-import time
 import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
+from other_server import answering
 
 VERSION = "0.3.36"  # of llama-cpp-python; its llama.cpp is v0.5.0-dev
 FOLDER = Path(os.environ.get("MINNOW_LLAMA_CPP") or Path.home() / ".cache" / "minnow" / "llama.cpp")
@@ -124,31 +123,10 @@ class LlamaCpp:
         return [int(word) for word in line.split()]
 
 
-@contextmanager
-def llama_server(path: Path, eyes: Path) -> Iterator[str]:
-    """The root of the address at which llama.cpp's server answers about pictures, in float32."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    words = ["-m", str(path), "--mmproj", str(eyes), "--port", str(port), "--jinja", "-t", "1", "-c", "256"]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [str(SERVER), *words, "-ctk", "f32", "-ctv", "f32"], stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            while True:
-                time.sleep(0.2)
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                    break
-                except OSError:
-                    if process.poll() is not None:
-                        log.seek(0)
-                        raise RuntimeError(f"llama-server failed:\n{log.read()[-4000:]}") from None
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait()
+def llama_server(path: Path, eyes: Path) -> AbstractContextManager[str]:
+    """llama.cpp's server with the two files of a model that looks at pictures, in float32: its address."""
+    words = ["-m", str(path), "--mmproj", str(eyes), "--jinja", "-t", "1", "-c", "256"]
+    return answering([str(SERVER), *words, "-ctk", "f32", "-ctv", "f32"])
 
 
 def llama_sees(address: str, picture: Path, question: str, count: int) -> list[int]:

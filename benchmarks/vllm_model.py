@@ -8,16 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-import tempfile
-import time
-import urllib.request
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
+
+from other_server import answering
 
 VERSION, TORCH = "0.32.0", "2.13.0"
 PYTHON = os.environ.get("MINNOW_VLLM", "")
@@ -52,32 +49,11 @@ def _ask(request: dict, environment: dict[str, str]) -> list[tuple[list[int], li
     return [(answer["ids"], answer["logprobs"]) for answer in answers]
 
 
-@contextmanager
-def serving(folder: Path, name: str, length: int) -> Iterator[str]:
+def serving(folder: Path, name: str, length: int) -> AbstractContextManager[str]:
     """The root of the address at which vLLM serves a model in fp32; developer's mode lets us reload its weights."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = _environment() | {"VLLM_SERVER_DEV_MODE": "1"}
-    words = ["-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--port", str(port)]
-    words += ["--model", str(folder), "--served-model-name", name, "--max-model-len", str(length)]
-    words += ["--dtype", "float32", "--enforce-eager"]
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen([PYTHON, *words], env=environment, stdout=log, stderr=subprocess.STDOUT)
-        try:
-            while True:
-                time.sleep(1)
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
-                    break
-                except OSError:
-                    if process.poll() is not None:
-                        log.seek(0)
-                        raise RuntimeError(f"vLLM failed:\n{log.read()[-4000:]}") from None
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            process.terminate()
-            process.wait()
+    words = [PYTHON, "-m", "vllm.entrypoints.openai.api_server", "--host", "127.0.0.1", "--model", str(folder)]
+    words += ["--served-model-name", name, "--max-model-len", str(length), "--dtype", "float32", "--enforce-eager"]
+    return answering(words, _environment() | {"VLLM_SERVER_DEV_MODE": "1"})
 
 
 def _environment() -> dict[str, str]:
