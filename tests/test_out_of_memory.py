@@ -131,7 +131,7 @@ def test_a_command_ends_with_the_message_and_no_traceback(
 def test_a_run_that_ran_out_says_where_and_its_note_is_kept() -> None:
     class Full:
         state, total_steps, passed_over, balance = SimpleNamespace(step=11), 400, (), None
-        config, model = SimpleNamespace(seed=0), SimpleNamespace(adapter=None)
+        config, model = SimpleNamespace(seed=0), SimpleNamespace(adapter=None, parameters=lambda: ())
 
         def resume(self) -> bool:
             return False

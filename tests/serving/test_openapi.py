@@ -104,7 +104,7 @@ def with_pictures(value: Any) -> Any:
 
 def test_a_few_cases_of_every_endpoint(operations: list[Any]) -> None:
     assert len(operations) == 10
-    try_out(operations, 20, derandomize=True)
+    try_out(operations, 40, derandomize=True)
 
 
 @pytest.mark.slow
