@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,11 +44,11 @@ from minnow.model.stacking import stack_experts, unstack_experts
 from minnow.model.transformer import CausalLM
 from minnow.model.vision_language import VisionLanguageModel
 from minnow.model.vision_tower import VisionConfig, VisionTower
+from minnow.model.weight_files import WEIGHTS, check_weights, read_weights, require_layers
 
 if TYPE_CHECKING:
     from minnow.tokenizer.tokenizer import Tokenizer
 
-_WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _KEPT_IN_FP32 = "e_score_correction_bias"  # small steps add up in it; transformers keeps it so too
 TRAINING_ONLY = "gate.noise_weight"
 """Parameters whose names end so are left out of model folders: no class has a place for them."""
@@ -106,8 +105,8 @@ def _write_model(
     token_ids["eos_token_id"] = stops[0] if isinstance(stops, list) else stops
     if isinstance(model, VisionLanguageModel):
         weights = to_llava_names(weights)
-    save_file(weights, folder / _WEIGHTS, metadata={"format": "pt"})
-    opened_to_others(folder / _WEIGHTS)
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+    opened_to_others(folder / WEIGHTS)
     content = to_hf_config(model.config, stored, token_ids)
     if isinstance(model, RewardModel):
         content = classification_config(content)
@@ -139,13 +138,13 @@ def load_pretrained(
         raise UserError(f"{folder}: a reward model, which writes nothing (use it with minnow eval --judge)")
     if is_adapter(folder) or base is not None:
         return _merged(load_with_adapter(folder, base), dtype, device)
-    config, weights = read_config(folder), _read_weights(folder)
+    config, weights = read_config(folder), read_weights(folder)
     seeing = read_vision(folder)
     weights = stack_experts(weights if seeing is None else from_llava_names(weights))
     if architecture(config) == "Glm4MoeForCausalLM" and _is_tied(weights):
         # That class is always stored with a head; a head that is the embedding bit by bit was tied when written.
         config = dataclasses.replace(config, tie_word_embeddings=True)
-    _require_layers(config, weights, folder)
+    require_layers(config, weights, folder)
     with torch.device("meta"):
         model = CausalLM(config) if seeing is None else VisionLanguageModel(config, *seeing)
     _fill(model, weights, folder, dtype, device)
@@ -168,8 +167,8 @@ def load_reward_model(
         merged = _merged(load_with_adapter(folder), dtype, device)
         assert isinstance(merged, RewardModel)
         return merged
-    config, weights = read_config(folder), stack_experts(_read_weights(folder))
-    _require_layers(config, weights, folder)
+    config, weights = read_config(folder), stack_experts(read_weights(folder))
+    require_layers(config, weights, folder)
     with torch.device("meta"):
         model = RewardModel(config)
     weights.pop("lm_head.weight", None)  # some writers leave it in
@@ -189,7 +188,7 @@ def _fill(
 ) -> None:
     """Check the weights against a model made on "meta" and put them into it."""
     _drop_duplicates(model, weights)
-    _check_weights(model, weights, folder)
+    check_weights(model, weights, folder)
     weights = {name: tensor.to(device, _stored_dtype(name, tensor, dtype)) for name, tensor in weights.items()}
     model.load_state_dict(weights, assign=True)
     model.compute_dtype = model.head_weight.dtype
@@ -257,10 +256,10 @@ def load_vision_tower(folder: str | Path) -> tuple[VisionConfig, VisionTower]:
     """
     folder = resolve_model_folder(folder)
     config = read_tower(folder)
-    weights = tower_weights(_read_weights(folder))
+    weights = tower_weights(read_weights(folder))
     with torch.device("meta"):
         tower = VisionTower(config)
-    _check_weights(tower, weights, folder)
+    check_weights(tower, weights, folder)
     tower.load_state_dict(weights, assign=True)
     return config, tower
 
@@ -325,34 +324,6 @@ def _generation_config(model: CausalLM, tokenizer: Tokenizer | None) -> dict[str
     return named | model.generation_config | {"eos_token_id": stops}
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """All tensors of model.safetensors, or of the shards its index names. A folder that has both is read as
-    transformers reads it: an index beside the whole file is left over from an older save."""
-    if (folder / _WEIGHTS).is_file():
-        files = [_WEIGHTS]
-    elif (folder / _INDEX).is_file():
-        weight_map = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{folder / _INDEX}: no weight_map in it, which names each tensor's file: fetch it again")
-        files = sorted(set(map(str, weight_map.values())))
-        if outside := [name for name in files if Path(name).is_absolute() or ".." in Path(name).parts]:
-            raise UserError(f"{folder / _INDEX}: it names {outside[0]}, which is no file of this folder")
-    else:
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pth", ".pt"))
-        also = f" ({pickled[0]} is a pickle, never read: convert it to safetensors)" if pickled else ""
-        raise UserError(f"{folder}: no {_WEIGHTS} in it{also}")
-    weights: dict[str, Tensor] = {}
-    for name in files:
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: {_INDEX} names {name}, which is not there")
-        try:
-            with safe_open(folder / name, framework="pt") as file:
-                weights |= {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - not a dict
-        except SafetensorError as error:
-            raise UserError(f"{folder / name}: not a whole safetensors file ({error})") from error
-    return weights
-
-
 def _stored_weights(model: CausalLM, dtype: torch.dtype | None) -> dict[str, Tensor]:
     """The tensors of model.safetensors: experts one by one, without what serves training only."""
     weights = {
@@ -380,29 +351,6 @@ def _drop_duplicates(model: CausalLM, weights: dict[str, Tensor]) -> None:
         del weights[name]
     if model.config.tie_word_embeddings and _is_tied(weights):
         del weights["lm_head.weight"]
-
-
-def _require_layers(config: ModelConfig, weights: dict[str, Tensor], folder: Path) -> None:
-    """Before they are made: ten million layers take minutes and all of the memory, though they hold no weights yet."""
-    if config.num_hidden_layers > max(len(weights), 1000):
-        raise UserError(
-            f"{folder}: the weights do not fit config.json: they are {len(weights)} tensors, and it asks for "
-            f"{config.num_hidden_layers} layers"
-        )
-
-
-def _check_weights(model: torch.nn.Module, weights: dict[str, Tensor], folder: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in weights]
-    problems += [f"unexpected {name} {tuple(weights[name].shape)}" for name in weights if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(weights[name].shape)} where config.json asks for {shape}"
-        for name, shape in expected.items()
-        if name in weights and tuple(weights[name].shape) != shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise UserError(f"{folder}: the weights do not fit config.json: {'; '.join(problems[:5])}{more}")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

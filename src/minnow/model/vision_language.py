@@ -48,7 +48,7 @@ class VisionLanguageModel(CausalLM):
         self.vision, self.image_token_id = vision, image_token_id
         self.vision_tower = VisionTower(vision)
         self.multi_modal_projector = Projector(vision.hidden_size, config.hidden_size)
-        for part in self.eyes:
+        for part in self.vision_modules:
             initialize(part, init or InitConfig(), seed + 1)
 
     @classmethod
@@ -66,7 +66,7 @@ class VisionLanguageModel(CausalLM):
             seeing = cls(model.config, vision, image_token_id)
         seeing.model, seeing.lm_head = model.model, model.lm_head
         seeing.compute_dtype, seeing.generation_config = model.compute_dtype, model.generation_config
-        fresh = seeing.eyes
+        fresh = seeing.vision_modules
         if tower is not None:
             seeing.vision_tower, fresh = tower, (seeing.multi_modal_projector,)
         for part in fresh:
@@ -75,7 +75,7 @@ class VisionLanguageModel(CausalLM):
         return seeing
 
     @property
-    def eyes(self) -> tuple[nn.Module, ...]:
+    def vision_modules(self) -> tuple[nn.Module, ...]:
         """Tower and projector: what the language model does not have."""
         return self.vision_tower, self.multi_modal_projector
 
@@ -122,7 +122,7 @@ class VisionLanguageModel(CausalLM):
         )
         if images is None and torch.is_grad_enabled():
             # A gradient of 0 for all that looks and learns: processes that meet in a backward pass expect one of each.
-            learning = [weight for part in self.eyes for weight in part.parameters() if weight.requires_grad]
+            learning = [weight for part in self.vision_modules for weight in part.parameters() if weight.requires_grad]
             if learning:
                 nothing = torch.stack([weight.flatten()[0] for weight in learning]).sum() * 0.0
                 hidden_BTD = hidden_BTD + nothing.to(hidden_BTD.dtype)
