@@ -123,9 +123,9 @@ class LlamaCpp:
         return [int(word) for word in line.split()]
 
 
-def llama_server(path: Path, eyes: Path) -> AbstractContextManager[str]:
+def llama_server(path: Path, mmproj: Path) -> AbstractContextManager[str]:
     """llama.cpp's server with the two files of a model that looks at pictures, in float32: its address."""
-    words = ["-m", str(path), "--mmproj", str(eyes), "--jinja", "-t", "1", "-c", "256"]
+    words = ["-m", str(path), "--mmproj", str(mmproj), "--jinja", "-t", "1", "-c", "256"]
     return answering([str(SERVER), *words, "-ctk", "f32", "-ctv", "f32"])
 
 

@@ -506,10 +506,10 @@ def test_eyes_have_a_file_of_their_own(tmp_path: Path, type: GgufType) -> None:
     """Names and values as `llama.cpp` reads them; test_llama_cpp.py runs them."""
     folder = seeing_model(tmp_path)
     written = write_gguf(folder, tmp_path / "m.gguf", type)
-    assert written.eyes == tmp_path / "mmproj-m.gguf"
+    assert written.mmproj == tmp_path / "mmproj-m.gguf"
     model = load_pretrained(folder)
     assert isinstance(model, VisionLanguageModel)
-    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(written.eyes).tensors}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(written.mmproj).tensors}
     layer = model.vision_tower.vision_model.encoder.layers[1]
     for name, expected in {
         "v.patch_embd.weight": model.vision_tower.vision_model.embeddings.patch_embedding.weight,
@@ -524,7 +524,7 @@ def test_eyes_have_a_file_of_their_own(tmp_path: Path, type: GgufType) -> None:
         assert stored.dtype == (np.float16 if half else np.float32), name
         np.testing.assert_allclose(stored, expected.detach().numpy(), atol=1e-3 if half else 0)
     assert not any("post_ln" in name for name in tensors)  # llama.cpp would run it, and transformers does not
-    said = fields(written.eyes)
+    said = fields(written.mmproj)
     assert [said[key] for key in ("clip.vision.block_count", "clip.projector_type", "clip.use_gelu")] == [
         3,
         "mlp",

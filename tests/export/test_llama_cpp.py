@@ -157,9 +157,9 @@ def test_pictures(tmp_path: Path) -> None:
     """
     folder = seeing_model(tmp_path, tie_word_embeddings=False)
     written = write_gguf(folder, tmp_path / "model.gguf", "f32")
-    assert written.eyes is not None
+    assert written.mmproj is not None
     answers = set()
-    with llama_cpp_model.llama_server(written.path, written.eyes) as address:
+    with llama_cpp_model.llama_server(written.path, written.mmproj) as address:
         for picture in noise_pictures(tmp_path, 3):
             expected, _ = seen_greedy(folder, picture, "What is this?", 8)
             assert llama_cpp_model.llama_sees(address, picture, "What is this?", 8) == expected

@@ -408,7 +408,8 @@ def test_weights_and_state_of_a_model_that_looks_at_pictures_are_exact(train: Tr
     model = VisionLanguageModel(SHAPE, TOWER, 5)
     model.train_only(train)
     assert figures.parameters == sum(parameter.numel() for parameter in model.model.parameters())
-    of_tower, of_projector = (sum(parameter.numel() for parameter in part.parameters()) for part in model.eyes)
+    sizes = (sum(parameter.numel() for parameter in part.parameters()) for part in model.vision_modules)
+    of_tower, of_projector = sizes
     assert (figures.tower_parameters, figures.projector_parameters) == (of_tower, of_projector)
     assert figures.picture_tokens == 16
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

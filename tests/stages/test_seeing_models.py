@@ -252,4 +252,4 @@ def test_rounding_and_another_dtype_reach_what_they_should(world: Path) -> None:
     rounded = load_quantized(world / "start", "int8")
     assert isinstance(rounded, VisionLanguageModel)
     assert any(parameter.dtype == torch.int8 for parameter in rounded.model.parameters())
-    assert not any(parameter.dtype == torch.int8 for part in rounded.eyes for parameter in part.parameters())
+    assert not any(parameter.dtype == torch.int8 for part in rounded.vision_modules for parameter in part.parameters())

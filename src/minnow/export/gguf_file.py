@@ -18,7 +18,7 @@ from torch import Tensor
 
 from minnow.config import UserError
 from minnow.disk import atomic_write
-from minnow.export.gguf_eyes import write_eyes
+from minnow.export.gguf_mmproj import write_mmproj
 from minnow.export.gguf_shape import add_shape, gguf_architecture, gguf_tensors
 from minnow.export.gguf_tokenizer import add_tokenizer
 from minnow.export.template import model_name, without_thinking
@@ -55,7 +55,7 @@ class GgufFile:
     """Matrices of a quantised file that stay f16, because their rows are no multiple of 32 wide."""
     note: str | None
     """What the user should know about the tokenizer."""
-    eyes: Path | None
+    mmproj: Path | None
     """The second file of a model that looks at pictures: llama.cpp's `--mmproj`."""
 
 
@@ -96,12 +96,12 @@ def write_gguf(
         for name, tensor in tensors.items():  # one in memory at a time
             writer.write_tensor_data(encode(name, tensor, types[name]))
         writer.close()
-        eyes = None
+        mmproj = None
         if isinstance(model, VisionLanguageModel):  # in here: where they are refused, there is no half of the two files
-            eyes = path.with_name(f"mmproj-{path.name}")
-            write_eyes(model, eyes, model_name(folder), f32=type == "f32")
+            mmproj = path.with_name(f"mmproj-{path.name}")
+            write_mmproj(model, mmproj, model_name(folder), f32=type == "f32")
     kept = [n for n in tensors if type.startswith("q") and types[n] == Quantization.F16]
-    return GgufFile(path, path.stat().st_size, tuple(kept), note, eyes)
+    return GgufFile(path, path.stat().st_size, tuple(kept), note, mmproj)
 
 
 def tensor_type(name: str, tensor: Tensor, type: GgufType) -> Quantization:

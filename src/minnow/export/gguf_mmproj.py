@@ -19,7 +19,7 @@ from minnow.tokenizer.images import MEAN, STD
 _PROJECTOR = {"linear_1": "mm.0", "linear_2": "mm.2"}
 
 
-def write_eyes(model: VisionLanguageModel, path: Path, name: str, *, f32: bool = False) -> None:
+def write_mmproj(model: VisionLanguageModel, path: Path, name: str, *, f32: bool = False) -> None:
     """Write tower and projector of `model` to the file `path`, whole or not at all; matrices in f16, or in `f32`.
 
     UserError for a tower that llama.cpp would compute otherwise.

@@ -162,10 +162,10 @@ def _gguf_type(config: Config) -> GgufType:
 
 def _tell(written: GgufFile, console: Console) -> None:
     console.print(f"{written.path}: {written.bytes / 1e6:.1f} MB")
-    if written.eyes is not None:
+    if written.mmproj is not None:
         console.print(
-            f"{written.eyes}: {written.eyes.stat().st_size / 1e6:.1f} MB; "
-            f"llama-server -m {shlex.quote(str(written.path))} --mmproj {shlex.quote(str(written.eyes))}"
+            f"{written.mmproj}: {written.mmproj.stat().st_size / 1e6:.1f} MB; "
+            f"llama-server -m {shlex.quote(str(written.path))} --mmproj {shlex.quote(str(written.mmproj))}"
         )
     if written.kept_f16:
         console.print(f"note: {len(written.kept_f16)} matrices stay f16: their rows are no multiple of 32 wide")

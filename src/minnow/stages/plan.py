@@ -32,8 +32,8 @@ from minnow.model.vision_language import VisionLanguageModel
 from minnow.model.vision_tower import VisionConfig
 from minnow.optim import OptimConfig, build_optimizers
 from minnow.stages import pretrain
-from minnow.stages.eyes import EyesConfig, require_room
 from minnow.stages.rows import with_row_length
+from minnow.stages.vision import VisionSettings, require_room
 from minnow.tokenizer import Tokenizer
 from minnow.training.hardware import matmul_peak, precision_name, synchronize
 from minnow.training.memory import Eyes, Memory, as_trained, in_every_layer, of_shape, training_memory
@@ -44,7 +44,7 @@ COMPUTE_OPTIMAL_TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022 (2203.15556)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(pretrain.Config, EyesConfig):
+class Config(pretrain.Config, VisionSettings):
     """Say what a pretraining or SFT configuration would cost: parameters, FLOPs, tokens, memory and time.
 
     Takes the configuration file and the settings of `minnow pretrain`, `sft`, `lora` and `vlm`. Starts nothing and

@@ -12,7 +12,7 @@ PROJECTOR, TOWER = "multi_modal_projector.", "vision_tower."
 
 
 @dataclass(frozen=True, kw_only=True)
-class EyesConfig:
+class VisionSettings:
     """A vision tower and a projector before a language model."""
 
     siglip: str | None = None

@@ -13,9 +13,9 @@ from minnow.model.transformer import CausalLM
 from minnow.model.vision_language import VisionLanguageModel
 from minnow.model.vision_tower import VisionConfig
 from minnow.optim import OptimConfig, ScheduleConfig
-from minnow.stages.eyes import TOWER, EyesConfig, require_room
 from minnow.stages.language_model import LanguageModelConfig, PackedData, run_language_model
 from minnow.stages.rows import with_row_length
+from minnow.stages.vision import TOWER, VisionSettings, require_room
 from minnow.tokenizer import Tokenizer
 from minnow.tokenizer.images import ImageFormat
 from minnow.tokenizer.template import chat_template
@@ -26,7 +26,7 @@ ROWS_LOOKED_AT = 64
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(LanguageModelConfig, EyesConfig):
+class Config(LanguageModelConfig, VisionSettings):
     """Teach a model to look at pictures: LLaVA's way, a vision tower and a projector before the language model."""
 
     run: str = "runs/vlm"

@@ -51,7 +51,7 @@ def picture_flops(model: CausalLM) -> float:
     """Operations of training on what one picture takes beside its tokens; 0 of a model that only reads."""
     if not isinstance(model, VisionLanguageModel):
         return 0.0
-    tower, projector = (any(weight.requires_grad for weight in part.parameters()) for part in model.eyes)
+    tower, projector = (any(weight.requires_grad for weight in part.parameters()) for part in model.vision_modules)
     return training_flops_per_picture(model.vision, model.config.hidden_size, tower=tower, projector=projector)
 
 
