@@ -117,8 +117,8 @@ def seeing_model(tmp_path: Path, *, tower: dict[str, Any] | None = None, **chang
     shape = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "max_position_embeddings": 256}
     text = ModelConfig(**(shape | heads | changes))
-    eyes = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
-    vision = VisionConfig(**(eyes | (tower or {})))
+    small = {"image_size": 32, "patch_size": 8, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3}
+    vision = VisionConfig(**(small | (tower or {})))
     model = VisionLanguageModel(text, vision, tokenizer.special_ids[IMAGE])
     tokenizer.image_format = model.image_format
     return _saved(model, tmp_path, tokenizer, 0)

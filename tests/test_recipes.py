@@ -215,16 +215,16 @@ def test_both_steps_of_eyes_run_at_a_tiny_setting(data: Path, tmp_path: Path, mo
     heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 256}
     tokenizer = Tokenizer.from_pretrained(data / "tokenizer")
     save_pretrained(CausalLM(ModelConfig(vocab_size=320, **shape, **heads)), tmp_path / "start", tokenizer)
-    eyes = {"image_size": 32, "patch_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**eyes, intermediate_size=24)).save_pretrained(
-        "eyes"
+    siglip = {"image_size": 32, "patch_size": 16, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**siglip, intermediate_size=24)).save_pretrained(
+        "siglip"
     )
     shown = itertools.islice(scenes(0, "training"), 40)
     asked = [{"role": "user", "content": "<image>\nFish?"}, {"role": "assistant", "content": "Fish."}]
     rows = [{"conversations": json.dumps(asked), "image_bytes": base64.b64encode(draw(s)).decode()} for s in shown]
     _write(Path("rows.jsonl"), rows)
     settings = f"--data.cache_dir cache --data.paths rows.jsonl {TRAINING}"
-    first = f"--config {RECIPES[0].parent}/vlm-64m.yaml --init_from start --siglip eyes {settings}"
+    first = f"--config {RECIPES[0].parent}/vlm-64m.yaml --init_from start --siglip siglip {settings}"
     assert cli.main(["vlm", *first.split()]) == 0
     assert cli.main(["vlm", *f"--config {RECIPES[0].parent}/vlm-64m-language.yaml {settings}".split()]) == 0
     assert Path("runs/vlm-64m-language/model/preprocessor_config.json").exists()

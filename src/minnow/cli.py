@@ -42,7 +42,7 @@ COMMANDS: dict[str, Command] = {
     "tokenizer inspect": Command("tokenizer_inspect", "bytes per token by language, the split of a text"),
     "pretrain": Command("pretrain", "train a base model from scratch"),
     "sft": Command("sft", "teach a base model to follow conversations"),
-    "vlm": Command("vlm", "give a language model eyes, and teach it to talk about pictures"),
+    "vlm": Command("vlm", "give a language model a vision tower, and teach it to talk about pictures"),
     "lora": Command("lora", "sft of small adapters beside a frozen model"),
     "merge-lora": Command("merge_lora", "an adapter and its model as one plain model"),
     "rl": Command(

@@ -480,7 +480,7 @@ def test_a_configuration_of_vlm_is_planned(reads: str, tmp_path: Path, capsys: p
 @pytest.mark.parametrize(
     ("start", "settings", "said"),
     [
-        ("sees", {"tower": TOWER}, "has eyes already"),
+        ("sees", {"tower": TOWER}, "has a vision tower already"),
         ("reads", {"train": "language"}, "leaves the new tower as it was drawn"),
         (None, {"train": "all"}, "give --init_from"),
         ("reads", {"tower": VisionConfig(image_size=256)}, "a picture takes 256 tokens, and a row has 64"),

@@ -217,7 +217,7 @@ def test_a_process_holds_what_was_planned(tmp_path: Path) -> None:
     assert held[1] - held[0] == pytest.approx(plans[1] - plans[0], rel=0.07)  # a reference is 9%
 
 
-def test_eyes_are_held_whatever_is_practised(tmp_path: Path) -> None:
+def test_vision_modules_are_held_whatever_is_practised(tmp_path: Path) -> None:
     folder = seeing_model(tmp_path / "sees")
     model, _ = load_start(str(folder), LoraConfig(), seed=0)
     figures = planned(folder, tmp_path / "plan.json", "grpo")

@@ -151,8 +151,8 @@ def test_a_frozen_part_that_has_changed_stops_a_run_that_goes_on(tmp_path: Path)
     ("sees", "settings", "said"),
     [
         (False, {"siglip": "there", "tower.image_size": 32}, "leave one of them out"),
-        (True, {"siglip": "there"}, "--siglip: .*start has eyes already"),
-        (True, {"tower.image_size": 32}, "--tower: .*start has eyes already"),
+        (True, {"siglip": "there"}, "--siglip: .*start has a vision tower already"),
+        (True, {"tower.image_size": 32}, "--tower: .*start has a vision tower already"),
         (False, {"train": "projector"}, "leaves the new tower as it was drawn"),
         (False, {"train": "language"}, "leaves the new tower as it was drawn"),
         (False, {"lora.rank": 4}, "without the projector"),

@@ -71,7 +71,7 @@ def ready_prompt(model: CausalLM, tokenizer: Tokenizer, prompt: Prompt) -> Ready
     files = prompt.images if isinstance(prompt, Rendered) else ()
     if not isinstance(model, VisionLanguageModel):
         if files:
-            raise UserError("the model reads text only, and was shown a picture: `minnow vlm` gives a model eyes")
+            raise UserError("the model reads text only, and was shown a picture: `minnow vlm` teaches a model to see")
         return ReadyPrompt(ids)
     image_format = model.image_format
     size = image_format.num_tokens

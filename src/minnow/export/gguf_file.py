@@ -67,7 +67,7 @@ def write_gguf(
     thinking: bool = False,
     context: ContextConfig = AS_TRAINED,
 ) -> GgufFile:
-    """Write the model in `folder` to the file `path`, whole or not at all; its eyes, if any, to mmproj-NAME beside it.
+    """Write the model in `folder` to the file `path`, whole or not at all; tower and projector: mmproj-NAME beside it.
 
     thinking: whether the chat template can open a think block; llama.cpp does so by default where it can.
     context: how far to stretch the model's. UserError for what llama.cpp cannot represent.

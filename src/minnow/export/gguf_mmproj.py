@@ -1,4 +1,4 @@
-"""The eyes of a model as llama.cpp wants them: tower and projector in a GGUF file of their own, its `--mmproj`."""
+"""Tower and projector of a model as llama.cpp wants them: a GGUF file of their own, its `--mmproj`."""
 
 from __future__ import annotations
 

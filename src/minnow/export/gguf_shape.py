@@ -104,7 +104,7 @@ def gguf_tensors(model: CausalLM) -> Iterator[tuple[str, Tensor]]:
     names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     for name, tensor in model.state_dict().items():
-        if not name.startswith(("model.", "lm_head.")):  # eyes have a file of their own, see gguf_mmproj.py
+        if not name.startswith(("model.", "lm_head.")):  # tower and projector: see gguf_mmproj.py
             continue
         # Stacked experts are bare parameters; the selection bias is called as a bias of the router.
         written = name.replace("e_score_correction_bias", "e_score_correction.bias")

@@ -27,7 +27,7 @@ def upcycle(dense: CausalLM, experts: ExpertsConfig, seed: int) -> CausalLM:
     if isinstance(dense, VisionLanguageModel):
         raise UserError(
             "--model.experts: the model of --init-from looks at pictures: upcycle the language model that it was made "
-            "of, and give that eyes (minnow vlm)"
+            "of, and give that a vision tower (minnow vlm)"
         )
     if dense.config.experts is not None:
         raise UserError("--model.experts: the model of --init-from has experts already; leave the setting out")

@@ -85,7 +85,7 @@ class VisionLanguageModel(CausalLM):
         return ImageFormat(self.vision.image_size, self.vision.patch_size)
 
     def train_only(self, trained: Trained | None) -> None:
-        """Choose what learns: the projector alone, the language model too, or the tower as well; None: all but eyes.
+        """Choose what learns: the projector alone, the language model too, or the tower as well; None: all but the two.
 
         The layers of the tower that no picture goes through never do.
         """

@@ -31,8 +31,8 @@ class OptimConfig:
 
     matrix_lr: float | None = None
     """Peak learning rate of those matrices. null: 0.01 with muon, 0.002 with adamw or update_scale match_rms_adamw;
-    where training starts from a trained model, and not with adapters, a fifth of it, 0.002 and 0.0004 (but for the eyes
-    that minnow vlm gives it: they are new)."""
+    where training starts from a trained model, and not with adapters, a fifth of it, 0.002 and 0.0004 (but for the
+    modules that minnow vlm gives it: they are new)."""
 
     embedding_lr: float | None = None
     """Peak learning rate (AdamW) of embeddings, head and other matrices, such as a projector's. null: 0.004 with muon

@@ -143,12 +143,12 @@ def trained_parameters(model: CausalLM) -> str:
     total = parameter_count(model.config)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     if isinstance(model, VisionLanguageModel):
-        eyes = tower_parameter_count(model.vision), projector_parameter_count(model.vision, model.config.hidden_size)
+        tower = tower_parameter_count(model.vision)
+        projector = projector_parameter_count(model.vision, model.config.hidden_size)
         adapters = 0 if model.adapter is None else trained
-        return (
-            f"{total + sum(eyes) + adapters:,} parameters, of which {trained:,} learn (language model {total:,}, tower "
-            f"{eyes[0]:,}, projector {eyes[1]:,}" + (f", adapters {adapters:,})" if adapters else ")")
-        )
+        parts = f"language model {total:,}, tower {tower:,}, projector {projector:,}"
+        parts += f", adapters {adapters:,}" if adapters else ""
+        return f"{total + tower + projector + adapters:,} parameters, of which {trained:,} learn ({parts})"
     if model.adapter is None:
         return f"{total:,} parameters"
     where = "" if model.config.experts is None else " of attention"  # experts and MLPs beside them have none

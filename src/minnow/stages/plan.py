@@ -36,7 +36,7 @@ from minnow.stages.rows import with_row_length
 from minnow.stages.vision import VisionSettings, require_room
 from minnow.tokenizer import Tokenizer
 from minnow.training.hardware import matmul_peak, precision_name, synchronize
-from minnow.training.memory import Eyes, Memory, as_trained, in_every_layer, of_shape, training_memory
+from minnow.training.memory import Memory, VisionModules, as_trained, in_every_layer, of_shape, training_memory
 from minnow.training.probe import random_batch, tokens_between_pictures, tokens_per_second, with_pictures
 from minnow.training.session import Machine
 
@@ -82,7 +82,7 @@ class Plan:
     """The figures of a run that has not been started."""
 
     parameters: int
-    """Without eyes."""
+    """Of the language model."""
     active_parameters: int
     """Parameters that work on one token; all of them in a dense model."""
     tower_parameters: int = 0
@@ -127,19 +127,19 @@ def make_plan(config: Config) -> Plan:
     """Work out the figures; runs the probe unless `probe_seconds` is 0."""
     config, shape = _shape(config)
     machine = Machine.choose(config.training)
-    eyes = _eyes(config)
+    vision = _vision(config)
     parameters = parameter_count(shape)
     tokens, tokens_from = _tokens(config, parameters)
-    flops_per_token = _flops_per_token(config, shape, eyes)
+    flops_per_token = _flops_per_token(config, shape, vision)
     peak, speed = None, None
     if config.probe_seconds > 0:
         peak = matmul_peak(machine.device, machine.dtype)
-        speed = _probe(config, shape, eyes, machine, flops_per_token, peak)
+        speed = _probe(config, shape, vision, machine, flops_per_token, peak)
     return Plan(
         parameters=parameters,
-        tower_parameters=0 if eyes is None else tower_parameter_count(eyes.vision),
-        projector_parameters=0 if eyes is None else projector_parameter_count(eyes.vision, shape.hidden_size),
-        picture_tokens=0 if eyes is None else eyes.vision.num_patches,
+        tower_parameters=0 if vision is None else tower_parameter_count(vision.tower),
+        projector_parameters=0 if vision is None else projector_parameter_count(vision.tower, shape.hidden_size),
+        picture_tokens=0 if vision is None else vision.tower.num_patches,
         active_parameters=active_parameter_count(shape),
         tokens=tokens,
         tokens_from=tokens_from,
@@ -147,7 +147,7 @@ def make_plan(config: Config) -> Plan:
         flops_per_token=flops_per_token,
         flops=tokens * flops_per_token,
         memory=training_memory(
-            shape, config.training, config.optim, config.row_length, machine.dtype, config.lora, eyes
+            shape, config.training, config.optim, config.row_length, machine.dtype, config.lora, vision
         ),
         device=machine.device.type,
         precision=precision_name(machine.dtype),
@@ -175,8 +175,8 @@ def _shape(config: Config) -> tuple[Config, ModelConfig]:
     return config, config.extend_for(shape, config.row_length)
 
 
-def _eyes(config: Config) -> Eyes | None:
-    """What the model of `minnow vlm`, or one that has eyes already, looks through; None of one that only reads."""
+def _vision(config: Config) -> VisionModules | None:
+    """The vision modules of the model that will be trained; None of one that only reads."""
     start = None if config.init_from is None else read_vision(resolve_model_folder(config.init_from))
     asks = config.siglip is not None or config.tower is not None or config.train is not None
     if start is None and not asks:
@@ -186,26 +186,26 @@ def _eyes(config: Config) -> Eyes | None:
     new_parts = config.new_parts(config.init_from, sees=start is not None)
     trained = config.parts_to_train(new_parts) if asks else None
     if start is not None:
-        vision = start[0]
+        tower = start[0]
     elif config.siglip is not None:
-        vision = read_tower(resolve_model_folder(config.siglip))
+        tower = read_tower(resolve_model_folder(config.siglip))
     else:
-        vision = config.tower or VisionConfig()
+        tower = config.tower or VisionConfig()
     if asks:  # texts have room, whatever a picture would take
-        require_room(vision, config.row_length)
-    return Eyes(vision, trained)
+        require_room(tower, config.row_length)
+    return VisionModules(tower, trained)
 
 
-def _flops_per_token(config: Config, shape: ModelConfig, eyes: Eyes | None) -> float:
+def _flops_per_token(config: Config, shape: ModelConfig, vision: VisionModules | None) -> float:
     """Forward and backward, with a token's share of the pictures."""
-    frozen = config.lora.rank > 0 or (eyes is not None and eyes.trained == "projector")
+    frozen = config.lora.rank > 0 or (vision is not None and vision.trained == "projector")
     # A token sees half of its row on average, less where several documents share it.
     of_text = training_flops_per_token(shape, (config.row_length + 1) / 2, frozen=frozen)
-    if eyes is None:
+    if vision is None:
         return of_text
-    tower, projector = eyes.trained == "all", eyes.trained is not None
-    of_picture = training_flops_per_picture(eyes.vision, shape.hidden_size, tower=tower, projector=projector)
-    return of_text + of_picture / tokens_between_pictures(eyes.vision)
+    tower, projector = vision.trained == "all", vision.trained is not None
+    of_picture = training_flops_per_picture(vision.tower, shape.hidden_size, tower=tower, projector=projector)
+    return of_text + of_picture / tokens_between_pictures(vision.tower)
 
 
 def _tokens(config: Config, parameters: int) -> tuple[int, str]:
@@ -223,7 +223,12 @@ def _tokens(config: Config, parameters: int) -> tuple[int, str]:
 
 
 def _probe(
-    config: Config, shape: ModelConfig, eyes: Eyes | None, machine: Machine, flops_per_token: float, peak: float
+    config: Config,
+    shape: ModelConfig,
+    vision: VisionModules | None,
+    machine: Machine,
+    flops_per_token: float,
+    peak: float,
 ) -> Speed:
     """Measure a few real steps; a model too large for that is measured with fewer rows, then fewer layers."""
     length = config.row_length
@@ -234,12 +239,12 @@ def _probe(
     least = 1 if shape.experts is None else shape.experts.first_k_dense_replace + 1
     while small.num_hidden_layers // 2 >= least and rows * length * small_flops > affordable:
         small = dataclasses.replace(small, num_hidden_layers=small.num_hidden_layers // 2)
-        small_flops = _flops_per_token(config, small, eyes)
+        small_flops = _flops_per_token(config, small, vision)
     lora = config.lora
     if lora.rank and small is not shape:
         with torch.device("meta"):
             lora = in_every_layer(lora, as_trained(CausalLM(shape), machine.dtype, lora))
-    model = as_trained(of_shape(small, eyes), machine.dtype, lora).to(machine.device)
+    model = as_trained(of_shape(small, vision), machine.dtype, lora).to(machine.device)
     model.gradient_checkpointing = config.training.gradient_checkpointing
     batch = random_batch(small.vocab_size, rows, length)
     if isinstance(model, VisionLanguageModel):
@@ -249,7 +254,7 @@ def _probe(
         share = small.num_hidden_layers / shape.num_hidden_layers
     else:
         with torch.device("meta"):
-            share = _num_trained(model) / _num_trained(of_shape(shape, eyes))
+            share = _num_trained(model) / _num_trained(of_shape(shape, vision))
     return Speed(
         tokens_per_second=measured * small_flops / flops_per_token,
         optimizer_seconds=_update_seconds(model, config.optim, config.training.batch_tokens) / share,
@@ -286,8 +291,8 @@ def _print(plan: Plan, console: Console) -> None:
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("parameters", f"{plan.parameters:,} ({plan.active_parameters:,} active)")
     if plan.picture_tokens:
-        eyes = f"{plan.tower_parameters:,} in the tower, {plan.projector_parameters:,} in the projector"
-        table.add_row("eyes", f"{eyes}; a picture takes {plan.picture_tokens} tokens")
+        parts = f"{plan.tower_parameters:,} in the tower, {plan.projector_parameters:,} in the projector"
+        table.add_row("vision", f"{parts}; a picture takes {plan.picture_tokens} tokens")
     table.add_row("tokens", f"{plan.tokens:,} ({plan.tokens_from})")
     table.add_row("steps", f"{plan.steps:,}")
     table.add_row("FLOPs", f"{plan.flops:.3g} ({plan.flops_per_token:.3g} a token, forward and backward)")

@@ -59,13 +59,13 @@ def run(config: Config) -> None:
     """Print the plan, and write it to `config.json` if asked."""
     folder = resolve_model_folder(config.init_from)
     shape, vision = read_config(folder), read_vision(folder)
-    eyes = 0
+    vision_parameters = 0
     if vision is not None:
-        eyes = tower_parameter_count(vision[0]) + projector_parameter_count(vision[0], shape.hidden_size)
+        vision_parameters = tower_parameter_count(vision[0]) + projector_parameter_count(vision[0], shape.hidden_size)
     config = with_row_length(config, shape.max_position_embeddings)
-    memory = practice_memory(config, shape, Machine.choose(config.training), eyes)
+    memory = practice_memory(config, shape, Machine.choose(config.training), vision_parameters)
     table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_row("parameters", f"{parameter_count(shape) + eyes:,}")
+    table.add_row("parameters", f"{parameter_count(shape) + vision_parameters:,}")
     for field in dataclasses.fields(Memory):
         table.add_row(f"policy: {field.name}", in_bytes(getattr(memory.policy, field.name)))
     table.add_row("reference", in_bytes(memory.reference))
@@ -75,21 +75,26 @@ def run(config: Config) -> None:
     table.add_row("in all", f"{in_bytes(memory.total)} and temporary buffers")
     plain_console().print(table)
     if config.json is not None:
-        figures = dataclasses.asdict(memory) | {"total": memory.total, "parameters": parameter_count(shape) + eyes}
+        figures = dataclasses.asdict(memory) | {
+            "total": memory.total,
+            "parameters": parameter_count(shape) + vision_parameters,
+        }
         with atomic_write(config.json) as temporary:
             temporary.write_text(json_module.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
-def practice_memory(config: rl.Config, shape: ModelConfig, machine: Machine, eyes: int = 0) -> PracticeMemory:
+def practice_memory(
+    config: rl.Config, shape: ModelConfig, machine: Machine, vision_parameters: int = 0
+) -> PracticeMemory:
     """Work out the parts for one process that holds the whole model.
 
-    eyes: parameters of a tower and its projector, which practice leaves as they are, in fp32 unless adapters learn.
+    vision_parameters: of a tower and its projector, which practice leaves as they are, in fp32 unless adapters learn.
     """
     length, dtype = config.row_length, machine.dtype
     policy = training_memory(shape, config.training, config.optim, length, dtype, config.lora)
-    of_eyes = eyes * (dtype.itemsize if config.lora.rank else 4)
-    policy = dataclasses.replace(policy, weights=policy.weights + of_eyes)
-    weights = 4 * (parameter_count(shape) + eyes)
+    of_vision = vision_parameters * (dtype.itemsize if config.lora.rank else 4)
+    policy = dataclasses.replace(policy, weights=policy.weights + of_vision)
+    weights = 4 * (parameter_count(shape) + vision_parameters)
     episodes = min(config.rollout.prompts * config.rollout.samples, MAX_ROWS)
     critic = 0
     if config.algorithm.advantage == "gae":

@@ -1,4 +1,4 @@
-"""How a model gets its eyes, and which part of it learns: the settings that `minnow vlm` and `minnow plan` share."""
+"""How a language model gets a vision tower, and what learns: the settings that `minnow vlm` and `minnow plan` share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class VisionSettings:
     """A vision tower and a projector before a language model."""
 
     siglip: str | None = None
-    """The eyes of a language model: the vision tower of a SigLIP folder or Hub id, such as
+    """A trained vision tower for a language model: that of a SigLIP folder or Hub id, such as
     google/siglip-base-patch16-224."""
     tower: VisionConfig | None = None
     """Shape of a new vision tower, where siglip names none; null: a small one. It learns from your pictures alone."""
@@ -24,20 +24,20 @@ class VisionSettings:
     """What learns. projector: only what translates the tower's patches into tokens, which is how a trained tower is
     first introduced to a language model that it must not disturb; language: the language model too, LLaVA's second
     step, with a learning rate that steers it; all: the tower as well. null: all where the tower is new, as without
-    learning it sees nothing; projector where it is SigLIP's; language where the model has eyes already."""
+    learning it sees nothing; projector where it is SigLIP's; language where the model has a tower already."""
 
     def new_parts(self, init_from: str, *, sees: bool) -> tuple[str, ...]:
         """How the names of the parameters begin that `init_from` is given anew; it may see already.
 
         Beside a trained language model, which is only steered, they need the rates of a new one: nothing of what they
-        are now is worth keeping. UserError for eyes beside those that are there.
+        are now is worth keeping. UserError for a second tower.
         """
         if sees:
             for name in ("siglip", "tower"):
                 if getattr(self, name) is not None:
                     raise UserError(
-                        f"--{name}: {init_from} has eyes already, and the training goes on with those: leave it out, "
-                        "or start from the language model"
+                        f"--{name}: {init_from} has a vision tower already, and the training goes on with it: leave "
+                        "that out, or start from the language model"
                     )
             return ()
         if self.siglip is not None and self.tower is not None:

@@ -1,4 +1,4 @@
-"""`minnow vlm`: give a language model eyes, or train those that it has, on conversations with pictures in them."""
+"""`minnow vlm`: give a language model a vision tower, or train the one it has, on conversations with pictures."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Config(LanguageModelConfig, VisionSettings):
     run: str = "runs/vlm"
     """Run folder: config.yaml, metrics.jsonl, checkpoints/, model/ and report.html go there."""
     init_from: str
-    """Model to start from: a model folder, a run folder or a Hub id. A language model gets eyes (siglip, or tower); of
-    one that has eyes the training goes on. Its tokenizer must have the chat tokens and those of pictures."""
+    """Model to start from: a model folder, a run folder or a Hub id. A language model gets a vision tower (siglip,
+    or tower); of one that has its own the training goes on. Its tokenizer must have the tokens of chat and pictures."""
     replace_chat_template: bool = False
     """Teach minnow's chat template to a model that came with another; it is saved with minnow's."""
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(epochs=2, batch_tokens=32_768))
@@ -48,7 +48,7 @@ class Config(LanguageModelConfig, VisionSettings):
         if self.lora.rank:
             raise UserError(
                 "lora.rank: adapters are saved without the projector, which learns here: leave it out (an adapter on a "
-                "model that has eyes already is what minnow lora trains, on pictures too)"
+                "model that looks at pictures already is what minnow lora trains, on pictures too)"
             )
 
 

@@ -169,7 +169,7 @@ class Tokenizer:
     def require_images(self) -> ImageFormat:
         """How pictures are put to the model. Raises `UserError` for one that only reads."""
         if self.image_format is None:
-            raise UserError("the model reads text only, and was shown a picture: `minnow vlm` gives a model eyes")
+            raise UserError("the model reads text only, and was shown a picture: `minnow vlm` teaches a model to see")
         if IMAGE not in self.special_ids:
             raise UserError(f"this tokenizer cannot show pictures: its special tokens lack {IMAGE}")
         return self.image_format

@@ -40,19 +40,19 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-class Eyes(NamedTuple):
-    """What a model looks through, and what of it learns (None: all but the eyes)."""
+class VisionModules(NamedTuple):
+    """The tower of a model that looks at pictures, and what of the model learns (None: all but tower and projector)."""
 
-    vision: VisionConfig
+    tower: VisionConfig
     trained: Trained | None
 
 
-def of_shape(shape: ModelConfig, eyes: Eyes | None = None) -> CausalLM:
+def of_shape(shape: ModelConfig, vision: VisionModules | None = None) -> CausalLM:
     """A new model, to be measured."""
-    if eyes is None:
+    if vision is None:
         return CausalLM(shape)
-    model = VisionLanguageModel(shape, eyes.vision, 0)
-    model.train_only(eyes.trained)
+    model = VisionLanguageModel(shape, vision.tower, 0)
+    model.train_only(vision.trained)
     return model
 
 
@@ -60,8 +60,8 @@ def hold_in_memory(model: CausalLM, dtype: torch.dtype) -> None:
     """Hold what is trained in fp32. Frozen matrices need no master: they are held in the compute dtype.
 
     But for those that are read in fp32 whatever it is: routers, whose choices rounding would change, and int8's scales.
-    And where a frozen part is saved beside a trained one (eyes, or the language model behind a projector that is
-    trained), it stays as it came: rounded once a stage, it would be another model's.
+    And where a frozen part is saved beside a trained one (tower and projector, or the language model behind a trained
+    projector), it stays as it came: rounded once a stage, it would be another model's.
     """
     if model.adapter is None and any(parameter.requires_grad for parameter in model.parameters()):
         for parameter in model.parameters():
@@ -100,16 +100,16 @@ def training_memory(
     length: int,
     dtype: torch.dtype,
     lora: LoraConfig | None = None,
-    eyes: Eyes | None = None,
+    vision: VisionModules | None = None,
 ) -> Memory:
     """Weights, gradients and optimizer state are exact; activations are counted on two layers and scaled.
 
     length: positions of a row. lora: only its adapters have gradients and optimizer state, if its rank is above 0; of
-    their activations as many are counted as if all layers had them where some do. eyes: of a model that looks at
+    their activations as many are counted as if all layers had them where some do. vision: of a model that looks at
     pictures, which are `tokens_between_pictures` apart.
     """
     with torch.device("meta"):
-        model = as_trained(of_shape(shape, eyes), dtype, lora)
+        model = as_trained(of_shape(shape, vision), dtype, lora)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     matrices = sum(parameter.numel() for _, parameter in parameter_groups(model)["matrix"])
     averages = 4 * matrices + 8 * (trained - matrices) if optim.optimizer == "muon" else 8 * trained
@@ -127,7 +127,7 @@ def training_memory(
         weights=sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers())) + copies,
         gradients=4 * trained,
         optimizer=averages,
-        activations=_activations(training, length, shape, dtype, lora, eyes),
+        activations=_activations(training, length, shape, dtype, lora, vision),
     )
 
 
@@ -137,15 +137,15 @@ def _activations(
     shape: ModelConfig,
     dtype: torch.dtype,
     lora: LoraConfig | None,
-    eyes: Eyes | None,
+    vision: VisionModules | None,
 ) -> int:
     """Bytes kept for the backward pass of one micro-batch: counted by autograd's own hook on a short row."""
-    probe_length = min(length, 64 if eyes is None else tokens_between_pictures(eyes.vision))
+    probe_length = min(length, 64 if vision is None else tokens_between_pictures(vision.tower))
     counts = []
     first = 1 if shape.experts is None else shape.experts.first_k_dense_replace + 1  # count a layer with experts
     for layers in (first, first + 1):
         small = dataclasses.replace(shape, num_hidden_layers=layers, vocab_size=min(shape.vocab_size, 512))
-        model = as_trained(of_shape(small, eyes), dtype, lora)
+        model = as_trained(of_shape(small, vision), dtype, lora)
         model.gradient_checkpointing = training.gradient_checkpointing
         counts.append(_saved_bytes(model, probe_length) / probe_length)
     per_layer = counts[1] - counts[0]
