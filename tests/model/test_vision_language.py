@@ -124,6 +124,22 @@ def test_a_tower_of_siglip_is_taken_over(tmp_path: Path) -> None:
     assert found == VisionConfig(**shape)
 
 
+def test_a_tower_that_learnt_from_pictures_prepared_otherwise_is_refused(tmp_path: Path) -> None:
+    """Its pixels would go from 0 to 1, say, where it has learnt from -1 to 1: it would see, and badly."""
+    shape = {"hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 3}
+    config = transformers.SiglipVisionConfig(**shape, image_size=24, patch_size=8)
+    transformers.SiglipVisionModel(config).save_pretrained(tmp_path)
+    prepared = {"do_convert_rgb": None, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    prepared |= {"resample": 3, "rescale_factor": 0.00392156862745098, "size": {"height": 24, "width": 24}}
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps(prepared))
+    load_vision_tower(tmp_path)
+    for change in ({"image_std": [0.25] * 3}, {"do_normalize": False}, {"resample": 2}):
+        file.write_text(json.dumps(prepared | change))
+        with pytest.raises(UserError, match=f"pictures with {next(iter(change))} .* not supported"):
+            load_vision_tower(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -45,6 +45,7 @@ from minnow.model.transformer import CausalLM
 from minnow.model.vision_language import VisionLanguageModel
 from minnow.model.vision_tower import VisionConfig, VisionTower
 from minnow.model.weight_files import WEIGHTS, check_weights, read_weights, require_layers
+from minnow.tokenizer.images import require_siglip_pixels
 
 if TYPE_CHECKING:
     from minnow.tokenizer.tokenizer import Tokenizer
@@ -244,7 +245,11 @@ def read_vision(folder: Path) -> tuple[VisionConfig, int] | None:
 
 
 def read_tower(folder: Path) -> VisionConfig:
-    """The shape of the vision tower of a SigLIP checkpoint in a resolved folder."""
+    """The shape of the vision tower of a SigLIP checkpoint in a resolved folder.
+
+    UserError for a tower that we do not compute, and for one that has learnt from pictures prepared in another way.
+    """
+    require_siglip_pixels(folder)
     content, where = read_json(folder / "config.json"), str(folder / "config.json")
     return vision_config_from_hf(content.get("vision_config") or content, where)
 

@@ -148,10 +148,18 @@ def read_image_format(folder: Path) -> ImageFormat | None:
         return None
     if not isinstance(image_size, int) or not isinstance(patch_size, int):
         raise UserError(f"{folder}: its config.json, or its processor's files, lack image_size or patch_size")
-    for key, plain in _PREPARED.items():
-        if image_processor.get(key, plain) != plain:
-            raise UserError(f"{folder}: pictures with {key} {image_processor[key]} are not supported (only {plain})")
+    require_siglip_pixels(folder)
     return ImageFormat(image_size, patch_size)
+
+
+def require_siglip_pixels(folder: Path) -> None:
+    """UserError where the image processor of the model in `folder` prepares pictures otherwise than SigLIP's does."""
+    image_processor = _image_processor(folder)
+    for key, plain in _PREPARED.items():
+        value = image_processor.get(key, plain)
+        # SigLIP's own files say null: what is not converted there is RGB already.
+        if value != plain and (key, value) != ("do_convert_rgb", None):
+            raise UserError(f"{folder}: pictures with {key} {value} are not supported (only {plain})")
 
 
 def _image_processor(folder: Path) -> dict[str, Any]:
