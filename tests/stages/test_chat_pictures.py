@@ -72,6 +72,18 @@ def test_what_was_not_sent_is_forgotten_at_a_reset(
     assert session.messages[0] == Message("user", "hi")
 
 
+@pytest.mark.parametrize("typed", ["{}", '"{}"', "'{}'", "backslashes"])
+def test_a_file_dropped_into_the_terminal_is_found(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, typed: str
+) -> None:
+    """Terminals quote what is dropped into them for a shell, each in its own way."""
+    session = ChatSession(Engine.from_pretrained(folder), PARAMS)
+    file = str(picture_file(tmp_path, 0).rename(tmp_path / "my first fish.png"))
+    typed = file.replace(" ", "\\ ") if typed == "backslashes" else typed.format(file)
+    talked(session, monkeypatch, f"/image {typed}", "what?")
+    assert session.messages[0].images == (Image(picture(0)),)
+
+
 def test_pictures_that_do_not_fit_stay_until_a_reset(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +55,7 @@ class ChatSession:
         """Have the next message begin with a picture. UserError for what is none, and for a model that only reads."""
         image_format = self.engine.tokenizer.require_images()
         try:
-            data = Path(os.path.expanduser(file)).read_bytes()  # no shell has read it
+            data = _path(file).read_bytes()
         except OSError as error:
             raise UserError(f"{file}: {error.strerror}") from error
         try:
@@ -149,3 +151,15 @@ class Answer:
             self._session.messages.append(message)
         else:
             self._session.messages.pop()
+
+
+def _path(typed: str) -> Path:
+    """The file that was typed, which no shell has read: a terminal in which one is dropped quotes it for a shell."""
+    path = Path(os.path.expanduser(typed))
+    if path.exists():
+        return path
+    with contextlib.suppress(ValueError):  # a quotation mark without its other half is part of a name
+        words = shlex.split(typed)
+        if len(words) == 1:
+            return Path(os.path.expanduser(words[0]))
+    return path
