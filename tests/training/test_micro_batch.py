@@ -165,6 +165,23 @@ def test_the_search_takes_what_fits_with_headroom_and_leaves_everything_as_it_wa
     assert set(gpu.seen) <= set(sizes_of(32, 1))
 
 
+def test_rows_are_tried_that_show_the_most_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a run would end at the first micro-batch that shows more of them than its first rows do."""
+    gpu, model = FakeGPU(1400, monkeypatch), CausalLM(SHAPE, seed=1)
+    optimizers = build_optimizers(model, OptimConfig(), tokens_per_batch=512)
+    pictures, tried = (0, 1, 3, 0, 2), []
+
+    class Album(Rows):
+        def batch(self, row_indices: Any) -> Batch:
+            tried.append(list(row_indices))
+            places = [place + 8 * at for at, row in enumerate(row_indices) for place in range(2 * pictures[row])]
+            return replace(super().batch(row_indices), image_places_M=torch.tensor(places))
+
+    find_micro_batch(model, optimizers, Watched(gpu, optimizers), Album(), 7, torch.device("cpu"))
+    assert tried[0] == [0, 1, 2, 3, 4]
+    assert tried[1:] == [[2], [2, 4]]
+
+
 def test_a_process_with_less_memory_decides_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu, model = FakeGPU(5000, monkeypatch), CausalLM(SHAPE, seed=1)
     optimizers = build_optimizers(model, OptimConfig(), tokens_per_batch=512)

@@ -20,6 +20,8 @@ from minnow.training.parallel import sync_gradients
 
 HEADROOM = 0.1
 """Share of the memory left free: for what the trials do not see (fragments, batches with more to keep)."""
+_LOOKED_AT = 256
+"""Rows among which the heaviest are looked for."""
 
 
 def sizes_of(rows_per_batch: int, processes: int) -> list[int]:
@@ -92,13 +94,13 @@ def find_micro_batch(
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
         budget = -largest_over_ranks(-free) * (1 - HEADROOM)  # the least of all processes
 
-        num_rows = next(filter(None, rows.window_rows))  # the first ones will do
+        heaviest = _most_pictures_first(rows)
 
         def trial(size: int) -> float:
             _free(optimizers)
             torch.cuda.reset_peak_memory_stats(device)
             try:
-                _two_passes(model, objective, rows.batch(np.arange(size) % num_rows), device)
+                _two_passes(model, objective, rows.batch(np.resize(heaviest, size)), device)
                 used: float = torch.cuda.max_memory_reserved(device)
             except RuntimeError as error:
                 if not is_out_of_memory(error):
@@ -116,6 +118,16 @@ def find_micro_batch(
             "--training.gradient_checkpointing full, a shorter --sequence_length, or a smaller model"
         )
     return equal_pieces(len(Share(0, world_size()).of(np.arange(rows_per_batch))), largest)
+
+
+def _most_pictures_first(rows: Rows[BatchT]) -> np.ndarray:
+    """Numbers of the first rows, those with most pictures first: all rows are as long, and these are the heaviest."""
+    few = min(_LOOKED_AT, next(filter(None, rows.window_rows)))
+    batch = rows.batch(np.arange(few))
+    if batch.image_places_M is None:
+        return np.arange(few)
+    image_tokens = np.bincount(batch.image_places_M.numpy() // batch.tokens_BT.shape[1], minlength=few)
+    return np.argsort(-image_tokens, kind="stable")
 
 
 def _two_passes(model: CausalLM, objective: Objective[BatchT], batch: BatchT, device: torch.device) -> None:
