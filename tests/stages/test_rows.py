@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,11 @@ import pytest
 import yaml
 
 from minnow import cli
+from minnow.model.pretrained import read_config, save_pretrained
+from minnow.model.reward_model import RewardModel
 from minnow.stages import language_model
 from minnow.stages.rows import RowsConfig, with_row_length
+from minnow.tokenizer import Tokenizer
 from minnow.training.run_folder import RunFolder
 from tests.rl.helpers import saved
 from tests.training.distributed.stages import write_world
@@ -68,6 +72,28 @@ def test_a_plain_command_fits_the_model(name: str, world: Path, tmp_path: Path, 
     with pytest.raises(Opened, match="^112$"):  # what was asked for is not touched
         cli.main([*words_of(name, world, tmp_path / "run"), "--sequence_length", "112"])
     assert cli.main([*words_of(name, world, tmp_path / "run"), "--sequence_length", "192"]) == 2
+
+
+@pytest.mark.parametrize(
+    "judges",
+    [["--rewards.reward_model"], ["--algorithm.advantage", "gae", "--algorithm.critic.init_from"]],
+    ids=["reward model", "critic"],
+)
+def test_practice_fits_all_who_read_it(judges: list[str], world: Path, tmp_path: Path, opened: None) -> None:
+    """It was refused, and told to give a number that nobody had asked for."""
+    folder = tmp_path / "judge"
+    shape = replace(read_config(world / "start"), max_position_embeddings=TEACHER_READS)
+    save_pretrained(RewardModel(shape), folder, Tokenizer.from_pretrained(world / "start"))
+    words = [*words_of("rl", world, tmp_path / "run"), *judges, str(folder)]
+    with pytest.raises(Opened, match=f"^{TEACHER_READS}$"):
+        cli.main(words)
+    assert cli.main([*words, "--sequence_length", str(READS)]) == 2
+    plans = []
+    for length in ([], ["--sequence_length", str(TEACHER_READS)]):
+        asked = ["plan", "rl", "--init_from", str(world / "start"), "--training.device", "cpu", *judges, str(folder)]
+        assert cli.main([*asked, *length, "--json", str(tmp_path / "plan.json")]) == 0
+        plans.append(json.loads((tmp_path / "plan.json").read_text()))
+    assert plans[0] == plans[1]
 
 
 @pytest.mark.parametrize("name", STAGES)

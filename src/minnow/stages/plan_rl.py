@@ -20,6 +20,7 @@ from minnow.model.size import parameter_count, projector_parameter_count, tower_
 from minnow.optim import OptimConfig
 from minnow.stages import rl
 from minnow.stages.plan import in_bytes
+from minnow.stages.practice import practice_rows
 from minnow.stages.rows import with_row_length
 from minnow.training.memory import Memory, training_memory
 from minnow.training.session import Machine
@@ -62,7 +63,7 @@ def run(config: Config) -> None:
     vision_parameters = 0
     if vision is not None:
         vision_parameters = tower_parameter_count(vision[0]) + projector_parameter_count(vision[0], shape.hidden_size)
-    config = with_row_length(config, shape.max_position_embeddings)
+    config = with_row_length(config, *rl.longest_texts(config, shape))
     memory = practice_memory(config, shape, Machine.choose(config.training), vision_parameters)
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_row("parameters", f"{parameter_count(shape) + vision_parameters:,}")
@@ -91,7 +92,9 @@ def practice_memory(
     vision_parameters: of a tower and its projector, which practice leaves as they are, in fp32 unless adapters learn.
     """
     length, dtype = config.row_length, machine.dtype
-    policy = training_memory(shape, config.training, config.optim, length, dtype, config.lora)
+    # Batches are of answers here, of any length: of the loop's tokens only the micro-batch's count.
+    training = dataclasses.replace(config.training, batch_tokens=practice_rows(config.training, length) * length)
+    policy = training_memory(shape, training, config.optim, length, dtype, config.lora)
     of_vision = vision_parameters * (dtype.itemsize if config.lora.rank else 4)
     policy = dataclasses.replace(policy, weights=policy.weights + of_vision)
     weights = 4 * (parameter_count(shape) + vision_parameters)
@@ -100,7 +103,7 @@ def practice_memory(
     if config.algorithm.advantage == "gae":
         # One number a token comes of it: a vocabulary's head of its own, where the model had one, is gone.
         decoder = dataclasses.replace(read_config(rl.critic_folder(config)), tie_word_embeddings=True)
-        adamw = training_memory(decoder, config.training, OptimConfig(optimizer="adamw"), length, dtype)
+        adamw = training_memory(decoder, training, OptimConfig(optimizer="adamw"), length, dtype)
         head = 4 * decoder.hidden_size
         critic = adamw.weights + adamw.gradients + adamw.optimizer + 4 * head
         critic += max(0, adamw.activations - policy.activations)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
@@ -137,7 +138,7 @@ def run(config: Config) -> None:
     config.algorithm.check_samples(config.rollout.samples)
     model, tokenizer = load_chat_start(config.init_from, config.lora, seed=config.training.seed)
     require_parallel(config.training.parallel, model, machine.device)
-    config = with_row_length(config, model.config.max_position_embeddings)
+    config = with_row_length(config, *longest_texts(config, model.config))
     model.config.check_training_rows(config.row_length)
     rows_per_micro_batch = practice_rows(config.training, config.row_length)
     _check_critic(config, tokenizer)
@@ -323,6 +324,17 @@ def _reference(config: Config, engine: RolloutEngine, machine: Machine) -> Causa
     if isinstance(engine, GatheredEngine):
         return as_computed(reference, machine.device, machine.dtype)
     return _alone(reference, machine)
+
+
+def longest_texts(config: Config, policy: ModelConfig) -> list[int]:
+    """Tokens that each model reads at once that is to read a whole episode: the policy, a critic, a reward model."""
+    limits = [policy.max_position_embeddings]
+    if config.algorithm.critic.init_from is not None:
+        limits.append(read_config(critic_folder(config)).max_position_embeddings)
+    if config.rewards.reward_model is not None:
+        with suppress(UserError):  # one that another library reads has its own bounds
+            limits.append(read_config(resolve_model_folder(config.rewards.reward_model)).max_position_embeddings)
+    return limits
 
 
 def critic_folder(config: Config) -> Path:
