@@ -92,6 +92,17 @@ def test_folders_globs_weights_and_what_is_not_there(store):
             find_sources([path])
 
 
+def test_a_folder_afar_does_not_pass_data_that_are_not_read(store):
+    """As one here does not: a table beside two files of lines was missing from the run, without a word."""
+    for name in ("rows.jsonl", "README.md", ".hidden.csv", ".git/kept.csv"):
+        store.pipe(f"/bucket/more/{name}", b'{"text": "a"}')
+    assert len(find_sources(["store://bucket/more"])) == 1
+    store.pipe("/bucket/more/deep/table.csv.gz", b"")
+    with pytest.raises(UserError, match=r"bucket/more/deep/table\.csv\.gz: this format is not read .*more/\*"):
+        find_sources(["store://bucket/more/"])
+    assert len(find_sources(["store://bucket/more/*.jsonl"])) == 1
+
+
 def test_a_missing_driver_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match=r"s3://bucket/a\.jsonl: Install s3fs to access S3"):

@@ -95,11 +95,7 @@ def _resolve(written: str) -> list[Source]:
         return [_local(path, weight)]
     if Path(path).is_dir():
         below = list(_files_below(path))
-        if others := sorted(p for p in below if _is_other_data(p)):
-            raise UserError(
-                f"{others[0]}: this format is not read ({_known()} are): convert it, or name the files to read instead "
-                f"of the folder, such as '{path.rstrip('/')}/*.jsonl'"
-            )
+        _refuse_other_data([str(p) for p in below if _is_other_data(p.relative_to(path))], path)
         found = [p for p in below if _is_data(p.relative_to(path)) and _is_file(p)]
         if not found:
             raise UserError(f"{path}: this folder holds no data file ({_known()})")
@@ -167,7 +163,11 @@ def _local(path: str | Path, weight: float) -> Source:
 
 
 def _resolve_url(url: str, weight: float) -> list[Source]:
-    found = find_files(url, lambda below: _is_data(Path(below)))
+    found = find_files(url, lambda below: _is_data(Path(below)) or _is_other_data(Path(below)))
+    if not glob.has_magic(url):
+        _refuse_other_data(
+            [name for name, _ in found if name != url and _is_other_data(Path(without_query(name)))], url
+        )
     if not found:
         raise UserError(f"{url}: no data file is there ({_known()})")
     return [Source(name, _format(name), weight, size) for name, size in found]
@@ -197,13 +197,22 @@ def _is_data(path: Path) -> bool:
     return _suffix(path) in FORMATS and not any(part.startswith(".") for part in path.parts)
 
 
+def _refuse_other_data(others: Sequence[str], folder: str) -> None:
+    """UserError for the first of a folder's files that hold data and are not read: less data, without a word."""
+    if others:
+        raise UserError(
+            f"{min(others)}: this format is not read ({_known()} are): convert it, or name the files to read instead "
+            f"of the folder, such as '{folder.rstrip('/')}/*.jsonl'"
+        )
+
+
 def _is_other_data(path: Path) -> bool:
     """Whether it is data by its name, which a folder must not pass without a word; notes and pictures it may."""
     endings = [ending.lower() for ending in path.suffixes]
     packed = endings[-1:] if endings and endings[-1] in (*_NOT_UNPACKED, *COMPRESSIONS) else []
     kind = endings[len(endings) - len(packed) - 1] if len(endings) > len(packed) else ""
     not_unpacked = bool(packed) and packed[0] in _NOT_UNPACKED and kind in FORMATS
-    return not path.name.startswith(".") and (kind in _NOT_READ or not_unpacked)
+    return not any(part.startswith(".") for part in path.parts) and (kind in _NOT_READ or not_unpacked)
 
 
 def _format(path: str | Path) -> str:
