@@ -67,7 +67,7 @@ def parts_changed(before: CausalLM, after: CausalLM) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sft", "dpo", "distill", "grpo", "ppo"])
-def test_training_on_text_leaves_the_eyes_as_they_are(name: str, world: Path, tmp_path: Path) -> None:
+def test_training_on_text_leaves_tower_and_projector_as_they_are(name: str, world: Path, tmp_path: Path) -> None:
     command, settings = settings_of(name, world, tmp_path)
     if command == "distill":
         settings["teacher"] = world / "start"

@@ -24,7 +24,7 @@ from minnow.model.vision_language import VisionLanguageModel
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_OURS, _BEHIND_EYES = "model.", "model.language_model."
+_OURS, _IN_LLAVA = "model.", "model.language_model."
 """How a decoder's names begin, and how in transformers' classes that look at pictures, which PEFT goes by."""
 _HEADS = ("classifier", "score")
 """What PEFT lists as saved whole of any sequence classifier; ours is called score."""
@@ -219,13 +219,13 @@ def _target_modules(model: CausalLM) -> list[str]:
 
 def _their_name(name: str, model: CausalLM) -> str:
     """A name of ours as PEFT has it."""
-    return _BEHIND_EYES + name.removeprefix(_OURS) if isinstance(model, VisionLanguageModel) else name
+    return _IN_LLAVA + name.removeprefix(_OURS) if isinstance(model, VisionLanguageModel) else name
 
 
 def _our_name(name: str, model: CausalLM) -> str:
     """The way back; what is no decoder's (an adapter of the tower) keeps a name that we do not know."""
-    if isinstance(model, VisionLanguageModel) and name.startswith(_BEHIND_EYES):
-        return _OURS + name.removeprefix(_BEHIND_EYES)
+    if isinstance(model, VisionLanguageModel) and name.startswith(_IN_LLAVA):
+        return _OURS + name.removeprefix(_IN_LLAVA)
     return name
 
 

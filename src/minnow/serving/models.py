@@ -109,7 +109,7 @@ class ServedModel:
             )
             if self.stretch.extend(fresh.config) != engine.model.config:
                 raise UserError(f"{folder}: its config.json differs from the served model's: start a server for it")
-            if _eyes(fresh) != _eyes(served):
+            if _vision_config(fresh) != _vision_config(served):
                 raise UserError(f"{folder}: its vision tower differs from the served model's: start a server for it")
             if Tokenizer.from_pretrained(found).fingerprint != engine.tokenizer.fingerprint:
                 raise UserError(f"{folder}: its tokenizer differs from the served model's: start a server for it")
@@ -190,7 +190,7 @@ class Models:
         return [begun[number] for number in range(len(prompts))]
 
 
-def _eyes(model: CausalLM) -> VisionConfig | None:
+def _vision_config(model: CausalLM) -> VisionConfig | None:
     """The shape of its vision tower; None for a model that only reads."""
     return model.vision if isinstance(model, VisionLanguageModel) else None
 

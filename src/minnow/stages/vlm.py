@@ -64,7 +64,7 @@ def run(config: Config) -> None:
     start = load_pretrained(folder)
     fresh = config.new_parts(config.init_from, sees=isinstance(start, VisionLanguageModel))
     config = replace(config, train=config.parts_to_train(fresh))
-    model = with_eyes(config, start, tokenizer)
+    model = with_vision_modules(config, start, tokenizer)
     model.train_only(config.train)
     if TOWER in fresh:
         config = replace(config, tower=model.vision)
@@ -83,7 +83,7 @@ def run(config: Config) -> None:
     )
 
 
-def with_eyes(config: Config, start: CausalLM, tokenizer: Tokenizer) -> VisionLanguageModel:
+def with_vision_modules(config: Config, start: CausalLM, tokenizer: Tokenizer) -> VisionLanguageModel:
     """The model to train; the tokenizer shows it its pictures. UserError for a tokenizer that cannot."""
     if isinstance(start, VisionLanguageModel):
         vision, tower = start.vision, None
