@@ -3,16 +3,24 @@
 torch's flash attention for CPUs cuts its work into products of a few rows, each with a price of its own in bf16. Here
 many heads are multiplied at once, some queries at a time. As in flash attention (2205.14135) no score is kept for the
 backward pass, which computes them again. They are rounded to bf16, where flash attention has them in float32: with
-scores up to 50 the outputs are a percent off. docs/experiments.md has what it gives at which length.
+scores up to 50 the outputs are a percent off.
+
+With a C++ compiler bf16 goes through cpu_attention.cpp instead, which does the same for one block after another in the
+caches, with scores in float32: twice as fast. docs/experiments.md has what both give at which length.
 """
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, library
+
+from minnow.model.cpp import load_cpp
 
 QUERIES = 128
 """Queries at a time: with fewer, less of the future is multiplied in vain; with more, the products are larger."""
@@ -21,13 +29,99 @@ SCORES = 2**21
 """Scores at a time, 4 MB, or those of one key head if they are more: about what a processor's caches hold."""
 
 
-@library.custom_op("minnow::cpu_causal_attention", mutates_args=())
 def cpu_causal_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tensor:
-    """Every query sees the keys up to its own place: softmax(q k / sqrt(d)) v, [B, T, H, d], heads grouped (GQA).
+    """Every query sees the keys up to its own place: softmax(q k / sqrt(d)) v, [B, T, H, d], heads grouped (GQA)."""
+    out_BTHd: Tensor = attention_and_denominators(q_BTHd, k_BTKd, v_BTKd)[0]
+    return out_BTHd
+
+
+@library.custom_op("minnow::cpu_causal_attention", mutates_args=())
+def attention_and_denominators(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> tuple[Tensor, Tensor]:
+    """`cpu_causal_attention`, and for the backward pass of the C++ log2 of each softmax's denominator, fp32 [B, H, T].
 
     One operation to whoever looks on: selective checkpointing keeps what it returns, and nothing of its inside.
     """
-    out_BTHd = _empty_output(q_BTHd)
+    out_BTHd, log_BHT = _empty_outputs(q_BTHd)
+    kernel = _kernel_for(q_BTHd, k_BTKd, v_BTKd)
+    if kernel is None:
+        _attend_in_blocks(q_BTHd, k_BTKd, v_BTKd, out_BTHd)
+        log_BHT.zero_()
+    elif q_BTHd.numel():
+        inputs = [x.contiguous() for x in (q_BTHd, k_BTKd, v_BTKd)]
+        kernel.forward(*_sizes(q_BTHd, k_BTKd), *_addresses(*inputs, out_BTHd, log_BHT))
+    return out_BTHd, log_BHT
+
+
+@library.custom_op("minnow::cpu_causal_attention_backward", mutates_args=())
+def cpu_causal_attention_backward(
+    grad_BTHd: Tensor, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, out_BTHd: Tensor, log_BHT: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the loss by queries, keys and values, given that by what `cpu_causal_attention` returned.
+
+    With P the probabilities and dO the gradient given:  dV = P^T dO,  dP = dO V^T,
+    dS = P * (dP - rowsum(P * dP)),  dQ = dS K / sqrt(d),  dK = dS^T Q / sqrt(d).  And rowsum(P * dP) = rowsum(O * dO).
+    """
+    grads = _empty_grads(grad_BTHd, q_BTHd, k_BTKd, v_BTKd)
+    kernel = _kernel_for(q_BTHd, k_BTKd, v_BTKd)
+    if kernel is None:
+        _gradients_in_blocks(grad_BTHd, q_BTHd, k_BTKd, v_BTKd, grads)
+    elif q_BTHd.numel():
+        inputs = [x.contiguous() for x in (grad_BTHd, q_BTHd, k_BTKd, v_BTKd)]
+        kernel.backward(*_sizes(q_BTHd, k_BTKd), *_addresses(*inputs, out_BTHd, log_BHT, *grads))
+    return grads
+
+
+@attention_and_denominators.register_fake
+def _empty_outputs(q_BTHd: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+    batch, length, heads, _size = q_BTHd.shape
+    return _contiguous_like(q_BTHd), q_BTHd.new_empty((batch, heads, length), dtype=torch.float32)
+
+
+@cpu_causal_attention_backward.register_fake
+def _empty_grads(
+    grad_BTHd: Tensor, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, *_: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _contiguous_like(q_BTHd), _contiguous_like(k_BTKd), _contiguous_like(v_BTKd)
+
+
+def _contiguous_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward(ctx: Any, grad_BTHd: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return cpu_causal_attention_backward(grad_BTHd, *ctx.saved_tensors)
+
+
+attention_and_denominators.register_autograd(_backward, setup_context=_save)
+
+
+def _kernel_for(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> ctypes.CDLL | None:
+    """The C++, where it is for such tensors: bf16 throughout, heads of an even size."""
+    all_bf16 = {q_BTHd.dtype, k_BTKd.dtype, v_BTKd.dtype} == {torch.bfloat16}
+    return _kernel() if all_bf16 and q_BTHd.shape[3] % 2 == 0 else None
+
+
+@cache
+def _kernel() -> ctypes.CDLL | None:
+    kernel = load_cpp(Path(__file__).with_suffix(".cpp"))
+    return kernel if kernel is not None and kernel.available() else None
+
+
+def _sizes(q_BTHd: Tensor, k_BTKd: Tensor) -> list[ctypes.c_int64]:
+    batch, length, heads, size = q_BTHd.shape
+    return [ctypes.c_int64(x) for x in (batch, length, heads, k_BTKd.shape[2], size)]
+
+
+def _addresses(*tensors: Tensor) -> list[ctypes.c_void_p]:
+    return [ctypes.c_void_p(x.data_ptr()) for x in tensors]
+
+
+def _attend_in_blocks(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, out_BTHd: Tensor) -> None:
     q_BKGTd, out_BKGTd = (_grouped(x, k_BTKd.shape[2]) for x in (q_BTHd, out_BTHd))
     k_BKTd, v_BKTd = k_BTKd.transpose(1, 2), v_BTKd.transpose(1, 2)
     for lot in _lots(q_BKGTd):
@@ -36,20 +130,13 @@ def cpu_causal_attention(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> Tens
             q_SRd = _rows(q_BKGTd[lot], queries)
             out = out_BKGTd[lot][..., queries, :]
             out.copy_((_probabilities(q_SRd, k_STd[:, seen], queries) @ v_STd[:, seen]).view(out.shape))
-    return out_BTHd
 
 
-@library.custom_op("minnow::cpu_causal_attention_backward", mutates_args=())
-def cpu_causal_attention_backward(
-    grad_BTHd: Tensor, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the loss by queries, keys and values, given that by what `cpu_causal_attention` returned.
-
-    With P the probabilities and dO the gradient given:  dV = P^T dO,  dP = dO V^T,
-    dS = P * (dP - rowsum(P * dP)),  dQ = dS K / sqrt(d),  dK = dS^T Q / sqrt(d).
-    """
+def _gradients_in_blocks(
+    grad_BTHd: Tensor, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor, grads: tuple[Tensor, Tensor, Tensor]
+) -> None:
     key_heads, scale = k_BTKd.shape[2], k_BTKd.shape[3] ** -0.5
-    grads = grad_q_BTHd, grad_k_BTKd, grad_v_BTKd = _empty_grads(grad_BTHd, q_BTHd, k_BTKd, v_BTKd)
+    grad_q_BTHd, grad_k_BTKd, grad_v_BTKd = grads
     q_BKGTd, grad_BKGTd, grad_q_BKGTd = (_grouped(x, key_heads) for x in (q_BTHd, grad_BTHd, grad_q_BTHd))
     k_BKTd, v_BKTd, grad_k_BKTd, grad_v_BKTd = (x.transpose(1, 2) for x in (k_BTKd, v_BTKd, grad_k_BTKd, grad_v_BTKd))
     for lot in _lots(q_BKGTd):
@@ -70,28 +157,6 @@ def cpu_causal_attention_backward(
         grad_k, grad_v = grad_k_BKTd[lot], grad_v_BKTd[lot]
         grad_k.copy_(grad_k_STd.mul_(scale).view(grad_k.shape))
         grad_v.copy_(grad_v_STd.view(grad_v.shape))
-    return grads
-
-
-@cpu_causal_attention.register_fake
-def _empty_output(q_BTHd: Tensor, *_: Tensor) -> Tensor:
-    return torch.empty_like(q_BTHd, memory_format=torch.contiguous_format)
-
-
-@cpu_causal_attention_backward.register_fake
-def _empty_grads(grad_BTHd: Tensor, q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty_output(q_BTHd), _empty_output(k_BTKd), _empty_output(v_BTKd)
-
-
-def _save(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _backward(ctx: Any, grad_BTHd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return cpu_causal_attention_backward(grad_BTHd, *ctx.saved_tensors)
-
-
-cpu_causal_attention.register_autograd(_backward, setup_context=_save)
 
 
 def _grouped(x_BTHd: Tensor, key_heads: int) -> Tensor:

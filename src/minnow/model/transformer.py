@@ -147,7 +147,7 @@ class DecoderLayer(nn.Module):
         attend: Callable[..., Tensor],
         cos: Tensor,
         sin: Tensor,
-        parts: _LayerParts,
+        parts: _Parts,
         routing: Routing | None,
         experts_mode: GradientCheckpointing,
     ) -> tuple[Tensor, Decisions | None]:
@@ -189,15 +189,22 @@ def before_experts(layer: DecoderLayer, x_BTD: Tensor, attended_BTHd: Tensor) ->
     return (x_BTD if shared_experts is None else x_BTD + shared_experts(normed_BTD)), normed_BTD
 
 
-class _LayerParts(NamedTuple):
-    """The functions of a layer around its attention and experts, as they are or compiled."""
+def last_norm(backbone: Backbone, x_BTD: Tensor) -> Tensor:
+    """The norm after the layers: hidden states."""
+    normed_BTD: Tensor = backbone.norm(x_BTD)
+    return normed_BTD
+
+
+class _Parts(NamedTuple):
+    """The functions of a layer around its attention and experts, and the last norm, as they are or compiled."""
 
     before_attention: Callable[..., QKV]
     after_attention: Callable[..., Tensor]
     before_experts: Callable[..., tuple[Tensor, Tensor]]
+    last_norm: Callable[..., Tensor]
 
 
-_PLAIN_PARTS = _LayerParts(before_attention, after_attention, before_experts)
+_PLAIN_PARTS = _Parts(before_attention, after_attention, before_experts, last_norm)
 
 
 class Backbone(nn.Module):
@@ -233,7 +240,7 @@ class CausalLM(nn.Module):
         self.adapter: Adapter | None = None
         self.routing: Routing | None = None
         self.generation_config: dict[str, Any] = {}
-        self._compiled: _LayerParts | None = None
+        self._compiled: _Parts | None = None
         initialize(self, init or InitConfig(), seed)
 
     @property
@@ -292,7 +299,7 @@ class CausalLM(nn.Module):
             x_BTD, decisions = checkpointed(mode, run_layer, index, x_BTD)
             if routing is not None and decisions is not None:
                 routing.decisions.append((index, decisions))
-        return self.model.norm(x_BTD)
+        return parts.last_norm(self.model, x_BTD)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every token: hidden [..., D] -> fp32 [..., V]."""
@@ -314,6 +321,4 @@ class CausalLM(nn.Module):
 
     def compile_backbone(self) -> None:
         """Compile the parts around attention, once for all layers; used wherever gradients are recorded."""
-        self._compiled = _LayerParts(
-            torch.compile(before_attention), torch.compile(after_attention), torch.compile(before_experts)
-        )
+        self._compiled = _Parts._make(map(torch.compile, _PLAIN_PARTS))

@@ -139,8 +139,7 @@ class LanguageModeling:
             batch.targets_BT.flatten(),
             batch.weights_BT.flatten(),
             z_loss=self.z_loss,
-            # On a CPU the compiled softmax is not worth its compilation.
-            compiled=model.is_compiled and hidden_BTD.is_cuda,
+            compiled=model.is_compiled,
             supervised_S=batch.supervised_S,
         )
         return ObjectiveOutput(loss.loss_sum, {"nll": loss.nll_sum})

@@ -1,0 +1,296 @@
+// The blocks of cpu_attention.py in one piece of C++, for bf16: scores never leave the caches, and stay float32 until
+// they are probabilities. As in flash attention (2205.14135) the forward pass keeps the logarithm of each softmax's
+// denominator, from which the backward pass has the probabilities again.
+//
+// A block of scores is held transposed, [keys, queries]: the largest score of a query, the sum of its probabilities and
+// its delta then lie across the vector lanes, and no sum runs along them. Products are torch's `brgemm`, bf16 in and
+// float32 out. Its right operand has the rows of its sum in pairs ("VNNI"): [K / 2, N, 2], here numbers of 32 bits.
+//
+// B sequences of T tokens, H query heads, K key heads, heads of size d: [B, T, H, d], contiguous.
+#include <ATen/Parallel.h>
+#include <ATen/native/CPUBlas.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+using at::BFloat16;
+
+namespace {
+
+#ifdef PLAIN_PRODUCTS  // for tests on processors for which torch has no brgemm
+void brgemm(int64_t M, int64_t N, int64_t K, int64_t stride_a, int64_t stride_b, int64_t stride_c, bool add,
+            const BFloat16* a, const BFloat16* b, float* c) {
+  for (int64_t m = 0; m < M; ++m)
+    for (int64_t n = 0; n < N; ++n) {
+      float sum = add ? c[m * stride_c + n] : 0.0f;
+      for (int64_t k = 0; k < K; ++k) sum += float(a[m * stride_a + k]) * float(b[(k / 2 * stride_b + n) * 2 + k % 2]);
+      c[m * stride_c + n] = sum;
+    }
+}
+#else
+using at::native::cpublas::brgemm;
+#endif
+
+constexpr int64_t QUERIES = 128, KEYS = 128;
+constexpr float LOG2_E = 1.44269504088896f;
+
+// Rounds to nearest, ties away from zero.
+inline uint32_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return (bits + 0x8000) >> 16;
+}
+
+inline float from_bf16(uint16_t x) {
+  uint32_t bits = static_cast<uint32_t>(x) << 16;
+  float y;
+  std::memcpy(&y, &bits, 4);
+  return y;
+}
+
+// 2^x for x <= 0 to within 4e-6 of itself, 0 below 2^-126: the whole part of x goes into the exponent, 2 to the power
+// of the rest is a polynomial (fitted for the smallest largest error on [-1/2, 1/2]).
+inline float exp2_of_negative(float x) {
+  float whole = std::nearbyintf(x), t = x - whole;
+  float y = 0.999999261f + t * (0.693121815f + t * (0.240247448f + t * (0.055917860f + t * 0.009570101f)));
+  int32_t bits;
+  std::memcpy(&bits, &y, 4);
+  bits += static_cast<int32_t>(whole) << 23;
+  std::memcpy(&y, &bits, 4);
+  return x < -126.0f ? 0.0f : y;
+}
+
+// Some rows of one head, `stride` numbers apart.
+struct Rows {
+  const uint16_t* data;
+  int64_t stride, count, dim;
+
+  const uint16_t* row(int64_t i) const { return data + i * stride; }
+
+  // The transpose as a right operand, [dim / 2, width] pairs: columns beyond the last row are zeros.
+  void pack_transposed(uint32_t* out, int64_t width) const {
+    for (int64_t r = 0; r < count; ++r) {
+      auto pairs = reinterpret_cast<const uint32_t*>(row(r));
+      for (int64_t c = 0; c < dim / 2; ++c) out[c * width + r] = pairs[c];
+    }
+    for (int64_t r = count; r < width; ++r)
+      for (int64_t c = 0; c < dim / 2; ++c) out[c * width + r] = 0;
+  }
+
+  // As a right operand, [height / 2, dim] pairs: rows beyond the last one are zeros.
+  void pack(uint32_t* out, int64_t height) const {
+    for (int64_t r = 0; r < height; r += 2) {
+      const uint16_t *low = row(r), *high = row(r + 1);
+      uint32_t* pairs = out + r / 2 * dim;
+      if (r + 1 < count) {
+        for (int64_t c = 0; c < dim; ++c) pairs[c] = low[c] | static_cast<uint32_t>(high[c]) << 16;
+      } else {
+        for (int64_t c = 0; c < dim; ++c) pairs[c] = r < count ? low[c] : 0;
+      }
+    }
+  }
+
+  // The transpose as a left operand, [dim, width]: columns beyond the last row are zeros.
+  void transpose(uint16_t* out, int64_t width) const {
+    for (int64_t c = 0; c < dim; ++c) std::fill(out + c * width + count, out + (c + 1) * width, uint16_t{0});
+    for (int64_t first = 0; first < count; first += 32) {
+      int64_t last = std::min(first + 32, count);
+      for (int64_t c = 0; c < dim; ++c)
+        for (int64_t r = first; r < last; ++r) out[c * width + r] = row(r)[c];
+    }
+  }
+};
+
+struct Shape {
+  int64_t B, T, H, K, d;
+  int64_t group() const { return H / K; }
+  int64_t width() const { return std::min(QUERIES, (T + 15) / 16 * 16); }
+  int64_t even_length() const { return (T + 1) / 2 * 2; }
+  float scale() const { return 1.0f / std::sqrt(static_cast<float>(d)); }
+  float scale_to_log2() const { return scale() * LOG2_E; }
+
+  // Tokens [first, first + count) of head number `head` of `heads` in sequence b.
+  Rows rows(const uint16_t* x, int64_t b, int64_t head, int64_t heads, int64_t first, int64_t count) const {
+    return {x + ((b * T + first) * heads + head) * d, heads * d, count, d};
+  }
+};
+
+const BFloat16* bf16(const void* x) { return static_cast<const BFloat16*>(x); }
+
+// q k of a block, [keys, width]; of the future minus infinity.
+void block_of_scores(const Shape& s, const Rows& keys, const uint32_t* queries, int64_t query, int64_t key,
+                     float* scores) {
+  int64_t width = s.width();
+  brgemm(keys.count, width, s.d, keys.stride, width, width, false, bf16(keys.data), bf16(queries), scores);
+  for (int64_t e = 0; e < keys.count; ++e) {
+    float* row = scores + e * width;
+    int64_t future = std::clamp<int64_t>(key + e - query, 0, width);  // queries before this one do not see the key
+    for (int64_t r = 0; r < future; ++r) row[r] = -std::numeric_limits<float>::infinity();
+  }
+}
+
+// out[r, :] = x[:, r] * by[r] as bf16, x [d, width].
+void write_transposed(const float* x, const float* by, int64_t width, const Rows& out) {
+  for (int64_t r = 0; r < out.count; ++r) {
+    auto row = const_cast<uint16_t*>(out.row(r));
+    for (int64_t c = 0; c < out.dim; ++c) row[c] = to_bf16(x[c * width + r] * by[r]);
+  }
+}
+
+void forward_head(const Shape& s, int64_t b, int64_t h, const uint16_t* q, const uint16_t* k, const uint16_t* v,
+                  uint16_t* out, float* lse) {
+  int64_t width = s.width(), even = s.even_length(), head = h / s.group();
+  float scale = s.scale_to_log2();
+  std::vector<uint16_t> values(s.d * even);
+  s.rows(v, b, head, s.K, 0, s.T).transpose(values.data(), even);
+  std::vector<uint32_t> queries(s.d / 2 * width), probabilities(KEYS / 2 * width);
+  std::vector<float> scores(KEYS * width), sums(s.d * width), largest(width), total(width), shrink(width);
+  for (int64_t query = 0; query < s.T; query += width) {
+    int64_t count = std::min(width, s.T - query);
+    s.rows(q, b, h, s.H, query, count).pack_transposed(queries.data(), width);
+    std::fill(largest.begin(), largest.end(), -1e30f);
+    std::fill(total.begin(), total.end(), 0.0f);
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    for (int64_t key = 0; key < query + count; key += KEYS) {
+      int64_t num_keys = std::min(KEYS, query + count - key);
+      block_of_scores(s, s.rows(k, b, head, s.K, key, num_keys), queries.data(), query, key, scores.data());
+      std::copy(largest.begin(), largest.end(), shrink.begin());
+      for (int64_t e = 0; e < num_keys; ++e)
+        for (int64_t r = 0; r < width; ++r) largest[r] = std::max(largest[r], scores[e * width + r]);
+      for (int64_t r = 0; r < width; ++r) {
+        shrink[r] = exp2_of_negative((shrink[r] - largest[r]) * scale);
+        total[r] *= shrink[r];
+      }
+      for (int64_t e = 0; e < num_keys; e += 2) {
+        const float* low = scores.data() + e * width;
+        bool paired = e + 1 < num_keys;
+        uint32_t* pairs = probabilities.data() + e / 2 * width;
+        for (int64_t r = 0; r < width; ++r) {
+          float first = exp2_of_negative((low[r] - largest[r]) * scale);
+          float second = paired ? exp2_of_negative((low[r + width] - largest[r]) * scale) : 0.0f;
+          total[r] += first + second;
+          pairs[r] = to_bf16(first) | to_bf16(second) << 16;
+        }
+      }
+      for (int64_t c = 0; c < s.d; ++c)
+        for (int64_t r = 0; r < width; ++r) sums[c * width + r] *= shrink[r];
+      brgemm(s.d, width, (num_keys + 1) / 2 * 2, even, width, width, true, bf16(values.data() + key),
+             bf16(probabilities.data()), sums.data());
+    }
+    for (int64_t r = 0; r < count; ++r) lse[(b * s.H + h) * s.T + query + r] = largest[r] * scale + std::log2(total[r]);
+    for (int64_t r = 0; r < width; ++r) total[r] = 1.0f / total[r];
+    write_transposed(sums.data(), total.data(), width, s.rows(out, b, h, s.H, query, count));
+  }
+}
+
+void backward_key_head(const Shape& s, int64_t b, int64_t head, const uint16_t* grad, const uint16_t* q,
+                       const uint16_t* k, const uint16_t* v, const uint16_t* out, const float* lse, uint16_t* grad_q,
+                       uint16_t* grad_k, uint16_t* grad_v) {
+  int64_t width = s.width(), even = s.even_length();
+  float scale = s.scale_to_log2();
+  std::vector<uint16_t> keys(s.d * even), probabilities(KEYS * width), dscores(KEYS * width);
+  s.rows(k, b, head, s.K, 0, s.T).transpose(keys.data(), even);
+  std::vector<uint32_t> queries(s.d / 2 * width), queries_T(s.d / 2 * width), grads(s.d / 2 * width),
+      grads_T(s.d / 2 * width), dscores_paired(KEYS / 2 * width);
+  std::vector<float> scores(KEYS * width), dprobabilities(KEYS * width), sums(s.d * width), delta(width), log_sum(width),
+      scales(std::max(width, s.T), s.scale());
+  std::vector<float> sums_k(s.T * s.d, 0.0f), sums_v(s.T * s.d, 0.0f);
+  for (int64_t h = head * s.group(); h < (head + 1) * s.group(); ++h) {
+    for (int64_t query = 0; query < s.T; query += width) {
+      int64_t count = std::min(width, s.T - query);
+      Rows q_rows = s.rows(q, b, h, s.H, query, count), grad_rows = s.rows(grad, b, h, s.H, query, count),
+           out_rows = s.rows(out, b, h, s.H, query, count);
+      q_rows.pack(queries.data(), width);
+      q_rows.pack_transposed(queries_T.data(), width);
+      grad_rows.pack(grads.data(), width);
+      grad_rows.pack_transposed(grads_T.data(), width);
+      for (int64_t r = 0; r < width; ++r) {
+        float sum = 0.0f;
+        if (r < count)
+#pragma omp simd reduction(+ : sum)
+          for (int64_t c = 0; c < s.d; ++c) sum += from_bf16(out_rows.row(r)[c]) * from_bf16(grad_rows.row(r)[c]);
+        delta[r] = sum;
+        // A query beyond the last one is zeros and sees all with probability zero.
+        log_sum[r] = r < count ? lse[(b * s.H + h) * s.T + query + r] : 1e30f;
+      }
+      std::fill(sums.begin(), sums.end(), 0.0f);
+      for (int64_t key = 0; key < query + count; key += KEYS) {
+        int64_t num_keys = std::min(KEYS, query + count - key), even_keys = (num_keys + 1) / 2 * 2;
+        Rows v_rows = s.rows(v, b, head, s.K, key, num_keys);
+        block_of_scores(s, s.rows(k, b, head, s.K, key, num_keys), queries_T.data(), query, key, scores.data());
+        brgemm(num_keys, width, s.d, v_rows.stride, width, width, false, bf16(v_rows.data), bf16(grads_T.data()),
+               dprobabilities.data());
+        for (int64_t e = 0; e < num_keys; e += 2) {
+          const float *score = scores.data() + e * width, *dprobability = dprobabilities.data() + e * width;
+          uint16_t *probability = probabilities.data() + e * width, *dscore = dscores.data() + e * width;
+          uint32_t* pairs = dscores_paired.data() + e / 2 * width;
+          int64_t next = e + 1 < num_keys ? width : 0;  // the last key, if there is none to pair it with, twice
+          for (int64_t r = 0; r < width; ++r) {
+            float low = exp2_of_negative(score[r] * scale - log_sum[r]);
+            float high = exp2_of_negative(score[r + next] * scale - log_sum[r]);
+            uint32_t dlow = to_bf16(low * (dprobability[r] - delta[r]));
+            uint32_t dhigh = to_bf16(high * (dprobability[r + next] - delta[r]));
+            probability[r] = to_bf16(low);
+            probability[r + width] = to_bf16(high);
+            dscore[r] = dlow;
+            dscore[r + width] = dhigh;
+            pairs[r] = dlow | dhigh << 16;
+          }
+        }
+        brgemm(num_keys, s.d, width, width, s.d, s.d, true, bf16(probabilities.data()), bf16(grads.data()),
+               sums_v.data() + key * s.d);
+        brgemm(num_keys, s.d, width, width, s.d, s.d, true, bf16(dscores.data()), bf16(queries.data()),
+               sums_k.data() + key * s.d);
+        brgemm(s.d, width, even_keys, even, width, width, true, bf16(keys.data() + key), bf16(dscores_paired.data()),
+               sums.data());
+      }
+      write_transposed(sums.data(), scales.data(), width, s.rows(grad_q, b, h, s.H, query, count));
+    }
+  }
+  Rows k_rows = s.rows(grad_k, b, head, s.K, 0, s.T), v_rows = s.rows(grad_v, b, head, s.K, 0, s.T);
+  for (int64_t t = 0; t < s.T; ++t) {
+    auto k_row = const_cast<uint16_t*>(k_rows.row(t)), v_row = const_cast<uint16_t*>(v_rows.row(t));
+    for (int64_t c = 0; c < s.d; ++c) {
+      k_row[c] = to_bf16(sums_k[t * s.d + c] * s.scale());
+      v_row[c] = to_bf16(sums_v[t * s.d + c]);
+    }
+  }
+}
+
+}  // namespace
+
+// Whether torch multiplies bf16 blocks on this processor.
+extern "C" bool available() {
+  try {
+    BFloat16 zeros[4] = {};
+    float out[1];
+    brgemm(1, 1, 2, 2, 1, 1, false, zeros, zeros, out);
+    return true;
+  } catch (...) {
+    return false;
+  }
+}
+
+extern "C" void forward(int64_t B, int64_t T, int64_t H, int64_t K, int64_t d, const uint16_t* q,
+                                         const uint16_t* k, const uint16_t* v, uint16_t* out, float* lse) {
+  Shape s{B, T, H, K, d};
+  at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) forward_head(s, i / H, i % H, q, k, v, out, lse);
+    at::native::cpublas::brgemm_release();
+  });
+}
+
+extern "C" void backward(int64_t B, int64_t T, int64_t H, int64_t K, int64_t d, const uint16_t* grad,
+                                          const uint16_t* q, const uint16_t* k, const uint16_t* v, const uint16_t* out,
+                                          const float* lse, uint16_t* grad_q, uint16_t* grad_k, uint16_t* grad_v) {
+  Shape s{B, T, H, K, d};
+  at::parallel_for(0, B * K, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      backward_key_head(s, i / K, i % K, grad, q, k, v, out, lse, grad_q, grad_k, grad_v);
+    at::native::cpublas::brgemm_release();
+  });
+}
