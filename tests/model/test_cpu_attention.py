@@ -27,12 +27,12 @@ def implementation(monkeypatch, request):
     """Every way in which bf16 may go."""
     kernel = None
     if request.param == "C++":
-        kernel = cpu_attention._kernel()
+        kernel = cpu_attention.kernel()
     elif request.param != "blocks":
         kernel = cpp.load_cpp(Path(cpu_attention.__file__).with_suffix(".cpp"), "PLAIN_PRODUCTS")
     if kernel is None and request.param != "blocks":
         pytest.skip("no C++ compiler, or torch multiplies no blocks of bf16 on this processor")
-    monkeypatch.setattr(cpu_attention, "_kernel", lambda: kernel)
+    monkeypatch.setattr(cpu_attention, "kernel", lambda: kernel)
     return request.param
 
 
@@ -168,7 +168,7 @@ def errors(inputs, upstream):
 def test_the_keys_gradient_is_summed_over_blocks_in_float32(monkeypatch):
     """128 blocks of one query each: sums in bf16 would be off by percents."""
     monkeypatch.setattr(cpu_attention, "QUERIES", 1)
-    monkeypatch.setattr(cpu_attention, "_kernel", lambda: None)
+    monkeypatch.setattr(cpu_attention, "kernel", lambda: None)
     inputs, upstream = drawn((1, 128, 1, 1, 16), torch.bfloat16)
     upstream = upstream.abs()
     assert errors(inputs, upstream)[3] < 0.004
@@ -237,3 +237,30 @@ def test_it_is_built_once(monkeypatch, tmp_path):
     monkeypatch.setattr(cpp, "_build", None)
     assert cpp.load_cpp(source, "SEVEN=7").seven() == 7
     assert len(list((tmp_path / "cache" / "minnow").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "heads", "key_heads", "size"),
+    [(32, 200, 8, 2, 64), (1, 256, 4, 4, 32), (5, 100, 6, 3, 48), (3, 77, 20, 1, 16), (2, 65, 10, 2, 80)],
+)
+def test_a_new_token_sees_its_rows_places_up_to_its_own(implementation, rows, length, heads, key_heads, size):
+    """Against float64; the rows end anywhere, and there are more of them than decode."""
+    if implementation == "blocks":
+        pytest.skip("torch's attention does it then")
+    generator = torch.Generator().manual_seed(0)
+    q_BHd = torch.randn(rows, heads, size, generator=generator).bfloat16()
+    keys, values = (torch.randn(rows + 2, length, key_heads, size, generator=generator).bfloat16() for _ in range(2))
+    places_B = torch.randint(length, (rows,), generator=generator)
+    places_B[0] = length - 1
+    places_B[-1] = 0 if rows > 1 else length - 1
+    barred = torch.where(torch.arange(length) > places_B[:, None], -torch.inf, 0.0)[:, None, None].double()
+    exact = torch.nn.functional.scaled_dot_product_attention(
+        q_BHd[:, :, None].double(),
+        keys[:rows].transpose(1, 2).double(),
+        values[:rows].transpose(1, 2).double(),
+        attn_mask=barred,
+        enable_gqa=True,
+    )[:, :, 0]
+    output = cpu_attention.cpu_decode_attention(q_BHd, keys, values, places_B)
+    assert output.dtype == torch.bfloat16
+    torch.testing.assert_close(output.double(), exact, rtol=0.006, atol=0.002)

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from minnow.config import UserError
 from minnow.data.batches import Batch, Share
 from minnow.model.transformer import CausalLM
+from minnow.optim import newton_schulz
 from minnow.training.checkpoint import list_checkpoints
 from minnow.training.loss_scale import LossScale
 from minnow.training.objective import LanguageModeling, ObjectiveOutput, PackedBatches, SourceStopsError, totals
@@ -43,7 +44,10 @@ def assert_equal_weights(left: Trainer, right: Trainer) -> None:
 
 
 @pytest.mark.parametrize("pieces", [2, 4, 8])
-def test_cutting_the_batch_into_micro_batches_changes_nothing(tmp_path: Path, pieces: int) -> None:
+def test_cutting_the_batch_into_micro_batches_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, pieces: int
+) -> None:
+    monkeypatch.setattr(newton_schulz, "cpu_multiplies_bf16_faster", lambda: False)  # in bf16 Muon's error is larger
     whole = make_trainer(tmp_path / "whole", steps=3)
     cut = make_trainer(tmp_path / "cut", steps=3, source=RandomSource(pieces))
     for _ in range(3):

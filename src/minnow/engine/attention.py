@@ -15,6 +15,7 @@ from torch import Tensor
 from minnow.engine.cache import PagedCache, Window
 from minnow.engine.scheduler import Chunk
 from minnow.model.attention import PackedAttention, flash_attention
+from minnow.model.cpu_attention import cpu_decode_attention
 from minnow.transfer import to_device
 
 
@@ -39,6 +40,8 @@ class DecodeAttention:
         keys, values = self._window.keys[layer], self._window.values[layer]
         keys[self._rows_B, self._positions_B] = k_BKd
         values[self._rows_B, self._positions_B] = v_BKd
+        if self._window.by_kernel:
+            return cpu_decode_attention(q_BTHd[:, 0], keys, values, self._positions_B)[:, None]
         k_BKTd, v_BKTd = keys[:rows, :reach].transpose(1, 2), values[:rows, :reach].transpose(1, 2)
         # The G query heads that share a key head stand as G queries of that head: no key is repeated.
         q_BKGd = q_BTHd.view(rows, k_BKTd.shape[1], -1, q_BTHd.shape[-1])

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minnow.cpu import cpu_multiplies_bf16_faster
 from minnow.engine.sequence import Sequence
 from minnow.model.config import ModelConfig
+from minnow.model.cpu_attention import kernel_for
 from minnow.transfer import to_device
 
 
@@ -76,6 +78,9 @@ class Window:
         self.length = config.max_position_embeddings
         self.keys = [_lazy_zeros(shape, dtype, device) for _ in range(config.num_hidden_layers)]
         self.values = [_lazy_zeros(shape, dtype, device) for _ in range(config.num_hidden_layers)]
+        fits = device.type == "cpu" and cpu_multiplies_bf16_faster() and config.head_dim % 16 == 0
+        self.by_kernel = fits and kernel_for(*self.keys) is not None
+        """Whether `cpu_decode_attention` reads it."""
         self._owners: list[Sequence] = []
         self._filled: list[int] = []
 

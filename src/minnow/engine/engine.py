@@ -352,6 +352,8 @@ class Engine:
             if compiles and isinstance(runner, Runner) and runner.compiled is None:
                 constant = self._frozen and packs
                 runner.compiled = CompiledDecode(self._running, runner.cache, runner.window, constant_weights=constant)
+                if isinstance(self._running, PackedModel) and constant and self.model.head_weight.device.type == "cpu":
+                    self._running.compile_between_products()  # for prompts
         return self._running
 
     @property

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,28 @@ def can_pack(model: CausalLM) -> bool:
         type(layer.mlp) is MLP and all(type(m) is Linear for m in (*_qkv(layer), layer.self_attn.o_proj, *_mlp(layer)))
         for layer in layers
     )
+
+
+def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """In fp32, returned in x's dtype."""
+    return F.rms_norm(x_ND.float(), weight_D.shape, weight_D, eps).to(x_ND.dtype)
+
+
+def swiglu(gate_up_NF: Tensor) -> Tensor:
+    """silu(gate) * up, which stand side by side."""
+    gate, up = gate_up_NF.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+class _BetweenProducts(NamedTuple):
+    """What is done between the products, on any number of tokens: as it is or compiled."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    swiglu: Callable[[Tensor], Tensor]
+
+
+_PLAIN = _BetweenProducts(rms_norm, rotate, swiglu)
 
 
 class PackedModel(nn.Module):
@@ -48,6 +70,12 @@ class PackedModel(nn.Module):
             self.sin_T: Tensor
             self.register_buffer("cos_T", cos_T[0], persistent=False)
             self.register_buffer("sin_T", sin_T[0], persistent=False)
+        self._between = _PLAIN
+
+    def compile_between_products(self) -> None:
+        """Compile what is done between the products. They stay calls of the library, which knows prompts of any
+        length."""
+        self._between = _BetweenProducts._make([torch.compile(part) for part in _PLAIN])
 
     @torch.no_grad()
     def renew(self, model: CausalLM) -> None:
@@ -66,29 +94,33 @@ class PackedModel(nn.Module):
     ) -> Tensor:
         """Hidden states [B, T, D] after the final norm, as `CausalLM.forward` gives them."""
         config = self.config
+        # Traced for a compiled step, all of it becomes part of that.
+        between = _PLAIN if torch.compiler.is_compiling() else self._between
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
+        batch_shape = tokens_BT.shape
         cos, sin = self.cos_T[positions_BT], self.sin_T[positions_BT]
         x = F.embedding(tokens_BT, self.embedding)
         if images is not None:
             x = images.put_into(x)
+
+        def rms(x: Tensor, weight: Tensor) -> Tensor:
+            return between.rms_norm(x.flatten(0, -2), weight, config.rms_norm_eps).view(x.shape)
+
         for index, module in enumerate(self.layers):
             layer = cast(_PackedLayer, module)
-            qkv = layer.qkv(self._rms(x, layer.input_norm))
+            qkv = layer.qkv(rms(x, layer.input_norm))
             q, k, v = qkv.unflatten(-1, (-1, config.head_dim)).split(heads, dim=-2)
             if layer.q_norm is not None and layer.k_norm is not None:
-                q, k = self._rms(q, layer.q_norm), self._rms(k, layer.k_norm)
-            attended = attention(index, rotate(q, cos, sin), rotate(k, cos, sin), v)
+                q, k = rms(q, layer.q_norm), rms(k, layer.k_norm)
+            attended = attention(index, between.rotate(q, cos, sin), between.rotate(k, cos, sin), v)
             x = x + layer.out(attended.flatten(-2))
-            gate, up = layer.gate_up(self._rms(x, layer.mlp_norm)).chunk(2, dim=-1)
-            x = x + layer.down(F.silu(gate) * up)
-        return self._rms(x, self.norm)
+            gate_up = layer.gate_up(rms(x, layer.mlp_norm))
+            x = x + layer.down(between.swiglu(gate_up.flatten(0, -2)).unflatten(0, batch_shape))
+        return rms(x, self.norm)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of every token: hidden [..., D] -> fp32 [..., V]."""
         return F.linear(hidden, self.head_weight).float()
-
-    def _rms(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), weight.shape, weight, self.config.rms_norm_eps).to(x.dtype)
 
 
 def packed_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -182,7 +182,10 @@ def kept_tokens(scaled_BV: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
 
 def _best(logits_BV: Tensor) -> Tensor:
     """Token ids [B] of the greatest logits; V where one is NaN, which `argmax` takes for the greatest."""
-    best_B1 = logits_BV.argmax(-1, keepdim=True)
+    if logits_BV.device.type == "cpu":  # numpy's goes through vector lanes: a tenth of the time
+        best_B1 = torch.from_numpy(logits_BV.numpy().argmax(-1, keepdims=True))
+    else:
+        best_B1 = logits_BV.argmax(-1, keepdim=True)
     is_nan_B1 = logits_BV.gather(1, best_B1).isnan()
     return best_B1.masked_fill(is_nan_B1, logits_BV.shape[1])[:, 0]
 

@@ -31,8 +31,10 @@ void brgemm(int64_t M, int64_t N, int64_t K, int64_t stride_a, int64_t stride_b,
       c[m * stride_c + n] = sum;
     }
 }
+void release() {}
 #else
 using at::native::cpublas::brgemm;
+void release() { at::native::cpublas::brgemm_release(); }
 #endif
 
 constexpr int64_t QUERIES = 128, KEYS = 128;
@@ -261,6 +263,74 @@ void backward_key_head(const Shape& s, int64_t b, int64_t head, const uint16_t* 
   }
 }
 
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+// Of 16 columns of x [length, 16]: 2 to the power of (what is less than their largest number) * scale, and 1 / the sums.
+void softmax_of_16(float* x, int64_t stride, int64_t length, float scale, float* inverse_sums) {
+  Floats largest = {}, sums = {}, row;
+  largest -= 1e30f;
+  for (int64_t t = 0; t < length; ++t) {
+    std::memcpy(&row, x + t * stride, sizeof row);
+    largest = row > largest ? row : largest;
+  }
+  for (int64_t t = 0; t < length; ++t)
+    for (int r = 0; r < 16; ++r) x[t * stride + r] = exp2_of_negative((x[t * stride + r] - largest[r]) * scale);
+  for (int64_t t = 0; t < length; ++t) {
+    std::memcpy(&row, x + t * stride, sizeof row);
+    sums += row;
+  }
+  sums = 1.0f / sums;
+  std::memcpy(inverse_sums, &sums, sizeof sums);
+}
+
+// out[g, c] = sum over t of weights[t, g] x[t, c] * by[g] for G heads and N times 16 numbers, sums in registers.
+template <int G, int N>
+void weighted_sums(const float* weights, int64_t width, const Rows& x, const float* by, uint16_t* out) {
+  Floats sums[G][N] = {};
+  for (int64_t t = 0; t < x.count; ++t) {
+    for (int n = 0; n < N; ++n) {
+      Halves halves;
+      std::memcpy(&halves, x.row(t) + 16 * n, sizeof halves);
+      auto values = (Floats)(__builtin_convertvector(halves, Bits) << 16);
+      for (int g = 0; g < G; ++g) sums[g][n] += weights[t * width + g] * values;
+    }
+  }
+  for (int g = 0; g < G; ++g)
+    for (int c = 0; c < N * 16; ++c) out[g * x.dim + c] = to_bf16(sums[g][c / 16][c % 16] * by[g]);
+}
+
+// One new token of sequence b for the query heads of one key head. Keys and values of the sequence [B, L, K, d] stand
+// at its first `length` places, the last of which is the new token's. The last block of keys may reach behind, where
+// numbers stand that get no weight. d is a multiple of 16.
+void decode_key_head(const Shape& s, int64_t L, int64_t b, int64_t head, int64_t length, const uint16_t* q,
+                     const uint16_t* k, const uint16_t* v, uint16_t* out, std::vector<float>& scores) {
+  constexpr int64_t BLOCK = 64;
+  int64_t group = s.group(), width = (group + 15) / 16 * 16, stride = s.K * s.d, first = (b * s.H + head * group) * s.d;
+  float scale = s.scale_to_log2();
+  std::vector<uint32_t> queries(s.d / 2 * width);
+  std::vector<float> inverse_sums(width);
+  scores.resize((length + BLOCK) * width);
+  Rows{q + first, s.d, group, s.d}.pack_transposed(queries.data(), width);
+  for (int64_t t = 0; t < length; t += BLOCK)
+    brgemm(std::min(BLOCK, L - t), width, s.d, stride, width, width, false, bf16(k + (b * L + t) * stride + head * s.d),
+           bf16(queries.data()), scores.data() + t * width);
+  for (int64_t r = 0; r < width; r += 16) softmax_of_16(scores.data() + r, width, length, scale, inverse_sums.data() + r);
+  for (int64_t c = 0; c < s.d;) {
+    Rows values{v + b * L * stride + head * s.d + c, stride, length, s.d};
+    bool wide = s.d - c >= 64;
+    for (int64_t g = 0; g < group;) {
+      bool four = group - g >= 4;
+      auto sum = four ? (wide ? weighted_sums<4, 4> : weighted_sums<4, 1>)
+                      : (wide ? weighted_sums<1, 4> : weighted_sums<1, 1>);
+      sum(scores.data() + g, width, values, inverse_sums.data() + g, out + first + g * s.d + c);
+      g += four ? 4 : 1;
+    }
+    c += wide ? 64 : 16;
+  }
+}
+
 }  // namespace
 
 // Whether torch multiplies bf16 blocks on this processor.
@@ -280,7 +350,7 @@ extern "C" void forward(int64_t B, int64_t T, int64_t H, int64_t K, int64_t d, c
   Shape s{B, T, H, K, d};
   at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) forward_head(s, i / H, i % H, q, k, v, out, lse);
-    at::native::cpublas::brgemm_release();
+    release();
   });
 }
 
@@ -291,6 +361,18 @@ extern "C" void backward(int64_t B, int64_t T, int64_t H, int64_t K, int64_t d, 
   at::parallel_for(0, B * K, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       backward_key_head(s, i / K, i % K, grad, q, k, v, out, lse, grad_q, grad_k, grad_v);
-    at::native::cpublas::brgemm_release();
+    release();
+  });
+}
+
+// q and out [B, H, d], keys and values [at least B, L, K, d], places int64 [B].
+extern "C" void decode(int64_t B, int64_t L, int64_t H, int64_t K, int64_t d, const uint16_t* q, const uint16_t* k,
+                       const uint16_t* v, const int64_t* places, uint16_t* out) {
+  Shape s{B, L, H, K, d};
+  at::parallel_for(0, B * K, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> scores;
+    for (int64_t i = begin; i < end; ++i)
+      decode_key_head(s, L, i / K, i % K, places[i / K] + 1, q, k, v, out, scores);
+    release();
   });
 }

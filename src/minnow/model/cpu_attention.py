@@ -42,7 +42,7 @@ def attention_and_denominators(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -
     One operation to whoever looks on: selective checkpointing keeps what it returns, and nothing of its inside.
     """
     out_BTHd, log_BHT = _empty_outputs(q_BTHd)
-    kernel = _kernel_for(q_BTHd, k_BTKd, v_BTKd)
+    kernel = kernel_for(q_BTHd, k_BTKd, v_BTKd)
     if kernel is None:
         _attend_in_blocks(q_BTHd, k_BTKd, v_BTKd, out_BTHd)
         log_BHT.zero_()
@@ -62,7 +62,7 @@ def cpu_causal_attention_backward(
     dS = P * (dP - rowsum(P * dP)),  dQ = dS K / sqrt(d),  dK = dS^T Q / sqrt(d).  And rowsum(P * dP) = rowsum(O * dO).
     """
     grads = _empty_grads(grad_BTHd, q_BTHd, k_BTKd, v_BTKd)
-    kernel = _kernel_for(q_BTHd, k_BTKd, v_BTKd)
+    kernel = kernel_for(q_BTHd, k_BTKd, v_BTKd)
     if kernel is None:
         _gradients_in_blocks(grad_BTHd, q_BTHd, k_BTKd, v_BTKd, grads)
     elif q_BTHd.numel():
@@ -100,16 +100,37 @@ def _backward(ctx: Any, grad_BTHd: Tensor, _: Tensor) -> tuple[Tensor, Tensor, T
 attention_and_denominators.register_autograd(_backward, setup_context=_save)
 
 
-def _kernel_for(q_BTHd: Tensor, k_BTKd: Tensor, v_BTKd: Tensor) -> ctypes.CDLL | None:
+@library.custom_op("minnow::cpu_decode_attention", mutates_args=())
+def cpu_decode_attention(q_BHd: Tensor, keys_RLKd: Tensor, values_RLKd: Tensor, places_B: Tensor) -> Tensor:
+    """One new token for each of the first B rows, which sees its row's places up to its own: [B, H, d].
+
+    By the C++ alone (`kernel`). Places int64. What stands behind a row's place must be finite.
+    """
+    out_BHd = _contiguous_like(q_BHd)
+    loaded = kernel()
+    assert loaded is not None
+    rows, heads, size = q_BHd.shape
+    sizes = [ctypes.c_int64(x) for x in (rows, *keys_RLKd.shape[1:2], heads, keys_RLKd.shape[2], size)]
+    loaded.decode(*sizes, *_addresses(q_BHd.contiguous(), keys_RLKd, values_RLKd, places_B, out_BHd))
+    return out_BHd
+
+
+@cpu_decode_attention.register_fake
+def _empty_decoded(q_BHd: Tensor, *_: Tensor) -> Tensor:
+    return _contiguous_like(q_BHd)
+
+
+def kernel_for(*tensors: Tensor) -> ctypes.CDLL | None:
     """The C++, where it is for such tensors: bf16 throughout, heads of an even size."""
-    all_bf16 = {q_BTHd.dtype, k_BTKd.dtype, v_BTKd.dtype} == {torch.bfloat16}
-    return _kernel() if all_bf16 and q_BTHd.shape[3] % 2 == 0 else None
+    fit = all(x.dtype == torch.bfloat16 and x.shape[-1] % 2 == 0 for x in tensors)
+    return kernel() if fit else None
 
 
 @cache
-def _kernel() -> ctypes.CDLL | None:
-    kernel = load_cpp(Path(__file__).with_suffix(".cpp"))
-    return kernel if kernel is not None and kernel.available() else None
+def kernel() -> ctypes.CDLL | None:
+    """cpu_attention.cpp, where it could be built and torch multiplies blocks of bf16 on this processor."""
+    built = load_cpp(Path(__file__).with_suffix(".cpp"))
+    return built if built is not None and built.available() else None
 
 
 def _sizes(q_BTHd: Tensor, k_BTKd: Tensor) -> list[ctypes.c_int64]:
