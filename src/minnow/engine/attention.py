@@ -40,7 +40,7 @@ class DecodeAttention:
         keys, values = self._window.keys[layer], self._window.values[layer]
         keys[self._rows_B, self._positions_B] = k_BKd
         values[self._rows_B, self._positions_B] = v_BKd
-        if self._window.by_kernel:
+        if self._window.by_kernel and rows > 1:  # calling it costs more than torch's attention for one row
             return cpu_decode_attention(q_BTHd[:, 0], keys, values, self._positions_B)[:, None]
         k_BKTd, v_BKTd = keys[:rows, :reach].transpose(1, 2), values[:rows, :reach].transpose(1, 2)
         # The G query heads that share a key head stand as G queries of that head: no key is repeated.

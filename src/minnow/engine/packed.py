@@ -75,7 +75,7 @@ class PackedModel(nn.Module):
     def compile_between_products(self) -> None:
         """Compile what is done between the products. They stay calls of the library, which knows prompts of any
         length."""
-        self._between = _BetweenProducts._make([torch.compile(part) for part in _PLAIN])
+        self._between = _BetweenProducts._make([torch.compile(part, dynamic=True) for part in _PLAIN])
 
     @torch.no_grad()
     def renew(self, model: CausalLM) -> None:

@@ -267,20 +267,24 @@ typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Bits __attribute__((vector_size(64)));
 typedef uint16_t Halves __attribute__((vector_size(32)));
 
-// Of 16 columns of x [length, 16]: 2 to the power of (what is less than their largest number) * scale, and 1 / the sums.
-void softmax_of_16(float* x, int64_t stride, int64_t length, float scale, float* inverse_sums) {
+// Of `count` rows of 16 numbers, `stride` apart: 2 to the power of (what is less than the largest) * scale, and 1 / the
+// sums. Largest and sums are those of all numbers whose place in the row is the same modulo `period`.
+void softmax_of_16(float* x, int64_t stride, int64_t count, int period, float scale, float* inverse_sums) {
   Floats largest = {}, sums = {}, row;
   largest -= 1e30f;
-  for (int64_t t = 0; t < length; ++t) {
+  for (int64_t t = 0; t < count; ++t) {
     std::memcpy(&row, x + t * stride, sizeof row);
     largest = row > largest ? row : largest;
   }
-  for (int64_t t = 0; t < length; ++t)
+  for (int r = period; r < 16; ++r) largest[r % period] = std::max(largest[r % period], largest[r]);
+  for (int r = period; r < 16; ++r) largest[r] = largest[r % period];
+  for (int64_t t = 0; t < count; ++t)
     for (int r = 0; r < 16; ++r) x[t * stride + r] = exp2_of_negative((x[t * stride + r] - largest[r]) * scale);
-  for (int64_t t = 0; t < length; ++t) {
+  for (int64_t t = 0; t < count; ++t) {
     std::memcpy(&row, x + t * stride, sizeof row);
     sums += row;
   }
+  for (int r = period; r < 16; ++r) sums[r % period] += sums[r];
   sums = 1.0f / sums;
   std::memcpy(inverse_sums, &sums, sizeof sums);
 }
@@ -316,7 +320,17 @@ void decode_key_head(const Shape& s, int64_t L, int64_t b, int64_t head, int64_t
   for (int64_t t = 0; t < length; t += BLOCK)
     brgemm(std::min(BLOCK, L - t), width, s.d, stride, width, width, false, bf16(k + (b * L + t) * stride + head * s.d),
            bf16(queries.data()), scores.data() + t * width);
-  for (int64_t r = 0; r < width; r += 16) softmax_of_16(scores.data() + r, width, length, scale, inverse_sums.data() + r);
+  // Columns that belong to no head go, where what is left of several keys fits into one row of vector lanes.
+  int64_t columns = 16 % group == 0 ? group : width;
+  if (columns < 16) {
+    for (int64_t t = 1; t < length; ++t) std::memcpy(&scores[t * columns], &scores[t * width], columns * sizeof(float));
+    int64_t rows = (length * columns + 15) / 16;
+    std::fill(&scores[length * columns], &scores[rows * 16], -std::numeric_limits<float>::infinity());
+    softmax_of_16(scores.data(), 16, rows, columns, scale, inverse_sums.data());
+  } else {
+    for (int64_t r = 0; r < columns; r += 16)
+      softmax_of_16(&scores[r], columns, length, 16, scale, &inverse_sums[r]);
+  }
   for (int64_t c = 0; c < s.d;) {
     Rows values{v + b * L * stride + head * s.d + c, stride, length, s.d};
     bool wide = s.d - c >= 64;
@@ -324,7 +338,7 @@ void decode_key_head(const Shape& s, int64_t L, int64_t b, int64_t head, int64_t
       bool four = group - g >= 4;
       auto sum = four ? (wide ? weighted_sums<4, 4> : weighted_sums<4, 1>)
                       : (wide ? weighted_sums<1, 4> : weighted_sums<1, 1>);
-      sum(scores.data() + g, width, values, inverse_sums.data() + g, out + first + g * s.d + c);
+      sum(scores.data() + g, columns, values, inverse_sums.data() + g, out + first + g * s.d + c);
       g += four ? 4 : 1;
     }
     c += wide ? 64 : 16;

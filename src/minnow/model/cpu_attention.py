@@ -100,22 +100,32 @@ def _backward(ctx: Any, grad_BTHd: Tensor, _: Tensor) -> tuple[Tensor, Tensor, T
 attention_and_denominators.register_autograd(_backward, setup_context=_save)
 
 
-@library.custom_op("minnow::cpu_decode_attention", mutates_args=())
-def cpu_decode_attention(q_BHd: Tensor, keys_RLKd: Tensor, values_RLKd: Tensor, places_B: Tensor) -> Tensor:
-    """One new token for each of the first B rows, which sees its row's places up to its own: [B, H, d].
+_OPERATIONS = library.Library("minnow", "FRAGMENT")
+_OPERATIONS.define("cpu_decode_attention(Tensor q, Tensor keys, Tensor values, Tensor places) -> Tensor")
 
-    By the C++ alone (`kernel`). Places int64. What stands behind a row's place must be finite.
+
+def cpu_decode_attention(q_BHd: Tensor, keys_RLKd: Tensor, values_RLKd: Tensor, places_B: Tensor) -> Tensor:
+    """One new token for each of the first B rows, which sees its row's places up to its own: [B, H, d]; no gradients.
+
+    By the C++ alone (`kernel`). Places int64; d a multiple of 16. What stands behind a row's place must be finite.
     """
+    out_BHd: Tensor = torch.ops.minnow.cpu_decode_attention(q_BHd, keys_RLKd, values_RLKd, places_B)
+    return out_BHd
+
+
+# Not by `custom_op`, whose checks take longer than the attention of a few rows.
+@library.impl(_OPERATIONS, "cpu_decode_attention", "CPU")
+def _decode(q_BHd: Tensor, keys_RLKd: Tensor, values_RLKd: Tensor, places_B: Tensor) -> Tensor:
     out_BHd = _contiguous_like(q_BHd)
     loaded = kernel()
     assert loaded is not None
     rows, heads, size = q_BHd.shape
-    sizes = [ctypes.c_int64(x) for x in (rows, *keys_RLKd.shape[1:2], heads, keys_RLKd.shape[2], size)]
+    sizes = [ctypes.c_int64(x) for x in (rows, keys_RLKd.shape[1], heads, keys_RLKd.shape[2], size)]
     loaded.decode(*sizes, *_addresses(q_BHd.contiguous(), keys_RLKd, values_RLKd, places_B, out_BHd))
     return out_BHd
 
 
-@cpu_decode_attention.register_fake
+@library.register_fake("minnow::cpu_decode_attention")
 def _empty_decoded(q_BHd: Tensor, *_: Tensor) -> Tensor:
     return _contiguous_like(q_BHd)
 
