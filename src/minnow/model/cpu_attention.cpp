@@ -66,6 +66,66 @@ inline float exp2_of_negative(float x) {
   return x < -126.0f ? 0.0f : y;
 }
 
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Bits __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+// Exchanges the upper right and the lower left quarter of every square of 2 S rows and columns.
+template <int S>
+inline void exchange_quarters(Bits* rows) {
+  for (int i = 0; i < 16; ++i) {
+    if (i & S) continue;
+    Bits upper = rows[i], lower = rows[i + S];
+#ifdef __clang__
+    for (int r = 0; r < 16; ++r) {
+      rows[i][r] = r & S ? lower[r - S] : upper[r];
+      rows[i + S][r] = r & S ? lower[r] : upper[r + S];
+    }
+#else
+    Bits left, right;
+    for (uint32_t r = 0; r < 16; ++r) {
+      left[r] = r & S ? 16 + r - S : r;
+      right[r] = r & S ? 16 + r : r + S;
+    }
+    rows[i] = __builtin_shuffle(upper, lower, left);
+    rows[i + S] = __builtin_shuffle(upper, lower, right);
+#endif
+  }
+}
+
+inline void transpose_16_by_16(Bits* rows) {
+  exchange_quarters<8>(rows);
+  exchange_quarters<4>(rows);
+  exchange_quarters<2>(rows);
+  exchange_quarters<1>(rows);
+}
+
+// out[c, r] = x[r, c] of numbers of 32 bits. `row` gives the address of row r, none for a row of zeros; `columns` and
+// `rows` may be any number, what is beyond multiples of 16 goes one by one.
+template <typename Row>
+inline void transpose_32_bits(Row row, int64_t rows, int64_t columns, uint32_t* out, int64_t out_stride) {
+  Bits tile[16];
+  int64_t r = 0;
+  for (; r + 16 <= rows; r += 16) {
+    int64_t c = 0;
+    for (; c + 16 <= columns; c += 16) {
+      for (int i = 0; i < 16; ++i) {
+        const uint32_t* from = row(r + i);
+        if (from)
+          std::memcpy(&tile[i], from + c, sizeof tile[i]);
+        else
+          tile[i] = Bits{};
+      }
+      transpose_16_by_16(tile);
+      for (int i = 0; i < 16; ++i) std::memcpy(out + (c + i) * out_stride + r, &tile[i], sizeof tile[i]);
+    }
+    for (; c < columns; ++c)
+      for (int i = 0; i < 16; ++i) out[c * out_stride + r + i] = row(r + i) ? row(r + i)[c] : 0;
+  }
+  for (; r < rows; ++r)
+    for (int64_t c = 0; c < columns; ++c) out[c * out_stride + r] = row(r) ? row(r)[c] : 0;
+}
+
 // Some rows of one head, `stride` numbers apart.
 struct Rows {
   const uint16_t* data;
@@ -75,12 +135,8 @@ struct Rows {
 
   // The transpose as a right operand, [dim / 2, width] pairs: columns beyond the last row are zeros.
   void pack_transposed(uint32_t* out, int64_t width) const {
-    for (int64_t r = 0; r < count; ++r) {
-      auto pairs = reinterpret_cast<const uint32_t*>(row(r));
-      for (int64_t c = 0; c < dim / 2; ++c) out[c * width + r] = pairs[c];
-    }
-    for (int64_t r = count; r < width; ++r)
-      for (int64_t c = 0; c < dim / 2; ++c) out[c * width + r] = 0;
+    auto pairs = [&](int64_t r) { return r < count ? reinterpret_cast<const uint32_t*>(row(r)) : nullptr; };
+    transpose_32_bits(pairs, width, dim / 2, out, width);
   }
 
   // As a right operand, [height / 2, dim] pairs: rows beyond the last one are zeros.
@@ -96,13 +152,15 @@ struct Rows {
     }
   }
 
-  // The transpose as a left operand, [dim, width]: columns beyond the last row are zeros.
+  // The transpose as a left operand, [dim, width] (an even one): columns beyond the last row are zeros.
   void transpose(uint16_t* out, int64_t width) const {
-    for (int64_t c = 0; c < dim; ++c) std::fill(out + c * width + count, out + (c + 1) * width, uint16_t{0});
-    for (int64_t first = 0; first < count; first += 32) {
-      int64_t last = std::min(first + 32, count);
-      for (int64_t c = 0; c < dim; ++c)
-        for (int64_t r = first; r < last; ++r) out[c * width + r] = row(r)[c];
+    constexpr int64_t SOME = 32;  // two rows in one row of pairs
+    std::vector<uint32_t> pairs(SOME / 2 * dim);
+    for (int64_t first = 0; first < width; first += SOME) {
+      int64_t height = std::min(SOME, width - first);
+      Rows{row(first), stride, std::min(height, count - first), dim}.pack(pairs.data(), height);
+      auto pair = [&](int64_t r) { return pairs.data() + r * dim; };
+      transpose_32_bits(pair, height / 2, dim, reinterpret_cast<uint32_t*>(out + first), width / 2);
     }
   }
 };
@@ -137,9 +195,12 @@ void block_of_scores(const Shape& s, const Rows& keys, const uint32_t* queries, 
 
 // out[r, :] = x[:, r] * by[r] as bf16, x [d, width].
 void write_transposed(const float* x, const float* by, int64_t width, const Rows& out) {
+  std::vector<float> transposed(width * out.dim);
+  auto row = [&](int64_t c) { return reinterpret_cast<const uint32_t*>(x + c * width); };
+  transpose_32_bits(row, out.dim, width, reinterpret_cast<uint32_t*>(transposed.data()), out.dim);
   for (int64_t r = 0; r < out.count; ++r) {
-    auto row = const_cast<uint16_t*>(out.row(r));
-    for (int64_t c = 0; c < out.dim; ++c) row[c] = to_bf16(x[c * width + r] * by[r]);
+    auto to = const_cast<uint16_t*>(out.row(r));
+    for (int64_t c = 0; c < out.dim; ++c) to[c] = to_bf16(transposed[r * out.dim + c] * by[r]);
   }
 }
 
@@ -262,10 +323,6 @@ void backward_key_head(const Shape& s, int64_t b, int64_t head, const uint16_t* 
     }
   }
 }
-
-typedef float Floats __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
 
 // Of `count` rows of 16 numbers, `stride` apart: 2 to the power of (what is less than the largest) * scale, and 1 / the
 // sums. Largest and sums are those of all numbers whose place in the row is the same modulo `period`.
