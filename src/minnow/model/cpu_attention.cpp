@@ -37,7 +37,7 @@ using at::native::cpublas::brgemm;
 void release() { at::native::cpublas::brgemm_release(); }
 #endif
 
-constexpr int64_t QUERIES = 128, KEYS = 128;
+constexpr int64_t QUERIES = 128, ROWS = 256, KEYS = 128;
 constexpr float LOG2_E = 1.44269504088896f;
 
 // Rounds to nearest, ties away from zero.
@@ -134,9 +134,9 @@ struct Rows {
   const uint16_t* row(int64_t i) const { return data + i * stride; }
 
   // The transpose as a right operand, [dim / 2, width] pairs: columns beyond the last row are zeros.
-  void pack_transposed(uint32_t* out, int64_t width) const {
+  void pack_transposed(uint32_t* out, int64_t width, int64_t out_stride) const {
     auto pairs = [&](int64_t r) { return r < count ? reinterpret_cast<const uint32_t*>(row(r)) : nullptr; };
-    transpose_32_bits(pairs, width, dim / 2, out, width);
+    transpose_32_bits(pairs, width, dim / 2, out, out_stride);
   }
 
   // As a right operand, [height / 2, dim] pairs: rows beyond the last one are zeros.
@@ -168,7 +168,11 @@ struct Rows {
 struct Shape {
   int64_t B, T, H, K, d;
   int64_t group() const { return H / K; }
-  int64_t width() const { return std::min(QUERIES, (T + 15) / 16 * 16); }
+  // Queries at a time of each head of a group, and the rows that they are, one head after the other.
+  int64_t queries() const {
+    return std::min(std::clamp<int64_t>(ROWS / group() / 16 * 16, 16, QUERIES), (T + 15) / 16 * 16);
+  }
+  int64_t width() const { return queries() * group(); }
   int64_t even_length() const { return (T + 1) / 2 * 2; }
   float scale() const { return 1.0f / std::sqrt(static_cast<float>(d)); }
   float scale_to_log2() const { return scale() * LOG2_E; }
@@ -188,33 +192,36 @@ void block_of_scores(const Shape& s, const Rows& keys, const uint32_t* queries, 
   brgemm(keys.count, width, s.d, keys.stride, width, width, false, bf16(keys.data), bf16(queries), scores);
   for (int64_t e = 0; e < keys.count; ++e) {
     float* row = scores + e * width;
-    int64_t future = std::clamp<int64_t>(key + e - query, 0, width);  // queries before this one do not see the key
-    for (int64_t r = 0; r < future; ++r) row[r] = -std::numeric_limits<float>::infinity();
+    int64_t future = std::clamp<int64_t>(key + e - query, 0, s.queries());  // queries before this do not see the key
+    for (int64_t first = 0; first < width && future; first += s.queries())
+      for (int64_t r = 0; r < future; ++r) row[first + r] = -std::numeric_limits<float>::infinity();
   }
 }
 
-// out[r, :] = x[:, r] * by[r] as bf16, x [d, width].
-void write_transposed(const float* x, const float* by, int64_t width, const Rows& out) {
-  std::vector<float> transposed(width * out.dim);
-  auto row = [&](int64_t c) { return reinterpret_cast<const uint32_t*>(x + c * width); };
-  transpose_32_bits(row, out.dim, width, reinterpret_cast<uint32_t*>(transposed.data()), out.dim);
+// out[r, :] = x[:, r] * by[r] as bf16, x [d, at least as many as out's rows].
+void write_transposed(const float* x, int64_t stride, const float* by, const Rows& out) {
+  std::vector<float> transposed(out.count * out.dim);
+  auto row = [&](int64_t c) { return reinterpret_cast<const uint32_t*>(x + c * stride); };
+  transpose_32_bits(row, out.dim, out.count, reinterpret_cast<uint32_t*>(transposed.data()), out.dim);
   for (int64_t r = 0; r < out.count; ++r) {
     auto to = const_cast<uint16_t*>(out.row(r));
     for (int64_t c = 0; c < out.dim; ++c) to[c] = to_bf16(transposed[r * out.dim + c] * by[r]);
   }
 }
 
-void forward_head(const Shape& s, int64_t b, int64_t h, const uint16_t* q, const uint16_t* k, const uint16_t* v,
-                  uint16_t* out, float* lse) {
-  int64_t width = s.width(), even = s.even_length(), head = h / s.group();
+void forward_key_head(const Shape& s, int64_t b, int64_t head, const uint16_t* q, const uint16_t* k, const uint16_t* v,
+                      uint16_t* out, float* lse) {
+  int64_t width = s.width(), even = s.even_length(), first_head = head * s.group();
   float scale = s.scale_to_log2();
   std::vector<uint16_t> values(s.d * even);
   s.rows(v, b, head, s.K, 0, s.T).transpose(values.data(), even);
   std::vector<uint32_t> queries(s.d / 2 * width), probabilities(KEYS / 2 * width);
   std::vector<float> scores(KEYS * width), sums(s.d * width), largest(width), total(width), shrink(width);
-  for (int64_t query = 0; query < s.T; query += width) {
-    int64_t count = std::min(width, s.T - query);
-    s.rows(q, b, h, s.H, query, count).pack_transposed(queries.data(), width);
+  for (int64_t query = 0; query < s.T; query += s.queries()) {
+    int64_t count = std::min(s.queries(), s.T - query);
+    for (int64_t g = 0; g < s.group(); ++g)
+      s.rows(q, b, first_head + g, s.H, query, count)
+          .pack_transposed(queries.data() + g * s.queries(), s.queries(), width);
     std::fill(largest.begin(), largest.end(), -1e30f);
     std::fill(total.begin(), total.end(), 0.0f);
     std::fill(sums.begin(), sums.end(), 0.0f);
@@ -244,9 +251,14 @@ void forward_head(const Shape& s, int64_t b, int64_t h, const uint16_t* q, const
       brgemm(s.d, width, (num_keys + 1) / 2 * 2, even, width, width, true, bf16(values.data() + key),
              bf16(probabilities.data()), sums.data());
     }
-    for (int64_t r = 0; r < count; ++r) lse[(b * s.H + h) * s.T + query + r] = largest[r] * scale + std::log2(total[r]);
-    for (int64_t r = 0; r < width; ++r) total[r] = 1.0f / total[r];
-    write_transposed(sums.data(), total.data(), width, s.rows(out, b, h, s.H, query, count));
+    for (int64_t g = 0; g < s.group(); ++g) {
+      int64_t first = g * s.queries(), h = first_head + g;
+      for (int64_t r = first; r < first + count; ++r) {
+        lse[(b * s.H + h) * s.T + query + r - first] = largest[r] * scale + std::log2(total[r]);
+        total[r] = 1.0f / total[r];
+      }
+      write_transposed(sums.data() + first, width, total.data() + first, s.rows(out, b, h, s.H, query, count));
+    }
   }
 }
 
@@ -262,57 +274,60 @@ void backward_key_head(const Shape& s, int64_t b, int64_t head, const uint16_t* 
   std::vector<float> scores(KEYS * width), dprobabilities(KEYS * width), sums(s.d * width), delta(width), log_sum(width),
       scales(std::max(width, s.T), s.scale());
   std::vector<float> sums_k(s.T * s.d, 0.0f), sums_v(s.T * s.d, 0.0f);
-  for (int64_t h = head * s.group(); h < (head + 1) * s.group(); ++h) {
-    for (int64_t query = 0; query < s.T; query += width) {
-      int64_t count = std::min(width, s.T - query);
+  for (int64_t query = 0; query < s.T; query += s.queries()) {
+    int64_t count = std::min(s.queries(), s.T - query);
+    for (int64_t g = 0; g < s.group(); ++g) {
+      int64_t h = head * s.group() + g, first = g * s.queries();
       Rows q_rows = s.rows(q, b, h, s.H, query, count), grad_rows = s.rows(grad, b, h, s.H, query, count),
            out_rows = s.rows(out, b, h, s.H, query, count);
-      q_rows.pack(queries.data(), width);
-      q_rows.pack_transposed(queries_T.data(), width);
-      grad_rows.pack(grads.data(), width);
-      grad_rows.pack_transposed(grads_T.data(), width);
-      for (int64_t r = 0; r < width; ++r) {
+      q_rows.pack(queries.data() + first / 2 * s.d, s.queries());
+      q_rows.pack_transposed(queries_T.data() + first, s.queries(), width);
+      grad_rows.pack(grads.data() + first / 2 * s.d, s.queries());
+      grad_rows.pack_transposed(grads_T.data() + first, s.queries(), width);
+      for (int64_t r = 0; r < s.queries(); ++r) {
         float sum = 0.0f;
         if (r < count)
 #pragma omp simd reduction(+ : sum)
           for (int64_t c = 0; c < s.d; ++c) sum += from_bf16(out_rows.row(r)[c]) * from_bf16(grad_rows.row(r)[c]);
-        delta[r] = sum;
+        delta[first + r] = sum;
         // A query beyond the last one is zeros and sees all with probability zero.
-        log_sum[r] = r < count ? lse[(b * s.H + h) * s.T + query + r] : 1e30f;
+        log_sum[first + r] = r < count ? lse[(b * s.H + h) * s.T + query + r] : 1e30f;
       }
-      std::fill(sums.begin(), sums.end(), 0.0f);
-      for (int64_t key = 0; key < query + count; key += KEYS) {
-        int64_t num_keys = std::min(KEYS, query + count - key), even_keys = (num_keys + 1) / 2 * 2;
-        Rows v_rows = s.rows(v, b, head, s.K, key, num_keys);
-        block_of_scores(s, s.rows(k, b, head, s.K, key, num_keys), queries_T.data(), query, key, scores.data());
-        brgemm(num_keys, width, s.d, v_rows.stride, width, width, false, bf16(v_rows.data), bf16(grads_T.data()),
-               dprobabilities.data());
-        for (int64_t e = 0; e < num_keys; e += 2) {
-          const float *score = scores.data() + e * width, *dprobability = dprobabilities.data() + e * width;
-          uint16_t *probability = probabilities.data() + e * width, *dscore = dscores.data() + e * width;
-          uint32_t* pairs = dscores_paired.data() + e / 2 * width;
-          int64_t next = e + 1 < num_keys ? width : 0;  // the last key, if there is none to pair it with, twice
-          for (int64_t r = 0; r < width; ++r) {
-            float low = exp2_of_negative(score[r] * scale - log_sum[r]);
-            float high = exp2_of_negative(score[r + next] * scale - log_sum[r]);
-            uint32_t dlow = to_bf16(low * (dprobability[r] - delta[r]));
-            uint32_t dhigh = to_bf16(high * (dprobability[r + next] - delta[r]));
-            probability[r] = to_bf16(low);
-            probability[r + width] = to_bf16(high);
-            dscore[r] = dlow;
-            dscore[r + width] = dhigh;
-            pairs[r] = dlow | dhigh << 16;
-          }
-        }
-        brgemm(num_keys, s.d, width, width, s.d, s.d, true, bf16(probabilities.data()), bf16(grads.data()),
-               sums_v.data() + key * s.d);
-        brgemm(num_keys, s.d, width, width, s.d, s.d, true, bf16(dscores.data()), bf16(queries.data()),
-               sums_k.data() + key * s.d);
-        brgemm(s.d, width, even_keys, even, width, width, true, bf16(keys.data() + key), bf16(dscores_paired.data()),
-               sums.data());
-      }
-      write_transposed(sums.data(), scales.data(), width, s.rows(grad_q, b, h, s.H, query, count));
     }
+    std::fill(sums.begin(), sums.end(), 0.0f);
+    for (int64_t key = 0; key < query + count; key += KEYS) {
+      int64_t num_keys = std::min(KEYS, query + count - key), even_keys = (num_keys + 1) / 2 * 2;
+      Rows v_rows = s.rows(v, b, head, s.K, key, num_keys);
+      block_of_scores(s, s.rows(k, b, head, s.K, key, num_keys), queries_T.data(), query, key, scores.data());
+      brgemm(num_keys, width, s.d, v_rows.stride, width, width, false, bf16(v_rows.data), bf16(grads_T.data()),
+             dprobabilities.data());
+      for (int64_t e = 0; e < num_keys; e += 2) {
+        const float *score = scores.data() + e * width, *dprobability = dprobabilities.data() + e * width;
+        uint16_t *probability = probabilities.data() + e * width, *dscore = dscores.data() + e * width;
+        uint32_t* pairs = dscores_paired.data() + e / 2 * width;
+        int64_t next = e + 1 < num_keys ? width : 0;  // the last key, if there is none to pair it with, twice
+        for (int64_t r = 0; r < width; ++r) {
+          float low = exp2_of_negative(score[r] * scale - log_sum[r]);
+          float high = exp2_of_negative(score[r + next] * scale - log_sum[r]);
+          uint32_t dlow = to_bf16(low * (dprobability[r] - delta[r]));
+          uint32_t dhigh = to_bf16(high * (dprobability[r + next] - delta[r]));
+          probability[r] = to_bf16(low);
+          probability[r + width] = to_bf16(high);
+          dscore[r] = dlow;
+          dscore[r + width] = dhigh;
+          pairs[r] = dlow | dhigh << 16;
+        }
+      }
+      brgemm(num_keys, s.d, width, width, s.d, s.d, true, bf16(probabilities.data()), bf16(grads.data()),
+             sums_v.data() + key * s.d);
+      brgemm(num_keys, s.d, width, width, s.d, s.d, true, bf16(dscores.data()), bf16(queries.data()),
+             sums_k.data() + key * s.d);
+      brgemm(s.d, width, even_keys, even, width, width, true, bf16(keys.data() + key), bf16(dscores_paired.data()),
+             sums.data());
+    }
+    for (int64_t g = 0; g < s.group(); ++g)
+      write_transposed(sums.data() + g * s.queries(), width, scales.data(),
+                       s.rows(grad_q, b, head * s.group() + g, s.H, query, count));
   }
   Rows k_rows = s.rows(grad_k, b, head, s.K, 0, s.T), v_rows = s.rows(grad_v, b, head, s.K, 0, s.T);
   for (int64_t t = 0; t < s.T; ++t) {
@@ -373,7 +388,7 @@ void decode_key_head(const Shape& s, int64_t L, int64_t b, int64_t head, int64_t
   std::vector<uint32_t> queries(s.d / 2 * width);
   std::vector<float> inverse_sums(width);
   scores.resize((length + BLOCK) * width);
-  Rows{q + first, s.d, group, s.d}.pack_transposed(queries.data(), width);
+  Rows{q + first, s.d, group, s.d}.pack_transposed(queries.data(), width, width);
   for (int64_t t = 0; t < length; t += BLOCK)
     brgemm(std::min(BLOCK, L - t), width, s.d, stride, width, width, false, bf16(k + (b * L + t) * stride + head * s.d),
            bf16(queries.data()), scores.data() + t * width);
@@ -419,8 +434,8 @@ extern "C" bool available() {
 extern "C" void forward(int64_t B, int64_t T, int64_t H, int64_t K, int64_t d, const uint16_t* q,
                                          const uint16_t* k, const uint16_t* v, uint16_t* out, float* lse) {
   Shape s{B, T, H, K, d};
-  at::parallel_for(0, B * H, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) forward_head(s, i / H, i % H, q, k, v, out, lse);
+  at::parallel_for(0, B * K, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) forward_key_head(s, i / K, i % K, q, k, v, out, lse);
     release();
   });
 }
