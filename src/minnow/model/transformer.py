@@ -20,6 +20,7 @@ from minnow.model.int8 import from_int8, int8_linear
 from minnow.model.moe import Decisions, MoE, Routing
 from minnow.model.norm import RMSNorm
 from minnow.model.rope import rotary_tables, rotate
+from minnow.model.tall_linear import pays, tall_linear
 
 if TYPE_CHECKING:
     from minnow.model.lora import Adapter
@@ -58,9 +59,9 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], in x's dtype."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        if self.weight_scale is None:
+        if self.weight_scale is None and not pays(x, self.weight):
             return F.linear(x, self.weight.to(x.dtype), bias)
-        y = self.product(x)
+        y = self.product(x) if self.weight_scale is not None else tall_linear(x, self.weight.to(x.dtype))
         return y if bias is None else y + bias
 
     def product(self, x: Tensor) -> Tensor:
