@@ -1,4 +1,4 @@
-"""x W^T for a W with many more rows than columns, whose gradient is multiplied the way that is fast on a CPU in bf16."""
+"""x W^T for a W with many more rows than columns, whose gradient is multiplied as is fast on a CPU in bf16."""
 
 from __future__ import annotations
 
