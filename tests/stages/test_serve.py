@@ -73,7 +73,8 @@ def test_models_share_the_memory(
 
 
 def test_compile_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps of one row and of several are compiled apart: both before the server listens, for any number of rows."""
+    """Steps of one row and of several are compiled apart, and what stands between the products for prompts: all of it
+    before the server listens, for any number of rows and tokens."""
     made: list[torch.fx.GraphModule] = []
 
     def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> torch.fx.GraphModule:
@@ -86,11 +87,14 @@ def test_compile_waits_for_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     folder = save_random_model(tmp_path / "m")
     config = Config(models=(str(folder),), device="cpu", precision="fp32", compile=True)
     (model,) = build_app(config, name_models([str(folder)]), {}, local=True).state.minnow.models
-    assert len(made) == 2
+    norms, rotations, activations = 2, 2, 1  # of hidden states and heads; of queries and keys
+    assert len(made) == 2 + norms + rotations + activations
+    made.clear()
     model.engine.close()
     for rows in (1, 2, 3, 7):
-        model.engine.engine.generate([[5, 6]] * rows, SamplingParams(max_tokens=4, ignore_eos=True))
-    assert len(made) == 2
+        for prompt in ([5], [5, 6], [5, 6, 7], list(range(5, 13))):
+            model.engine.engine.generate([prompt] * rows, SamplingParams(max_tokens=4, ignore_eos=True))
+    assert not made
 
 
 def test_a_mixture_is_not_compiled_and_that_is_said(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +37,36 @@ def swiglu(gate_up_NF: Tensor) -> Tensor:
 
 
 class _BetweenProducts(NamedTuple):
-    """What is done between the products, on any number of tokens: as it is or compiled."""
+    """What is done between the products, on N tokens: as it is or compiled."""
 
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
-    swiglu: Callable[[Tensor], Tensor]
+    rms_norm: Callable[..., Tensor]
+    rotate: Callable[..., Tensor]
+    swiglu: Callable[..., Tensor]
 
 
 _PLAIN = _BetweenProducts(rms_norm, rotate, swiglu)
+
+
+def _for_any_number(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Compiled once for any first dimension of its tensors but parameters, from 2 on; their other sizes are constants.
+
+    Parameters come as tensors that are none: for each of them code of its own would be made.
+    """
+    compiled = torch.compile(function)
+
+    def call(*arguments: Any) -> Tensor:
+        given = []
+        for argument in arguments:
+            if isinstance(argument, nn.Parameter):
+                given.append(argument.detach())
+            elif isinstance(argument, Tensor):
+                given.append(argument.contiguous())
+                torch._dynamo.mark_dynamic(given[-1], 0)
+            else:
+                given.append(argument)
+        return compiled(*given)
+
+    return call
 
 
 class PackedModel(nn.Module):
@@ -75,7 +97,7 @@ class PackedModel(nn.Module):
     def compile_between_products(self) -> None:
         """Compile what is done between the products. They stay calls of the library, which knows prompts of any
         length."""
-        self._between = _BetweenProducts._make([torch.compile(part, dynamic=True) for part in _PLAIN])
+        self._between = _BetweenProducts._make(map(_for_any_number, _PLAIN))
 
     @torch.no_grad()
     def renew(self, model: CausalLM) -> None:
@@ -94,8 +116,8 @@ class PackedModel(nn.Module):
     ) -> Tensor:
         """Hidden states [B, T, D] after the final norm, as `CausalLM.forward` gives them."""
         config = self.config
-        # Traced for a compiled step, all of it becomes part of that.
-        between = _PLAIN if torch.compiler.is_compiling() else self._between
+        # Traced for a compiled step, all of it becomes part of that; for a single token nothing is compiled apart.
+        between = _PLAIN if torch.compiler.is_compiling() or tokens_BT.numel() == 1 else self._between
         heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
         batch_shape = tokens_BT.shape
         cos, sin = self.cos_T[positions_BT], self.sin_T[positions_BT]
@@ -106,13 +128,16 @@ class PackedModel(nn.Module):
         def rms(x: Tensor, weight: Tensor) -> Tensor:
             return between.rms_norm(x.flatten(0, -2), weight, config.rms_norm_eps).view(x.shape)
 
+        def turned(x_BTHd: Tensor) -> Tensor:
+            return between.rotate(x_BTHd.flatten(0, 1), cos.flatten(0, 1), sin.flatten(0, 1)).view(x_BTHd.shape)
+
         for index, module in enumerate(self.layers):
             layer = cast(_PackedLayer, module)
             qkv = layer.qkv(rms(x, layer.input_norm))
             q, k, v = qkv.unflatten(-1, (-1, config.head_dim)).split(heads, dim=-2)
             if layer.q_norm is not None and layer.k_norm is not None:
                 q, k = rms(q, layer.q_norm), rms(k, layer.k_norm)
-            attended = attention(index, between.rotate(q, cos, sin), between.rotate(k, cos, sin), v)
+            attended = attention(index, turned(q), turned(k), v)
             x = x + layer.out(attended.flatten(-2))
             gate_up = layer.gate_up(rms(x, layer.mlp_norm))
             x = x + layer.down(between.swiglu(gate_up.flatten(0, -2)).unflatten(0, batch_shape))
