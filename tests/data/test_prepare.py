@@ -429,7 +429,7 @@ def test_a_killed_run_leaves_nothing_half_written(tmp_path, tokenizer):
         print(data.train.num_documents + data.validation.num_documents)
     """)
     killed = 0
-    for wait in (0.02, 0.08, 10_000):
+    for wait in (0.0, 0.02, 10_000):
         process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
         journal = lambda: list((tmp_path / "cache").glob("*/journal/0*.json"))  # noqa: E731
         had = len(journal())
@@ -438,9 +438,9 @@ def test_a_killed_run_leaves_nothing_half_written(tmp_path, tokenizer):
         time.sleep(wait if wait < 1 else 0)
         if wait < 1 and process.poll() is None:
             process.kill()
-            killed += 1
             process.wait()
-            assert not list((tmp_path / "cache").glob("pretrain-*/meta.json"))
+            # A fast machine may have been done by then; what it left is looked at below.
+            killed += not list((tmp_path / "cache").glob("pretrain-*/meta.json"))
         else:
             out, _ = process.communicate(timeout=60)
             assert out.strip() in (b"6000", b"")

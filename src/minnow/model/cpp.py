@@ -42,9 +42,9 @@ def load_cpp(source: Path, *macros: str) -> ctypes.CDLL | None:
     flags = (*_FLAGS, *(f"-D{macro}" for macro in macros))
     told = (source.read_text(encoding="utf-8"), flags, torch.__version__, sorted(abilities.items()), compiler)
     name = f"{source.stem}-{hashlib.sha256(repr(told).encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minnow"
-    library = folder / name
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minnow"
+        library = folder / name
         if not library.exists():
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as building:
@@ -52,7 +52,7 @@ def load_cpp(source: Path, *macros: str) -> ctypes.CDLL | None:
                 _build(compiler, flags, source, built)
                 os.replace(built, library)
         return ctypes.CDLL(str(library))
-    except (OSError, UserError) as error:
+    except (OSError, RuntimeError, UserError) as error:  # RuntimeError: there is no home
         warnings.warn(f"{source.name} was not built and goes unused, which is slower: {error}", stacklevel=2)
         return None
 
