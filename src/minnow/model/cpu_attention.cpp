@@ -431,8 +431,8 @@ extern "C" bool available() {
   }
 }
 
-extern "C" void forward(int64_t B, int64_t T, int64_t H, int64_t K, int64_t d, const uint16_t* q,
-                                         const uint16_t* k, const uint16_t* v, uint16_t* out, float* lse) {
+extern "C" void forward(int64_t B, int64_t T, int64_t H, int64_t K, int64_t d, const uint16_t* q, const uint16_t* k,
+                        const uint16_t* v, uint16_t* out, float* lse) {
   Shape s{B, T, H, K, d};
   at::parallel_for(0, B * K, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) forward_key_head(s, i / K, i % K, q, k, v, out, lse);
@@ -440,9 +440,9 @@ extern "C" void forward(int64_t B, int64_t T, int64_t H, int64_t K, int64_t d, c
   });
 }
 
-extern "C" void backward(int64_t B, int64_t T, int64_t H, int64_t K, int64_t d, const uint16_t* grad,
-                                          const uint16_t* q, const uint16_t* k, const uint16_t* v, const uint16_t* out,
-                                          const float* lse, uint16_t* grad_q, uint16_t* grad_k, uint16_t* grad_v) {
+extern "C" void backward(int64_t B, int64_t T, int64_t H, int64_t K, int64_t d, const uint16_t* grad, const uint16_t* q,
+                         const uint16_t* k, const uint16_t* v, const uint16_t* out, const float* lse,
+                         uint16_t* grad_q, uint16_t* grad_k, uint16_t* grad_v) {
   Shape s{B, T, H, K, d};
   at::parallel_for(0, B * K, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)

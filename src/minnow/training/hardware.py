@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from functools import cache
 from typing import Literal
@@ -13,6 +12,7 @@ from torch import Tensor
 from minnow.config import UserError
 from minnow.cpu import cpu_multiplies_bf16_faster
 from minnow.host import peak_memory
+from minnow.model.cpp import cpp_compiler
 
 DeviceName = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
@@ -87,7 +87,7 @@ def device_name(device: torch.device) -> str:
 
 def has_cpp_compiler() -> bool:
     """Whether torch.compile can build CPU kernels here."""
-    return any(shutil.which(compiler) for compiler in ("g++", "clang++", "c++"))
+    return cpp_compiler() is not None
 
 
 def synchronize(device: torch.device) -> None:
